@@ -1,0 +1,124 @@
+"""Configuration of a GenieBlue model: which base, which blocks are replicated, how an image becomes tokens."""
+
+import math
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+PLACEMENTS = ("skip", "pre", "post")
+
+
+def select_replicated_layers(num_hidden_layers: int, placement: str) -> list[int]:
+    """Indices of the quarter of a base's blocks that is copied and trained.
+
+    `skip` takes every fourth block, `(i + 1) % 4 == 0` (the OpenFlamingo rule that GenieBlue cites), `pre` the first
+    quarter, `post` the last one. Raises `ValueError` for an unknown placement or fewer than four blocks.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"Unknown placement {placement!r}: choose one of {', '.join(PLACEMENTS)}.")
+    if num_hidden_layers < 4:
+        raise ValueError(
+            f"A base of {num_hidden_layers} blocks has no quarter to replicate: at least 4 blocks are needed, or name "
+            "the blocks with `replicated_layers=[...]`."
+        )
+    count = num_hidden_layers // 4
+    if placement == "pre":
+        return list(range(count))
+    if placement == "post":
+        return list(range(num_hidden_layers - count, num_hidden_layers))
+    return [index for index in range(num_hidden_layers) if (index + 1) % 4 == 0]
+
+
+def text_config_from_dict(text_config: dict[str, Any]) -> PreTrainedConfig:
+    """Config object of a base from its dictionary; a base with remote code keeps its `model_type` in a plain config.
+
+    The base itself is always loaded with its own configuration: this one only describes it to a reader.
+    """
+    model_type = text_config.get("model_type", "")
+    if model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type](**text_config)
+    # `to_dict` writes the class attribute, hence a class of its own for a type that transformers does not know.
+    described = type("DescribedTextConfig", (PreTrainedConfig,), {"model_type": model_type})
+    return described(**{key: value for key, value in text_config.items() if key != "model_type"})
+
+
+class GenieBlueConfig(PreTrainedConfig):
+    r"""Everything that a GenieBlue adds to a base LLM, and the identity of that base.
+
+    Args:
+        text_config: the base's own configuration, as a description (the base is loaded from its own repository).
+        vision_config: configuration of the vision tower, a SigLIP one by default.
+        base_model_name_or_path: Hub id of the base, or a path (written relative to the model's folder).
+        base_model_revision: commit sha of the base on the Hub; `None` for a local base.
+        base_model_fingerprint: sha256 by name of each weight file of the base.
+        placement: `skip`, `pre` or `post`: how `replicated_layers` was chosen; `None` if it was given by hand.
+        replicated_layers: indices of the blocks that run as trained copies in the multimodal view.
+        lora_rank, lora_alpha, lora_dropout: LoRA on the linears of every other block.
+        image_token_id: id that stands for one image token. It is the first id past the base's embedding, so no
+            request of the base can contain it.
+        image_seq_length: tokens per image tile.
+        downsample_factor: side of the square of neighbouring patch tokens that become one image token.
+    """
+
+    model_type = "genieblue"
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_fingerprint: dict[str, str] | None = None
+    placement: str | None = "skip"
+    replicated_layers: list[int] | None = None
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    image_token_id: int | None = None
+    image_seq_length: int | None = None
+    downsample_factor: int = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):
+            self.text_config = text_config_from_dict(self.text_config)
+        super().__post_init__(**kwargs)
+        num_layers = getattr(self.text_config, "num_hidden_layers", None)
+        if self.replicated_layers is None and num_layers is not None and self.placement is not None:
+            self.replicated_layers = select_replicated_layers(num_layers, self.placement)
+        if self.replicated_layers is not None:
+            self.replicated_layers = check_replicated_layers(self.replicated_layers, num_layers)
+        if self.image_seq_length is None:
+            self.image_seq_length = self.tokens_per_tile
+        if self.image_token_id is None and self.text_config is not None:
+            self.image_token_id = getattr(self.text_config, "vocab_size", None)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens of one tile: the patch grid, zero-padded to a multiple of `downsample_factor`, downsampled."""
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return math.ceil(side / self.downsample_factor) ** 2
+
+
+def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int | None) -> list[int]:
+    """Sorted block indices; `ValueError` if one repeats, lies outside of the base, or no block is left for LoRA."""
+    layers = sorted(int(index) for index in replicated_layers)
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"`replicated_layers` names a block twice: {list(replicated_layers)}.")
+    if num_hidden_layers is not None:
+        if layers and (layers[0] < 0 or layers[-1] >= num_hidden_layers):
+            raise ValueError(
+                f"`replicated_layers` is {layers}, but the base has blocks 0 to {num_hidden_layers - 1} only."
+            )
+        if not layers or len(layers) == num_hidden_layers:
+            raise ValueError(
+                f"`replicated_layers` names {len(layers)} of {num_hidden_layers} blocks: GenieBlue copies some blocks "
+                "(a quarter in the paper) and puts LoRA on the others, so at least one of each is needed."
+            )
+    return layers
+
+
+GenieBlueConfig.register_for_auto_class()
+
+__all__ = ["GenieBlueConfig"]
