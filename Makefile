@@ -1,0 +1,36 @@
+# Each target sets up what it needs; `make test` in a fresh clone is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+DEMO_OUT ?= demo-out
+
+.PHONY: help demo test test-slow lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+
+demo: $(STAMP)  ## make a small GenieBlue from nothing and show that it reads (under 10 minutes on 2 cores)
+	$(BIN)/genieblue demo --out $(DEMO_OUT)
+
+test: $(STAMP) lint  ## ruff, then the tests that take seconds each
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)  ## the tests marked slow
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)  ## ruff alone
+	$(BIN)/ruff check .
+
+clean:  ## remove the environment, caches and the demo's output
+	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes by itself and first: asked for together with other packages, pip may choose another build of it.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "GenieBlue needs Python 3.11 or newer; name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	touch $@

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "train": ["datasets>=5.0", "accelerate>=1.15"],
+    "demo": ["scikit-learn>=1.9", "scipy>=1.17"],
+    "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
+    "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7"],
+    "dev": ["pytest>=9.0", "ruff>=0.17"],
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="genieblue",
+    version="0.1.0.dev0",
+    description="Add images to a frozen language model and keep its text answers bit for bit",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # An editable install puts this folder on the path as a whole, so that a new file needs no new install.
+    package_dir={"": "."},
+    packages=find_packages(include=["modeling_genieblue", "hub_cards", "conversion", "genieblue", "genieblue.*"]),
+    package_data={"hub_cards": ["*.md"]},
+    install_requires=[
+        "torch>=2.13",
+        "transformers>=5.23,<6",
+        "peft>=0.21,<0.22",
+        "huggingface-hub>=2.4,<3",
+        "safetensors>=0.8",
+        "numpy>=2.0",
+        "pillow>=12.0",
+        "jinja2>=3.1",
+        "typer>=0.24",
+        "tqdm>=4.67",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["genieblue = genieblue.cli:app"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
