@@ -1,0 +1,142 @@
+"""How many parameters each structure of the paper trains, counted on modules without memory (the meta device)."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from modeling_genieblue.configuration_genieblue import PLACEMENTS, select_replicated_layers
+
+
+STRUCTURES = ("full", "lora", "cogvlm", "genieblue")
+BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PATCHES_PER_IMAGE_TOKEN = 4  # a square of 2x2 neighbouring patch tokens becomes one image token
+
+
+def _bluelm_3b() -> PreTrainedModel:
+    # Llama-style. Depth, width and vocabulary follow from the paper's counts; the split into heads is a usual one.
+    config = LlamaConfig(
+        vocab_size=100_096,
+        hidden_size=2560,
+        intermediate_size=6912,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        num_key_value_heads=4,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _qwen2_5_3b() -> PreTrainedModel:
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=11_008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def _siglip_so400m() -> PreTrainedModel:
+    """SigLIP so400m/14 at 384 px with its pooling head: the paper's counts include that head."""
+    config = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    )
+    return SiglipVisionModel(config)
+
+
+PRESETS: dict[str, Callable[[], PreTrainedModel]] = {"bluelm-3b": _bluelm_3b, "qwen2.5-3b": _qwen2_5_3b}
+
+
+def count_trainable(
+    preset: str, structure: str = "genieblue", placement: str = "skip", rank: int = 8
+) -> dict[str, int | dict[str, int]]:
+    """Trainable parameters of a base under one structure, as `{"trainable_parameters": n, "parts": {name: n}}`.
+
+    The vision tower (SigLIP so400m) and the projector are trained in every structure. In the language model: `full`
+    trains everything; `lora` a LoRA on the linears of all blocks; `cogvlm` a copy of the linears of a quarter of the
+    blocks, and LoRA on the others; `genieblue` a copy of that quarter as whole blocks, norms too, and LoRA on the
+    others. `placement` (skip, pre, post) names the quarter; the first two structures have none and ignore it.
+
+    Raises `ValueError` for an unknown preset, structure or placement, or a rank below 1.
+    """
+    for what, name, choices in (
+        ("preset", preset, PRESETS),
+        ("structure", structure, STRUCTURES),
+        ("placement", placement, PLACEMENTS),
+    ):
+        if name not in choices:
+            raise ValueError(f"Unknown {what} {name!r}: choose one of {', '.join(choices)}.")
+    if rank < 1:
+        raise ValueError(f"A LoRA rank of {rank} was asked for; it must be 1 or more.")
+
+    with torch.device("meta"):
+        base = PRESETS[preset]()
+        vision_tower = _siglip_so400m()
+        projector = _projector(vision_tower.config.hidden_size, base.config.hidden_size)
+        parts = {"vision_tower": _count(vision_tower), "multi_modal_projector": _count(projector)}
+        parts |= _count_language_parts(base, structure, placement, rank)
+    return {"trainable_parameters": sum(parts.values()), "parts": parts}
+
+
+def _projector(vision_size: int, text_size: int) -> nn.Module:
+    merged = PATCHES_PER_IMAGE_TOKEN * vision_size
+    return nn.Sequential(
+        nn.LayerNorm(merged), nn.Linear(merged, text_size), nn.GELU(), nn.Linear(text_size, text_size)
+    )
+
+
+def _count_language_parts(base: PreTrainedModel, structure: str, placement: str, rank: int) -> dict[str, int]:
+    if structure == "full":
+        return {"language_model": _count(base)}
+
+    blocks = base.model.layers
+    copied = [] if structure == "lora" else select_replicated_layers(len(blocks), placement)
+    parts = {}
+    if structure == "genieblue":
+        parts["replicated_blocks"] = _count(nn.ModuleList(copy.deepcopy(blocks[index]) for index in copied))
+    if structure == "cogvlm":
+        experts = nn.ModuleList(_linears_of(copy.deepcopy(blocks[index])) for index in copied)
+        parts["visual_experts"] = _count(experts)
+    return parts | {"lora": _count_lora(base, [i for i in range(len(blocks)) if i not in copied], rank)}
+
+
+def _linears_of(block: nn.Module) -> nn.ModuleList:
+    return nn.ModuleList(module for module in block.modules() if isinstance(module, nn.Linear))
+
+
+def _count_lora(base: PreTrainedModel, block_indices: list[int], rank: int) -> int:
+    config = LoraConfig(
+        r=rank,
+        target_modules=list(BLOCK_LINEARS),
+        layers_to_transform=block_indices,
+        layers_pattern="layers",
+        task_type="CAUSAL_LM",
+    )
+    adapted = inject_adapter_in_model(config, base)
+    return sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
+
+
+def _count(module: nn.Module) -> int:
+    # `parameters()` gives a tied embedding once.
+    return sum(parameter.numel() for parameter in module.parameters())
