@@ -18,7 +18,6 @@ from transformers import (
 
 from modeling_genieblue.configuration_genieblue import PLACEMENTS, select_replicated_layers
 
-
 STRUCTURES = ("full", "lora", "cogvlm", "genieblue")
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PATCHES_PER_IMAGE_TOKEN = 4  # a square of 2x2 neighbouring patch tokens becomes one image token

@@ -6,7 +6,6 @@ import torch
 from genieblue import parameters
 from genieblue.parameters import PRESETS, STRUCTURES, count_trainable
 
-
 # Printed in the paper's structure tables, in millions.
 PRINTED = {
     "bluelm-3b": {"full": "3161.26", "lora": "458.06", "cogvlm": "1005.69", "genieblue": "1005.73"},
@@ -38,12 +37,15 @@ def test_parts_add_up_and_are_those_of_the_structure(counted):
     for (_, structure), count in counted.items():
         assert sum(count["parts"].values()) == count["trainable_parameters"]
         language_parts = set(count["parts"]) - {"vision_tower", "multi_modal_projector"}
-        assert language_parts == {
-            "full": {"language_model"},
-            "lora": {"lora"},
-            "cogvlm": {"visual_experts", "lora"},
-            "genieblue": {"replicated_blocks", "lora"},
-        }[structure]
+        assert (
+            language_parts
+            == {
+                "full": {"language_model"},
+                "lora": {"lora"},
+                "cogvlm": {"visual_experts", "lora"},
+                "genieblue": {"replicated_blocks", "lora"},
+            }[structure]
+        )
 
 
 def test_the_bases_have_their_published_sizes(counted):
