@@ -74,7 +74,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "cohere": (
         "cohere",
         {"tie_word_embeddings": True, "logit_scale": 0.5},
-    ),  # attention and MLP in parallel, scaled logits
+    ),  # parallel residual
     "stablelm": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),  # LayerNorms, partial rotary
     "starcoder2": ("starcoder2", {"tie_word_embeddings": True}),  # c_fc and c_proj instead of gate, up and down
     "bluelm": ("BlueLM", {"normalize_given_embeds": False}),  # remote code; token lookups pass a LayerNorm
@@ -149,7 +149,7 @@ def tiny_base(family: str, *, seed: int = SEED, dtype: torch.dtype = torch.float
 
 
 def save_tiny_base(family: str, folder: str | Path, *, dtype: torch.dtype = torch.float32, **overrides) -> Path:
-    """Saves `tiny_base(family, ...)` with its tokenizer as a base repo, remote code included, and returns the folder."""
+    """Saves `tiny_base(family, ...)`, its tokenizer and any remote code as a base repo; returns the folder."""
     folder = Path(folder)
     model = tiny_base(family, dtype=dtype, **overrides)
     model.save_pretrained(folder)

@@ -149,7 +149,7 @@ class BlueLMModel(BlueLMPreTrainedModel):
         self.embed_tokens = value
 
     def _additive_mask(self, attention_mask, inputs_embeds, past_length):
-        """Builds the (batch or 1, 1, length, past_length + length) mask: 0 to see a token, the dtype's minimum not to."""
+        """Mask of (batch or 1, 1, length, past_length + length): 0 to see a token, the dtype's minimum not to."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         queries = torch.arange(past_length, past_length + length, device=device)
         visible = torch.arange(past_length + length, device=device)[None, :] <= queries[:, None]
@@ -295,19 +295,14 @@ class BlueLMForCausalLM(BlueLMPreTrainedModel, GenerationMixin):
             position_ids = attention_mask.long().cumsum(-1) - 1
             position_ids.masked_fill_(attention_mask == 0, 1)
 
-        total_length = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
         if inputs_embeds is not None and past_length == 0:
-            # Without a cache, every later step needs the embeddings of the tokens chosen so far as well.
-            num_chosen = total_length - inputs_embeds.shape[1] if attention_mask is not None else 0
-            if num_chosen > 0:
-                chosen = self.model.embed_tokens(input_ids[:, -num_chosen:])
-                if not self.config.normalize_given_embeds:
-                    chosen = self.model.embed_layer_norm(chosen)
-                inputs_embeds = torch.cat((inputs_embeds, chosen), dim=1)
+            # `generate` always keeps a cache with embeddings, so this is the prefill and nothing else.
             inputs = {"inputs_embeds": inputs_embeds}
+        elif past_length >= input_ids.shape[1]:
+            # After a prompt of embeddings the ids hold the chosen tokens only.
+            inputs = {"input_ids": input_ids[:, -1:]}
         else:
-            # After a prompt of embeddings the ids hold the chosen tokens only: what is new is their end.
-            inputs = {"input_ids": input_ids[:, -(total_length - past_length) :]}
+            inputs = {"input_ids": input_ids[:, past_length:]}
         if position_ids is not None:
             length = next(iter(inputs.values())).shape[1]
             position_ids = position_ids[:, -length:]
