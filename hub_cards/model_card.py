@@ -1,0 +1,287 @@
+"""The model card: typed facts, its rendering, and how the facts are found in the folder of a saved model."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.repocard import metadata_load
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hub_cards.model_folder import PartSize, count_parts, is_hub_id, read_json, read_model_config
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+RECIPE = "training_recipe.json"
+MEASUREMENTS = "measurements.json"
+TAGS = ("genieblue", "multimodal", "vision-language-model", "siglip", "peft", "lora")
+PLACEMENT_WORDS = {"skip": "every fourth block", "pre": "the first quarter", "post": "the last quarter"}
+HUB = "https://huggingface.co"
+HUB_TIMEOUT_SECONDS = 10
+
+_MARK = re.compile(r"\n<!-- genieblue card, as generated: ([0-9a-f]{64}) -->\n\Z")
+
+
+@dataclass(frozen=True)
+class License:
+    """A licence as the Hub writes it: an identifier, and for `other` its name and link."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured number: what, how much, and on which data or in which way."""
+
+    name: str
+    value: str
+    how: str
+
+
+@dataclass(frozen=True)
+class ModelCardInfo:
+    """What is known about a model. Whatever is `None` or empty is left out of its card."""
+
+    repo_name: str  # what `from_pretrained` takes: a Hub id, or a folder's name
+    base_model: str  # Hub id, or a path from the folder in which `repo_name` lies
+    base_is_on_hub: bool
+    base_revision: str | None = None
+    base_needs_remote_code: bool = False
+    base_license: License | None = None
+    num_blocks: int | None = None
+    vision_model: str | None = None
+    parts: dict[str, PartSize] = field(default_factory=dict)
+    placement: str | None = None
+    replicated_layers: list[int] = field(default_factory=list)
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    tile_size: int | None = None
+    max_tiles: int | None = None
+    image_seq_length: int | None = None
+    recipe: dict[str, dict[str, Any]] | None = None  # stage -> setting -> value
+    measurements: list[Measurement] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+
+
+def render_model_card(info: ModelCardInfo) -> str:
+    """Markdown of the card: YAML front matter for the Hub, then the body."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "cell": _cell,
+        "quoted": _python_string,
+        "short_count": _short_count,
+        "short_bytes": _short_bytes,
+    }
+    body = environment.get_template("model_card_template.md").render(
+        info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB
+    )
+    body = re.sub(r"\n{3,}", "\n\n", body).strip()  # sections that are left out leave empty lines behind
+    text = f"---\n{_metadata(info).to_yaml()}\n---\n\n{body}\n"
+    return f"{text}\n<!-- genieblue card, as generated: {_digest(text)} -->\n"
+
+
+def is_as_generated(card: str) -> bool:
+    """Whether a card is one of ours that nobody has edited since: then it may be rendered anew."""
+    card = card.replace("\r\n", "\n")
+    mark = _MARK.search(card)
+    return mark is not None and mark[1] == _digest(card[: mark.start()])
+
+
+def write_model_card(folder: str | Path, info: ModelCardInfo) -> bool:
+    """Writes `README.md` into a folder; returns False, and leaves it as it is, if there already is one."""
+    card = render_model_card(info)
+    path = Path(folder) / CARD
+    try:
+        file = path.open("x", encoding="utf-8", newline="\n")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(card)
+    except BaseException:
+        path.unlink(missing_ok=True)  # half a card would count as an existing one ever after
+        raise
+    return True
+
+
+def card_info_from_folder(folder: str | Path, repo_name: str | None = None) -> ModelCardInfo:
+    """Collects what the folder of a saved GenieBlue says about itself; `repo_name` is the folder's name by default.
+
+    Beside the model's own files it reads, where they lie there, `training_recipe.json` (`{stage: {setting: value}}`)
+    and `measurements.json` (`[{"name", "value", "how"}]`). The licence and languages come from the base: its README
+    if it is a folder, else the Hub; if that cannot be asked they stay unknown, which is logged.
+
+    Raises `OSError` for a missing or damaged file, `ValueError` for one that holds something else than expected.
+    """
+    folder = Path(folder).resolve()
+    config = read_model_config(folder)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder / 'config.json'} names no base_model_name_or_path: save the model with its base.")
+    revision = config.get("base_model_revision")
+    text_config = config.get("text_config") or {}
+    vision_name = (config.get("vision_config") or {}).get("_name_or_path")
+    on_hub = is_hub_id(base, folder)
+    base_card = _hub_metadata(base, revision) if on_hub else _local_metadata(folder / base)
+    images = _image_settings(folder)
+    return ModelCardInfo(
+        repo_name=repo_name or folder.name,
+        base_model=base if on_hub else _path_beside(folder, base),
+        base_is_on_hub=on_hub,
+        base_revision=revision,
+        base_needs_remote_code="auto_map" in text_config,
+        base_license=_license(base_card, f"{HUB}/{base}/blob/{revision or 'main'}" if on_hub else None),
+        num_blocks=text_config.get("num_hidden_layers"),
+        # A path says nothing to a reader elsewhere.
+        vision_model=vision_name if "/" in str(vision_name) and is_hub_id(vision_name, folder) else None,
+        parts=count_parts(folder),
+        placement=config.get("placement"),
+        replicated_layers=config.get("replicated_layers") or [],
+        lora_rank=config.get("lora_rank"),
+        lora_alpha=config.get("lora_alpha"),
+        tile_size=images.get("tile_size"),
+        max_tiles=images.get("max_tiles"),
+        image_seq_length=config.get("image_seq_length"),
+        recipe=_read_recipe(folder / RECIPE),
+        measurements=_read_measurements(folder / MEASUREMENTS),
+        languages=_as_list(base_card.get("language")),
+    )
+
+
+def _metadata(info: ModelCardInfo) -> ModelCardData:
+    licence = info.base_license
+    return ModelCardData(
+        # The Hub accepts only its own ids here.
+        base_model=info.base_model if info.base_is_on_hub else None,
+        base_model_relation="adapter" if info.base_is_on_hub else None,
+        license=licence.id if licence else None,
+        license_name=licence.name if licence else None,
+        license_link=licence.link if licence else None,
+        language=info.languages or None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=list(dict.fromkeys([*TAGS, *info.tags])),
+    )
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            settings = settings.get("image_processor", settings)
+            if "tile_size" in settings:
+                return settings
+    return {}
+
+
+def _read_recipe(path: Path) -> dict[str, dict[str, Any]] | None:
+    if not path.is_file():
+        return None
+    recipe = read_json(path)
+    if not isinstance(recipe, dict) or not all(isinstance(settings, dict) for settings in recipe.values()):
+        raise ValueError(f"{path} is not of the form {{stage: {{setting: value}}}}: correct or remove it.")
+    return recipe or None
+
+
+def _read_measurements(path: Path) -> list[Measurement]:
+    if not path.is_file():
+        return []
+    try:
+        return [Measurement(str(row["name"]), str(row["value"]), str(row["how"])) for row in read_json(path)]
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f'{path} is not of the form [{{"name": ..., "value": ..., "how": ...}}]: correct or remove it.'
+        ) from error
+
+
+def _local_metadata(base: Path) -> dict[str, Any]:
+    path = base / CARD
+    try:
+        metadata = metadata_load(path) if path.is_file() else None
+    except Exception as error:  # a base's README may hold any YAML, and no card depends on it
+        logger.warning("Licence of the base not known: the front matter of %s cannot be read (%s).", path, error)
+        return {}
+    return metadata or {}
+
+
+def _hub_metadata(base: str, revision: str | None) -> dict[str, Any]:
+    try:
+        return _ask_hub(base, revision)
+    except Exception as error:  # no network, a gated base, an odd answer: the model can be saved all the same
+        logger.warning("Licence of the base not known: the Hub gave no card of %s (%s).", base, error)
+        return {}
+
+
+@lru_cache(maxsize=32)  # a failure is not kept
+def _ask_hub(base: str, revision: str | None) -> dict[str, Any]:
+    card = HfApi().model_info(base, revision=revision, timeout=HUB_TIMEOUT_SECONDS).card_data
+    return card.to_dict() if card is not None else {}
+
+
+def _license(metadata: dict[str, Any], base_files: str | None) -> License | None:
+    """Licence named in a base's front matter; a link to one of the base's own files is completed with `base_files`."""
+    identifier, link = metadata.get("license"), metadata.get("license_link")
+    if not isinstance(identifier, str):
+        return None
+    if link and "://" not in link:
+        link = f"{base_files}/{link}" if base_files else None
+    return License(identifier, metadata.get("license_name"), link)
+
+
+def _path_beside(folder: Path, base: str) -> str:
+    """The base's path as seen from where the model's folder lies, which is where the card's code is run."""
+    return Path(os.path.relpath(folder / base, folder.parent)).as_posix()
+
+
+def _as_list(value: Any) -> list[str]:
+    if not value:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def _total(parts: dict[str, PartSize]) -> PartSize:
+    return PartSize(sum(part.parameters for part in parts.values()), sum(part.bytes for part in parts.values()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cell(value: Any) -> str:
+    """A value inside of a Markdown table's cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _python_string(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _short_count(number: int) -> str:
+    return _scaled(number, ((10**9, " B"), (10**6, " M"), (10**3, " k")))
+
+
+def _short_bytes(number: int) -> str:
+    return _scaled(number, ((10**9, " GB"), (10**6, " MB"), (10**3, " kB")), smallest=" bytes")
+
+
+def _scaled(number: int, units: tuple[tuple[int, str], ...], smallest: str = "") -> str:
+    for factor, unit in units:
+        if number >= factor:
+            return f"{number / factor:.2f}{unit}"
+    return f"{number}{smallest}"

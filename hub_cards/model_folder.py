@@ -1,0 +1,128 @@
+"""What lies in the folder of a saved GenieBlue, read without loading it: configuration, weight headers, sizes."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
+from huggingface_hub.utils import validate_repo_id
+
+ADAPTER_FOLDER = "language_adapter"
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
+ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+OUR_MODULES = ("vision_tower", "multi_modal_projector")  # the language parts lie in the adapter
+
+COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Number of parameters of one part of the model, and the bytes that they take on disk."""
+
+    parameters: int
+    bytes: int
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; `OSError` if it cannot be read, `ValueError` naming it if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): save the model again or restore the file.") from error
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a GenieBlue; `OSError` if it is missing, `ValueError` if it describes another model."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: expected the folder of a saved GenieBlue.")
+    config = read_json(path)
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != "genieblue":
+        raise ValueError(f"{path} has model_type {model_type!r}, expected 'genieblue': this is another kind of model.")
+    return config
+
+
+def is_hub_id(name: Any, folder: Path) -> bool:
+    """Whether a recorded name is a Hub id rather than a path, absolute or relative to `folder`."""
+    if not isinstance(name, str) or Path(name).is_absolute() or (folder / name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the model's own weights: `model.safetensors`, or the shards that its index lists.
+
+    Raises `OSError` if there is neither, `ValueError` for an index without a weight map.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).is_file():
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: save the model again.")
+    return sorted(set(read_weight_map(folder).values()))
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Shard file of each tensor, from the index; `ValueError` if it does not hold that or a shard lies elsewhere."""
+    index = read_json(folder / WEIGHTS_INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / WEIGHTS_INDEX} has no weight_map: save the model again.")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"{folder / WEIGHTS_INDEX} names the shard {shard!r}, expected a .safetensors file next to it."
+            )
+    return weight_map
+
+
+def read_tensor_sizes(path: Path) -> dict[str, PartSize]:
+    """Size of each tensor in a safetensors file, from its header alone.
+
+    Raises `OSError` if the file is missing, is not safetensors, or is longer or shorter than its header says.
+    """
+    try:
+        tensors = parse_local_safetensors_file_metadata(path).tensors
+        sizes = {
+            name: PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
+            for name, tensor in tensors.items()
+        }
+    except (SafetensorsParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OSError(f"{path} has no readable safetensors header ({error}): save or download it again.") from error
+    with path.open("rb") as file:
+        header_bytes = 8 + int.from_bytes(file.read(8), "little")
+    expected = header_bytes + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
+    if path.stat().st_size != expected:
+        raise OSError(
+            f"{path} has {path.stat().st_size:,} bytes, its header describes {expected:,}: it is truncated or "
+            "damaged; save or download it again."
+        )
+    return sizes
+
+
+def count_parts(folder: Path) -> dict[str, PartSize]:
+    """Parameters and bytes of each part that lies in the folder; the base's weights do not.
+
+    Raises `OSError` for a missing or damaged weight file.
+    """
+    parts: dict[str, PartSize] = {}
+    for file in weight_files(folder):
+        for name, size in read_tensor_sizes(folder / file).items():
+            _add(parts, name.split(".", 1)[0], size)
+    for name, size in read_tensor_sizes(folder / ADAPTER_WEIGHTS).items():
+        _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
+    return parts
+
+
+def _add(parts: dict[str, PartSize], part: str, size: PartSize) -> None:
+    so_far = parts.get(part, PartSize(0, 0))
+    parts[part] = PartSize(so_far.parameters + size.parameters, so_far.bytes + size.bytes)
