@@ -1,0 +1,138 @@
+"""Which base a GenieBlue belongs to: sha256 of the base's weight files, and a sample of each tensor's values."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+BASE_FINGERPRINT_NAME = "base_fingerprint.json"
+SAMPLES_PER_TENSOR = 8
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+
+
+def tensor_samples(model: nn.Module) -> dict[str, dict]:
+    """`{name: {"shape", "dtype", "values"}}` with evenly spread values of each floating-point parameter.
+
+    Parameters on the meta device (offloaded ones) and integer-packed ones (quantized) are left out.
+    """
+    return {
+        name: {
+            "shape": list(parameter.shape),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "values": _sample(parameter).float().tolist(),
+        }
+        for name, parameter in model.named_parameters()
+        if is_plain_weight(parameter)
+    }
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    count = min(SAMPLES_PER_TENSOR, parameter.numel())
+    index = [parameter.numel() * (2 * step + 1) // (2 * count) for step in range(count)]
+    return parameter.detach().reshape(-1)[index].cpu()
+
+
+def is_plain_weight(parameter: torch.Tensor) -> bool:
+    """Whether the values of `parameter` can be read as they are: floating point, stored densely, and in memory."""
+    plain_type = type(parameter) in (torch.Tensor, nn.Parameter)
+    return plain_type and parameter.device.type != "meta" and parameter.dtype in _FLOATING
+
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str]:
+    """Differences between `model` and recorded samples, one sentence each; an empty list if it is the same base.
+
+    A base in another dtype is the same base if one set of values rounds to the other. Quantized and offloaded
+    tensors cannot be compared value by value and are passed over.
+    """
+    differences = []
+    compared = 0
+    parameters = dict(model.named_parameters())
+    readable = all(is_plain_weight(parameter) for parameter in parameters.values())
+    for name, sample in samples.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            if readable:
+                differences.append(f"{name} is missing")
+        elif is_plain_weight(parameter):
+            compared += 1
+            if list(parameter.shape) != sample["shape"]:
+                differences.append(f"{name} has shape {list(parameter.shape)}, expected {sample['shape']}")
+            elif not _same_values(found := _sample(parameter), sample):
+                expected = torch.tensor(sample["values"])
+                worst = int((found.float() - expected).abs().argmax())
+                differences.append(f"{name} holds {found[worst]:.7g} where {expected[worst]:.7g} was recorded")
+    if readable:
+        differences += [f"{name} is unknown to the recorded base" for name in parameters if name not in samples]
+    if samples and not compared and not differences:
+        differences.append("none of its tensors could be compared with the recorded ones")
+    return differences
+
+
+def _same_values(found: torch.Tensor, sample: dict) -> bool:
+    recorded_dtype = getattr(torch, sample["dtype"])
+    recorded = torch.tensor(sample["values"], dtype=torch.float64)
+    if torch.equal(recorded.to(found.dtype), found) or torch.equal(found.to(recorded_dtype).double(), recorded):
+        return True
+    # float16 and bfloat16 round the same number differently: neither holds the other's values.
+    half_types = {torch.float16, torch.bfloat16}
+    mixed = found.dtype != recorded_dtype and {found.dtype, recorded_dtype} <= half_types
+    return mixed and torch.allclose(found.double(), recorded, rtol=2**-7, atol=1e-7)
+
+
+def weight_file_hashes(
+    base: str | os.PathLike, revision: str | None = None, *, read_files: bool = True, **hub_kwargs
+) -> dict[str, str]:
+    """sha256 by name of each safetensors file of a base, a folder or a Hub id.
+
+    Files of the Hub cache are named by their sha256; with `read_files=False` only such names are returned, and nothing
+    is read. Returns `{}` when the files cannot be found (a base that lives in memory only).
+    """
+    folder = Path(base)
+    if folder.is_dir():
+        names = _weight_file_names(folder / INDEX_NAME)
+        return {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
+    hashes = {}
+    try:
+        index = Path(hf_hub_download(str(base), INDEX_NAME, revision=revision, **hub_kwargs))
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        index = Path(INDEX_NAME)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        logger.debug("No weight files of %s: %s", base, error)
+        return {}
+    for name in _weight_file_names(index):
+        try:
+            path = hf_hub_download(str(base), name, revision=revision, **{**hub_kwargs, "local_files_only": True})
+        except (HfHubHTTPError, OSError, ValueError):
+            return {}
+        blob = os.path.basename(os.path.realpath(path))
+        if len(blob) == 64 and all(character in "0123456789abcdef" for character in blob):
+            hashes[name] = blob
+        elif read_files:
+            hashes[name] = file_sha256(path)
+    return hashes
+
+
+def _weight_file_names(index: Path) -> list[str]:
+    if not index.is_file():
+        return [WEIGHTS_NAME]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+__all__ = ["compare_with_samples", "tensor_samples", "weight_file_hashes"]

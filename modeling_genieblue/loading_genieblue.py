@@ -1,0 +1,219 @@
+"""Loading: our own files from a folder or the Hub, the base that they name, and the check that it is that base."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import resolve_revision as resolve_hub_revision
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.hub import cached_file, resolve_revision
+
+from .base_identity_genieblue import BASE_FINGERPRINT_NAME, compare_with_samples, weight_file_hashes
+from .language_views_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME
+
+logger = logging.getLogger(__name__)
+
+# Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
+SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+OWN_HUB_KEYS = (*SHARED_HUB_KEYS, "revision", "subfolder")
+# What the base is given as it would be by hand.
+BASE_KEYS = ("dtype", "torch_dtype", "max_memory", "offload_folder", "offload_buffers", "trust_remote_code")
+
+
+@dataclass
+class LoadRequest:
+    """One call of `from_pretrained`: where our files are, and what the base is to be loaded with."""
+
+    path: str
+    hub_kwargs: dict[str, Any]
+    own_kwargs: dict[str, Any]
+    base_kwargs: dict[str, Any]
+
+    @classmethod
+    def from_arguments(cls, path: str | os.PathLike, kwargs: dict[str, Any]) -> "LoadRequest":
+        """Sorts the keyword arguments of `from_pretrained` into ours and the base's."""
+        kwargs = dict(kwargs)
+        hub_kwargs = {key: kwargs.pop(key) for key in OWN_HUB_KEYS if kwargs.get(key) is not None}
+        lookup = {key: hub_kwargs.get(key) for key in ("token", "cache_dir")}
+        hub_kwargs["revision"] = resolve_revision(
+            path, hub_kwargs.get("revision"), local_files_only=bool(hub_kwargs.get("local_files_only")), **lookup
+        )
+        base_kwargs = {key: kwargs[key] for key in BASE_KEYS if kwargs.get(key) is not None}
+        base_kwargs |= {key: hub_kwargs[key] for key in SHARED_HUB_KEYS if key in hub_kwargs}
+        if kwargs.get("quantization_config") is not None:
+            base_kwargs["quantization_config"] = kwargs.pop("quantization_config")
+        own_device_map, base_device_map = _split_device_map(kwargs.pop("device_map", None))
+        if own_device_map is not None:
+            kwargs["device_map"], base_kwargs["device_map"] = own_device_map, base_device_map
+        # `AutoModel` hands the attention implementation over inside of the configuration.
+        attention = kwargs.pop("attn_implementation", None)
+        attention = attention or getattr(kwargs.get("config"), "_attn_implementation_internal", None)
+        if attention is not None:
+            own_attention, base_attention = attention, attention
+            if isinstance(attention, dict):
+                base_attention = attention.get("text_config", attention.get(""))
+                own_attention = {key: value for key, value in attention.items() if key != "text_config"}
+            kwargs["attn_implementation"] = own_attention
+            if base_attention is not None:
+                base_kwargs["attn_implementation"] = base_attention
+        return cls(os.fspath(path), hub_kwargs, kwargs, base_kwargs)
+
+    def _file(self, name: str, *, folder: str = "", required: bool = True) -> str | None:
+        hub_kwargs = {**self.hub_kwargs, "subfolder": os.path.join(self.hub_kwargs.get("subfolder", ""), folder)}
+        return cached_file(self.path, name, _raise_exceptions_for_missing_entries=required, **hub_kwargs)
+
+    def refuse_root_adapter(self) -> None:
+        """`ValueError` if `adapter_config.json` lies in the root: `AutoModel` would load the base instead of us."""
+        if self._file(ADAPTER_CONFIG_NAME, required=False) is not None:
+            raise ValueError(
+                f"{self.path} has {ADAPTER_CONFIG_NAME} in its root, so `AutoModel` takes it for a plain adapter and "
+                f"loads the base instead of GenieBlue. Move the adapter's files to {ADAPTER_FOLDER}/."
+            )
+
+    def load_own_weights(
+        self, from_pretrained: Callable, model_args: tuple, base_model: Any
+    ) -> tuple[PreTrainedModel, dict]:
+        """Vision tower and projector, strictly: a missing or unexpected tensor is a `ValueError`."""
+        kwargs = {**self.hub_kwargs, **self.own_kwargs, "use_safetensors": True}
+        on_given_base = isinstance(base_model, nn.Module)
+        if on_given_base and "dtype" not in kwargs and "torch_dtype" not in kwargs:
+            kwargs["dtype"] = base_model.dtype
+        try:
+            model, info = from_pretrained(self.path, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights of {self.path} cannot be read ({error}): the file is damaged or cut short; fetch it again."
+            ) from error
+        problems = [
+            f"{title} {sorted(map(str, info[key]))[:3]} ({len(info[key])} in all)"
+            for key, title in (
+                ("missing_keys", "missing"), ("unexpected_keys", "unexpected"), ("mismatched_keys", "wrong shape")
+            )
+            if info.get(key)
+        ]  # fmt: skip
+        if problems:
+            raise ValueError(f"The weights of {self.path} do not fit its configuration: {'; '.join(problems)}.")
+        if on_given_base and "device_map" not in kwargs:
+            model.to(base_model.device)
+        return model, info
+
+    def adapter_file(self) -> str:
+        """Path of the adapter's weights, in a folder or in the cache; `OSError` if there are none."""
+        return self._file(ADAPTER_WEIGHTS_NAME, folder=ADAPTER_FOLDER)
+
+    def base_samples(self, required: bool) -> dict[str, dict]:
+        """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
+        path = self._file(BASE_FINGERPRINT_NAME, required=required)
+        return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+    def base_location(self, config: Any) -> str | None:
+        """Hub id or absolute path of the base that `config` names; a path is relative to our own folder."""
+        name = config.base_model_name_or_path
+        if name is None or not is_local_reference(name):
+            return name
+        if os.path.isdir(self.path):
+            return os.path.normpath(os.path.join(os.path.realpath(self.path), name))
+        return name
+
+
+def is_local_reference(name: str) -> bool:
+    """Whether a base is named by a path (`../base`, `/models/base`) and not by a Hub id (`org/base`)."""
+    return name.startswith(".") or os.path.isabs(name)
+
+
+def _split_device_map(device_map: Any) -> tuple[Any, Any]:
+    """Device maps of our own modules and of the base; a dictionary is split by module name."""
+    if not isinstance(device_map, dict) or "" in device_map:
+        return device_map, device_map
+    prefix = "language_model."
+    own = {name: device for name, device in device_map.items() if not f"{name}.".startswith(prefix)}
+    base = {name.removeprefix("language_model").removeprefix("."): device
+            for name, device in device_map.items() if f"{name}.".startswith(prefix)}
+    return own, base or None
+
+
+def resolve_base(base: PreTrainedModel, name: str | None, revision: str | None) -> tuple[str | None, str | None]:
+    """Where a loaded base can be found again: (Hub id, commit) or (absolute folder, None).
+
+    The commit is looked up in the local cache first. A base that was never loaded from anywhere gives (None, None).
+    """
+    name = name or getattr(base.config, "_name_or_path", None) or None
+    if name is None or os.path.isdir(name):
+        return (None if name is None else os.path.realpath(name)), None
+    if revision is not None and len(revision) == 40:
+        return name, revision
+    for local_files_only in (True, False):
+        try:
+            return name, resolve_hub_revision(name, revision=revision, local_files_only=local_files_only).resolved
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            logger.debug("No commit of %s: %s", name, error)
+    logger.warning("The commit of the base %s is not known: pass `base_model_revision` before publishing.", name)
+    return name, None
+
+
+def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | None) -> PreTrainedModel:
+    """The base that `config` names (or `override`), loaded by `AutoModelForCausalLM` as it would be by hand."""
+    location = os.fspath(override) if override is not None else request.base_location(config)
+    if location is None:
+        raise ValueError(f"{request.path} does not say which base it belongs to: pass `base_model=` (a model or an id).")
+    is_recorded = override is None or location == config.base_model_name_or_path
+    kwargs = dict(request.base_kwargs)
+    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+    if is_local_reference(location):
+        if not os.path.isdir(location):
+            raise OSError(
+                f"The base of {request.path} should be in {location}, but there is no such folder. Put it there, or "
+                "pass `base_model=` (a loaded model, a folder or a Hub id)."
+            )
+    elif is_recorded and config.base_model_revision is not None:
+        kwargs["revision"] = config.base_model_revision
+    try:
+        base = AutoModelForCausalLM.from_pretrained(location, use_safetensors=True, **kwargs)
+    except SafetensorError as error:
+        raise OSError(f"The weights of the base {location} cannot be read ({error}): fetch them again.") from error
+    except (OSError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(
+            f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory can "
+            "be given as `base_model=`."
+        ) from error
+    if "revision" in kwargs:
+        _refuse_other_files(location, config, kwargs)
+    return base
+
+
+def _refuse_other_files(location: str, config: Any, kwargs: dict[str, Any]) -> None:
+    """Compares the names of the files in the Hub cache, which are their sha256, with the recorded ones: no reading."""
+    hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir") if key in kwargs}
+    found = weight_file_hashes(location, kwargs["revision"], read_files=False, local_files_only=True, **hub_kwargs)
+    recorded = config.base_model_fingerprint or {}
+    other = sorted(name for name in found if name in recorded and found[name] != recorded[name])
+    if other:
+        raise ValueError(
+            f"{location} at {kwargs['revision']} is not the recorded base: sha256 of {other[0]} is "
+            f"{found[other[0]]}, expected {recorded[other[0]]}. Pass `check_base=False` and `base_model=` to use it."
+        )
+
+
+def refuse_wrong_base(base: PreTrainedModel, config: Any, samples: dict[str, dict], request: LoadRequest) -> None:
+    """`ValueError` with both identities if `base` is not the base that the adapter was trained on."""
+    differences = compare_with_samples(base, samples)
+    if differences:
+        recorded = request.base_location(config)
+        at = f" at {config.base_model_revision}" if config.base_model_revision else ""
+        raise ValueError(
+            f"{getattr(base.config, '_name_or_path', '') or type(base).__name__} is not the base that {request.path} "
+            f"was made for, {recorded}{at}: {'; '.join(differences[:3])}"
+            f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}. Load that base, or pass "
+            "`check_base=False` to run on this one all the same."
+        )
+
+
+__all__ = ["LoadRequest", "load_base", "resolve_base"]

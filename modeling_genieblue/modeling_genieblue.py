@@ -1,0 +1,502 @@
+"""GenieBlue: a frozen base LLM that sees, through a second view of itself (arXiv 2503.06019).
+
+A request without images runs the base LLM, untouched. A request with images runs the multimodal view: the same
+weights with trained copies of a quarter of the blocks and LoRA on the others. There is no routing inside a row.
+"""
+
+import copy
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .base_identity_genieblue import tensor_samples
+from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
+from .language_views_genieblue import (
+    TextEmbedder,
+    build_multimodal_view,
+    initialize_adapter,
+    load_adapter,
+    make_lora_config,
+)
+from .loading_genieblue import LoadRequest, load_base, refuse_wrong_base, resolve_base
+from .requests_genieblue import (
+    MULTIMODAL,
+    TEXT,
+    MixedViewsCache,
+    check_tile_count,
+    choose_views,
+    join_sequences,
+    mark_multimodal_cache,
+    merge_rows,
+    take_rows,
+)
+from .saving_genieblue import push_model, save_model
+
+logger = logging.getLogger(__name__)
+
+
+class GenieBlueMultiModalProjector(nn.Module):
+    """Patch features → language embeddings: 2×2 neighbours concatenated, LayerNorm → Linear → GELU → Linear."""
+
+    def __init__(self, config: GenieBlueConfig):
+        super().__init__()
+        self.downsample_factor = config.downsample_factor
+        concatenated_size = config.vision_config.hidden_size * config.downsample_factor**2
+        hidden_size = config.text_config.hidden_size
+        self.norm = nn.LayerNorm(concatenated_size)
+        self.linear_1 = nn.Linear(concatenated_size, hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """(num_tiles, side², vision_hidden_size) → (num_tiles, image_seq_length, hidden_size)."""
+        num_tiles, num_patches, channels = patch_features.shape
+        side = int(num_patches**0.5)
+        factor = self.downsample_factor
+        grid = patch_features.view(num_tiles, side, side, channels)
+        padding = -side % factor  # an odd grid (27) gets a row and a column of zeros (28)
+        grid = nn.functional.pad(grid, (0, 0, 0, padding, 0, padding))
+        side = (side + padding) // factor
+        grid = grid.view(num_tiles, side, factor, side, factor, channels).transpose(2, 3)
+        concatenated = grid.reshape(num_tiles, side * side, factor * factor * channels)
+        return self.linear_2(self.act(self.linear_1(self.norm(concatenated))))
+
+
+class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A base LLM with eyes; see the module's docstring, and `from_base` / `from_pretrained` for ways to get one.
+
+    Attributes:
+        language_model: the base, the very object that was loaded or given; text requests run it.
+        multimodal_language_model: a second tree over the same parameters, with the adapter in place.
+        vision_tower, multi_modal_projector: image tiles → image features.
+    """
+
+    config_class = GenieBlueConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SiglipVisionEmbeddings", "SiglipEncoderLayer", "SiglipMultiheadAttentionPoolingHead"]
+
+    def __init__(self, config: GenieBlueConfig):
+        super().__init__(config)
+        if config.text_config is None:
+            raise ValueError(
+                "The configuration has no `text_config`. Use `GenieBlueForConditionalGeneration.from_base(base, "
+                "vision_tower)` to make a GenieBlue, or `from_pretrained` to load one."
+            )
+        self.vision_tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
+        self.multi_modal_projector = GenieBlueMultiModalProjector(config)
+        # Attached after the weights above are in place: `from_pretrained` would initialise what its file lacks.
+        self.language_model: PreTrainedModel | None = None
+        self.multimodal_language_model: PreTrainedModel | None = None
+        self.post_init()
+
+    # Making and loading
+
+    @classmethod
+    def from_base(
+        cls,
+        base_model: PreTrainedModel,
+        vision_tower: PreTrainedModel,
+        *,
+        placement: str = "skip",
+        replicated_layers: list[int] | None = None,
+        lora_rank: int = 8,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        downsample_factor: int = 2,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+    ) -> "GenieBlueForConditionalGeneration":
+        """A new GenieBlue to train: LoRA B is zero and copies equal the originals, so both views agree at first.
+
+        Args:
+            base_model: any decoder that `AutoModelForCausalLM` loads. It becomes `language_model` as it is; its
+                parameters are frozen.
+            vision_tower: a SigLIP vision model; it becomes `vision_tower` as it is, and is meant to be trained.
+            placement: which quarter of the blocks is copied: `skip`, `pre` or `post`.
+            replicated_layers: block indices, instead of `placement`.
+            base_model_name_or_path, base_model_revision: Hub id and commit (or folder) under which the base will be
+                found again; by default what the base itself was loaded from.
+        """
+        if lora_rank < 1:
+            raise ValueError(f"`lora_rank` is {lora_rank}: LoRA needs a rank of at least 1.")
+        text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
+        if replicated_layers is None:
+            replicated_layers = select_replicated_layers(text_config.num_hidden_layers, placement)
+        else:
+            replicated_layers = check_replicated_layers(replicated_layers, text_config.num_hidden_layers)
+            placement = None
+        name, revision = resolve_base(base_model, base_model_name_or_path, base_model_revision)
+        vision_config = vision_tower.config
+        config = GenieBlueConfig(
+            text_config=text_config,
+            vision_config=copy.deepcopy(getattr(vision_config, "vision_config", vision_config)),
+            base_model_name_or_path=name,
+            base_model_revision=revision,
+            placement=placement,
+            replicated_layers=replicated_layers,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            image_token_id=base_model.get_input_embeddings().weight.shape[0],
+            downsample_factor=downsample_factor,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.vision_tower = vision_tower
+        model.multi_modal_projector = GenieBlueMultiModalProjector(config).to(base_model.device, base_model.dtype)
+        model.multi_modal_projector.apply(model._init_weights)
+        model._base_samples = tensor_samples(base_model)
+        model._attach(base_model, make_lora_config(base_model, config))
+        initialize_adapter(model.multimodal_language_model, base_model.dtype)
+        model.generation_config = copy.deepcopy(base_model.generation_config)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        base_model: PreTrainedModel | str | os.PathLike | None = None,
+        check_base: bool = True,
+        **kwargs: Any,
+    ) -> "GenieBlueForConditionalGeneration":
+        """Loads a GenieBlue and the base that it names, or puts it onto a base that is already there.
+
+        Args:
+            base_model: a loaded base, which stays the caller's own object; or the id or folder of one. By default
+                the base that the repository names, at the commit that it names.
+            check_base: compare the base with the recorded fingerprint, and refuse another one.
+            kwargs: as for every `from_pretrained`; `dtype`, `device_map`, `attn_implementation`, `token`,
+                `cache_dir`, `local_files_only`, `trust_remote_code` and `quantization_config` reach the base too
+                (quantization only the base).
+
+        Raises `OSError` for missing or damaged files, `ValueError` for files or a base that do not belong together.
+        """
+        request = LoadRequest.from_arguments(pretrained_model_name_or_path, kwargs)
+        request.refuse_root_adapter()
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        model, loading_info = request.load_own_weights(super().from_pretrained, model_args, base_model)
+        base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
+        model._base_samples = request.base_samples(required=check_base)
+        if check_base:
+            refuse_wrong_base(base, model.config, model._base_samples, request)
+        model._attach(base, make_lora_config(base, model.config))
+        load_adapter(model.multimodal_language_model, request.adapter_file(), base.dtype)
+        model.config.base_model_name_or_path = request.base_location(model.config)
+        model._processor_source = request
+        model.eval()
+        return (model, loading_info) if output_loading_info else model
+
+    def _attach(self, base: PreTrainedModel, lora_config) -> None:
+        """Registers the base and builds the multimodal view over its parameters."""
+        hidden_size = base.get_input_embeddings().weight.shape[-1]
+        if hidden_size != self.config.text_config.hidden_size:
+            raise ValueError(
+                f"The base has hidden size {hidden_size}, this GenieBlue was made for "
+                f"{self.config.text_config.hidden_size}: load it onto {self.config.base_model_name_or_path}."
+            )
+        view = build_multimodal_view(base, lora_config)
+        view.register_forward_hook(mark_multimodal_cache)
+        self.language_model, self.multimodal_language_model = base, view
+        self._lora_config = lora_config
+        self._embed_text = TextEmbedder(view)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        processor: Any = None,
+        dtype: torch.dtype | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes what GenieBlue adds (never the base) as a complete folder: weights, adapter, code, processor, card.
+
+        The folder is built beside `save_directory` and then takes its place, so that a save that fails leaves the old
+        one whole. Files in it that are not ours (your README too) stay.
+
+        Args:
+            processor: written along; by default the one that came with the model or, for a new model, one made from
+                the base's tokenizer.
+            dtype: precision of the written weights; by default the present one.
+        """
+        save_model(self, save_directory, super().save_pretrained, processor=processor, dtype=dtype, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))),
+                             processor=processor, dtype=dtype, token=kwargs.get("token"))
+
+    def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any):
+        """Publishes as one commit; the base must be on the Hub itself. Returns huggingface_hub's `CommitInfo`.
+
+        Keywords: `commit_message`, `private`, `token`, `revision`, `create_pr`, `dtype`. A README that the repository
+        already has is left as it is.
+        """
+        return push_model(self, repo_id, processor=processor, **kwargs)
+
+    # Requests
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Tiles (num_tiles, 3, image_size, image_size) → (num_tiles, image_seq_length, hidden_size)."""
+        tower = self.vision_tower
+        patch_features = tower(pixel_values.to(tower.device, tower.dtype)).last_hidden_state
+        weight = self.multi_modal_projector.linear_1.weight
+        return self.multi_modal_projector(patch_features.to(weight.device, weight.dtype))
+
+    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (batch, length, hidden_size) of a multimodal request, image features in their places."""
+        is_image = input_ids == self.config.image_token_id
+        # The id of an image token has no row in the base's embedding: look any other one up in its place.
+        inputs_embeds = self._embed_text(input_ids.masked_fill(is_image, 0))
+        num_image_tokens = int(is_image.sum())
+        if pixel_values is None:
+            if num_image_tokens:
+                raise ValueError(
+                    f"The request has {num_image_tokens} image tokens but no `pixel_values`: pass what the processor "
+                    "returned for the images (`model.generate(**inputs)`)."
+                )
+            return inputs_embeds
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (num_tiles, channels, height, width)."
+            )
+        expected = pixel_values.shape[0] * self.config.image_seq_length
+        if num_image_tokens != expected:
+            raise ValueError(
+                f"Image tokens and image features do not match: tokens: {num_image_tokens}, features: {expected} "
+                f"({pixel_values.shape[0]} tiles of {self.config.image_seq_length}). Pass the ids and the pixels of one "
+                "call of the processor, uncut."
+            )
+        image_features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
+        return inputs_embeds.masked_scatter(mask, image_features)
+
+    def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> torch.Tensor:
+        """Which rows run the multimodal view, (batch,) booleans on the CPU."""
+        if self.language_model is None:
+            raise ValueError("This GenieBlue has no base: load it with `from_pretrained`, or make one with `from_base`.")
+        if input_ids is None:
+            if pixel_values is not None:
+                raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
+            return choose_views([False], cache, view, self.training)
+        has_image = (input_ids == self.config.image_token_id).any(dim=1).tolist()
+        if pixel_values is not None and not any(has_image):
+            raise ValueError(
+                f"The request has no image tokens, but `pixel_values` of {len(pixel_values)} tiles: put one placeholder "
+                "per image into the text, and let the processor expand it."
+            )
+        return choose_views(has_image, cache, view, self.training)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        view: str | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass; rows with image tokens run the multimodal view, other rows the base.
+
+        Args:
+            input_ids: (batch, length), with `image_token_id` repeated for the tokens of each image.
+            pixel_values: (num_tiles, 3, image_size, image_size), all tiles of all images in order.
+            num_tiles: (num_images,) tiles by image, as the processor returns it; checked against `pixel_values`.
+            past_key_values: a cache of an earlier pass *in the same view*.
+            labels: (batch, length); -100 is ignored.
+            view: `"text"` or `"multimodal"` for all rows, instead of by row. In training everything is multimodal.
+            kwargs: passed on to the language model.
+
+        Raises `ValueError` when images, image tokens, view and cache do not belong together.
+        """
+        check_tile_count(pixel_values, num_tiles)
+        is_multimodal = self._route(input_ids, past_key_values, view, pixel_values)
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
+        }  # fmt: skip
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if is_multimodal.all():
+            return self._multimodal_forward(pixel_values, inputs)
+        if is_multimodal.any():
+            return self._mixed_forward(is_multimodal, pixel_values, inputs)
+        return self.language_model(**inputs)
+
+    def _multimodal_forward(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+        inputs = dict(inputs)
+        labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
+        if "inputs_embeds" not in inputs:
+            inputs["inputs_embeds"] = self._embed(inputs.pop("input_ids"), pixel_values)
+        outputs = self.multimodal_language_model(**inputs)
+        if labels is not None:
+            outputs.loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
+        return outputs
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+
+    def _mixed_forward(
+        self, is_multimodal: torch.Tensor, pixel_values: torch.Tensor | None, inputs: dict[str, Any]
+    ) -> CausalLMOutputWithPast:
+        """Each part of a mixed batch in its own view, put back in order."""
+        inputs = dict(inputs)
+        labels, cache = inputs.pop("labels", None), inputs.pop("past_key_values", None)
+        if not isinstance(cache, MixedViewsCache):
+            cache = MixedViewsCache(is_multimodal)
+
+        def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
+            taken = {name: take_rows(value, rows, len(is_multimodal)) for name, value in inputs.items()}
+            return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
+
+        text = self.language_model(**part(TEXT, ~is_multimodal))
+        multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL, is_multimodal))
+        outputs = merge_rows(text, multimodal, is_multimodal)
+        cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
+        outputs.past_key_values = cache if cache[TEXT] is not None else None
+        if labels is not None:
+            outputs.loss = self._loss(outputs.logits, labels)
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        *,
+        pixel_values: torch.FloatTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        view: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate` of the view that each row runs; text requests are the base's own `generate`.
+
+        Args:
+            inputs: prompt ids (batch, length), also as `input_ids`; image tokens in their places.
+            pixel_values, num_tiles, view: as in `forward`.
+            kwargs: everything that `generate` of the base takes.
+
+        Returns what `generate` returns: ids (batch * num_return_sequences, length) with the prompt, or an output
+        object. A batch that mixes texts and images is generated in two parts, and gives ids only.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        check_tile_count(pixel_values, num_tiles)
+        is_multimodal = self._route(input_ids, kwargs.get("past_key_values"), view, pixel_values)
+        if not _same_generation_config(self.generation_config, self.language_model.generation_config):
+            kwargs.setdefault("generation_config", self.generation_config)
+        if is_multimodal.all():
+            return self._multimodal_generate(input_ids, pixel_values, **kwargs)
+        if is_multimodal.any():
+            return self._mixed_generate(is_multimodal, input_ids, pixel_values, **kwargs)
+        return self.language_model.generate(input_ids, **kwargs)
+
+    def _multimodal_generate(self, input_ids: torch.Tensor | None, pixel_values: Any, **kwargs: Any) -> Any:
+        if input_ids is None:
+            return self.multimodal_language_model.generate(**kwargs)
+        cache = kwargs.get("past_key_values")
+        cached_length = 0 if cache is None else int(cache.get_seq_length())
+        inputs_embeds = self._embed_from(cached_length, input_ids, pixel_values)
+        outputs = self.multimodal_language_model.generate(
+            self._ids_for_processors(input_ids), inputs_embeds=inputs_embeds, **kwargs
+        )
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        per_row = len(sequences) // len(input_ids)
+        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(per_row, dim=0)
+        return outputs
+
+    def _embed_from(self, cached_length: int, input_ids: torch.Tensor, pixel_values: Any) -> torch.Tensor:
+        """Embeddings of a prompt of which `cached_length` tokens are cached: their images need not be given again."""
+        new_ids = input_ids[:, cached_length:]
+        image_tokens = (new_ids == self.config.image_token_id).sum()
+        given = 0 if pixel_values is None else len(pixel_values) * self.config.image_seq_length
+        if cached_length == 0 or image_tokens != given:
+            return self._embed(input_ids, pixel_values)
+        embedded = self._embed(new_ids, pixel_values)
+        cached = embedded.new_zeros(len(embedded), cached_length, embedded.shape[-1])  # never looked at
+        return torch.cat([cached, embedded], dim=1)
+
+    def _ids_for_processors(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids for the logits processors, which index the scores by them and must not meet an id past the vocabulary.
+
+        Image tokens become the row's first text token, so that a repetition penalty sees no token that is not there.
+        """
+        is_image = input_ids == self.config.image_token_id
+        first_text = (~is_image).int().argmax(dim=1, keepdim=True)
+        stand_in = input_ids.gather(1, first_text).masked_fill(is_image.gather(1, first_text), 0)
+        return torch.where(is_image, stand_in, input_ids)
+
+    def _mixed_generate(
+        self, is_multimodal: torch.Tensor, input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("return_dict_in_generate", config.return_dict_in_generate):
+            raise ValueError(
+                "A batch of texts and images is generated in two views, which have no common scores and caches: leave "
+                "`return_dict_in_generate` out, or generate the two kinds of rows one after the other."
+            )
+
+        def part(rows: torch.Tensor) -> dict[str, Any]:
+            return {name: take_rows(value, rows, len(is_multimodal)) for name, value in kwargs.items()}
+
+        rows = is_multimodal.to(input_ids.device)
+        text = self.language_model.generate(input_ids[~rows], **part(~is_multimodal))
+        multimodal = self._multimodal_generate(input_ids[rows], pixel_values, **part(is_multimodal))
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        if pad is None:
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
+            pad = eos[0] if isinstance(eos, list | tuple) else eos
+        return join_sequences(text, multimodal, is_multimodal, 0 if pad is None else int(pad))
+
+    # The rest of the `PreTrainedModel` interface, where the base must stay as it is
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The base's embedding; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's LM head; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_output_embeddings()
+
+    def resize_token_embeddings(self, *_args: Any, **_kwargs: Any) -> nn.Module:
+        """Always a `ValueError`: new rows would change the base."""
+        raise ValueError(
+            "The embeddings of a GenieBlue are the base's and stay as they are; image tokens need no row. Resize the "
+            "base before making a GenieBlue from it, if it must have more tokens."
+        )
+
+    def train(self, mode: bool = True) -> "GenieBlueForConditionalGeneration":
+        """Training mode of all that trains; the base is never put into it."""
+        was_training = None if self.language_model is None else self.language_model.training
+        super().train(mode)
+        if was_training is not None:
+            self.language_model.train(was_training and mode)
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        # Not on `self`, whose modules include the base.
+        for module in (self.vision_tower, self.multimodal_language_model):
+            module._set_gradient_checkpointing(enable, *args, **kwargs)
+
+
+def _same_generation_config(first: Any, second: Any) -> bool:
+    ignored = ("transformers_version", "_from_model_config")
+    one, other = ({k: v for k, v in config.to_dict().items() if k not in ignored} for config in (first, second))
+    return one == other
+
+
+GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["GenieBlueForConditionalGeneration", "GenieBlueMultiModalProjector"]

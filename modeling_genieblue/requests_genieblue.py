@@ -1,0 +1,130 @@
+"""Rules of a request: which view a row runs, to which view a cache belongs, how a mixed batch is split and joined."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+TEXT, MULTIMODAL = "text", "multimodal"
+
+
+class MixedViewsCache:
+    """The caches of a batch in which some rows ran the text view and others the multimodal view.
+
+    Attributes: `is_multimodal`, (batch,) booleans; one cache by view, as `cache["text"]` and `cache["multimodal"]`.
+    """
+
+    def __init__(self, is_multimodal: torch.Tensor):
+        self.is_multimodal = is_multimodal
+        self._caches: dict[str, Any] = {TEXT: None, MULTIMODAL: None}
+
+    def __getitem__(self, view: str) -> Any:
+        return self._caches[view]
+
+    def __setitem__(self, view: str, cache: Any) -> None:
+        self._caches[view] = cache
+
+    def get_seq_length(self) -> int:
+        """Number of cached positions, the same in both views."""
+        return 0 if self[TEXT] is None else int(self[TEXT].get_seq_length())
+
+
+def cache_view(cache: Any) -> str | None:
+    """The view that filled `cache`; `None` while it is empty.
+
+    Only the multimodal view leaves a mark: the text view is the base itself, which knows nothing of views.
+    """
+    if cache is None or not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) == 0:
+        return None
+    return getattr(cache, "genieblue_view", TEXT)
+
+
+def mark_multimodal_cache(_view: nn.Module, _args: tuple, outputs: Any) -> None:
+    """Forward hook of the multimodal view: its caches carry the view's name."""
+    cache = getattr(outputs, "past_key_values", None)
+    if hasattr(cache, "get_seq_length"):
+        cache.genieblue_view = MULTIMODAL
+
+
+def choose_view(has_image: bool, cache: Any, view: str | None, training: bool) -> str:
+    """The view of one row; `ValueError` if what is asked for contradicts the row's images or the cache."""
+    if view not in (None, TEXT, MULTIMODAL):
+        raise ValueError(f"`view` is {view!r}: expected 'text', 'multimodal' or None (chosen by row).")
+    if view == TEXT and has_image:
+        raise ValueError("The text view cannot see: this row holds image tokens. Leave `view` out, or the image.")
+    wanted = view or (MULTIMODAL if has_image or training else None)
+    made_by = cache_view(cache)
+    if made_by is None:
+        return wanted or TEXT
+    if wanted not in (None, made_by):
+        raise ValueError(
+            f"The cache was made by the {made_by} view and cannot be continued in the {wanted} view: prefill the whole "
+            "conversation again, without `past_key_values`."
+        )
+    return made_by
+
+
+def choose_views(
+    has_image: list[bool], cache: Any, view: str | None, training: bool
+) -> torch.Tensor:
+    """Which rows of a batch run the multimodal view, (batch,) booleans on the CPU."""
+    caches = [cache] * len(has_image)
+    if isinstance(cache, MixedViewsCache):
+        if len(cache.is_multimodal) != len(has_image):
+            raise ValueError(
+                f"The cache holds {len(cache.is_multimodal)} rows, the batch {len(has_image)}: prefill again."
+            )
+        caches = [cache[MULTIMODAL if row else TEXT] for row in cache.is_multimodal.tolist()]
+    views = [choose_view(row, row_cache, view, training) for row, row_cache in zip(has_image, caches, strict=True)]
+    return torch.tensor([row_view == MULTIMODAL for row_view in views])
+
+
+def check_tile_count(pixel_values: torch.Tensor | None, num_tiles: torch.Tensor | None) -> None:
+    """`ValueError` unless `pixel_values` holds the tiles that `num_tiles` counts."""
+    if pixel_values is not None and num_tiles is not None and int(num_tiles.sum()) != len(pixel_values):
+        raise ValueError(
+            f"`num_tiles` counts {int(num_tiles.sum())} tiles, `pixel_values` holds {len(pixel_values)}: pass both from "
+            "one call of the processor."
+        )
+
+
+def take_rows(value: Any, rows: torch.Tensor, batch: int) -> Any:
+    """The chosen rows of a batched tensor; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return value[rows.to(value.device)]
+    return value
+
+
+def merge_rows(text: Any, multimodal: Any, is_multimodal: torch.Tensor) -> CausalLMOutputWithPast:
+    """Outputs of the two parts of a mixed batch, rows in their old order (logits, hidden states, attentions)."""
+
+    def merge(first: Any, second: Any) -> Any:
+        if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+            merged = first.new_empty(len(is_multimodal), *first.shape[1:])
+            rows = is_multimodal.to(merged.device)
+            merged[~rows], merged[rows] = first, second.to(merged.device, merged.dtype)
+            return merged
+        if isinstance(first, tuple) and isinstance(second, tuple):
+            return tuple(merge(one, other) for one, other in zip(first, second, strict=True))
+        return None
+
+    names = ("logits", "hidden_states", "attentions")
+    return CausalLMOutputWithPast(**{name: merge(getattr(text, name), getattr(multimodal, name)) for name in names})
+
+
+def join_sequences(
+    text: torch.Tensor, multimodal: torch.Tensor, is_multimodal: torch.Tensor, pad_token_id: int
+) -> torch.Tensor:
+    """Generated ids of the two parts, (rows, length) each, as one batch padded on the right."""
+    length = max(text.shape[1], multimodal.shape[1])
+    per_row = (len(text) + len(multimodal)) // len(is_multimodal)  # `num_return_sequences`
+    rows = is_multimodal.repeat_interleave(per_row)
+    merged = text.new_full((len(rows), length), pad_token_id)
+    for part, chosen in ((text, ~rows), (multimodal, rows)):
+        chosen = chosen.to(merged.device).nonzero()[:, 0]
+        merged[chosen[:, None], torch.arange(part.shape[1], device=merged.device)] = part.to(merged.device)
+    return merged
+
+
+__all__ = ["MixedViewsCache", "cache_view", "choose_view"]

@@ -1,0 +1,218 @@
+"""Saving and publishing: a complete folder of what GenieBlue adds, written whole or not at all."""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from .base_identity_genieblue import BASE_FINGERPRINT_NAME, weight_file_hashes
+from .language_views_genieblue import ADAPTER_FOLDER, save_adapter
+from .loading_genieblue import is_local_reference
+from .processing_genieblue import GenieBlueProcessor
+
+logger = logging.getLogger(__name__)
+
+OWN_MODULES = ("vision_tower", "multi_modal_projector")
+AUTO_MAP = {
+    "AutoConfig": "configuration_genieblue.GenieBlueConfig",
+    "AutoModel": "modeling_genieblue.GenieBlueForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_genieblue.GenieBlueForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_genieblue.GenieBlueForConditionalGeneration",
+    "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
+    "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
+}
+# Files of ours that a later save may not write again, and that must not survive in a repository.
+STALE_PATTERNS = ["*.safetensors", "*.safetensors.index.json", f"{ADAPTER_FOLDER}/*", "*.py", "adapter_config.json"]
+
+
+def save_model(
+    model: Any,
+    save_directory: str | os.PathLike,
+    save_pretrained: Callable,
+    *,
+    processor: Any = None,
+    dtype: torch.dtype | None = None,
+    is_main_process: bool = True,
+    **_ignored: Any,
+) -> None:
+    """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
+    if model.multimodal_language_model is None:
+        raise ValueError("This GenieBlue has no base, so it has no adapter to save: use `from_base` or `from_pretrained`.")
+    if not is_main_process:
+        return
+    target = Path(os.path.realpath(save_directory))
+    if target.is_file():
+        raise OSError(f"{target} is a file: give a folder to save into.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.saving-"))
+    try:
+        _write_files(model, staging, target, save_pretrained, processor, dtype)
+        os.chmod(staging, target.stat().st_mode if target.exists() else 0o777 & ~_umask())
+        _put_in_place(staging, target)
+    except SafetensorError as error:
+        raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_files(
+    model: Any, staging: Path, target: Path, save_pretrained: Callable, processor: Any, dtype: torch.dtype | None
+) -> None:
+    parts = {name: getattr(model, name) for name in OWN_MODULES}
+    own_state = {
+        f"{part}.{name}": value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for part, module in parts.items()
+        for name, value in module.state_dict().items()
+    }
+    save_pretrained(staging, state_dict=own_state)
+    config = _config_to_save(model, target)
+    config.dtype = dtype or config.dtype
+    config.save_pretrained(staging)
+    lora_config = copy.deepcopy(model._lora_config)
+    lora_config.base_model_name_or_path = config.base_model_name_or_path
+    lora_config.revision = config.base_model_revision
+    adapter_dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
+    save_adapter(model.multimodal_language_model, lora_config, staging / ADAPTER_FOLDER, adapter_dtype)
+    _write_samples(model._base_samples, staging / BASE_FINGERPRINT_NAME)
+    for source in sorted(Path(__file__).parent.glob("*_genieblue.py")):
+        shutil.copyfile(source, staging / source.name)
+    processor = processor or _own_processor(model)
+    if processor is not None:
+        processor.save_pretrained(staging)
+    existing_card = target / "README.md"
+    if existing_card.is_file():
+        shutil.copyfile(existing_card, staging / "README.md")
+    else:
+        _write_card(staging, target.name)
+
+
+def _config_to_save(model: Any, target: Path) -> Any:
+    """Configuration with the code map, the base's file hashes, and a local base as a path relative to `target`."""
+    model.config.auto_map = dict(AUTO_MAP)
+    name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
+    if name is None:
+        logger.warning("This GenieBlue does not say where its base is: `base_model=` will be needed to load it.")
+    elif model.config.base_model_fingerprint is None:
+        model.config.base_model_fingerprint = weight_file_hashes(name, revision) or None
+    config = copy.deepcopy(model.config)
+    if name is not None and os.path.isabs(name):
+        relative = os.path.relpath(name, target)
+        config.base_model_name_or_path = relative if relative.startswith(".") else os.path.join(".", relative)
+    return config
+
+
+def _write_samples(samples: dict[str, dict], path: Path) -> None:
+    lines = [f"{json.dumps(name)}: {json.dumps(sample)}" for name, sample in samples.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _own_processor(model: Any) -> Any:
+    """The processor that came with the model, or one made from the tokenizer of its base; `None` if there is none."""
+    request = getattr(model, "_processor_source", None)
+    try:
+        if request is not None:
+            trust = bool(request.base_kwargs.get("trust_remote_code"))
+            return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
+        if model.config.base_model_name_or_path is not None:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.config.base_model_name_or_path,
+                revision=model.config.base_model_revision,
+                trust_remote_code=model.language_model.is_remote_code(),  # then its code was allowed to run already
+            )
+            return GenieBlueProcessor.from_base(
+                tokenizer,
+                image_token_id=model.config.image_token_id,
+                image_seq_length=model.config.image_seq_length,
+                tile_size=model.config.vision_config.image_size,
+            )
+    except (OSError, ValueError) as error:
+        logger.warning("No processor is saved (%s): pass `processor=` to `save_pretrained`.", error)
+    return None
+
+
+def _write_card(folder: Path, name: str) -> None:
+    try:
+        from hub_cards.model_card import card_info_from_folder, write_model_card
+    except ImportError:  # running as remote code, without the package that renders cards
+        logger.info("The package `genieblue` is not installed: no model card is written.")
+        return
+    write_model_card(folder, card_info_from_folder(folder, repo_name=name))
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    """Swaps the finished folder in; foreign files of the old one (checkpoints, a README) move over."""
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    try:
+        os.rename(target, old)
+    except OSError as error:
+        old.rmdir()
+        raise OSError(f"{target} cannot be replaced ({error}): give a folder inside of it instead.") from error
+    try:
+        os.rename(staging, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    for entry in old.iterdir():
+        is_ours = entry.name == ADAPTER_FOLDER or entry.name.endswith((".safetensors", ".safetensors.index.json"))
+        if not is_ours and not (target / entry.name).exists():
+            os.rename(entry, target / entry.name)
+    shutil.rmtree(old)
+
+
+def push_model(
+    model: Any,
+    repo_id: str,
+    *,
+    processor: Any = None,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Saves into a temporary folder and uploads it as one commit; see `push_to_hub` of the model."""
+    name = model.config.base_model_name_or_path
+    if name is None or is_local_reference(name) or model.config.base_model_revision is None:
+        raise ValueError(
+            f"The base is recorded as {name!r} at {model.config.base_model_revision!r}; others can only load this "
+            "GenieBlue if its base is on the Hub: make it with `base_model_name_or_path` (Hub id) and "
+            "`base_model_revision` (commit)."
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, repo_id.rsplit("/", 1)[-1])
+        model.save_pretrained(folder, processor=processor, dtype=dtype)
+        ignore = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or "Upload GenieBlue",
+            create_pr=create_pr,
+            ignore_patterns=ignore,
+            delete_patterns=STALE_PATTERNS,
+        )
+
+
+__all__ = ["push_model", "save_model"]
