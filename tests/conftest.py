@@ -1,0 +1,102 @@
+"""What every test has: no way out to the network, a fixed seed, few threads, and a Hub cache of its own."""
+
+import inspect
+import os
+import random
+import runpy
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# huggingface_hub and transformers read their settings when they are imported, so all of this comes before that.
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError("huggingface_hub was imported before tests/conftest.py could point it away from the real Hub.")
+
+from hub_server import HubServer  # noqa: E402
+
+NETWORK_GUARD = Path(__file__).parent / "network_guard"
+SESSION_HOME = Path(tempfile.mkdtemp(prefix="genieblue-tests-"))
+HUB = HubServer()
+NUM_THREADS = min(2, int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+for _name in list(os.environ):
+    if _name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or _name.lower().endswith("_proxy"):
+        del os.environ[_name]
+os.environ.update(
+    HF_ENDPOINT=HUB.endpoint,
+    HF_HOME=str(SESSION_HOME),
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_UPDATE_CHECK="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS=str(NUM_THREADS),
+    # Closes the network to the processes that tests start, too.
+    PYTHONPATH=os.pathsep.join(filter(None, [str(NETWORK_GUARD), os.environ.get("PYTHONPATH")])),
+)
+runpy.run_path(str(NETWORK_GUARD / "sitecustomize.py"))
+
+import huggingface_hub  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+from huggingface_hub.utils import _cache_manager, http_backoff, http_stream_backoff  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    HUB.stop()
+    shutil.rmtree(SESSION_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads():
+    torch.set_num_threads(NUM_THREADS)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def impatient_client(monkeypatch) -> None:
+    """Lets huggingface_hub repeat a failed request at once, instead of after up to 23 seconds of waiting."""
+    for function in (http_backoff, inspect.unwrap(http_stream_backoff)):
+        for name in ("base_wait_time", "max_wait_time"):
+            monkeypatch.setitem(function.__kwdefaults__, name, 0.01)
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch, impatient_client) -> HubServer:
+    """An empty Hub that this process and those started with `hub.env()` use, with a cache of its own.
+
+    The test is logged in as the Hub's `you`; `hub.home` is its HF_HOME.
+    """
+    home = tmp_path_factory.mktemp("hf-home")
+    HUB.reset()
+    HUB.start()
+    monkeypatch.setattr(HUB, "home", home)
+    monkeypatch.setenv("HF_TOKEN", HUB.token)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    for module in (constants, _cache_manager):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
+    yield HUB
+    HUB.reset()
+
+
+@pytest.fixture
+def no_network(monkeypatch, impatient_client) -> None:
+    """Nothing answers, the test's own Hub included: connections are refused as on a computer without network."""
+
+    def refuse(self, address):
+        raise ConnectionRefusedError(f"No network in this test: {address}")
+
+    huggingface_hub.close_session()  # connections that are kept open would still work
+    monkeypatch.setattr("socket.socket.connect", refuse)
