@@ -1,0 +1,221 @@
+"""What `publish_folder` refuses before anything is sent, and which files it would send."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handmade_folder import change_json, write_handmade_folder, write_json
+from safetensors.numpy import save_file
+
+from hub_cards import publish
+from hub_cards.publish import files_to_publish, find_problems, publish_folder
+
+WHOLE = [
+    "config.json",
+    "configuration_genieblue.py",
+    "image_processing_genieblue.py",
+    "language_adapter/adapter_config.json",
+    "language_adapter/adapter_model.safetensors",
+    "model.safetensors",
+    "modeling_genieblue.py",
+    "processing_genieblue.py",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "views_genieblue.py",
+]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_handmade_folder(tmp_path / "reader")
+
+
+def shard_weights(folder: Path) -> None:
+    """Replaces `model.safetensors` by two shards and their index."""
+    (folder / "model.safetensors").unlink()
+    names = {
+        "vision_tower.a": "model-00001-of-00002.safetensors",
+        "multi_modal_projector.b": "model-00002-of-00002.safetensors",
+    }
+    for tensor, file in names.items():
+        save_file({tensor: np.zeros(3, np.float32)}, folder / file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": names})
+
+
+def test_a_whole_folder_has_no_problem_and_all_of_it_is_sent(folder):
+    assert find_problems(folder) == []
+    assert files_to_publish(folder) == WHOLE
+
+
+def test_sharded_weights_are_whole_too(folder):
+    shard_weights(folder)
+    assert find_problems(folder) == []
+    sent = [name for name in files_to_publish(folder) if name.startswith("model")]
+    assert sent == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "modeling_genieblue.py",
+    ]
+
+
+def test_what_is_no_part_of_the_model_stays_at_home_and_is_named(folder, caplog):
+    (folder / "checkpoint-100").mkdir()
+    for name in (
+        "optimizer.pt",
+        "training_args.bin",
+        "trainer_state.json",
+        "base.safetensors",
+        "notes.py",
+        ".env",
+        "checkpoint-100/model.safetensors",
+        "language_adapter/optimizer.pt",
+    ):
+        (folder / name).write_text("private")
+    assert files_to_publish(folder) == WHOLE
+    for name in ("checkpoint-100", "optimizer.pt", "training_args.bin", "base.safetensors", "notes.py"):
+        assert name in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("model.safetensors", "neither model.safetensors nor"),
+        ("language_adapter/adapter_config.json", "adapter is not complete.*adapter_config.json"),
+        ("language_adapter/adapter_model.safetensors", "adapter is not complete.*adapter_model.safetensors"),
+        ("modeling_genieblue.py", "Code files are missing: modeling_genieblue.py"),
+        ("views_genieblue.py", "Code files are missing: views_genieblue.py"),  # only imported, not in an auto_map
+        ("image_processing_genieblue.py", "Code files are missing: image_processing_genieblue.py"),
+        ("processor_config.json", "The processor is missing"),
+        ("tokenizer.json", "The tokenizer is missing"),
+        ("tokenizer_config.json", "The tokenizer is missing"),
+    ],
+)
+def test_a_missing_file_is_refused(folder, name, problem):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=problem):
+        publish_folder(folder, "you/reader")
+
+
+def test_another_kind_of_model_is_refused(folder):
+    change_json(folder / "config.json", model_type="llama")
+    with pytest.raises(ValueError, match="'llama', expected 'genieblue'"):
+        publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("missing", ["folder", "config.json"])
+def test_what_is_no_model_folder_is_refused(folder, missing):
+    shutil.rmtree(folder) if missing == "folder" else (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match="folder"):
+        publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "language_adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("lost", [1, 100_000], ids=["last-byte", "header"])
+def test_truncated_weights_are_refused(folder, weights, lost):
+    content = (folder / weights).read_bytes()
+    (folder / weights).write_bytes(content[:-lost] if lost < len(content) else content[:20])
+    with pytest.raises(ValueError, match=f"{Path(weights).name}.*(truncated|header)"):
+        publish_folder(folder, "you/reader")
+
+
+def test_weights_with_bytes_too_many_are_refused(folder):
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="its header describes"):
+        publish_folder(folder, "you/reader")
+
+
+def test_an_adapter_config_in_the_root_is_refused_with_the_reason(folder):
+    shutil.copy(folder / "language_adapter/adapter_config.json", folder)
+    with pytest.raises(ValueError, match="would then load the base"):
+        publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("base", ["../base", "base", "/data/base"])
+def test_a_local_base_is_refused(tmp_path, base):
+    folder = write_handmade_folder(tmp_path / "reader", base_model_name_or_path=base, base_model_revision=None)
+    (folder / "base").mkdir()
+    with pytest.raises(ValueError, match="local path, which nobody else has"):
+        publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0123456"])
+def test_a_base_that_is_not_pinned_to_a_commit_is_refused(tmp_path, revision):
+    folder = write_handmade_folder(tmp_path / "reader", base_model_revision=revision)
+    with pytest.raises(ValueError, match="expected the 40 digits of a commit"):
+        publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("change", [{"base_model_name_or_path": "/home/me/base"}, {"revision": None}])
+def test_an_adapter_for_another_base_than_the_config_names_is_refused(folder, change):
+    change_json(folder / "language_adapter/adapter_config.json", **change)
+    with pytest.raises(ValueError, match="must name the same base"):
+        publish_folder(folder, "you/reader")
+
+
+def test_weights_of_the_base_are_refused(folder):
+    tensors = {
+        "vision_tower.a": np.zeros(2, np.float32),
+        "multi_modal_projector.b": np.zeros(2, np.float32),
+        "language_model.model.embed_tokens.weight": np.zeros(2, np.float32),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="language_model.model.embed_tokens.weight.*weights of the base are not"):
+        publish_folder(folder, "you/reader")
+
+
+def test_weights_without_a_vision_tower_are_refused(folder):
+    save_file({"multi_modal_projector.b": np.zeros(2, np.float32)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="nothing of vision_tower"):
+        publish_folder(folder, "you/reader")
+
+
+def test_an_index_that_disagrees_with_its_shards_is_refused(folder):
+    shard_weights(folder)
+    save_file({"vision_tower.other": np.zeros(3, np.float32)}, folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="disagree about vision_tower.a, vision_tower.other"):
+        publish_folder(folder, "you/reader")
+
+
+def test_an_index_that_points_out_of_the_folder_is_refused(folder):
+    shard_weights(folder)
+    index = {"weight_map": {"vision_tower.a": "../secret.safetensors"}}
+    write_json(folder / "model.safetensors.index.json", index)
+    with pytest.raises(ValueError, match="next to it"):
+        publish_folder(folder, "you/reader")
+
+
+def test_a_config_without_auto_map_is_refused(folder):
+    change_json(folder / "config.json", auto_map=None)
+    with pytest.raises(ValueError, match="no auto_map entry for AutoModel"):
+        publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("modeling_genieblue.py", "not valid Python"), ("processor_config.json", "not valid JSON")]
+)
+def test_a_file_that_cannot_be_read_is_named(folder, name, problem):
+    (folder / name).write_text("def :")
+    with pytest.raises(ValueError, match=f"{name}.*{problem}"):
+        publish_folder(folder, "you/reader")
+
+
+def test_all_problems_are_told_at_once(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "model.safetensors").unlink()
+    change_json(folder / "config.json", base_model_revision=None)
+    assert len(find_problems(folder)) == 4  # revision, weights, an adapter with another revision, tokenizer
+
+
+def test_nothing_is_sent_or_written_when_there_is_a_problem(folder, monkeypatch):
+    def no_hub(*args, **kwargs):
+        raise AssertionError("The Hub was asked before the folder was checked.")
+
+    monkeypatch.setattr(publish, "HfApi", no_hub)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="nothing was sent"):
+        publish_folder(folder, "you/reader")
+    assert not (folder / "README.md").exists()
