@@ -201,7 +201,7 @@ def load_adapter(view: nn.Module, weights_file: str | os.PathLike, dtype: torch.
     except ValueError:
         raise
     except Exception as error:  # safetensors raises its own type, which is no OSError
-        raise OSError(f"{weights_file} cannot be read ({error}): it is damaged or cut short; fetch it again.") from error
+        raise OSError(f"{weights_file} cannot be read ({error}): it is damaged; fetch it again.") from error
 
 
 def _key_problems(expected: set[str], found: set[str]) -> list[str]:

@@ -89,7 +89,7 @@ class LoadRequest:
             model, info = from_pretrained(self.path, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(
-                f"The weights of {self.path} cannot be read ({error}): the file is damaged or cut short; fetch it again."
+                f"The weights of {self.path} cannot be read ({error}): the file is damaged; fetch it again."
             ) from error
         problems = [
             f"{title} {sorted(map(str, info[key]))[:3]} ({len(info[key])} in all)"
@@ -162,7 +162,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     """The base that `config` names (or `override`), loaded by `AutoModelForCausalLM` as it would be by hand."""
     location = os.fspath(override) if override is not None else request.base_location(config)
     if location is None:
-        raise ValueError(f"{request.path} does not say which base it belongs to: pass `base_model=` (a model or an id).")
+        raise ValueError(f"{request.path} names no base: pass `base_model=` (a loaded model, a folder or a Hub id).")
     is_recorded = override is None or location == config.base_model_name_or_path
     kwargs = dict(request.base_kwargs)
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
@@ -181,8 +181,8 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     except (OSError, ValueError) as error:
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(
-            f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory can "
-            "be given as `base_model=`."
+            f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory "
+            "can be given as `base_model=`."
         ) from error
     if "revision" in kwargs:
         _refuse_other_files(location, config, kwargs)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base_identity_genieblue import tensor_samples
 from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
+from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
     TextEmbedder,
     build_multimodal_view,
@@ -30,7 +31,6 @@ from .requests_genieblue import (
     MixedViewsCache,
     check_tile_count,
     choose_views,
-    join_sequences,
     mark_multimodal_cache,
     merge_rows,
     take_rows,
@@ -67,7 +67,7 @@ class GenieBlueMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(self.norm(concatenated))))
 
 
-class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixin):
     """A base LLM with eyes; see the module's docstring, and `from_base` / `from_pretrained` for ways to get one.
 
     Attributes:
@@ -263,8 +263,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is None:
             if num_image_tokens:
                 raise ValueError(
-                    f"The request has {num_image_tokens} image tokens but no `pixel_values`: pass what the processor "
-                    "returned for the images (`model.generate(**inputs)`)."
+                    f"The request has {num_image_tokens} image tokens but no `pixel_values`: pass all that the "
+                    "processor returned (`model.generate(**inputs)`)."
                 )
             return inputs_embeds
         if pixel_values.ndim != 4:
@@ -275,8 +275,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if num_image_tokens != expected:
             raise ValueError(
                 f"Image tokens and image features do not match: tokens: {num_image_tokens}, features: {expected} "
-                f"({pixel_values.shape[0]} tiles of {self.config.image_seq_length}). Pass the ids and the pixels of one "
-                "call of the processor, uncut."
+                f"({pixel_values.shape[0]} tiles of {self.config.image_seq_length}). Pass the ids and the pixels of "
+                "one call of the processor, uncut."
             )
         image_features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
@@ -285,7 +285,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> torch.Tensor:
         """Which rows run the multimodal view, (batch,) booleans on the CPU."""
         if self.language_model is None:
-            raise ValueError("This GenieBlue has no base: load it with `from_pretrained`, or make one with `from_base`.")
+            raise ValueError("This GenieBlue has no base: load it by `from_pretrained`, or make one by `from_base`.")
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
@@ -293,8 +293,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
         has_image = (input_ids == self.config.image_token_id).any(dim=1).tolist()
         if pixel_values is not None and not any(has_image):
             raise ValueError(
-                f"The request has no image tokens, but `pixel_values` of {len(pixel_values)} tiles: put one placeholder "
-                "per image into the text, and let the processor expand it."
+                f"The request has no image tokens, but `pixel_values` of {len(pixel_values)} tiles: put one "
+                "placeholder per image into the text, and let the processor expand it."
             )
         return choose_views(has_image, cache, view, self.training)
 
@@ -342,6 +342,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
         if "inputs_embeds" not in inputs:
             inputs["inputs_embeds"] = self._embed(inputs.pop("input_ids"), pixel_values)
+        if self.training and torch.is_grad_enabled() and inputs["inputs_embeds"].is_leaf:
+            inputs["inputs_embeds"].requires_grad_(True)  # reentrant checkpointing gives no gradients otherwise
         outputs = self.multimodal_language_model(**inputs)
         if labels is not None:
             outputs.loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
@@ -372,94 +374,6 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs.loss = self._loss(outputs.logits, labels)
         return outputs
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        *,
-        pixel_values: torch.FloatTensor | None = None,
-        num_tiles: torch.LongTensor | None = None,
-        view: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate` of the view that each row runs; text requests are the base's own `generate`.
-
-        Args:
-            inputs: prompt ids (batch, length), also as `input_ids`; image tokens in their places.
-            pixel_values, num_tiles, view: as in `forward`.
-            kwargs: everything that `generate` of the base takes.
-
-        Returns what `generate` returns: ids (batch * num_return_sequences, length) with the prompt, or an output
-        object. A batch that mixes texts and images is generated in two parts, and gives ids only.
-        """
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        check_tile_count(pixel_values, num_tiles)
-        is_multimodal = self._route(input_ids, kwargs.get("past_key_values"), view, pixel_values)
-        if not _same_generation_config(self.generation_config, self.language_model.generation_config):
-            kwargs.setdefault("generation_config", self.generation_config)
-        if is_multimodal.all():
-            return self._multimodal_generate(input_ids, pixel_values, **kwargs)
-        if is_multimodal.any():
-            return self._mixed_generate(is_multimodal, input_ids, pixel_values, **kwargs)
-        return self.language_model.generate(input_ids, **kwargs)
-
-    def _multimodal_generate(self, input_ids: torch.Tensor | None, pixel_values: Any, **kwargs: Any) -> Any:
-        if input_ids is None:
-            return self.multimodal_language_model.generate(**kwargs)
-        cache = kwargs.get("past_key_values")
-        cached_length = 0 if cache is None else int(cache.get_seq_length())
-        inputs_embeds = self._embed_from(cached_length, input_ids, pixel_values)
-        outputs = self.multimodal_language_model.generate(
-            self._ids_for_processors(input_ids), inputs_embeds=inputs_embeds, **kwargs
-        )
-        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
-        per_row = len(sequences) // len(input_ids)
-        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(per_row, dim=0)
-        return outputs
-
-    def _embed_from(self, cached_length: int, input_ids: torch.Tensor, pixel_values: Any) -> torch.Tensor:
-        """Embeddings of a prompt of which `cached_length` tokens are cached: their images need not be given again."""
-        new_ids = input_ids[:, cached_length:]
-        image_tokens = (new_ids == self.config.image_token_id).sum()
-        given = 0 if pixel_values is None else len(pixel_values) * self.config.image_seq_length
-        if cached_length == 0 or image_tokens != given:
-            return self._embed(input_ids, pixel_values)
-        embedded = self._embed(new_ids, pixel_values)
-        cached = embedded.new_zeros(len(embedded), cached_length, embedded.shape[-1])  # never looked at
-        return torch.cat([cached, embedded], dim=1)
-
-    def _ids_for_processors(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Ids for the logits processors, which index the scores by them and must not meet an id past the vocabulary.
-
-        Image tokens become the row's first text token, so that a repetition penalty sees no token that is not there.
-        """
-        is_image = input_ids == self.config.image_token_id
-        first_text = (~is_image).int().argmax(dim=1, keepdim=True)
-        stand_in = input_ids.gather(1, first_text).masked_fill(is_image.gather(1, first_text), 0)
-        return torch.where(is_image, stand_in, input_ids)
-
-    def _mixed_generate(
-        self, is_multimodal: torch.Tensor, input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("return_dict_in_generate", config.return_dict_in_generate):
-            raise ValueError(
-                "A batch of texts and images is generated in two views, which have no common scores and caches: leave "
-                "`return_dict_in_generate` out, or generate the two kinds of rows one after the other."
-            )
-
-        def part(rows: torch.Tensor) -> dict[str, Any]:
-            return {name: take_rows(value, rows, len(is_multimodal)) for name, value in kwargs.items()}
-
-        rows = is_multimodal.to(input_ids.device)
-        text = self.language_model.generate(input_ids[~rows], **part(~is_multimodal))
-        multimodal = self._multimodal_generate(input_ids[rows], pixel_values, **part(is_multimodal))
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        if pad is None:
-            eos = kwargs.get("eos_token_id", config.eos_token_id)
-            pad = eos[0] if isinstance(eos, list | tuple) else eos
-        return join_sequences(text, multimodal, is_multimodal, 0 if pad is None else int(pad))
-
     # The rest of the `PreTrainedModel` interface, where the base must stay as it is
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -485,16 +399,16 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.language_model.train(was_training and mode)
         return self
 
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: `forward` sees to it in training, where transformers would hook the base's embedding."""
+
+    def disable_input_require_grads(self) -> None:
+        """The counterpart of `enable_input_require_grads`."""
+
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         # Not on `self`, whose modules include the base.
         for module in (self.vision_tower, self.multimodal_language_model):
             module._set_gradient_checkpointing(enable, *args, **kwargs)
-
-
-def _same_generation_config(first: Any, second: Any) -> bool:
-    ignored = ("transformers_version", "_from_model_config")
-    one, other = ({k: v for k, v in config.to_dict().items() if k not in ignored} for config in (first, second))
-    return one == other
 
 
 GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")

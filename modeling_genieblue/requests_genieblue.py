@@ -59,8 +59,8 @@ def choose_view(has_image: bool, cache: Any, view: str | None, training: bool) -
         return wanted or TEXT
     if wanted not in (None, made_by):
         raise ValueError(
-            f"The cache was made by the {made_by} view and cannot be continued in the {wanted} view: prefill the whole "
-            "conversation again, without `past_key_values`."
+            f"The cache was made by the {made_by} view and cannot be continued in the {wanted} view: prefill the "
+            "whole conversation again, without `past_key_values`."
         )
     return made_by
 
@@ -84,8 +84,8 @@ def check_tile_count(pixel_values: torch.Tensor | None, num_tiles: torch.Tensor 
     """`ValueError` unless `pixel_values` holds the tiles that `num_tiles` counts."""
     if pixel_values is not None and num_tiles is not None and int(num_tiles.sum()) != len(pixel_values):
         raise ValueError(
-            f"`num_tiles` counts {int(num_tiles.sum())} tiles, `pixel_values` holds {len(pixel_values)}: pass both from "
-            "one call of the processor."
+            f"`num_tiles` counts {int(num_tiles.sum())} tiles, `pixel_values` holds {len(pixel_values)}: pass both "
+            "from one call of the processor."
         )
 
 

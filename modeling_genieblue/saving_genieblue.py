@@ -47,7 +47,7 @@ def save_model(
 ) -> None:
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
     if model.multimodal_language_model is None:
-        raise ValueError("This GenieBlue has no base, so it has no adapter to save: use `from_base` or `from_pretrained`.")
+        raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
     if not is_main_process:
         return
     target = Path(os.path.realpath(save_directory))

@@ -1,0 +1,109 @@
+"""`generate` of a GenieBlue: each row in the view that it runs, by transformers' own `generate` of that view."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+
+from .requests_genieblue import check_tile_count, join_sequences, take_rows
+
+
+class GenieBlueGenerationMixin(GenerationMixin):
+    """Routes generation to the two views; to be mixed into the model class."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        *,
+        pixel_values: torch.FloatTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        view: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate` of the view that each row runs; text requests are the base's own `generate`.
+
+        Args:
+            inputs: prompt ids (batch, length), also as `input_ids`; image tokens in their places.
+            pixel_values, num_tiles, view: as in `forward`.
+            kwargs: everything that `generate` of the base takes.
+
+        Returns what `generate` returns: ids (batch * num_return_sequences, length) with the prompt, or an output
+        object. A batch that mixes texts and images is generated in two parts, and gives ids only.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        check_tile_count(pixel_values, num_tiles)
+        is_multimodal = self._route(input_ids, kwargs.get("past_key_values"), view, pixel_values)
+        if not _same_generation_config(self.generation_config, self.language_model.generation_config):
+            kwargs.setdefault("generation_config", self.generation_config)
+        if is_multimodal.all():
+            return self._multimodal_generate(input_ids, pixel_values, **kwargs)
+        if is_multimodal.any():
+            return self._mixed_generate(is_multimodal, input_ids, pixel_values, **kwargs)
+        return self.language_model.generate(input_ids, **kwargs)
+
+    def _multimodal_generate(self, input_ids: torch.Tensor | None, pixel_values: Any, **kwargs: Any) -> Any:
+        if input_ids is None:
+            return self.multimodal_language_model.generate(**kwargs)
+        cache = kwargs.get("past_key_values")
+        cached_length = 0 if cache is None else int(cache.get_seq_length())
+        inputs_embeds = self._embed_from(cached_length, input_ids, pixel_values)
+        outputs = self.multimodal_language_model.generate(
+            self._ids_for_processors(input_ids), inputs_embeds=inputs_embeds, **kwargs
+        )
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        per_row = len(sequences) // len(input_ids)
+        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(per_row, dim=0)
+        return outputs
+
+    def _embed_from(self, cached_length: int, input_ids: torch.Tensor, pixel_values: Any) -> torch.Tensor:
+        """Embeddings of a prompt of which `cached_length` tokens are cached: their images need not be given again."""
+        new_ids = input_ids[:, cached_length:]
+        image_tokens = (new_ids == self.config.image_token_id).sum()
+        given = 0 if pixel_values is None else len(pixel_values) * self.config.image_seq_length
+        if cached_length == 0 or image_tokens != given:
+            return self._embed(input_ids, pixel_values)
+        embedded = self._embed(new_ids, pixel_values)
+        cached = embedded.new_zeros(len(embedded), cached_length, embedded.shape[-1])  # never looked at
+        return torch.cat([cached, embedded], dim=1)
+
+    def _ids_for_processors(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids for the logits processors, which index the scores by them and must not meet an id past the vocabulary.
+
+        Image tokens become the row's first text token, so that a repetition penalty sees no token that is not there.
+        """
+        is_image = input_ids == self.config.image_token_id
+        first_text = (~is_image).int().argmax(dim=1, keepdim=True)
+        stand_in = input_ids.gather(1, first_text).masked_fill(is_image.gather(1, first_text), 0)
+        return torch.where(is_image, stand_in, input_ids)
+
+    def _mixed_generate(
+        self, is_multimodal: torch.Tensor, input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("return_dict_in_generate", config.return_dict_in_generate):
+            raise ValueError(
+                "A batch of texts and images is generated in two views, which have no common scores and caches: leave "
+                "`return_dict_in_generate` out, or generate the two kinds of rows one after the other."
+            )
+
+        def part(rows: torch.Tensor) -> dict[str, Any]:
+            return {name: take_rows(value, rows, len(is_multimodal)) for name, value in kwargs.items()}
+
+        rows = is_multimodal.to(input_ids.device)
+        text = self.language_model.generate(input_ids[~rows], **part(~is_multimodal))
+        multimodal = self._multimodal_generate(input_ids[rows], pixel_values, **part(is_multimodal))
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        if pad is None:
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
+            pad = eos[0] if isinstance(eos, list | tuple) else eos
+        return join_sequences(text, multimodal, is_multimodal, 0 if pad is None else int(pad))
+
+
+def _same_generation_config(first: Any, second: Any) -> bool:
+    ignored = ("transformers_version", "_from_model_config")
+    one, other = ({k: v for k, v in config.to_dict().items() if k not in ignored} for config in (first, second))
+    return one == other
+
+
+__all__ = ["GenieBlueGenerationMixin"]
