@@ -52,8 +52,8 @@ class ModelCardInfo:
     """What is known about a model. Whatever is `None` or empty is left out of its card."""
 
     repo_name: str  # what `from_pretrained` takes: a Hub id, or a folder's name
-    base_model: str  # Hub id, or a path from the folder in which `repo_name` lies
-    base_is_on_hub: bool
+    base_model: str | None = None  # Hub id, or a path from the folder in which `repo_name` lies
+    base_is_on_hub: bool = False
     base_revision: str | None = None
     base_needs_remote_code: bool = False
     base_license: License | None = None
@@ -131,18 +131,16 @@ def card_info_from_folder(folder: str | Path, repo_name: str | None = None) -> M
     """
     folder = Path(folder).resolve()
     config = read_model_config(folder)
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder / 'config.json'} names no base_model_name_or_path: save the model with its base.")
-    revision = config.get("base_model_revision")
+    base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
     text_config = config.get("text_config") or {}
     vision_name = (config.get("vision_config") or {}).get("_name_or_path")
     on_hub = is_hub_id(base, folder)
-    base_card = _hub_metadata(base, revision) if on_hub else _local_metadata(folder / base)
+    base_is_local = base is not None and not on_hub
+    base_card = _hub_metadata(base, revision) if on_hub else _local_metadata(folder / base) if base_is_local else {}
     images = _image_settings(folder)
     return ModelCardInfo(
         repo_name=repo_name or folder.name,
-        base_model=base if on_hub else _path_beside(folder, base),
+        base_model=_path_beside(folder, base) if base_is_local else base,
         base_is_on_hub=on_hub,
         base_revision=revision,
         base_needs_remote_code="auto_map" in text_config,

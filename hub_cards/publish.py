@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 # logs, data) stays at home.
 PUBLISHED_NAMES = (
     "config.json",
+    "base_fingerprint.json",
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -161,7 +162,9 @@ def files_to_publish(folder: str | Path) -> list[str]:
 
 def _base_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
-    if not is_hub_id(base, folder):
+    if base is None:
+        yield "Its base is not recorded, so nobody could load it: save the model with the Hub id of its base."
+    elif not is_hub_id(base, folder):
         yield (
             f"Its base is {base!r}, a local path, which nobody else has: publish the base first, then save the model "
             "with the Hub id as its base."

@@ -44,6 +44,7 @@ def write_handmade_folder(folder: Path, **config_changes: Any) -> Path:
             },
         },
     )
+    write_json(folder / "base_fingerprint.json", {})
     write_json(folder / "tokenizer_config.json", {})
     write_json(folder / "tokenizer.json", {})
     (folder / "configuration_genieblue.py").write_text("import math\n")

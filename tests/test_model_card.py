@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from handmade_folder import BASE, REVISION, change_json, write_handmade_folder, write_json
+from handmade_folder import BASE, REVISION, write_handmade_folder, write_json
 from huggingface_hub import ModelCard, ModelCardData
 
 from hub_cards import model_card
@@ -239,11 +239,12 @@ def test_a_fact_file_of_another_form_is_named(tmp_path, name, content):
         card_info_from_folder(folder)
 
 
-def test_a_folder_without_a_base_is_refused(tmp_path):
-    folder = write_handmade_folder(tmp_path / "reader")
-    change_json(folder / "config.json", base_model_name_or_path=None)
-    with pytest.raises(ValueError, match="names no base_model_name_or_path"):
-        card_info_from_folder(folder)
+def test_a_model_whose_base_is_not_recorded_has_a_card_that_says_so(tmp_path):
+    folder = write_handmade_folder(tmp_path / "reader", base_model_name_or_path=None, base_model_revision=None)
+    card = render_model_card(card_info_from_folder(folder))
+    assert "The base is not recorded here" in card
+    assert "None" not in card
+    assert len(code_blocks(card)) == 1  # there is no base to put the adapter on
 
 
 def test_a_card_is_written_once_and_never_over_another(tmp_path):

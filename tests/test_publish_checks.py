@@ -12,6 +12,7 @@ from hub_cards import publish
 from hub_cards.publish import files_to_publish, find_problems, publish_folder
 
 WHOLE = [
+    "base_fingerprint.json",
     "config.json",
     "configuration_genieblue.py",
     "image_processing_genieblue.py",
@@ -139,6 +140,12 @@ def test_a_local_base_is_refused(tmp_path, base):
     folder = write_handmade_folder(tmp_path / "reader", base_model_name_or_path=base, base_model_revision=None)
     (folder / "base").mkdir()
     with pytest.raises(ValueError, match="local path, which nobody else has"):
+        publish_folder(folder, "you/reader")
+
+
+def test_a_base_that_is_not_recorded_is_refused(tmp_path):
+    folder = write_handmade_folder(tmp_path / "reader", base_model_name_or_path=None, base_model_revision=None)
+    with pytest.raises(ValueError, match="base is not recorded"):
         publish_folder(folder, "you/reader")
 
 
