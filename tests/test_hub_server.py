@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import save_tiny_base, tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -284,6 +285,18 @@ def test_transformers_pushes_a_model(hub):
     tiny_base("llama").push_to_hub(REPO)
     assert "model.safetensors" in hub.files(REPO)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(REPO)(PROMPT).logits, tiny_base("llama")(PROMPT).logits)
+
+
+def test_peft_loads_a_pushed_adapter_from_a_subfolder(hub, tmp_path):
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny_base("llama"), settings).eval()
+    adapted.save_pretrained(tmp_path / "language_adapter")
+    hub.commit_folder(REPO, tmp_path)
+
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), REPO, subfolder="language_adapter").eval()
+
+    assert torch.equal(loaded(PROMPT).logits, adapted(PROMPT).logits)
+    assert not torch.equal(loaded(PROMPT).logits, tiny_base("llama")(PROMPT).logits)
 
 
 def test_transformers_says_why_it_cannot_load(hub, tmp_path):
