@@ -206,24 +206,16 @@ def _three_channels(value: Any, name: str) -> list[float]:
 def _rgb_pixels(image: Any, index: int, convert: bool, input_data_format: str | None) -> np.ndarray:
     """Return (height, width, 3) bytes of any accepted image."""
     name = f"Image {index}"
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return _as_rgb(_image_from_array(image, name, input_data_format), name, convert)
     if isinstance(image, (str, os.PathLike)):
         image, name = _open(os.fspath(image), name)
         with image:  # closes the file, which an animation would keep open
-            return _pixels_of_pil(image, name, convert)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = _image_from_array(image, name, input_data_format)
-    elif not isinstance(image, Image.Image):
+            return _as_rgb(_decode(image, name), name, convert)
+    if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is of type {type(image).__name__}; expected {IMAGE_TYPES}.")
-    elif getattr(image, "filename", ""):
-        name = f"{name} ({image.filename})"
-    return _pixels_of_pil(image, name, convert)
-
-
-def _pixels_of_pil(image: Image.Image, name: str, convert: bool) -> np.ndarray:
-    image = _decode(image, name)
-    if not convert and image.mode != "RGB":
-        raise ValueError(f"{name} has mode {image.mode}; expected RGB, or do_convert_rgb=True to convert it.")
-    return np.asarray(_to_rgb(image, name))
+    name = f"{name} ({image.filename})" if getattr(image, "filename", "") else name
+    return _as_rgb(_decode(image, name), name, convert)
 
 
 def _open(source: str, name: str) -> tuple[Image.Image, str]:
@@ -281,19 +273,17 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _as_rgb(image: Image.Image, name: str, convert: bool) -> np.ndarray:
+    """Convert an image of any mode to (height, width, 3) bytes."""
+    if not convert and image.mode != "RGB":
+        raise ValueError(f"{name} has mode {image.mode}; expected RGB, or do_convert_rgb=True to convert it.")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _image_from_deep_grey(np.asarray(image), image.mode, name)
-    try:
-        if image.has_transparency_data:
-            # Pillow has no direct way from premultiplied grey to RGBA.
-            image = image.convert("LA") if image.mode == "La" else image
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name} has mode {image.mode}, which cannot be converted; expected RGB.") from error
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # which Pillow cannot turn to RGBA at once
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def _image_from_deep_grey(values: np.ndarray, mode: str, name: str) -> Image.Image:
