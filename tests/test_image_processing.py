@@ -243,7 +243,7 @@ def test_a_transparent_colour_without_alpha_channel_turns_white(tmp_path):
         ("1", 1, WHITE),
         ("CMYK", (0, 255, 255, 0), RED),
         ("YCbCr", (255, 128, 128), WHITE),
-        ("LAB", (255, 128, 128), WHITE),
+        ("LAB", (255, 128, 128), (254, 255, 254)),
         ("HSV", (0, 255, 255), RED),
         ("I;16", 32768, (128, 128, 128)),
         ("I;16", 65535, WHITE),
@@ -476,8 +476,8 @@ def test_settings_survive_saving(tmp_path):
 def test_auto_class_loads_the_saved_code_without_the_package(tmp_path):
     processor(max_tiles=4).save_pretrained(tmp_path / "model")
     script = (
-        "import importlib.util, sys\n"
-        "assert importlib.util.find_spec('modeling_genieblue') is None\n"
+        "import sys\n"
+        "sys.modules['modeling_genieblue'] = None  # it cannot be imported, installed or not\n"
         "from transformers import AutoImageProcessor\n"
         "from PIL import Image\n"
         "loaded = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
