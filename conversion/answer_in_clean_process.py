@@ -1,0 +1,57 @@
+"""A script that `verify` runs in a process of its own: a model's own code files must load and answer there.
+
+Reads settings as JSON from stdin, writes one line of JSON to stdout. The packages of this project are barred from
+import, so everything has to come from the files that lie in the model's repository.
+"""
+
+import importlib.abc
+import json
+import sys
+
+BARRED = ("modeling_genieblue", "hub_cards", "conversion", "genieblue")
+
+
+class BarPackages(importlib.abc.MetaPathFinder):
+    """Refuses to import the packages of this project, wherever they are installed."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        """`ImportError` for a barred package; None, which lets others look, for all else."""
+        if fullname.split(".")[0] in BARRED:
+            raise ImportError(f"{fullname} is not to be imported here: the repository's own code files must do")
+        return None
+
+
+def main() -> None:
+    """Loads configuration, processor and model through the auto classes, and answers one request with an image."""
+    sys.meta_path.insert(0, BarPackages())
+    settings = json.load(sys.stdin)
+
+    from PIL import Image
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+
+    source, hub = settings["model"], {**settings["hub"], "trust_remote_code": True}
+    config = AutoConfig.from_pretrained(source, **hub)
+    processor = AutoProcessor.from_pretrained(source, **hub)
+    model = AutoModel.from_pretrained(source, dtype=settings["dtype"], **settings["base"], **hub)
+    if settings["device"]:
+        model.to(settings["device"])
+
+    size = config.vision_config.image_size
+    image = Image.linear_gradient("L").resize((2 * size, size))  # two tiles and a thumbnail
+    text = f"{processor.image_token}\n{settings['prompt']}"
+    if processor.chat_template is not None:
+        content = [{"type": "image"}, {"type": "text", "text": settings["prompt"]}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=text, images=[image], return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=settings["max_new_tokens"], do_sample=False)
+    report = {
+        "modules": {name: type(thing).__module__ for name, thing in
+                    (("AutoConfig", config), ("AutoProcessor", processor), ("AutoModel", model))},
+        "tiles": len(inputs["pixel_values"]),
+        "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1],
+    }  # fmt: skip
+    print("\n" + json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""A new GenieBlue to train: a base LLM and a SigLIP in, a complete folder out."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, SiglipVisionModel
+from transformers.utils import logging as transformers_logging
+
+from hub_cards.model_card import CARD, MEASUREMENTS, RECIPE, card_info_from_folder, is_as_generated, write_model_card
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue.configuration_genieblue import select_replicated_layers
+
+logger = logging.getLogger(__name__)
+
+# A whole SigLIP, image and text, or its image half alone.
+SIGLIP_TYPES = ("siglip", "siglip_vision_model")
+
+
+def create_genieblue(
+    base: str | os.PathLike,
+    vision: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    placement: str = "skip",
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    max_tiles: int = 16,
+    chat_template: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    base_revision: str | None = None,
+    vision_revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an untrained GenieBlue, whose two views agree, into the folder `output`; returns that folder.
+
+    Args:
+        base: folder or Hub id of a decoder with at least four blocks. A Hub id is recorded with its commit, a folder
+            by its path relative to `output`.
+        vision: folder or Hub id of a SigLIP: the whole model or its vision half.
+        placement: which quarter of the blocks is copied: `skip`, `pre` or `post`.
+        max_tiles: square number; an image is cut into at most this many tiles, and a thumbnail.
+        chat_template: Jinja text for a base whose tokenizer has none.
+        dtype: `"auto"` is the base's own; the vision tower gets the same.
+        trust_remote_code: allows code of the base's repository to run.
+        overwrite: allows `output` to be an existing GenieBlue. Files in it that are of other origin stay.
+
+    Raises `ValueError` or `OSError`, before any weights are read, for an output that is taken, a base or vision model
+    of the wrong kind, and settings out of range. Only safetensors files are read.
+    """
+    base, vision, output = os.fspath(base), os.fspath(vision), Path(output)
+    _refuse_taken_output(output, (base, vision), overwrite)
+    if lora_rank < 1 or lora_alpha < 1:
+        raise ValueError(f"LoRA rank {lora_rank} and alpha {lora_alpha} were asked for: both must be 1 or more.")
+    GenieBlueImageProcessor(max_tiles=max_tiles)  # refuses a number that is not a square
+
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    from_base = {**hub, "revision": base_revision, "trust_remote_code": trust_remote_code}
+    config = _load("base", base, AutoConfig.from_pretrained, **from_base)
+    _check_base_config(base, config, placement)
+    vision_config = _load_vision_config(vision, revision=vision_revision, **hub)
+    tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
+    if chat_template is not None and tokenizer.chat_template is not None:
+        raise ValueError(
+            f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
+        )
+
+    weights = {"use_safetensors": True, "dtype": dtype}
+    base_model = _load("base", base, AutoModelForCausalLM.from_pretrained, **from_base, **weights)
+    weights["dtype"] = base_model.dtype
+    vision_tower = _load_vision_tower(vision, vision_config, revision=vision_revision, **hub, **weights)
+    if device is not None:
+        base_model.to(device)
+        vision_tower.to(device)
+
+    model = GenieBlueForConditionalGeneration.from_base(
+        base_model,
+        vision_tower,
+        placement=placement,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        base_model_name_or_path=base,
+        base_model_revision=base_revision,
+    )
+    processor = GenieBlueProcessor.from_base(
+        tokenizer,
+        image_token_id=model.config.image_token_id,
+        image_seq_length=model.config.image_seq_length,
+        tile_size=model.config.vision_config.image_size,
+        max_tiles=max_tiles,
+        chat_template=chat_template,
+    )
+    model.save_pretrained(output, processor=processor)
+    _renew_facts(output)
+    return output
+
+
+def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> None:
+    for source in sources:
+        if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output):
+            raise ValueError(f"{output} is where {source} lies, which is only read: give another output folder.")
+    if output.exists() and not output.is_dir():
+        raise OSError(f"{output} is a file: give a folder that is new or empty.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise OSError(f"{output} is not empty: give a new folder, or pass overwrite (--overwrite) to replace it.")
+    config = output / "config.json"
+    if config.is_file() and '"genieblue"' not in config.read_text(encoding="utf-8", errors="replace"):
+        raise OSError(f"{output} holds another kind of model, which is not overwritten: give a new folder.")
+
+
+def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
+    """`from_pretrained(name, …)`, its errors naming what was being loaded."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        return from_pretrained(name, **kwargs)
+    except SafetensorError as error:
+        raise OSError(f"The weights of {name} cannot be read ({error}): fetch or save them again.") from error
+    except ImportError as error:
+        raise OSError(f"The {what} {name} needs a library that is not installed: {error}") from error
+    except (OSError, ValueError, HFValidationError) as error:
+        if _looks_like_a_path(name) and not os.path.isdir(name):
+            raise FileNotFoundError(f"The {what} {name} is no folder: give a folder or a Hub id.") from error
+        if "trust_remote_code" in str(error) and not kwargs.get("trust_remote_code"):
+            raise ValueError(
+                f"The {what} {name} needs Python code of its own repository. Read that code and, if you trust it, "
+                "allow it with trust_remote_code (--trust-remote-code)."
+            ) from error
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"The {what} {name} could not be loaded: {error}") from error
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
+
+
+def _check_base_config(base: str, config: PreTrainedConfig, placement: str) -> None:
+    """`ValueError` for a base that cannot be one, while nothing but its configuration has been read."""
+    if config.model_type == "genieblue":
+        raise ValueError(f"{base} is a GenieBlue already: give the language model that it should be made from.")
+    num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_causal = has_code or type(config) in AutoModelForCausalLM._model_mapping
+    if num_blocks is None or not is_causal or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{base} has model_type {config.model_type!r}: expected a decoder-only language model that "
+            "`AutoModelForCausalLM` loads, such as a Llama or a Qwen."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"The weights of {base} are quantized, so no block can be copied for training: give the base in 16 or 32 "
+            "bits. A GenieBlue that is trained loads onto a quantized base."
+        )
+    select_replicated_layers(num_blocks, placement)
+
+
+def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
+    config = _load("vision model", vision, AutoConfig.from_pretrained, trust_remote_code=False, **kwargs)
+    if config.model_type not in SIGLIP_TYPES:
+        raise ValueError(
+            f"{vision} has model_type {config.model_type!r}: expected a SigLIP ({' or '.join(SIGLIP_TYPES)}), such as "
+            "google/siglip-so400m-patch14-384."
+        )
+    return getattr(config, "vision_config", config)
+
+
+def _load_vision_tower(vision: str, config: PreTrainedConfig, **kwargs: Any) -> SiglipVisionModel:
+    kwargs |= {"config": config, "output_loading_info": True}
+    # A whole SigLIP holds a text half too, which transformers would report at length as unexpected.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, info = _load("vision model", vision, SiglipVisionModel.from_pretrained, **kwargs)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ValueError(
+            f"The weights of {vision} lack {lacking[:3]} ({len(lacking)} tensors in all), or hold them in another "
+            "shape: expected a complete SigLIP vision tower."
+        )
+    return model
+
+
+def _renew_facts(output: Path) -> None:
+    """Removes what an overwritten model left behind about itself, and renders a card that nobody edited anew."""
+    stale = [output / name for name in (RECIPE, MEASUREMENTS) if (output / name).exists()]
+    for path in stale:
+        path.unlink()
+    card = output / CARD
+    if card.is_file() and is_as_generated(card.read_text(encoding="utf-8")):
+        card.unlink()
+        write_model_card(output, card_info_from_folder(output, repo_name=output.resolve().name))
+    foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != "language_adapter")
+    if foreign:
+        logger.warning("%s still holds %s, which are not part of the new model.", output, ", ".join(foreign))
+
+
+__all__ = ["create_genieblue"]

@@ -1,0 +1,132 @@
+"""A saved GenieBlue as `verify` looks at it: its files, the base that it names, both loaded when first needed."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hub_cards.model_folder import ADAPTER_FOLDER, read_model_config
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
+from modeling_genieblue.loading_genieblue import is_local_reference
+
+OWN_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.safetensors"]
+PROMPTS = (
+    "The capital of France is",
+    "Question: a train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nAnswer:",
+    "def add(a, b):\n    return",
+)
+
+
+class CheckFailed(Exception):
+    """A check that came to its end with a bad result; its text is the detail."""
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Logits (batch, length, vocabulary) of one pass without a cache."""
+    return model(input_ids=input_ids, use_cache=False, **inputs).logits
+
+
+class SavedModel:
+    """What is verified; parts are loaded when a check first needs them."""
+
+    def __init__(self, name: str, base: Any, revision: str | None, hub: dict, trust: bool, dtype: Any, device: Any):
+        self.name, self.hub, self.trust, self.dtype, self.device = name, hub, trust, dtype, device
+        self.is_local = os.path.isdir(name)
+        if not self.is_local and (name.startswith((".", "~", "/")) or name.count("/") > 1):
+            raise FileNotFoundError(f"{name} is no folder: give the folder of a saved GenieBlue, or a Hub id.")
+        self.revision = None
+        if self.is_local:
+            self.folder = Path(os.path.realpath(name))
+        else:
+            # A star reaches into subfolders too, in which anything may lie: of these only the adapter's is ours.
+            own_files = {"allow_patterns": OWN_FILES, "ignore_patterns": ["*/*"]}
+            self.folder = Path(snapshot_download(name, revision=revision, **own_files, **hub))
+            self.revision = self.folder.name  # a snapshot's folder is named by its commit
+            snapshot_download(name, revision=self.revision, allow_patterns=f"{ADAPTER_FOLDER}/*", **hub)
+        read_model_config(self.folder)
+        self.base_override = None if base is None else os.fspath(base)
+
+    def root_files(self) -> list[str]:
+        """Names of the files in the root, also of those that are not downloaded."""
+        if self.is_local or self.hub.get("local_files_only"):
+            return [path.name for path in self.folder.iterdir() if path.is_file()]
+        files = HfApi(token=self.hub.get("token")).list_repo_files(self.name, revision=self.revision)
+        return [file for file in files if "/" not in file]
+
+    @cached_property
+    def config(self) -> GenieBlueConfig:
+        return GenieBlueConfig.from_pretrained(self.folder)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where `from_pretrained` finds the model: its folder, or its id at the commit that is verified."""
+        return self.hub if self.is_local else {**self.hub, "revision": self.revision}
+
+    @cached_property
+    def base(self) -> tuple[str, dict[str, Any]]:
+        """Where the plain base lies, and the keyword arguments to load it by hand."""
+        name, revision = self.base_override, None
+        if name is None:
+            name, revision = self.config.base_model_name_or_path, self.config.base_model_revision
+            if name is None:
+                raise CheckFailed("config.json names no base: give its folder or Hub id (--base).")
+            if is_local_reference(name):
+                name = os.path.normpath(self.folder / name)
+        if is_local_reference(name) and not os.path.isdir(name):
+            raise CheckFailed(f"The base should be in {name}, but there is no such folder.")
+        options = {**self.hub, "trust_remote_code": self.trust}
+        if revision is not None and not os.path.isdir(name):
+            options["revision"] = revision
+        try:
+            AutoConfig.from_pretrained(name, **options)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise CheckFailed(
+                f"The base {name} needs Python code of its own repository; if you trust that code, allow it "
+                "(--trust-remote-code)."
+            ) from error
+        return name, options
+
+    @cached_property
+    def plain(self) -> PreTrainedModel:
+        """The base, loaded by nothing but transformers."""
+        name, options = self.base
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=self.dtype, use_safetensors=True, **options)
+        return base.to(self.device) if self.device is not None else base
+
+    @cached_property
+    def model(self) -> GenieBlueForConditionalGeneration:
+        """The GenieBlue with a base of its own, by the installed package's classes."""
+        options = {"trust_remote_code": self.trust, "dtype": self.dtype, "base_model": self.base_override}
+        model = GenieBlueForConditionalGeneration.from_pretrained(self.name, **options, **self.source)
+        return model.to(self.device) if self.device is not None else model
+
+    @cached_property
+    def base_tokenizer(self) -> Any:
+        name, options = self.base
+        return AutoTokenizer.from_pretrained(name, **options)
+
+    @cached_property
+    def prompts(self) -> list[torch.Tensor]:
+        """Token ids of the prompts, each (1, length)."""
+        return [self.base_tokenizer(text, return_tensors="pt")["input_ids"].to(self.device) for text in PROMPTS]
+
+    @cached_property
+    def plain_logits(self) -> list[torch.Tensor]:
+        """What the plain base says to each prompt, (1, length, vocabulary); taken before PEFT gets hold of it."""
+        return [logits_of(self.plain, ids) for ids in self.prompts]
+
+    def release(self) -> None:
+        """Lets go of everything that holds weights."""
+        for name in ("plain", "model", "plain_logits"):
+            self.__dict__.pop(name, None)
+
+
+__all__ = ["CheckFailed", "SavedModel", "logits_of"]

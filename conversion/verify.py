@@ -1,0 +1,391 @@
+"""Proof that a saved GenieBlue is what it says: the base's bytes, the text answers, the adapter, the code."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from torch import nn
+
+from conversion import answer_in_clean_process
+from conversion.saved_model import PROMPTS, CheckFailed, SavedModel, logits_of
+from hub_cards.model_folder import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    OUR_MODULES,
+    read_json,
+    read_model_config,
+    read_tensor_sizes,
+    weight_files,
+)
+from modeling_genieblue import GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import (
+    BASE_FINGERPRINT_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    compare_with_samples,
+    file_sha256,
+)
+from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
+
+logger = logging.getLogger(__name__)
+
+QUESTION = "What is in this picture?"
+CONVERSATION = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "And another one?"},
+]
+NEW_TOKENS = 16
+# Stock PEFT adds a LoRA's product in another order than GenieBlue does. The largest difference of two logits is
+# allowed to be this part of the logits' range; a missing or foreign adapter moves them by far more.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Of an adapter's configuration, what decides which weights it has and how they are computed.
+ADAPTER_SETTINGS = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
+    "lora_bias", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules",
+    "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "layer_replication",
+    "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+CLEAN_PROCESS_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: whether it holds, and in words what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def verify_model(
+    model: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    on_check: Callable[[Check], None] | None = None,
+) -> list[Check]:
+    """Runs every check on a saved GenieBlue (folder or Hub id); what raises is a failed check, and the others go on.
+
+    The last check runs the repository's own Python files, in a process of its own: verify what you would also load
+    with `trust_remote_code=True`. At most two copies of the base are in memory at a time.
+
+    Args:
+        base: folder or Hub id of the base, if it lies elsewhere than recorded; it must still be the same base.
+        trust_remote_code: allows the code of the *base's* repository to run.
+        dtype: precision of the comparisons; `"auto"` is the base's own.
+        on_check: called with each check as it is done.
+
+    Raises `ValueError` or `OSError` only if there is no GenieBlue at `model` at all.
+    """
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub = {key: value for key, value in hub.items() if value is not None}
+    subject = SavedModel(os.fspath(model), base, revision, hub, trust_remote_code, dtype, device)
+    checks = []
+    for name, function in CHECKS.items():
+        try:
+            check = Check(name, True, function(subject))
+        except CheckFailed as failure:
+            check = Check(name, False, str(failure))
+        except Exception as error:  # whatever keeps a check from ending is a reason to report, not to stop
+            logger.debug("Check %s could not be made", name, exc_info=error)
+            check = Check(name, False, f"could not be checked: {_one_line(error)}")
+        checks.append(check)
+        if on_check is not None:
+            on_check(check)
+    return checks
+
+
+def check_folder(subject: SavedModel) -> str:
+    """The folder is laid out so that the auto classes take it for a GenieBlue, and holds no weight of the base."""
+    folder = subject.folder
+    problems = []
+    root_files = subject.root_files()
+    if "adapter_config.json" in root_files:
+        problems.append(
+            "adapter_config.json lies in the root, so `AutoModel` of a Hub id would load the base instead: it belongs "
+            f"into {ADAPTER_FOLDER}/"
+        )
+    files = weight_files(folder)
+    names = {name for file in files for name in read_tensor_sizes(folder / file)}
+    foreign = sorted(name for name in names if name.split(".", 1)[0] not in OUR_MODULES)
+    if foreign:
+        problems.append(f"{', '.join(files)} hold {_some(foreign)}, expected only {' and '.join(OUR_MODULES)}")
+    others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
+    if others:
+        problems.append(f"weight files of other origin lie in it: {_some(sorted(others))}")
+    _fail_on(problems)
+    return f"{len(names)} tensors of {' and '.join(OUR_MODULES)}; no weight of the base, no adapter in the root"
+
+
+def check_base_files(subject: SavedModel) -> str:
+    """Every byte of the base's weight files, by sha256, and the recorded sample of each tensor."""
+    name, options = subject.base
+    recorded = subject.config.base_model_fingerprint or {}
+    if not recorded:
+        raise CheckFailed(
+            "config.json records no sha256 of the base's files: load the base from its folder or the Hub, and save."
+        )
+    found = {file: file_sha256(path) for file, path in _base_weight_files(name, options).items()}
+    problems = [
+        f"{file} is missing" if file not in found else f"{file} is not recorded" if file not in recorded
+        else f"sha256 of {file} is {found[file]}, recorded is {recorded[file]}"
+        for file in sorted(recorded.keys() | found.keys())
+        if found.get(file) != recorded.get(file)
+    ]  # fmt: skip
+    _fail_on(problems)
+    samples = read_json(subject.folder / BASE_FINGERPRINT_NAME)
+    _fail_on(compare_with_samples(subject.plain, samples))
+    return f"sha256 of {len(found)} file(s) and samples of {len(samples)} tensors are those of {name}"
+
+
+def _base_weight_files(name: str, options: dict[str, Any]) -> dict[str, str]:
+    """Path by name of each weight file of the base; what is not there yet is downloaded."""
+    hub = {key: value for key, value in options.items() if key != "trust_remote_code"}
+
+    def find(file: str) -> str | None:
+        if os.path.isdir(name):
+            path = os.path.join(name, file)
+            return path if os.path.isfile(path) else None
+        try:
+            return hf_hub_download(name, file, **hub)
+        except EntryNotFoundError:  # also where there is no network and no such file in the cache
+            return None
+
+    index = find(INDEX_NAME)
+    files = [WEIGHTS_NAME] if index is None else sorted(set(read_json(Path(index))["weight_map"].values()))
+    return {file: path for file in files if (path := find(file)) is not None}
+
+
+def check_language_adapter(subject: SavedModel) -> str:
+    """Every tensor of the adapter is expected, finite and of the right shape, none is missing, its settings agree."""
+    lora_config = make_lora_config(subject.plain, subject.config)
+    view = build_multimodal_view(subject.plain, lora_config)
+    expected = {stock: list(parameter.shape) for _, stock, parameter in adapter_parameters(view)}
+    read_tensor_sizes(subject.folder / ADAPTER_WEIGHTS)  # refuses a truncated file
+    problems = []
+    count = 0
+    with safe_open(subject.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        found = set(file.keys())
+        problems += [f"missing: {_some(names)}" for names in [sorted(expected.keys() - found)] if names]
+        problems += [f"unexpected: {_some(names)}" for names in [sorted(found - expected.keys())] if names]
+        for name in sorted(found & expected.keys()):
+            tensor = file.get_tensor(name)
+            count += tensor.numel()
+            if list(tensor.shape) != expected[name]:
+                problems.append(f"{name} has shape {list(tensor.shape)}, expected {expected[name]}")
+            elif not tensor.isfinite().all():
+                problems.append(f"{name} holds NaN or infinity")
+    problems += _different_settings(subject, lora_config)
+    _fail_on(problems)
+    layers = ", ".join(map(str, subject.config.replicated_layers))
+    return (
+        f"{len(expected)} tensors, {count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the "
+        f"blocks {layers}, as config.json says"
+    )
+
+
+def _different_settings(subject: SavedModel, lora_config: PeftConfig) -> Iterator[str]:
+    saved = PeftConfig.from_pretrained(subject.folder / ADAPTER_FOLDER)
+    # A local base is written as a path relative to the folder, in both files.
+    recorded = read_model_config(subject.folder)
+    lora_config.base_model_name_or_path = recorded.get("base_model_name_or_path")
+    for name in ADAPTER_SETTINGS:
+        here, there = (_comparable(getattr(config, name, None)) for config in (saved, lora_config))
+        if here != there:
+            yield f"adapter_config.json has {name} {here!r}, config.json means {there!r}"
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set) else value
+
+
+def check_tokenizer(subject: SavedModel) -> str:
+    """Text-only requests are formatted and tokenized exactly as the base's own tokenizer does it."""
+    trust = {"trust_remote_code": subject.trust}
+    processor = GenieBlueProcessor.from_pretrained(subject.name, **trust, **subject.source)
+    own = subject.base_tokenizer
+    problems = []
+    if processor.tokenizer.get_vocab() != own.get_vocab():
+        problems.append("the vocabulary is another than the base's")
+    if processor.image_token_id != subject.config.image_token_id:
+        problems.append(
+            f"the processor's image_token_id is {processor.image_token_id}, config.json has "
+            f"{subject.config.image_token_id}"
+        )
+    texts = [*PROMPTS, processor.image_token, "".join(own.all_special_tokens)]
+    problems += [
+        f"{text!r} becomes {list(ids)[:8]}, the base's tokenizer makes {list(expected)[:8]} of it"
+        for text in texts
+        if (ids := processor(text)["input_ids"]) != (expected := own(text)["input_ids"])
+    ]
+    formatted = "the base has no chat template"
+    if own.chat_template is not None:
+        formatted = "and a conversation"
+        for settings in ({"add_generation_prompt": True}, {}):
+            settings |= {"tokenize": True, "return_dict": True}
+            ids = processor.apply_chat_template(CONVERSATION, **settings)["input_ids"]
+            if ids != own.apply_chat_template(CONVERSATION, **settings)["input_ids"]:
+                problems.append(f"a conversation is formatted in another way ({settings})")
+    _fail_on(problems)
+    return f"{len(own)} tokens, {len(texts)} texts {formatted}: equal to the base's own"
+
+
+def check_text_view(subject: SavedModel) -> str:
+    """Logits and greedy generation of the text view equal those of the base loaded by hand, bit for bit."""
+    base, model = subject.plain, subject.model
+    problems = []
+    tokens = 0
+    for ids, expected in zip(subject.prompts, subject.plain_logits, strict=True):
+        logits = logits_of(model, ids)
+        if not torch.equal(logits, expected):
+            worst = (logits.float() - expected.float()).abs().max()
+            problems.append(f"logits of a prompt of {ids.shape[1]} tokens differ by up to {worst:.3g}")
+    # Rows of different lengths, padded on the left as in batched serving.
+    batch = _left_padded(subject.prompts, base.config.get_text_config(decoder=True))
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    for inputs in (*({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in subject.prompts), batch):
+        if not torch.equal(logits_of(model, **inputs), logits_of(base, **inputs)):
+            problems.append(f"logits of {len(inputs['input_ids'])} row(s) with an attention mask differ")
+        generated, expected = model.generate(**inputs, **settings), base.generate(**inputs, **settings)
+        tokens += generated[:, inputs["input_ids"].shape[1] :].numel()
+        if not torch.equal(generated, expected):
+            ours, plain = (ids[:, -NEW_TOKENS:].tolist() for ids in (generated, expected))
+            problems.append(f"generated {ours}, the base {plain}")
+    _fail_on(problems)
+    return (
+        f"logits of {len(PROMPTS)} prompts and of their batch, and {tokens} generated tokens equal the plain base's "
+        f"bit for bit ({_name(base.dtype)}, {base.device.type})"
+    )
+
+
+def check_stock_peft(subject: SavedModel) -> str:
+    """`PeftModel.from_pretrained` on the plain base gives the multimodal view's logits; disabled, the base's."""
+    subject.plain_logits  # noqa: B018  before PEFT changes the plain base
+    multimodal = [logits_of(subject.model, ids, view="multimodal") for ids in subject.prompts]
+    peft = PeftModel.from_pretrained(
+        subject.plain, subject.folder, subfolder=ADAPTER_FOLDER, autocast_adapter_dtype=False
+    )
+    problems = []
+    worst = moved = 0.0
+    tolerance = TOLERANCES.get(subject.plain.dtype, TOLERANCES[torch.bfloat16])
+    for ids, expected, base_logits in zip(subject.prompts, multimodal, subject.plain_logits, strict=True):
+        spread = float(expected.float().max() - expected.float().min())
+        difference = float((logits_of(peft, ids).float() - expected.float()).abs().max()) / spread
+        if not difference <= tolerance:  # NaN fails too
+            problems.append(f"logits differ by {difference:.2g} of their range, allowed are {tolerance:g}")
+        worst = max(worst, difference)
+        moved = max(moved, float((expected.float() - base_logits.float()).abs().max()) / spread)
+        with peft.disable_adapter():
+            if not torch.equal(logits_of(peft, ids), base_logits):
+                problems.append("with the adapter disabled, the logits are not the base's")
+    _fail_on(problems)
+    return (
+        f"largest difference {worst:.1g} of the logits' range, allowed {tolerance:g} ({_name(subject.plain.dtype)}); "
+        f"the adapter moves them by {moved:.2g}; disabled, they are the base's bit for bit"
+    )
+
+
+def check_remote_code(subject: SavedModel) -> str:
+    """The repository's own code files load, where the package cannot be imported, and answer about an image."""
+    base_name, _ = subject.base  # refuses a base whose code may not run: here it would
+    subject.release()
+    hub = {key: value for key, value in subject.source.items() if key != "token"}
+    settings = {
+        "model": str(subject.folder) if subject.is_local else subject.name,
+        "hub": {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in hub.items()},
+        "base": {} if subject.base_override is None else {"base_model": os.path.abspath(base_name)
+                                                  if os.path.isdir(base_name) else base_name},
+        "dtype": subject.dtype if isinstance(subject.dtype, str) else _name(subject.dtype),
+        "device": None if subject.device is None else str(subject.device),
+        "prompt": QUESTION,
+        "max_new_tokens": 4,
+    }  # fmt: skip
+    report = _run_clean_process(settings, subject.hub.get("token"))
+    installed = {name: module for name, module in report["modules"].items() if "transformers_modules" not in module}
+    if installed:
+        raise CheckFailed(f"not taken from the repository: {installed}; config.json lacks their `auto_map` entries")
+    return (
+        f"{', '.join(report['modules'])} run the repository's own files in a clean process; it answered about an "
+        f"image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
+    )
+
+
+def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> dict[str, Any]:
+    """Runs `answer_in_clean_process` in an empty folder with a cache of code files of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "HF_MODULES_CACHE": os.path.join(folder, "modules")}
+        if isinstance(token, str):
+            environment["HF_TOKEN"] = token
+        process = subprocess.run(
+            [sys.executable, "-P", answer_in_clean_process.__file__],
+            input=json.dumps(settings),
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=CLEAN_PROCESS_SECONDS,
+        )
+    if process.returncode != 0:
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+        raise CheckFailed(f"a clean process failed: {lines[-1] if lines else f'exit code {process.returncode}'}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+CHECKS: dict[str, Callable[[SavedModel], str]] = {
+    "folder": check_folder,
+    "base_files": check_base_files,
+    "language_adapter": check_language_adapter,
+    "tokenizer": check_tokenizer,
+    "text_view": check_text_view,
+    "stock_peft": check_stock_peft,
+    "remote_code": check_remote_code,
+}
+
+
+def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    length = max(row.shape[1] for row in rows)
+    pad = getattr(config, "pad_token_id", None) or 0
+    padded = [nn.functional.pad(row, (length - row.shape[1], 0), value=pad) for row in rows]
+    mask = [nn.functional.pad(torch.ones_like(row), (length - row.shape[1], 0)) for row in rows]
+    return {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}
+
+
+def _fail_on(problems: list[str]) -> None:
+    if problems:
+        rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckFailed("; ".join(problems[:4]) + rest)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+__all__ = ["Check", "verify_model"]
