@@ -4,8 +4,18 @@ import hashlib
 
 import pytest
 import torch
-from tiny_genieblue import IMAGE, IMAGE_ID, change_adapter, left_pad, prompt, row, save_tiny_pair, tiles, tiny_genieblue
-from tiny_models import FAMILIES, PROMISED_FAMILIES, save_tiny_base, tiny_base, tiny_vision_tower
+from tiny_genieblue import (
+    IMAGE,
+    IMAGE_ID,
+    change_adapter,
+    left_pad,
+    prompt,
+    row,
+    save_tiny_pair,
+    tiles,
+    tiny_genieblue,
+)
+from tiny_models import FAMILIES, PROMISED_FAMILIES, tiny_base, tiny_vision_tower
 from transformers import AutoModelForCausalLM
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
