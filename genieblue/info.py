@@ -1,0 +1,140 @@
+"""What a GenieBlue is made of: parameters and bytes of each part, from the headers of its files alone."""
+
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+from hub_cards.model_folder import ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, PartSize, read_json, read_tensor_sizes
+
+logger = logging.getLogger(__name__)
+
+LANGUAGE_MODEL = "language_model"
+PART_NAMES = (LANGUAGE_MODEL, "vision_tower", "multi_modal_projector", "replicated_blocks", "lora")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The configuration of a GenieBlue, and the size of each of its parts.
+
+    The part `language_model` is the base: its files, of which none lies in the model's own repository. It is None
+    where the base cannot be found.
+    """
+
+    config: dict[str, Any]
+    parts: dict[str, PartSize | None]
+
+    def as_json(self) -> dict[str, Any]:
+        """`{"parts": {name: {"parameters": int, "bytes": int}}}`; both numbers of an unknown part are None."""
+        unknown = {"parameters": None, "bytes": None}
+        return {"parts": {name: unknown if size is None else asdict(size) for name, size in self.parts.items()}}
+
+
+def model_info(
+    model: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> ModelInfo:
+    """Sizes of the parts of a saved GenieBlue, a folder or a Hub id; weights are neither read nor downloaded.
+
+    `base` says where the base lies if not where the model says. Raises `OSError` or `ValueError` if `model` is no
+    GenieBlue, or its files are missing or damaged.
+    """
+    files = _Files(os.fspath(model), revision, token, cache_dir)
+    config_path = files.find("config.json")
+    if config_path is None:
+        raise FileNotFoundError(f"{model} has no config.json: give the folder of a saved GenieBlue, or a Hub id.")
+    config = read_json(config_path)
+    if not isinstance(config, dict) or config.get("model_type") != "genieblue":
+        found = config.get("model_type") if isinstance(config, dict) else None
+        raise ValueError(f"{model} has model_type {found!r}, expected 'genieblue': this is another kind of model.")
+
+    parts: dict[str, PartSize | None] = dict.fromkeys(PART_NAMES)
+    for file in files.weight_files():
+        for name, size in files.tensor_sizes(file).items():
+            _add(parts, name.split(".", 1)[0], size)
+    for name, size in files.tensor_sizes(ADAPTER_WEIGHTS).items():
+        _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
+    parts[LANGUAGE_MODEL] = _base_size(files, config, None if base is None else os.fspath(base))
+    return ModelInfo(config, parts)
+
+
+def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> PartSize | None:
+    name, revision = base or config.get("base_model_name_or_path"), config.get("base_model_revision")
+    if name is None:
+        logger.warning("The model does not say what its base is.")
+        return None
+    if base is None and name.startswith("."):  # relative to the model's own folder
+        name = os.path.normpath(os.path.join(os.path.realpath(files.name), name))
+    parts: dict[str, PartSize | None] = {}
+    try:
+        base_files = _Files(name, None if base is not None else revision, files.token, files.cache_dir)
+        for file in base_files.weight_files():
+            for size in base_files.tensor_sizes(file).values():
+                _add(parts, LANGUAGE_MODEL, size)
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        logger.warning("The size of the base is not known: %s", " ".join(str(error).split()))
+        return None
+    return parts.get(LANGUAGE_MODEL)
+
+
+def _add(parts: dict[str, PartSize | None], part: str, size: PartSize) -> None:
+    so_far = parts.get(part) or PartSize(0, 0)
+    parts[part] = PartSize(so_far.parameters + size.parameters, so_far.bytes + size.bytes)
+
+
+class _Files:
+    """Files of a model in a folder or on the Hub, of which the large ones are not downloaded."""
+
+    def __init__(self, name: str, revision: str | None, token: str | bool | None, cache_dir: Any):
+        self.name, self.revision, self.token, self.cache_dir = name, revision, token, cache_dir
+        self.folder = Path(name) if os.path.isdir(name) else None
+        if self.folder is None and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
+            raise FileNotFoundError(f"{name} is no folder: give a folder or a Hub id.")
+
+    def find(self, file: str, **options: Any) -> Path | None:
+        """Path of a file, downloaded if it must be; None if there is none."""
+        if self.folder is not None:
+            path = self.folder / file
+            return path if path.is_file() else None
+        hub = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
+        try:
+            return Path(hf_hub_download(self.name, file, **hub, **options))
+        except EntryNotFoundError as error:
+            if isinstance(error, OSError) and not options:  # no network, and not in the cache
+                raise
+            return None
+
+    def weight_files(self) -> list[str]:
+        """The one file of weights, or the shards that the index names."""
+        index = self.find(WEIGHTS_INDEX)
+        if index is None:
+            return [WEIGHTS]
+        return sorted(set(read_json(index)["weight_map"].values()))
+
+    def tensor_sizes(self, file: str) -> dict[str, PartSize]:
+        """Size of each tensor in a safetensors file, from its header; `OSError` if it is missing or damaged."""
+        path = self.find(file) if self.folder is not None else self.find(file, local_files_only=True)
+        if path is not None:
+            return read_tensor_sizes(path)
+        if self.folder is not None:
+            raise FileNotFoundError(f"{self.folder} has no {file}: save or download the model again.")
+        try:
+            api = HfApi(token=self.token)
+            metadata = api.parse_safetensors_file_metadata(self.name, file, revision=self.revision)
+        except (EntryNotFoundError, SafetensorsParsingError) as error:
+            raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
+        return {
+            name: PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
+            for name, tensor in metadata.tensors.items()
+        }
+
+
+__all__ = ["ModelInfo", "model_info"]
