@@ -6,7 +6,6 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-
 PLACEMENTS = ("skip", "pre", "post")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from .requests_genieblue import check_tile_count, join_sequences, take_rows
+from .requests_genieblue import MULTIMODAL, TEXT, as_mixed_cache, check_tile_count, join_sequences, take_rows
 
 
 class GenieBlueGenerationMixin(GenerationMixin):
@@ -48,24 +48,49 @@ class GenieBlueGenerationMixin(GenerationMixin):
         cache = kwargs.get("past_key_values")
         cached_length = 0 if cache is None else int(cache.get_seq_length())
         inputs_embeds = self._embed_from(cached_length, input_ids, pixel_values)
-        outputs = self.multimodal_language_model.generate(
-            self._ids_for_processors(input_ids), inputs_embeds=inputs_embeds, **kwargs
-        )
+        if cached_length:
+            self._prefill_all_but_last(inputs_embeds, input_ids, cache, kwargs.get("attention_mask"))
+        else:
+            kwargs["inputs_embeds"] = inputs_embeds
+        outputs = self.multimodal_language_model.generate(self._ids_for_processors(input_ids), **kwargs)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         per_row = len(sequences) // len(input_ids)
         sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(per_row, dim=0)
         return outputs
 
     def _embed_from(self, cached_length: int, input_ids: torch.Tensor, pixel_values: Any) -> torch.Tensor:
-        """Embeddings of a prompt of which `cached_length` tokens are cached: their images need not be given again."""
+        """Embeddings of what follows `cached_length` cached tokens, whose images need not be given again."""
         new_ids = input_ids[:, cached_length:]
         image_tokens = (new_ids == self.config.image_token_id).sum()
         given = 0 if pixel_values is None else len(pixel_values) * self.config.image_seq_length
-        if cached_length == 0 or image_tokens != given:
-            return self._embed(input_ids, pixel_values)
-        embedded = self._embed(new_ids, pixel_values)
-        cached = embedded.new_zeros(len(embedded), cached_length, embedded.shape[-1])  # never looked at
-        return torch.cat([cached, embedded], dim=1)
+        if image_tokens == given:
+            return self._embed(new_ids, pixel_values)
+        return self._embed(input_ids, pixel_values)[:, cached_length:]
+
+    def _prefill_all_but_last(
+        self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, cache: Any, attention_mask: torch.Tensor | None
+    ) -> None:
+        """Runs the new tokens of a cached conversation but the last, from which `generate` goes on by its id.
+
+        Some remote-code bases look at ids only once there is a cache, so the new images cannot be left to them.
+        """
+        if inputs_embeds.shape[1] == 0 or bool((input_ids[:, -1] == self.config.image_token_id).any()):
+            raise ValueError(
+                "A conversation that goes on from a cache must bring new tokens and end in text: add the turn's text "
+                "behind its images, or generate without `past_key_values`."
+            )
+        if inputs_embeds.shape[1] == 1:
+            return
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] : -1]
+        self.multimodal_language_model(
+            inputs_embeds=inputs_embeds[:, :-1],
+            attention_mask=attention_mask[:, :-1],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
 
     def _ids_for_processors(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids for the logits processors, which index the scores by them and must not meet an id past the vocabulary.
@@ -87,12 +112,15 @@ class GenieBlueGenerationMixin(GenerationMixin):
                 "`return_dict_in_generate` out, or generate the two kinds of rows one after the other."
             )
 
-        def part(rows: torch.Tensor) -> dict[str, Any]:
-            return {name: take_rows(value, rows, len(is_multimodal)) for name, value in kwargs.items()}
+        cache = as_mixed_cache(kwargs.pop("past_key_values", None), is_multimodal)
+
+        def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
+            taken = {name: take_rows(value, rows, len(is_multimodal)) for name, value in kwargs.items()}
+            return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
         rows = is_multimodal.to(input_ids.device)
-        text = self.language_model.generate(input_ids[~rows], **part(~is_multimodal))
-        multimodal = self._multimodal_generate(input_ids[rows], pixel_values, **part(is_multimodal))
+        text = self.language_model.generate(input_ids[~rows], **part(TEXT, ~is_multimodal))
+        multimodal = self._multimodal_generate(input_ids[rows], pixel_values, **part(MULTIMODAL, is_multimodal))
         pad = kwargs.get("pad_token_id", config.pad_token_id)
         if pad is None:
             eos = kwargs.get("eos_token_id", config.eos_token_id)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .lora_genieblue import SharedInputLoraLinear, share_down_projections
+from .lora_genieblue import SharedInputLoraLinear, connect_down_projections
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module
             raise ValueError(f"PEFT did not wrap block {index} of {type(base).__name__} at {path}.{index}.")
         wrapper.original_module = block
     base.requires_grad_(False)
-    share_down_projections(view)
+    connect_down_projections(view)
     return view
 
 
@@ -141,7 +141,16 @@ def adapter_parameters(view: nn.Module) -> Iterator[tuple[str, str, nn.Parameter
             yield name, PEFT_PREFIX + stock, parameter
 
 
-def initialize_adapter(view: nn.Module, dtype: torch.dtype) -> None:
+def adapter_dtype(name: str, base_dtype: torch.dtype) -> torch.dtype:
+    """Precision in memory: a copied block has the base's, LoRA at least float32.
+
+    Stock PEFT keeps LoRA in float32 as well. It is small, trains better so, and a CPU multiplies such small matrices
+    several times as fast as in half precision.
+    """
+    return torch.promote_types(base_dtype, torch.float32) if ".lora_" in name else base_dtype
+
+
+def initialize_adapter(view: nn.Module, base_dtype: torch.dtype) -> None:
     """Copies equal to the originals, LoRA B zero: both views agree until the first training step."""
     for name, _, parameter in list(adapter_parameters(view)):
         if ".modules_to_save." in name:
@@ -151,8 +160,9 @@ def initialize_adapter(view: nn.Module, dtype: torch.dtype) -> None:
                     f"{name}: the base's block is quantized, so there is nothing to train a copy from. Load the base "
                     "in 16 or 32 bits to make a new GenieBlue; an existing one loads onto a quantized base."
                 )
-            value = original.detach().to(dtype, copy=True)
+            value = original.detach().to(adapter_dtype(name, base_dtype), copy=True)
         else:
+            dtype = adapter_dtype(name, base_dtype)
             value = torch.zeros(parameter.shape, dtype=dtype, device=_device_of(view, name))
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(value, a=math.sqrt(5))  # PEFT's own choice
@@ -174,7 +184,7 @@ def _set_parameter(view: nn.Module, name: str, value: torch.Tensor) -> None:
     view.get_submodule(module_path).register_parameter(leaf, nn.Parameter(value))
 
 
-def load_adapter(view: nn.Module, weights_file: str | os.PathLike, dtype: torch.dtype) -> None:
+def load_adapter(view: nn.Module, weights_file: str | os.PathLike, base_dtype: torch.dtype) -> None:
     """Fills the adapter of `view` from a stock PEFT file; every tensor must be expected, and none may be missing.
 
     Raises `OSError` for a damaged file and `ValueError` for missing, unexpected or differently shaped tensors; the
@@ -197,6 +207,7 @@ def load_adapter(view: nn.Module, weights_file: str | os.PathLike, dtype: torch.
                     "that belong together (same repository, same revision)."
                 )
             for stock, (name, _) in expected.items():
+                dtype = adapter_dtype(name, base_dtype)
                 _set_parameter(view, name, file.get_tensor(stock).to(_device_of(view, name), dtype))
     except ValueError:
         raise

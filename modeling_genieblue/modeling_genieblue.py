@@ -28,10 +28,11 @@ from .loading_genieblue import LoadRequest, load_base, refuse_wrong_base, resolv
 from .requests_genieblue import (
     MULTIMODAL,
     TEXT,
-    MixedViewsCache,
+    as_mixed_cache,
     check_tile_count,
     choose_views,
-    mark_multimodal_cache,
+    mark_given_cache,
+    mark_returned_cache,
     merge_rows,
     take_rows,
 )
@@ -123,7 +124,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         Args:
             base_model: any decoder that `AutoModelForCausalLM` loads. It becomes `language_model` as it is; its
                 parameters are frozen.
-            vision_tower: a SigLIP vision model; it becomes `vision_tower` as it is, and is meant to be trained.
+            vision_tower: a SigLIP (its vision half is taken) or SigLIP vision model; it becomes `vision_tower` as it
+                is, and is meant to be trained.
             placement: which quarter of the blocks is copied: `skip`, `pre` or `post`.
             replicated_layers: block indices, instead of `placement`.
             base_model_name_or_path, base_model_revision: Hub id and commit (or folder) under which the base will be
@@ -138,10 +140,11 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             replicated_layers = check_replicated_layers(replicated_layers, text_config.num_hidden_layers)
             placement = None
         name, revision = resolve_base(base_model, base_model_name_or_path, base_model_revision)
-        vision_config = vision_tower.config
+        if hasattr(vision_tower.config, "vision_config"):  # a whole SigLIP: its text half is not needed
+            vision_tower = vision_tower.vision_model
         config = GenieBlueConfig(
             text_config=text_config,
-            vision_config=copy.deepcopy(getattr(vision_config, "vision_config", vision_config)),
+            vision_config=copy.deepcopy(vision_tower.config),
             base_model_name_or_path=name,
             base_model_revision=revision,
             placement=placement,
@@ -208,7 +211,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
                 f"{self.config.text_config.hidden_size}: load it onto {self.config.base_model_name_or_path}."
             )
         view = build_multimodal_view(base, lora_config)
-        view.register_forward_hook(mark_multimodal_cache)
+        view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
+        view.register_forward_hook(mark_returned_cache)
         self.language_model, self.multimodal_language_model = base, view
         self._lora_config = lora_config
         self._embed_text = TextEmbedder(view)
@@ -232,7 +236,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
                 the base's tokenizer.
             dtype: precision of the written weights; by default the present one.
         """
-        save_model(self, save_directory, super().save_pretrained, processor=processor, dtype=dtype, **kwargs)
+        save_model(self, save_directory, processor=processor, dtype=dtype, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))),
                              processor=processor, dtype=dtype, token=kwargs.get("token"))
@@ -331,11 +335,16 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        if not is_multimodal.any():
+            return self.language_model(**inputs)
+        as_tuple = inputs.pop("return_dict", True) is False
+        if labels is not None:
+            inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
         if is_multimodal.all():
-            return self._multimodal_forward(pixel_values, inputs)
-        if is_multimodal.any():
-            return self._mixed_forward(is_multimodal, pixel_values, inputs)
-        return self.language_model(**inputs)
+            outputs = self._multimodal_forward(pixel_values, inputs)
+        else:
+            outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
+        return outputs.to_tuple() if as_tuple else outputs
 
     def _multimodal_forward(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         inputs = dict(inputs)
@@ -358,8 +367,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         """Each part of a mixed batch in its own view, put back in order."""
         inputs = dict(inputs)
         labels, cache = inputs.pop("labels", None), inputs.pop("past_key_values", None)
-        if not isinstance(cache, MixedViewsCache):
-            cache = MixedViewsCache(is_multimodal)
+        cache = as_mixed_cache(cache, is_multimodal)
 
         def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
             taken = {name: take_rows(value, rows, len(is_multimodal)) for name, value in inputs.items()}

@@ -40,11 +40,32 @@ def cache_view(cache: Any) -> str | None:
     return getattr(cache, "genieblue_view", TEXT)
 
 
-def mark_multimodal_cache(_view: nn.Module, _args: tuple, outputs: Any) -> None:
-    """Forward hook of the multimodal view: its caches carry the view's name."""
-    cache = getattr(outputs, "past_key_values", None)
+def as_mixed_cache(cache: Any, is_multimodal: torch.Tensor) -> MixedViewsCache:
+    """The caches of a mixed batch, empty at first; `ValueError` for one cache, which no two views can share."""
+    if cache is None:
+        return MixedViewsCache(is_multimodal)
+    if isinstance(cache, MixedViewsCache):
+        return cache
+    raise ValueError(
+        f"A batch that mixes texts and images needs a cache by view, and got one {type(cache).__name__}: leave "
+        "`past_key_values` out; a pass returns the caches of both views together."
+    )
+
+
+def _mark(cache: Any) -> None:
     if hasattr(cache, "get_seq_length"):
         cache.genieblue_view = MULTIMODAL
+
+
+def mark_given_cache(_view: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the multimodal view: a cache that it is given carries the view's name from now on."""
+    _mark(kwargs.get("past_key_values"))
+
+
+def mark_returned_cache(_view: nn.Module, _args: tuple, outputs: Any) -> None:
+    """Forward hook of the multimodal view: so does a cache that it returns, in an output object or in a tuple."""
+    for value in outputs if isinstance(outputs, tuple) else (getattr(outputs, "past_key_values", None),):
+        _mark(value)
 
 
 def choose_view(has_image: bool, cache: Any, view: str | None, training: bool) -> str:
@@ -56,6 +77,8 @@ def choose_view(has_image: bool, cache: Any, view: str | None, training: bool) -
     wanted = view or (MULTIMODAL if has_image or training else None)
     made_by = cache_view(cache)
     if made_by is None:
+        if hasattr(cache, "genieblue_view"):
+            del cache.genieblue_view  # emptied by `reset()`: it is anybody's again
         return wanted or TEXT
     if wanted not in (None, made_by):
         raise ValueError(
@@ -65,9 +88,7 @@ def choose_view(has_image: bool, cache: Any, view: str | None, training: bool) -
     return made_by
 
 
-def choose_views(
-    has_image: list[bool], cache: Any, view: str | None, training: bool
-) -> torch.Tensor:
+def choose_views(has_image: list[bool], cache: Any, view: str | None, training: bool) -> torch.Tensor:
     """Which rows of a batch run the multimodal view, (batch,) booleans on the CPU."""
     caches = [cache] * len(has_image)
     if isinstance(cache, MixedViewsCache):

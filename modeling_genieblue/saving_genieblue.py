@@ -6,16 +6,17 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from .base_identity_genieblue import BASE_FINGERPRINT_NAME, weight_file_hashes
+from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
 from .language_views_genieblue import ADAPTER_FOLDER, save_adapter
 from .loading_genieblue import is_local_reference
 from .processing_genieblue import GenieBlueProcessor
@@ -31,14 +32,13 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
 }
-# Files of ours that a later save may not write again, and that must not survive in a repository.
-STALE_PATTERNS = ["*.safetensors", "*.safetensors.index.json", f"{ADAPTER_FOLDER}/*", "*.py", "adapter_config.json"]
+# Written by an earlier save perhaps, and wrong beside the new files if they stayed.
+STALE_NAMES = ("model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
 def save_model(
     model: Any,
     save_directory: str | os.PathLike,
-    save_pretrained: Callable,
     *,
     processor: Any = None,
     dtype: torch.dtype | None = None,
@@ -53,10 +53,11 @@ def save_model(
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise OSError(f"{target} is a file: give a folder to save into.")
+    _refuse_foreign_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.saving-"))
     try:
-        _write_files(model, staging, target, save_pretrained, processor, dtype)
+        _write_files(model, staging, target, processor, dtype)
         os.chmod(staging, target.stat().st_mode if target.exists() else 0o777 & ~_umask())
         _put_in_place(staging, target)
     except SafetensorError as error:
@@ -65,30 +66,42 @@ def save_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _refuse_foreign_folder(target: Path) -> None:
+    """`ValueError` where a save would destroy another model, above all the base's own folder."""
+    config_file = target / "config.json"
+    if config_file.is_file():
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        if model_type != "genieblue":
+            raise ValueError(
+                f"{target} holds a model of type {model_type!r}, which this save would replace: give another folder."
+            )
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"{target} is the folder you are working in and cannot be replaced: save into another one.")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _write_files(
-    model: Any, staging: Path, target: Path, save_pretrained: Callable, processor: Any, dtype: torch.dtype | None
-) -> None:
+def _write_files(model: Any, staging: Path, target: Path, processor: Any, dtype: torch.dtype | None) -> None:
+    dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
     parts = {name: getattr(model, name) for name in OWN_MODULES}
     own_state = {
-        f"{part}.{name}": value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        f"{part}.{name}": value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         for part, module in parts.items()
         for name, value in module.state_dict().items()
     }
-    save_pretrained(staging, state_dict=own_state)
-    config = _config_to_save(model, target)
-    config.dtype = dtype or config.dtype
+    save_file(own_state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+    config = _config_to_save(model, target, dtype)
     config.save_pretrained(staging)
+    # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
+    model.generation_config.to_json_file(staging / "generation_config.json")
     lora_config = copy.deepcopy(model._lora_config)
     lora_config.base_model_name_or_path = config.base_model_name_or_path
     lora_config.revision = config.base_model_revision
-    adapter_dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
-    save_adapter(model.multimodal_language_model, lora_config, staging / ADAPTER_FOLDER, adapter_dtype)
+    save_adapter(model.multimodal_language_model, lora_config, staging / ADAPTER_FOLDER, dtype)
     _write_samples(model._base_samples, staging / BASE_FINGERPRINT_NAME)
     for source in sorted(Path(__file__).parent.glob("*_genieblue.py")):
         shutil.copyfile(source, staging / source.name)
@@ -102,15 +115,20 @@ def _write_files(
         _write_card(staging, target.name)
 
 
-def _config_to_save(model: Any, target: Path) -> Any:
+def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
     """Configuration with the code map, the base's file hashes, and a local base as a path relative to `target`."""
-    model.config.auto_map = dict(AUTO_MAP)
     name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     if name is None:
         logger.warning("This GenieBlue does not say where its base is: `base_model=` will be needed to load it.")
     elif model.config.base_model_fingerprint is None:
         model.config.base_model_fingerprint = weight_file_hashes(name, revision) or None
     config = copy.deepcopy(model.config)
+    config.auto_map = dict(AUTO_MAP)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    for part in (config.text_config, config.vision_config):
+        if os.path.isabs(getattr(part, "_name_or_path", "") or ""):
+            part.name_or_path = ""  # a path of this computer is nobody else's business
     if name is not None and os.path.isabs(name):
         relative = os.path.relpath(name, target)
         config.base_model_name_or_path = relative if relative.startswith(".") else os.path.join(".", relative)
@@ -171,10 +189,11 @@ def _put_in_place(staging: Path, target: Path) -> None:
     except OSError:
         os.rename(old, target)
         raise
-    for entry in old.iterdir():
-        is_ours = entry.name == ADAPTER_FOLDER or entry.name.endswith((".safetensors", ".safetensors.index.json"))
-        if not is_ours and not (target / entry.name).exists():
-            os.rename(entry, target / entry.name)
+    for folder in (ADAPTER_FOLDER, "."):
+        for entry in (old / folder).iterdir() if (old / folder).is_dir() else ():
+            is_stale = any(fnmatchcase(entry.name, pattern) for pattern in STALE_NAMES)
+            if not is_stale and not (target / folder / entry.name).exists():
+                os.rename(entry, target / folder / entry.name)
     shutil.rmtree(old)
 
 
@@ -198,21 +217,35 @@ def push_model(
             "GenieBlue if its base is on the Hub: make it with `base_model_name_or_path` (Hub id) and "
             "`base_model_revision` (commit)."
         )
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = {
+        "token": token, "private": private, "revision": revision, "create_pr": create_pr,
+        "commit_message": commit_message or "Upload GenieBlue",
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, repo_id.rsplit("/", 1)[-1])
         model.save_pretrained(folder, processor=processor, dtype=dtype)
-        ignore = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or "Upload GenieBlue",
-            create_pr=create_pr,
-            ignore_patterns=ignore,
-            delete_patterns=STALE_PATTERNS,
-        )
+        try:
+            from hub_cards.publish import publish_folder
+        except ImportError:  # running as remote code, without the package that checks and describes a folder
+            publish_folder = _publish_without_card
+        return publish_folder(folder, repo_id, **commit)
+
+
+def _publish_without_card(
+    folder: Path, repo_id: str, *, token: Any, private: bool | None, revision: str | None, **commit: Any
+) -> Any:
+    """All files of `folder` as one commit (`upload_folder` may make several of them); a README there stays."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    sent = {addition.path_in_repo for addition in additions}
+    stale = [
+        CommitOperationDelete(name)
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in sent and any(fnmatchcase(name, pattern) for pattern in (*STALE_NAMES, "adapter_config.json"))
+    ]
+    return api.create_commit(repo_id, operations=[*stale, *additions], revision=revision, **commit)
 
 
 __all__ = ["push_model", "save_model"]
