@@ -191,6 +191,7 @@ def test_shapes_that_could_be_read_both_ways():
 def test_grey_arrays_have_two_dimensions():
     assert colour_of(np.full((SIZE, SIZE), 128, np.uint8)) == (128, 128, 128)
     assert colour_of(np.full((SIZE, SIZE), 0.5)) == (128, 128, 128)
+    assert colour_of(np.full((SIZE, SIZE), 32768, np.uint16)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize("form", [str, Path, lambda path: Image.open(path)])

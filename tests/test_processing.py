@@ -199,12 +199,14 @@ def test_no_template_at_all_is_the_tokenizers_error():
 def test_nothing_changes_the_tokenizer(tokenizer, tmp_path):
     before = snapshot(tokenizer)
     processor = make_processor(tokenizer)
+    settings = processor.to_dict()
     chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "yes?"}]}]
     output = processor.apply_chat_template([chat, chat], tokenize=True, return_dict=True, return_tensors="pt")
     processor.batch_decode(output["input_ids"])
     processor.save_pretrained(tmp_path)
     repr(processor)
     assert snapshot(tokenizer) == before
+    assert processor.to_dict() == settings
     assert "<image>" not in tokenizer.get_vocab()
 
 
@@ -393,6 +395,8 @@ def test_wrong_numbers_in_nested_images_and_conversations():
     nested = [[picture()], [picture()]]
     message = message_of(lambda: processor(text=["<image>", "<image><image>"], images=nested))
     assert "Row 1 needs one image for each placeholder (tokens: 2, images: 1)" in message
+    unread = [["absent.png"], [picture()]]  # counting comes before reading
+    assert "(tokens: 2, images: 1)" in message_of(lambda: processor(text=["<image>", "<image>" * 2], images=unread))
     message = message_of(lambda: processor(text=["<image>"], images=nested))
     assert "images has 2 lists for 1 rows of text" in message
     with_literal = [{"type": "image", "image": picture()}, {"type": "text", "text": "what does <image> mean?"}]
