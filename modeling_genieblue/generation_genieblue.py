@@ -45,14 +45,20 @@ class GenieBlueGenerationMixin(GenerationMixin):
     def _multimodal_generate(self, input_ids: torch.Tensor | None, pixel_values: Any, **kwargs: Any) -> Any:
         if input_ids is None:
             return self.multimodal_language_model.generate(**kwargs)
+        prompt = self._ids_for_processors(input_ids)
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._inferred_attention_mask(input_ids, kwargs)
+        if kwargs.get("streamer") is not None:
+            is_text = input_ids[0] != self.config.image_token_id  # a streamer takes one row
+            kwargs["streamer"] = _StreamerOfText(kwargs["streamer"], input_ids[:, is_text])
         cache = kwargs.get("past_key_values")
         cached_length = 0 if cache is None else int(cache.get_seq_length())
         inputs_embeds = self._embed_from(cached_length, input_ids, pixel_values)
         if cached_length:
-            self._prefill_all_but_last(inputs_embeds, input_ids, cache, kwargs.get("attention_mask"))
+            self._prefill_all_but_last(inputs_embeds, input_ids, cache, kwargs["attention_mask"])
         else:
             kwargs["inputs_embeds"] = inputs_embeds
-        outputs = self.multimodal_language_model.generate(self._ids_for_processors(input_ids), **kwargs)
+        outputs = self.multimodal_language_model.generate(prompt, **kwargs)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         per_row = len(sequences) // len(input_ids)
         sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(per_row, dim=0)
@@ -68,7 +74,7 @@ class GenieBlueGenerationMixin(GenerationMixin):
         return self._embed(input_ids, pixel_values)[:, cached_length:]
 
     def _prefill_all_but_last(
-        self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, cache: Any, attention_mask: torch.Tensor | None
+        self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, cache: Any, attention_mask: torch.Tensor
     ) -> None:
         """Runs the new tokens of a cached conversation but the last, from which `generate` goes on by its id.
 
@@ -81,8 +87,6 @@ class GenieBlueGenerationMixin(GenerationMixin):
             )
         if inputs_embeds.shape[1] == 1:
             return
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] : -1]
         self.multimodal_language_model(
             inputs_embeds=inputs_embeds[:, :-1],
@@ -101,6 +105,16 @@ class GenieBlueGenerationMixin(GenerationMixin):
         first_text = (~is_image).int().argmax(dim=1, keepdim=True)
         stand_in = input_ids.gather(1, first_text).masked_fill(is_image.gather(1, first_text), 0)
         return torch.where(is_image, stand_in, input_ids)
+
+    def _inferred_attention_mask(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The mask that transformers infers from padding for a prompt without one; image tokens are never padding."""
+        config = kwargs.get("generation_config") or self.generation_config
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        eos = eos if isinstance(eos, list | tuple) else [eos]
+        if pad is None or pad in eos or not bool((input_ids == pad).any()):
+            return torch.ones_like(input_ids)
+        return (input_ids != pad).to(input_ids.dtype)
 
     def _mixed_generate(
         self, is_multimodal: torch.Tensor, input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
@@ -126,6 +140,21 @@ class GenieBlueGenerationMixin(GenerationMixin):
             eos = kwargs.get("eos_token_id", config.eos_token_id)
             pad = eos[0] if isinstance(eos, list | tuple) else eos
         return join_sequences(text, multimodal, is_multimodal, 0 if pad is None else int(pad))
+
+
+class _StreamerOfText:
+    """A streamer that is given the prompt without its image tokens, which have no text; otherwise as it was."""
+
+    def __init__(self, streamer: Any, prompt: torch.Tensor):
+        self._streamer, self._prompt = streamer, prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt is not None:
+            value, self._prompt = self._prompt.cpu(), None
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 def _same_generation_config(first: Any, second: Any) -> bool:

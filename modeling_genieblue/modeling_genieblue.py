@@ -275,6 +275,12 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (num_tiles, channels, height, width)."
             )
+        side = self.config.vision_config.image_size
+        if pixel_values.shape[2:] != (side, side):
+            raise ValueError(
+                f"`pixel_values` holds tiles of {tuple(pixel_values.shape[2:])} pixels, expected {(side, side)}: use "
+                "the processor that belongs to this model."
+            )
         expected = pixel_values.shape[0] * self.config.image_seq_length
         if num_image_tokens != expected:
             raise ValueError(
@@ -354,9 +360,10 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         if self.training and torch.is_grad_enabled() and inputs["inputs_embeds"].is_leaf:
             inputs["inputs_embeds"].requires_grad_(True)  # reentrant checkpointing gives no gradients otherwise
         outputs = self.multimodal_language_model(**inputs)
-        if labels is not None:
-            outputs.loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
-        return outputs
+        if labels is None:
+            return outputs
+        loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
+        return CausalLMOutputWithPast(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
@@ -375,12 +382,13 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
 
         text = self.language_model(**part(TEXT, ~is_multimodal))
         multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL, is_multimodal))
-        outputs = merge_rows(text, multimodal, is_multimodal)
         cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
-        outputs.past_key_values = cache if cache[TEXT] is not None else None
-        if labels is not None:
-            outputs.loss = self._loss(outputs.logits, labels)
-        return outputs
+        merged = merge_rows(text, multimodal, is_multimodal)
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self._loss(merged["logits"], labels),
+            past_key_values=cache if cache[TEXT] is not None else None,
+            **merged,
+        )
 
     # The rest of the `PreTrainedModel` interface, where the base must stay as it is
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 TEXT, MULTIMODAL = "text", "multimodal"
 
@@ -117,8 +116,8 @@ def take_rows(value: Any, rows: torch.Tensor, batch: int) -> Any:
     return value
 
 
-def merge_rows(text: Any, multimodal: Any, is_multimodal: torch.Tensor) -> CausalLMOutputWithPast:
-    """Outputs of the two parts of a mixed batch, rows in their old order (logits, hidden states, attentions)."""
+def merge_rows(text: Any, multimodal: Any, is_multimodal: torch.Tensor) -> dict[str, Any]:
+    """Outputs of the two parts of a mixed batch, rows in their old order: logits, hidden states, attentions."""
 
     def merge(first: Any, second: Any) -> Any:
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
@@ -131,7 +130,7 @@ def merge_rows(text: Any, multimodal: Any, is_multimodal: torch.Tensor) -> Causa
         return None
 
     names = ("logits", "hidden_states", "attentions")
-    return CausalLMOutputWithPast(**{name: merge(getattr(text, name), getattr(multimodal, name)) for name in names})
+    return {name: merge(getattr(text, name), getattr(multimodal, name)) for name in names}
 
 
 def join_sequences(
