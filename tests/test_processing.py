@@ -235,6 +235,17 @@ def test_an_image_becomes_tokens_by_its_tiles():
     assert output["num_tiles"].tolist() == [3]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"model_input_names": ["input_ids", "token_type_ids"]}, {"split_special_tokens": True}]
+)
+def test_unusual_tokenizer_settings_do_not_change_what_an_image_request_returns(settings):
+    processor = make_processor(make_tokenizer(**settings))
+    output = processor(text="<image> yes", images=picture())
+    assert sorted(output) == ["attention_mask", "input_ids", "num_tiles", "pixel_values"]
+    assert image_runs(output["input_ids"][0]) == [SEQ]
+    assert dict(processor(text="yes <image></s>")) == dict(processor.tokenizer("yes <image></s>"))
+
+
 def test_several_images_per_turn_and_several_turns():
     first, second, third = picture(), picture(2, 1), picture(1, 2)
     chat = [
@@ -334,6 +345,14 @@ def test_images_of_several_conversations_may_be_given_apart():
         output = make_processor().apply_chat_template(chats, images=images, tokenize=True, return_dict=True)
         assert output["num_tiles"].tolist() == [1, 4, 3]
     assert make_processor().apply_chat_template(chats)[1] == "<|user|>\n<image></s>\n"
+
+
+def test_the_other_keys_of_a_message_with_an_image_reach_the_template():
+    processor = make_processor(
+        make_tokenizer(chat_template="{{ messages[0]['name'] + ':' + messages[0]['content'] }}")
+    )
+    chat = [{"role": "user", "name": "Ann", "content": [{"type": "image"}]}]
+    assert processor.apply_chat_template(chat) == "Ann:<image>"
 
 
 def test_a_rendered_chat_gets_no_second_bos():
