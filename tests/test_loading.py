@@ -1,0 +1,495 @@
+"""Loading: options reach the base as by hand, the right base is accepted and another one refused, damage is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_genieblue import IMAGE, change_adapter, prompt, row, save_tiny_pair, tiles, tiny_genieblue
+from tiny_models import PROMISED_FAMILIES, REMOTE_CODE_FAMILIES, save_tiny_base, tiny_base
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from modeling_genieblue import (
+    GenieBlueConfig,
+    GenieBlueForConditionalGeneration,
+    GenieBlueImageProcessor,
+    GenieBlueProcessor,
+)
+from modeling_genieblue.language_views_genieblue import adapter_parameters
+
+REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
+ADAPTER = "language_adapter/adapter_model.safetensors"
+
+
+def load(folder, **kwargs):
+    return GenieBlueForConditionalGeneration.from_pretrained(folder, **kwargs)
+
+
+@torch.no_grad()
+def answers(model):
+    return model(prompt(9)).logits, model(REQUEST, pixel_values=PIXELS).logits, model.generate(
+        REQUEST, pixel_values=PIXELS, do_sample=False, max_new_tokens=5, pad_token_id=0
+    )  # fmt: skip
+
+
+def same(one, other):
+    return all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+def edit_tensors(path, **changes):
+    """Rewrites a safetensors file; a value of None removes the tensor."""
+    tensors = {**load_file(path), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# Round trip and the auto classes
+
+
+@pytest.mark.parametrize("family", PROMISED_FAMILIES)
+def test_saved_model_comes_back_with_equal_answers(family, tmp_path):
+    save_tiny_base(family, tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    model = tiny_genieblue(base=base)
+    model.save_pretrained(tmp_path / "genieblue")
+    loaded = load(tmp_path / "genieblue", trust_remote_code=family in REMOTE_CODE_FAMILIES)
+    assert same(answers(loaded), answers(model))
+    assert same(answers(loaded)[:1], answers(model)[:1])
+    assert not loaded.training and not any(module.training for module in loaded.modules())
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / ADAPTER).read_bytes() == (tmp_path / "genieblue" / ADAPTER).read_bytes()
+    onto = load(tmp_path / "again", base_model=base)
+    assert onto.language_model is base
+    assert same(answers(onto), answers(model))
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
+def test_auto_classes_load_with_the_package_and_without_trust(auto_class, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    model = auto_class.from_pretrained(folder)
+    assert type(model) is GenieBlueForConditionalGeneration
+    assert same(answers(model), answers(load(folder)))
+
+
+def test_auto_config_and_processors_load_with_the_package(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is GenieBlueConfig
+    assert (config.image_token_id, config.image_seq_length, config.lora_rank) == (128, 4, 4)
+    assert config.text_config.model_type == "llama"
+    assert type(AutoProcessor.from_pretrained(folder)) is GenieBlueProcessor
+    assert type(AutoImageProcessor.from_pretrained(folder)) is GenieBlueImageProcessor
+
+
+def test_config_given_by_the_user_is_used_and_left_alone(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    before = config.to_json_string(use_diff=False)
+    assert same(answers(load(folder, config=config)), answers(load(folder)))
+    assert config.to_json_string(use_diff=False) == before
+
+
+def test_loading_info_can_be_asked_for(tmp_path):
+    model, info = load(save_tiny_pair(tmp_path), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.language_model is not None
+
+
+# Options
+
+
+@pytest.mark.parametrize("given", ["object", "name", "torch_dtype"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtype_reaches_every_part(dtype, given, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    name = str(dtype).removeprefix("torch.")
+    options = {"object": {"dtype": dtype}, "name": {"dtype": name}, "torch_dtype": {"torch_dtype": dtype}}
+    model = load(folder, **options[given])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    assert model.dtype == model.language_model.dtype == model.vision_tower.dtype == dtype
+    assert next(model.multi_modal_projector.parameters()).dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(model(prompt(9)).logits, plain(prompt(9)).logits)
+        seen = model(REQUEST, pixel_values=PIXELS).logits
+        assert seen.dtype == dtype
+        exact = load(folder)(REQUEST, pixel_values=PIXELS).logits
+    assert (seen - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_precision_on_disk_is_the_precision_in_memory(dtype, tmp_path):
+    folder = save_tiny_pair(tmp_path, dtype=dtype)
+    for file in ("model.safetensors", ADAPTER):
+        assert {tensor.dtype for tensor in load_file(folder / file).values()} == {dtype}
+    for options in ({}, {"dtype": "auto"}):
+        model = load(folder, **options)
+        assert model.dtype == model.language_model.dtype == dtype
+    assert load(folder, dtype=torch.float32).language_model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", {"": torch.device("cpu")}], ids=str)
+def test_device_map_reaches_every_part(device_map, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    model = load(folder, device_map=device_map)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert same(answers(model), answers(load(folder)))
+
+
+def test_device_map_can_name_modules(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    device_map = {"vision_tower": "cpu", "multi_modal_projector": "cpu", "language_model": "cpu"}
+    assert same(answers(load(folder, device_map=device_map)), answers(load(folder)))
+
+
+@pytest.mark.parametrize("through", [GenieBlueForConditionalGeneration, AutoModel], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementation_reaches_base_and_vision_tower(attention, through, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    model = through.from_pretrained(folder, attn_implementation=attention)
+    assert model.language_model.config._attn_implementation == attention
+    assert model.multimodal_language_model.config._attn_implementation == attention
+    assert model.vision_tower.config._attn_implementation == attention
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation=attention)
+    with torch.no_grad():
+        assert torch.equal(model(prompt(9)).logits, plain(prompt(9)).logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_options_do_not_alter_a_base_that_is_given(attention, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation=attention, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = base(prompt(9)).logits
+    other = {"eager": "sdpa", "sdpa": "eager"}[attention]
+    model = load(folder, base_model=base, attn_implementation=other, dtype=torch.float32, device_map="cpu")
+    assert base.config._attn_implementation == attention
+    assert base.dtype == torch.bfloat16
+    assert model.vision_tower.config._attn_implementation == other
+    with torch.no_grad():
+        assert torch.equal(model(prompt(9)).logits, before)
+        assert model(REQUEST, pixel_values=PIXELS).logits.shape[-1] == 128
+
+
+def test_unknown_options_are_not_swallowed(tmp_path):
+    with pytest.raises(TypeError, match="no_such_option"):
+        load(save_tiny_pair(tmp_path), no_such_option=1)
+
+
+# The right base
+
+
+@pytest.mark.parametrize("file_dtype, base_dtype", [
+    (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16), (torch.float32, torch.float64),
+], ids=str)  # fmt: skip
+def test_right_base_in_another_dtype_is_accepted(file_dtype, base_dtype, tmp_path):
+    folder = save_tiny_pair(tmp_path, dtype=file_dtype)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=base_dtype)
+    model = load(folder, base_model=base)
+    assert model.language_model is base and base.dtype == base_dtype
+    assert model(REQUEST, pixel_values=PIXELS).logits.dtype == base_dtype
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("given", ["object", "option"])
+def test_right_base_is_accepted_when_quantized(weights, given, tmp_path):
+    pytest.importorskip("optimum.quanto")
+    from transformers import QuantoConfig
+
+    folder = save_tiny_pair(tmp_path)
+    quantization = {"quantization_config": QuantoConfig(weights=weights)}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **quantization)
+    with torch.no_grad():
+        expected = plain(prompt(9)).logits
+        if given == "object":
+            model = load(folder, base_model=plain)
+            assert model.language_model is plain
+        else:
+            model = AutoModel.from_pretrained(folder, **quantization)
+        assert type(model.language_model.model.layers[0].mlp.up_proj).__name__ == "QLinear"
+        assert type(model.vision_tower.encoder.layers[0].mlp.fc1) is torch.nn.Linear
+        assert torch.equal(model(prompt(9)).logits, expected)
+        seen, exact = model(REQUEST, pixel_values=PIXELS).logits, load(folder)(REQUEST, pixel_values=PIXELS).logits
+        assert torch.equal(plain(prompt(9)).logits, expected)
+    assert (seen - exact).abs().mean() < {"int8": 0.1, "float8": 0.3, "int4": 0.8}[weights] * exact.abs().mean()
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()
+
+
+def test_quantized_base_cannot_be_trained_from():
+    pytest.importorskip("optimum.quanto")
+    from optimum.quanto import freeze, qint8, quantize
+
+    base = tiny_base("llama")
+    quantize(base, weights=qint8)
+    freeze(base)
+    with pytest.raises(ValueError, match="quantized"):
+        tiny_genieblue(base=base)
+
+
+def test_other_quantized_base_is_refused(tmp_path):
+    pytest.importorskip("optimum.quanto")
+    from transformers import QuantoConfig
+
+    folder = save_tiny_pair(tmp_path)
+    other = save_tiny_base("llama", tmp_path / "other", seed=2)
+    base = AutoModelForCausalLM.from_pretrained(other, quantization_config=QuantoConfig(weights="int8"))
+    with pytest.raises(ValueError, match="is not the base"):
+        load(folder, base_model=base)
+
+
+# Another base
+
+
+def assert_refused(folder, base, *identities):
+    with pytest.raises(ValueError, match="is not the base") as error:
+        load(folder, base_model=base)
+    for identity in (*identities, str(folder), "check_base=False"):
+        assert identity in str(error.value)
+
+
+def test_base_of_another_seed_is_refused_with_both_identities(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    other = save_tiny_base("llama", tmp_path / "other", seed=2)
+    identities = str(other), str(tmp_path / "base")
+    assert_refused(folder, AutoModelForCausalLM.from_pretrained(other), *identities)
+    assert_refused(folder, str(other), *identities)
+    assert_refused(folder, other, *identities)
+    model = load(folder, base_model=other, check_base=False)
+    assert torch.equal(model(prompt()).logits, tiny_base("llama", seed=2)(prompt()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["layers.2.mlp.up_proj.weight", "norm.weight", "embed_tokens.weight"])
+@torch.no_grad()
+def test_fine_tune_that_moved_one_tensor_is_refused(name, dtype, tmp_path):
+    folder = save_tiny_pair(tmp_path, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    step = 2 * torch.finfo(dtype).eps  # the smallest that survives rounding
+    base.model.get_parameter(name).mul_(1 + step)
+    assert_refused(folder, base, name)
+    assert load(folder, base_model=base, check_base=False).language_model is base
+
+
+@torch.no_grad()
+def test_fine_tune_loaded_in_bfloat16_is_refused(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.model.layers[1].self_attn.q_proj.weight.mul_(1.02)
+    assert_refused(folder, base.to(torch.bfloat16), "layers.1.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 96}, {"num_hidden_layers": 5}, {"hidden_size": 64},
+                                     {"vocab_size": 144}, {"attention_bias": True}], ids=str)  # fmt: skip
+def test_base_of_another_shape_is_refused(changes, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    other = save_tiny_base("llama", tmp_path / "other", **changes)
+    with pytest.raises(ValueError, match="is not the base|hidden size"):
+        load(folder, base_model=AutoModelForCausalLM.from_pretrained(other))
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 96}, {"hidden_size": 64}], ids=str)
+def test_base_of_another_shape_is_refused_unchecked_too(changes, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    with pytest.raises(ValueError, match="shape|hidden size"):
+        load(folder, base_model=tiny_base("llama", **changes), check_base=False)
+
+
+def test_base_of_another_family_is_refused(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    with pytest.raises(ValueError, match="is not the base"):
+        load(folder, base_model=tiny_base("phi3"))
+
+
+def test_exchanged_base_folder_is_refused(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    save_tiny_base("llama", tmp_path / "base", seed=2)
+    with pytest.raises(ValueError, match="is not the base"):
+        load(folder)
+
+
+def test_missing_base_folder_is_named_with_the_way_out(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="no such folder.*base_model=") as error:
+        load(folder)
+    assert str(tmp_path / "base") in str(error.value)
+    assert same(answers(load(folder, base_model=tmp_path / "elsewhere")),
+                answers(load(folder, base_model=str(tmp_path / "elsewhere"))))  # fmt: skip
+
+
+def test_pair_can_be_moved_together(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    expected = answers(load(save_tiny_pair(tmp_path / "here")))
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert same(answers(load(tmp_path / "there" / "genieblue")), expected)
+    monkeypatch.chdir(tmp_path / "there")
+    assert same(answers(load("genieblue")), expected)
+    monkeypatch.chdir(tmp_path / "there" / "genieblue")
+    assert same(answers(load(".")), expected)
+
+
+def test_base_inside_of_the_models_folder(tmp_path):
+    folder = tmp_path / "genieblue"
+    save_tiny_base("llama", folder / "base")
+    model = tiny_genieblue(base=AutoModelForCausalLM.from_pretrained(folder / "base"))
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["base_model_name_or_path"] == "./base"
+    assert same(answers(load(folder)), answers(model))
+    model.save_pretrained(folder)
+    assert same(answers(load(folder)), answers(model))
+
+
+# Damage
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, 0.5, -1], ids=["empty", "4 bytes", "header", "half", "all but one byte"])
+@pytest.mark.parametrize("file", ["genieblue/model.safetensors", f"genieblue/{ADAPTER}", "base/model.safetensors"])
+def test_truncated_weights_are_named(file, keep, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(OSError, match="damaged|fetch|cut short|not a valid safetensors") as error:
+        load(folder)
+    assert str(tmp_path / file.split("/")[0]) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", ADAPTER, "language_adapter", "config.json"])
+def test_missing_file_is_named(file, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    shutil.rmtree(folder / file) if (folder / file).is_dir() else (folder / file).unlink()
+    with pytest.raises(OSError, match=file.split("/")[-1].replace("language_adapter", "adapter_model")):
+        load(folder)
+
+
+def test_missing_fingerprint_is_named_and_can_be_done_without(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    (folder / "base_fingerprint.json").unlink()
+    with pytest.raises(OSError, match="base_fingerprint.json"):
+        load(folder)
+    assert load(folder, check_base=False).language_model is not None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1}'])
+def test_broken_fingerprint_is_a_clear_error(content, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    (folder / "base_fingerprint.json").write_text(content)
+    with pytest.raises((OSError, ValueError), match="base_fingerprint.json"):
+        load(folder)
+
+
+def adapter_names(folder, part):
+    return [name for name in load_file(folder / ADAPTER) if part in name]
+
+
+@pytest.mark.parametrize("part", ["lora_A", "layers.3.mlp"])
+def test_missing_adapter_tensor_is_refused(part, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    name = adapter_names(folder, part)[0]
+    edit_tensors(folder / ADAPTER, **{name: None})
+    with pytest.raises(ValueError, match="1 tensors are missing") as error:
+        load(folder)
+    assert name in str(error.value)
+
+
+def test_unexpected_adapter_tensor_is_refused(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    edit_tensors(folder / ADAPTER, **{"base_model.model.model.layers.3.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)})
+    with pytest.raises(ValueError, match="1 tensors are not expected.*layers.3.mlp.up_proj"):
+        load(folder)
+
+
+def test_adapter_tensor_of_another_shape_is_refused(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    name = adapter_names(folder, "lora_B")[0]
+    edit_tensors(folder / ADAPTER, **{name: torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match=r"shape \[3, 4\]"):
+        load(folder)
+
+
+def test_adapter_of_another_rank_is_refused(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    edit_config(folder, lora_rank=8)
+    with pytest.raises(ValueError, match="shape"):
+        load(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"multi_modal_projector.linear_1.bias": None}, "missing.*multi_modal_projector.linear_1.bias"),
+    ({"multi_modal_projector.linear_3.bias": torch.zeros(3)}, "unexpected.*linear_3"),
+    ({"multi_modal_projector.linear_1.bias": torch.zeros(3)}, "linear_1.bias"),
+    ({"vision_tower.post_layernorm.weight": None}, "missing.*post_layernorm"),
+    ({"language_model.model.norm.weight": torch.zeros(32)}, "unexpected.*language_model.model.norm"),
+])  # fmt: skip
+def test_own_weights_that_do_not_fit_are_refused(change, message, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    names = load_file(folder / "model.safetensors")
+    change = {next((full for full in names if full.endswith(name.split(".", 1)[1])), name): tensor
+              for name, tensor in change.items()}  # fmt: skip
+    edit_tensors(folder / "model.safetensors", **change)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_adapter_config_in_the_root_is_refused(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    shutil.copy(folder / "language_adapter/adapter_config.json", folder)
+    with pytest.raises(ValueError, match="adapter_config.json in its root.*language_adapter"):
+        load(folder)
+
+
+def test_base_that_needs_remote_code_asks_for_permission(tmp_path):
+    folder = save_tiny_pair(tmp_path, "bluelm")
+    for kwargs in ({}, {"trust_remote_code": False}, {"base_model": tmp_path / "base"}):
+        with pytest.raises((ValueError, OSError), match="trust_remote_code"):
+            load(folder, **kwargs)
+    model = load(folder, trust_remote_code=True)
+    assert type(model.language_model).__name__ == "BlueLMForCausalLM"
+
+
+def test_pickled_base_is_refused_and_never_opened(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    tripwire = tmp_path / "opened"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tripwire), "w"))
+
+    (tmp_path / "base/model.safetensors").unlink()
+    torch.save({"bomb": Bomb()}, tmp_path / "base/pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load(folder)
+    assert not tripwire.exists()
+
+
+def test_model_without_a_named_base_asks_for_one(tmp_path):
+    model = tiny_genieblue()
+    model.save_pretrained(tmp_path / "genieblue")
+    with pytest.raises(ValueError, match="base_model="):
+        load(tmp_path / "genieblue")
+    assert same(answers(load(tmp_path / "genieblue", base_model=tiny_base("llama"))), answers(model))
+
+
+def test_adapter_that_is_refused_leaves_the_given_base_fit_for_use(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = base(prompt()).logits
+    edit_tensors(folder / ADAPTER, **{adapter_names(folder, "lora_A")[0]: None})
+    with pytest.raises(ValueError, match="missing"):
+        load(folder, base_model=base)
+    assert torch.equal(base(prompt()).logits, expected)
+    model = change_adapter(tiny_genieblue(base=base))
+    assert len(list(adapter_parameters(model.multimodal_language_model))) == 3 * 7 * 2 + 9
