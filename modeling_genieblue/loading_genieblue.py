@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
 from .base_identity_genieblue import BASE_FINGERPRINT_NAME, compare_with_samples, weight_file_hashes
@@ -69,8 +70,10 @@ class LoadRequest:
         hub_kwargs = {**self.hub_kwargs, "subfolder": os.path.join(self.hub_kwargs.get("subfolder", ""), folder)}
         return cached_file(self.path, name, _raise_exceptions_for_missing_entries=required, **hub_kwargs)
 
-    def refuse_root_adapter(self) -> None:
-        """`ValueError` if `adapter_config.json` lies in the root: `AutoModel` would load the base instead of us."""
+    def check_layout(self) -> None:
+        """`OSError` without a `config.json`, `ValueError` for an adapter in the root, which `AutoModel` prefers."""
+        if self._file(CONFIG_NAME, required=False) is None:  # transformers would go on with a default one
+            raise OSError(f"{self.path} has no {CONFIG_NAME}: expected the folder or Hub id of a saved GenieBlue.")
         if self._file(ADAPTER_CONFIG_NAME, required=False) is not None:
             raise ValueError(
                 f"{self.path} has {ADAPTER_CONFIG_NAME} in its root, so `AutoModel` takes it for a plain adapter and "
@@ -85,6 +88,7 @@ class LoadRequest:
         on_given_base = isinstance(base_model, nn.Module)
         if on_given_base and "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = base_model.dtype
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         try:
             model, info = from_pretrained(self.path, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -111,7 +115,16 @@ class LoadRequest:
     def base_samples(self, required: bool) -> dict[str, dict]:
         """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
         path = self._file(BASE_FINGERPRINT_NAME, required=required)
-        return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        if path is None:
+            return {}
+        try:
+            samples = json.loads(Path(path).read_text(encoding="utf-8"))
+            well_formed = all({"shape", "dtype", "values"} <= set(sample) for sample in samples.values())
+        except (ValueError, AttributeError, TypeError) as error:
+            raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+        if not samples or not well_formed:
+            raise OSError(f"{path} records no base: it is damaged; fetch it again, or pass `check_base=False`.")
+        return samples
 
     def base_location(self, config: Any) -> str | None:
         """Hub id or absolute path of the base that `config` names; a path is relative to our own folder."""

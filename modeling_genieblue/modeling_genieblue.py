@@ -187,9 +187,9 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
 
         Raises `OSError` for missing or damaged files, `ValueError` for files or a base that do not belong together.
         """
-        request = LoadRequest.from_arguments(pretrained_model_name_or_path, kwargs)
-        request.refuse_root_adapter()
         output_loading_info = kwargs.pop("output_loading_info", False)
+        request = LoadRequest.from_arguments(pretrained_model_name_or_path, kwargs)
+        request.check_layout()
         model, loading_info = request.load_own_weights(super().from_pretrained, model_args, base_model)
         base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
         model._base_samples = request.base_samples(required=check_base)
