@@ -1,0 +1,97 @@
+"""The demo's vision tower: a small SigLIP that has learned to tell digits apart, as a public one has learned more."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import SiglipConfig, SiglipForImageClassification, SiglipVisionConfig, SiglipVisionModel, set_seed
+
+from genieblue.demo.budget import TrainingBudget, run_training
+from genieblue.demo.scans import TILE_SIZE, Scans, compose, digit_cells
+
+logger = logging.getLogger(__name__)
+
+
+def vision_config() -> SiglipVisionConfig:
+    """A SigLIP of 4 layers for tiles of 32 × 32 pixels: 16 patches, so 4 tokens after 2 × 2 concatenation."""
+    return SiglipVisionConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=TILE_SIZE,
+        patch_size=8,
+    )
+
+
+class DigitTiles(Dataset):
+    """Tiles that show one digit whole and its neighbours in part; index → the same tile in every process."""
+
+    def __init__(self, scans: Scans, samples: int, seed: int = 0, augment: bool = True, reach: int = 8):
+        self.scans, self.samples, self.seed, self.augment, self.reach = scans, samples, seed, augment, reach
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([self.seed, index])
+        picks = rng.integers(0, len(self.scans), 3)
+        cells = digit_cells(self.scans.images[picks], rng, self.augment)
+        shown = rng.random(3) < 0.6
+        shown[1] = True
+        ink, middles = compose(cells * shown[:, None, None], rng, noise=0.12 if self.augment else 0.0)
+        middle = int(middles[1]) + int(rng.integers(-self.reach, self.reach + 1))
+        ink = np.pad(ink, ((0, 0), (TILE_SIZE, TILE_SIZE)))
+        tile = ink[:, middle + TILE_SIZE // 2 : middle + TILE_SIZE // 2 + TILE_SIZE]
+        pixels = torch.from_numpy(tile.astype(np.float32))[None].expand(3, -1, -1) * 2 - 1  # mean and std 0.5
+        return {"pixel_values": pixels, "labels": torch.tensor(int(self.scans.labels[picks[1]]))}
+
+
+@torch.no_grad()
+def digit_accuracy(model: torch.nn.Module, tiles: DigitTiles) -> float:
+    """Part of the tiles, 0 to 1, whose middle digit the classifier names."""
+    model.eval()
+    samples = [tiles[index] for index in range(len(tiles))]
+    logits = model(pixel_values=torch.stack([sample["pixel_values"] for sample in samples])).logits
+    labels = torch.stack([sample["labels"] for sample in samples])
+    return (logits.argmax(-1) == labels).float().mean().item()
+
+
+def make_vision_tower(
+    out: str | Path, train: Scans, held_out: Scans, *, max_steps: int = 500, max_seconds: float = 25.0, seed: int = 0
+) -> dict[str, float]:
+    """Train the tower as a digit classifier and save it, without the classifier, as a plain SiglipVisionModel folder.
+
+    Returns `parameters`, `steps`, `seconds` and `accuracy` (on tiles of held-out digits).
+    """
+    set_seed(seed)
+    config = vision_config()
+    classifier = SiglipForImageClassification(SiglipConfig(vision_config=config.to_dict(), num_labels=10))
+    batch_size = 64
+    budget = TrainingBudget("Vision tower", max_steps, max_seconds, samples_per_step=batch_size)
+    run_training(
+        classifier,
+        DigitTiles(train, max_steps * batch_size, seed),
+        budget,
+        output_dir=str(out),
+        batch_size=batch_size,
+        learning_rate=1.5e-3,
+        seed=seed,
+    )
+    # The classifier reads patches and has no pooling head; the public checkpoints have one, so the tower gets it too.
+    tower = SiglipVisionModel(config)
+    trained = classifier.vision_model.state_dict()
+    missing, unexpected = tower.load_state_dict(trained, strict=False)
+    if unexpected or any("head" not in name for name in missing):
+        raise ValueError(f"The trained tower does not fit SiglipVisionModel: missing {missing}, extra {unexpected}.")
+    tower.eval().save_pretrained(out)
+    result = {
+        "parameters": sum(parameter.numel() for parameter in tower.parameters()),
+        "steps": budget.steps_done,
+        "seconds": budget.elapsed(),
+        "accuracy": digit_accuracy(classifier, DigitTiles(held_out, 1000, seed + 1, augment=False)),
+    }
+    logger.info("vision tower: %s", result)
+    return result
