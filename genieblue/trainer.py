@@ -183,6 +183,11 @@ class GenieBlueTrainer(Trainer):
 
     # Checkpoints
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        restored = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # Trainer would go on with the intervals of the checkpoint
+        return restored
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, UNFINISHED) if self._writing_checkpoint else folder

@@ -225,6 +225,7 @@ def train(
         model.save_pretrained(output, processor=processor)
         _write_facts(output, stages)
         model.training_recipe = stages
+    trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is there
     return result
 
 

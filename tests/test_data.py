@@ -112,6 +112,19 @@ def test_what_precedes_an_answer_is_the_prompt_at_inference(name):
         assert row["input_ids"][:start] == list(np.ravel(prompt))
 
 
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_answer_that_repeats_the_question_is_labelled_where_it_is_the_answer(name):
+    processor = make_processor(CHAT_TEMPLATES[name])
+    chat = [
+        turn("user", "Two."),
+        turn("assistant", "Two."),
+        turn("user", "Two."),
+        turn("assistant", "It is 7, not 1."),
+    ]
+    row = ChatCollator(processor).encode({"messages": chat})
+    assert [text for _, text in trained_runs(processor, row)] == TRAINED_TEXTS[name]
+
+
 def test_ids_and_tiles_are_those_of_the_processor():
     processor = make_processor()
     row = ChatCollator(processor).encode({"messages": two_turns()})

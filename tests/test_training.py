@@ -54,8 +54,11 @@ def test_stage_two_trains_all_that_is_added_and_no_byte_of_the_base(base, tmp_pa
     before, digests, logits = values(model), tensor_digests(model.language_model, ""), text_logits(model)
     config = model.language_model.config.to_json_string()
     files = {path: path.read_bytes() for path in base.iterdir()}
+    caches = []
+    model.multimodal_language_model.register_forward_hook(lambda *args: caches.append(args[2].past_key_values))
     train(model, processor, make_data(), tmp_path / "out", make_settings(steps=3))
     assert changed_parts(model, before) == set(PARTS)
+    assert caches == [None] * 3
     assert tensor_digests(model.language_model, "") == digests
     assert text_logits(model).equal(logits)
     assert model.language_model.config.to_json_string() == config
@@ -127,6 +130,20 @@ def test_defaults_are_the_papers_recipe(base, tmp_path, monkeypatch):
         assert seen["arguments"].lr_scheduler_type == "cosine"
 
 
+def test_schedule_of_the_caller_takes_the_place_of_the_cosine(base, tmp_path):
+    model, processor = make_model(base)
+    before = values(model)
+    train(
+        model,
+        processor,
+        make_data(),
+        tmp_path / "out",
+        make_settings(steps=2),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0),
+    )
+    assert changed_parts(model, before) == set()
+
+
 def test_gradient_checkpointing_gives_the_same_weights_and_leaves_the_base_alone(base, tmp_path):
     flags, results = [], []
 
@@ -153,6 +170,15 @@ def test_accumulated_batches_are_one_large_batch(base, tmp_path):
         settings = make_settings(steps=2, batch_size=batch_size, gradient_accumulation=accumulation, warmup_steps=0)
         results.append(losses(train(model, processor, make_data(), tmp_path / name, settings)))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_workers_that_read_the_data_do_not_change_what_is_learned(base, tmp_path):
+    results = []
+    for workers in (0, 2):
+        model, processor = make_model(base)
+        settings = make_settings(steps=3, num_workers=workers)
+        results.append(losses(train(model, processor, make_data(), tmp_path / str(workers), settings)))
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True], ids=["float32 base", "bfloat16 base"])

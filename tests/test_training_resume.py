@@ -86,8 +86,8 @@ def test_checkpoint_cut_short_while_it_is_written_is_never_taken(base, tmp_path,
         with pytest.raises(Interrupted):
             start(base, output, resume=True)
     assert checkpoints(output) == ["checkpoint-2", "unfinished"]
-    _, result = start(base, output, resume=True)
-    assert result.steps == 18 and "unfinished" not in checkpoints(output)
+    _, result = start(base, output, resume=True, save_steps=9)
+    assert result.steps == 18 and checkpoints(output) == ["checkpoint-18", "checkpoint-2", "checkpoint-9"]
 
 
 def test_without_a_checkpoint_resume_starts_from_the_beginning_and_says_so(base, tmp_path, caplog):
@@ -143,8 +143,9 @@ def test_damaged_weights_in_a_checkpoint_are_an_error(base, tmp_path):
         start(base, tmp_path / "out", resume=True)
 
 
-def test_resuming_a_finished_run_trains_no_further_step(base, tmp_path):
-    first_model, first = start(base, tmp_path / "out", epochs=1)
-    model, result = start(base, tmp_path / "out", resume=True, epochs=1)
-    assert result.steps == first.steps == 6 and losses(result) == losses(first)
+@pytest.mark.parametrize("steps", [4, 6], ids=["within an epoch", "at its end"])
+def test_resuming_a_finished_run_trains_no_further_step(steps, base, tmp_path):
+    first_model, first = start(base, tmp_path / "out", epochs=None, steps=steps)
+    model, result = start(base, tmp_path / "out", resume=True, epochs=None, steps=steps)
+    assert result.steps == first.steps == steps and losses(result) == losses(first)
     assert same_weights(model, first_model)
