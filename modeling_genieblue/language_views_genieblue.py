@@ -6,6 +6,7 @@ LoRA on the linears of all others. What is trained is saved as a stock PEFT adap
 """
 
 import copy
+import json
 import logging
 import math
 import os
@@ -240,6 +241,10 @@ def save_adapter(view: nn.Module, lora_config: LoraConfig, folder: str | os.Path
     saved_config = copy.deepcopy(lora_config)
     saved_config.inference_mode = True
     saved_config.save_pretrained(str(folder))
+    config_file = Path(folder) / ADAPTER_CONFIG_NAME
+    written = json.loads(config_file.read_text(encoding="utf-8"))
+    written["target_modules"] = sorted(written["target_modules"])  # a set: otherwise no two saves are alike
+    config_file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class _FirstBlockReached(Exception):

@@ -66,15 +66,16 @@ class LoadRequest:
                 base_kwargs["attn_implementation"] = base_attention
         return cls(os.fspath(path), hub_kwargs, kwargs, base_kwargs)
 
-    def _file(self, name: str, *, folder: str = "", required: bool = True) -> str | None:
+    def file(self, name: str, *, folder: str = "", required: bool = True) -> str | None:
+        """Path of one of our files, in the folder or in the Hub's cache; `OSError` if it is required and missing."""
         hub_kwargs = {**self.hub_kwargs, "subfolder": os.path.join(self.hub_kwargs.get("subfolder", ""), folder)}
         return cached_file(self.path, name, _raise_exceptions_for_missing_entries=required, **hub_kwargs)
 
     def check_layout(self) -> None:
         """`OSError` without a `config.json`, `ValueError` for an adapter in the root, which `AutoModel` prefers."""
-        if self._file(CONFIG_NAME, required=False) is None:  # transformers would go on with a default one
+        if self.file(CONFIG_NAME, required=False) is None:  # transformers would go on with a default one
             raise OSError(f"{self.path} has no {CONFIG_NAME}: expected the folder or Hub id of a saved GenieBlue.")
-        if self._file(ADAPTER_CONFIG_NAME, required=False) is not None:
+        if self.file(ADAPTER_CONFIG_NAME, required=False) is not None:
             raise ValueError(
                 f"{self.path} has {ADAPTER_CONFIG_NAME} in its root, so `AutoModel` takes it for a plain adapter and "
                 f"loads the base instead of GenieBlue. Move the adapter's files to {ADAPTER_FOLDER}/."
@@ -110,11 +111,11 @@ class LoadRequest:
 
     def adapter_file(self) -> str:
         """Path of the adapter's weights, in a folder or in the cache; `OSError` if there are none."""
-        return self._file(ADAPTER_WEIGHTS_NAME, folder=ADAPTER_FOLDER)
+        return self.file(ADAPTER_WEIGHTS_NAME, folder=ADAPTER_FOLDER)
 
     def base_samples(self, required: bool) -> dict[str, dict]:
         """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
-        path = self._file(BASE_FINGERPRINT_NAME, required=required)
+        path = self.file(BASE_FINGERPRINT_NAME, required=required)
         if path is None:
             return {}
         try:

@@ -198,7 +198,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         model._attach(base, make_lora_config(base, model.config))
         load_adapter(model.multimodal_language_model, request.adapter_file(), base.dtype)
         model.config.base_model_name_or_path = request.base_location(model.config)
-        model._processor_source = request
+        model._source = request
         model.eval()
         return (model, loading_info) if output_loading_info else model
 

@@ -32,6 +32,7 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
 }
+FACT_FILES = ("training_recipe.json", "measurements.json")
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_NAMES = ("model.safetensors.index.json", "model-*-of-*.safetensors")
 
@@ -108,6 +109,7 @@ def _write_files(model: Any, staging: Path, target: Path, processor: Any, dtype:
     processor = processor or _own_processor(model)
     if processor is not None:
         processor.save_pretrained(staging)
+    _copy_facts(model, staging)
     existing_card = target / "README.md"
     if existing_card.is_file():
         shutil.copyfile(existing_card, staging / "README.md")
@@ -125,7 +127,7 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(model.config)
     config.auto_map = dict(AUTO_MAP)
     config.architectures = [type(model).__name__]
-    config.dtype = dtype
+    config.dtype = config.vision_config.dtype = dtype
     for part in (config.text_config, config.vision_config):
         if os.path.isabs(getattr(part, "_name_or_path", "") or ""):
             part.name_or_path = ""  # a path of this computer is nobody else's business
@@ -142,11 +144,14 @@ def _write_samples(samples: dict[str, dict], path: Path) -> None:
 
 def _own_processor(model: Any) -> Any:
     """The processor that came with the model, or one made from the tokenizer of its base; `None` if there is none."""
-    request = getattr(model, "_processor_source", None)
-    try:
-        if request is not None:
-            trust = bool(request.base_kwargs.get("trust_remote_code"))
+    request = getattr(model, "_source", None)
+    if request is not None:
+        trust = bool(request.base_kwargs.get("trust_remote_code"))
+        try:
             return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
+        except (OSError, ValueError) as error:
+            logger.info("No processor in %s (%s): one is made from the base's tokenizer.", request.path, error)
+    try:
         if model.config.base_model_name_or_path is not None:
             tokenizer = AutoTokenizer.from_pretrained(
                 model.config.base_model_name_or_path,
@@ -164,6 +169,15 @@ def _own_processor(model: Any) -> Any:
     return None
 
 
+def _copy_facts(model: Any, staging: Path) -> None:
+    """How the model was trained and what was measured stay with it wherever it is saved."""
+    request = getattr(model, "_source", None)
+    for name in FACT_FILES if request is not None else ():
+        source = request.file(name, required=False)
+        if source is not None:
+            shutil.copyfile(source, staging / name)
+
+
 def _write_card(folder: Path, name: str) -> None:
     try:
         from hub_cards.model_card import card_info_from_folder, write_model_card
@@ -174,7 +188,10 @@ def _write_card(folder: Path, name: str) -> None:
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
-    """Swaps the finished folder in; foreign files of the old one (checkpoints, a README) move over."""
+    """Swaps the finished folder in; foreign files of the old one (checkpoints, a README) move over.
+
+    A process that is killed between the two renames leaves the old folder, whole, as `.<name>.old-…` beside it.
+    """
     if not target.exists():
         os.rename(staging, target)
         return

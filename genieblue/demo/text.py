@@ -165,12 +165,12 @@ class TokenWindows(Dataset):
 
 @torch.no_grad()
 def perplexity(
-    model: torch.nn.Module, ids: torch.Tensor, length: int = SEQUENCE_LENGTH, batch_size: int = 16
+    model: torch.nn.Module, ids: torch.Tensor, length: int = SEQUENCE_LENGTH, batch_size: int = 16, **options
 ) -> float:
     """Perplexity of a causal LM over a stream of ids, (tokens,), read in windows that do not overlap.
 
     Each window of `length` tokens is predicted from its own tokens only, so the number is the same for every
-    batch size up to rounding; the remainder of the stream that fills no window is left out.
+    batch size up to rounding; the remainder of the stream that fills no window is left out. `options` go to the model.
     """
     windows = len(ids) // length
     if windows == 0:
@@ -184,7 +184,7 @@ def perplexity(
     total = 0.0
     for batch in rows.split(batch_size):
         batch = batch.to(device)
-        logits = model(input_ids=batch).logits[:, :-1].float()  # (rows, length - 1, vocabulary)
+        logits = model(input_ids=batch, **options).logits[:, :-1].float()  # (rows, length - 1, vocabulary)
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         total += losses.double().sum().item()
     model.train(was_training)

@@ -1,0 +1,153 @@
+"""Speed of the two views against the plain base and against merged LoRA, interleaved, as one table.
+
+    python benchmarks/views.py [--pairs 9] [--tokens 24] [--device cpu]
+
+A random-weight Llama-style base of 16 blocks, hidden size 1024, bf16, 2 threads. Each pair times A and B one after the
+other, so that a drift of the machine's speed hits both; the ratio's median over the pairs is reported.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.language_views_genieblue import adapter_parameters
+
+
+def make_model(device: str) -> GenieBlueForConditionalGeneration:
+    """The benchmark's GenieBlue: 16 blocks of which 4 are copied, LoRA rank 8 on the others, adapter not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=None, bos_token_id=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
+    vision = SiglipVisionModel(
+        SiglipVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                           image_size=56, patch_size=14)
+    ).to(device, torch.bfloat16)  # fmt: skip
+    model = GenieBlueForConditionalGeneration.from_base(base, vision)
+    with torch.no_grad():
+        for _, _, parameter in adapter_parameters(model.multimodal_language_model):
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    return model
+
+
+def merged_view(model: GenieBlueForConditionalGeneration) -> torch.nn.Module:
+    """A plain model with the adapter merged into its weights: what the multimodal view is measured against."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder + "/model")
+        adapted = PeftModel.from_pretrained(
+            copy.deepcopy(model.language_model), folder + "/model", subfolder="language_adapter"
+        )
+        return adapted.merge_and_unload().eval()
+
+
+def stock_view(model: GenieBlueForConditionalGeneration) -> torch.nn.Module:
+    """The same adapter in stock PEFT."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder + "/model")
+        return PeftModel.from_pretrained(
+            copy.deepcopy(model.language_model), folder + "/model", subfolder="language_adapter",
+            autocast_adapter_dtype=False,
+        ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def decode_seconds(run: Callable, ids: torch.Tensor, tokens: int) -> float:
+    """Seconds for `tokens` cached decode steps after a prefill of `ids`, the prefill left out."""
+    outputs = run(input_ids=ids, use_cache=True)
+    cache, next_ids = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
+    synchronize(ids.device)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        outputs = run(input_ids=next_ids, past_key_values=cache, use_cache=True)
+        next_ids = outputs.logits[:, -1:].argmax(-1)
+    synchronize(ids.device)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def prefill_seconds(run: Callable, ids: torch.Tensor, _tokens: int) -> float:
+    """Seconds for one pass over `ids`."""
+    synchronize(ids.device)
+    start = time.perf_counter()
+    run(input_ids=ids, use_cache=True)
+    synchronize(ids.device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compare(measure: Callable, first: Callable, second: Callable, ids: torch.Tensor, tokens: int, pairs: int) -> dict:
+    """Interleaved pairs → medians and the median, lowest and highest ratio first / second."""
+    measure(first, ids, tokens), measure(second, ids, tokens)  # warm-up
+    times = []
+    for index in range(pairs):
+        # The order alternates, so that neither side always runs on the caches that the other has filled.
+        if index % 2:
+            later, earlier = measure(second, ids, tokens), measure(first, ids, tokens)
+            times.append((earlier, later))
+        else:
+            times.append((measure(first, ids, tokens), measure(second, ids, tokens)))
+    ratios = sorted(one / other for one, other in times)
+    return {
+        "ms": statistics.median(one for one, _ in times) / tokens * 1e3,
+        "against_ms": statistics.median(other for _, other in times) / tokens * 1e3,
+        "ratio": statistics.median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+    }
+
+
+def main() -> None:
+    """Prints the table, or with `--json` the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = make_model(arguments.device)
+    ids = torch.randint(3, 32000, (1, 64), device=arguments.device)
+    base, multimodal = model.language_model, lambda **inputs: model(view="multimodal", **inputs)
+    merged, stock = merged_view(model), stock_view(model)
+    plan = [
+        ("text view / plain base, decode", decode_seconds, model, base),
+        ("text view / plain base, prefill 64", prefill_seconds, model, base),
+        ("multimodal view / merged LoRA, decode", decode_seconds, multimodal, merged),
+        ("multimodal view / merged LoRA, prefill 64", prefill_seconds, multimodal, merged),
+        ("stock PEFT / merged LoRA, decode", decode_seconds, stock, merged),
+    ]
+    rows = {}
+    for name, measure, first, second in plan:
+        tokens = arguments.tokens if measure is decode_seconds else 1
+        rows[name] = compare(measure, first, second, ids, tokens, arguments.pairs)
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'':44}{'ms':>8}{'against':>9}{'ratio':>8}{'lowest':>8}{'highest':>9}")
+    for name, row in rows.items():
+        print(
+            f"{name:44}{row['ms']:8.2f}{row['against_ms']:9.2f}{row['ratio']:8.3f}{row['lowest']:8.3f}"
+            f"{row['highest']:9.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

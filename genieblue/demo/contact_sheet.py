@@ -1,0 +1,72 @@
+"""A picture of what the demo's model reads: scans, the tiles they are cut into, answers."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS = 4
+CELL_WIDTH, CELL_HEIGHT = 330, 150
+MARGIN, HEADER = 16, 64
+ENLARGED = 2  # scans are 32 pixels high
+PAPER, INK, FAINT = (250, 250, 248), (32, 36, 44), (140, 146, 156)
+RIGHT, WRONG, GRID = (34, 120, 70), (190, 40, 50), (80, 170, 255)
+
+
+def draw_contact_sheet(
+    path: str | Path, folder: str | Path, answers: list[dict[str, str]], image_processor: Any
+) -> None:
+    """Writes a PNG: each scan of `answers` (image, answer, said) with its thumbnail, its tiles and what was said."""
+    rows = -(-len(answers) // COLUMNS)
+    size = (COLUMNS * CELL_WIDTH + 2 * MARGIN, HEADER + rows * CELL_HEIGHT + MARGIN)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    right = sum(line["said"] == line["answer"] for line in answers)
+    draw.text((MARGIN, 12), "Held-out scans, as GenieBlue sees and reads them", INK, _font(22))
+    note = f"left the thumbnail, right the tiles · {right} of these {len(answers)} are right"
+    draw.text((MARGIN, 40), note, FAINT, _font(14))
+    for index, line in enumerate(answers):
+        corner = (MARGIN + index % COLUMNS * CELL_WIDTH, HEADER + index // COLUMNS * CELL_HEIGHT)
+        _draw_cell(sheet, draw, corner, Image.open(Path(folder, line["image"])), line, image_processor)
+    sheet.save(path)
+
+
+def _draw_cell(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], scan: Image.Image, line: dict[str, str],
+    image_processor: Any,
+) -> None:  # fmt: skip
+    left, top = corner
+    tile = image_processor.tile_size
+    columns, rows = image_processor.select_grid(*scan.size)
+    edge = tile * ENLARGED
+    if columns * rows > 1:
+        sheet.paste(_on_canvas(scan, tile, tile).resize((edge // 2, edge // 2)), (left, top + 10))
+        draw.rectangle((left, top + 10, left + edge // 2 - 1, top + 9 + edge // 2), outline=FAINT)
+    x, y = left + edge // 2 + 8, top + 10
+    canvas = _on_canvas(scan, columns * tile, rows * tile).resize((columns * edge, rows * edge), Image.NEAREST)
+    scale = min(1.0, (CELL_WIDTH - edge // 2 - 24) / canvas.width, (CELL_HEIGHT - 54) / canvas.height)
+    canvas = canvas.resize((round(canvas.width * scale), round(canvas.height * scale)))
+    sheet.paste(canvas, (x, y))
+    for column in range(columns + 1):
+        at = x + round(column * edge * scale)
+        draw.line((at, y, at, y + canvas.height), GRID)
+    for row in range(rows + 1):
+        at = y + round(row * edge * scale)
+        draw.line((x, at, x + canvas.width, at), GRID)
+    correct = line["said"] == line["answer"]
+    draw.text((x, top + 90), line["said"] or "(nothing)", RIGHT if correct else WRONG, _font(24))
+    detail = f"{columns}×{rows} tiles" if correct else f"{columns}×{rows} tiles, it is {line['answer']}"
+    draw.text((x + 96, top + 97), detail, FAINT, _font(14))
+
+
+def _on_canvas(scan: Image.Image, width: int, height: int) -> Image.Image:
+    """The scan at its own proportions, centred: how the image processor lays it out."""
+    scale = min(width / scan.width, height / scan.height)
+    resized = scan.convert("RGB").resize((max(1, int(scan.width * scale)), max(1, int(scan.height * scale))))
+    canvas = Image.new("RGB", (width, height), (127, 127, 127))
+    canvas.paste(resized, ((width - resized.width) // 2, (height - resized.height) // 2))
+    return canvas
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
