@@ -115,8 +115,8 @@ def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool
     if not overwrite:
         raise OSError(f"{output} is not empty: give a new folder, or pass overwrite (--overwrite) to replace it.")
     config = output / "config.json"
-    if config.is_file() and '"genieblue"' not in config.read_text(encoding="utf-8", errors="replace"):
-        raise OSError(f"{output} holds another kind of model, which is not overwritten: give a new folder.")
+    if not config.is_file() or '"genieblue"' not in config.read_text(encoding="utf-8", errors="replace"):
+        raise OSError(f"{output} holds something else than a GenieBlue, which is not overwritten: give a new folder.")
 
 
 def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:

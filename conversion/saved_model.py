@@ -26,10 +26,10 @@ class CheckFailed(Exception):
     """A check that came to its end with a bad result; its text is the detail."""
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Logits (batch, length, vocabulary) of one pass without a cache."""
-    return model(input_ids=input_ids, use_cache=False, **inputs).logits
+def logits_of(model: nn.Module, input_ids: torch.Tensor, *, gradients: bool = False, **inputs: Any) -> torch.Tensor:
+    """Logits (batch, length, vocabulary) of one pass without a cache; with `gradients`, computed as in training."""
+    with torch.set_grad_enabled(gradients):
+        return model(input_ids=input_ids, use_cache=False, **inputs).logits.detach()
 
 
 class SavedModel:

@@ -52,10 +52,15 @@ def _lines(at_terminal: bool) -> Iterator[str]:
     while True:
         try:
             line = input("\nYou: " if at_terminal else "")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             if at_terminal:
                 typer.echo()
             return
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            note("\nCtrl-D or /quit ends the conversation.")
+            continue
         yield line.strip()
 
 

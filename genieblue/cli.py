@@ -199,6 +199,10 @@ def train(
     loss = "" if result.loss is None else f", last loss {result.loss:.4g}"
     typer.echo(f"{result.output}: stage {stage}, {result.steps} steps over {result.num_samples} samples{loss}.")
     note("The base's bytes are what they were before.")
+    if stage == 1:
+        note(f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …")
+    else:
+        note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
 
 
 def _data_source(data: Path) -> Any:

@@ -87,7 +87,6 @@ def speak_plainly(debug: bool = False) -> None:
             logger.handlers.clear()
         if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
             logger.addHandler(_StderrHandler())
-            logger.propagate = False
 
 
 class _StderrHandler(logging.Handler):

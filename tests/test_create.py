@@ -1,0 +1,265 @@
+"""Making a new GenieBlue from files: what it consists of, what it records, what is refused."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_genieblue import prompt
+from tiny_models import save_tiny_base, tiny_tokenizer, tiny_vision_tower
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, SiglipConfig, SiglipModel
+
+from conversion.create import create_genieblue
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+
+VISION_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A folder with `base`, `vision` (the image half of a SigLIP alone) and `siglip` (the whole one)."""
+    folder = tmp_path_factory.mktemp("sources")
+    save_tiny_base("llama", folder / "base")
+    tower = tiny_vision_tower()
+    tower.save_pretrained(folder / "vision")
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
+    siglip = SiglipModel(SiglipConfig(vision_config=VISION_SHAPE, text_config=text))
+    siglip.vision_model.load_state_dict(tower.state_dict())
+    siglip.save_pretrained(folder / "siglip")
+    return folder
+
+
+@pytest.fixture
+def pair(sources, tmp_path) -> Path:
+    """A copy of the sources that a test may damage, and in which it may make its GenieBlue."""
+    return shutil.copytree(sources, tmp_path / "pair")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_a_new_genieblue_loads_and_its_two_views_agree_with_the_base(pair):
+    folder = create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    model = AutoModel.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(pair / "base")
+    ids = prompt()
+    with torch.no_grad():
+        expected = base(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids, view="multimodal").logits, expected, rtol=1e-5, atol=1e-5)
+    assert type(AutoProcessor.from_pretrained(folder)).__name__ == "GenieBlueProcessor"
+
+
+def test_the_sources_are_only_read(pair):
+    before = hashes(pair)
+    create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    after = {path: digest for path, digest in hashes(pair).items() if "/reader/" not in path}
+    assert after == before
+
+
+@pytest.mark.parametrize("vision", ["vision", "siglip"])
+def test_a_whole_siglip_and_its_image_half_give_the_same_tower(pair, vision):
+    create_genieblue(pair / "base", pair / vision, pair / "reader")
+    tensors = load_file(pair / "reader" / "model.safetensors")
+    expected = {f"vision_tower.{name}": value for name, value in tiny_vision_tower().state_dict().items()}
+    found = {name: value for name, value in tensors.items() if name.startswith("vision_tower.")}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_settings_are_recorded(pair):
+    create_genieblue(
+        pair / "base", pair / "vision", pair / "reader", placement="pre", lora_rank=3, lora_alpha=5, max_tiles=4
+    )
+    config = json.loads((pair / "reader/config.json").read_text())
+    assert (config["placement"], config["replicated_layers"]) == ("pre", [0])
+    assert (config["lora_rank"], config["lora_alpha"]) == (3, 5)
+    image_processor = GenieBlueProcessor.from_pretrained(pair / "reader").image_processor
+    assert (image_processor.max_tiles, image_processor.tile_size) == (4, 24)
+
+
+def test_a_base_in_16_bits_gives_everything_in_16_bits(pair, tmp_path):
+    save_tiny_base("llama", tmp_path / "half", dtype=torch.bfloat16)
+    create_genieblue(tmp_path / "half", pair / "vision", tmp_path / "reader")
+    for file in ("model.safetensors", "language_adapter/adapter_model.safetensors"):
+        assert {value.dtype for value in load_file(tmp_path / "reader" / file).values()} == {torch.bfloat16}
+
+
+def test_dtype_can_be_asked_for(pair):
+    create_genieblue(pair / "base", pair / "vision", pair / "reader", dtype="bfloat16")
+    assert load_file(pair / "reader/model.safetensors")["multi_modal_projector.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_local_base_is_found_again_when_both_folders_move(pair, tmp_path):
+    create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    pair.rename(tmp_path / "elsewhere")
+    model = GenieBlueForConditionalGeneration.from_pretrained(tmp_path / "elsewhere/reader")
+    assert model.config.base_model_name_or_path == str((tmp_path / "elsewhere/base").resolve())
+
+
+def test_hub_ids_are_recorded_with_the_commit(hub, sources, tmp_path):
+    commit = hub.commit_folder("maker/base", sources / "base")
+    hub.commit_folder("maker/siglip", sources / "siglip")
+    create_genieblue("maker/base", "maker/siglip", tmp_path / "reader")
+    config = json.loads((tmp_path / "reader/config.json").read_text())
+    assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("maker/base", commit)
+
+
+def test_a_revision_of_the_base_is_loaded_and_recorded(hub, sources, tmp_path):
+    first = hub.commit_folder("maker/base", sources / "base")
+    save_tiny_base("llama", tmp_path / "other", seed=1)
+    hub.commit_folder("maker/base", tmp_path / "other")
+    create_genieblue("maker/base", sources / "vision", tmp_path / "reader", base_revision=first)
+    assert json.loads((tmp_path / "reader/config.json").read_text())["base_model_revision"] == first
+    model = GenieBlueForConditionalGeneration.from_pretrained(tmp_path / "reader")
+    expected = AutoModelForCausalLM.from_pretrained(sources / "base")
+    assert torch.equal(model.language_model.lm_head.weight, expected.lm_head.weight)
+
+
+def test_a_chat_template_can_be_given_to_a_base_without_one(pair):
+    (pair / "base/chat_template.jinja").unlink()
+    template = "{% for message in messages %}{{ message['content'] }};{% endfor %}"
+    create_genieblue(pair / "base", pair / "vision", pair / "reader", chat_template=template)
+    assert GenieBlueProcessor.from_pretrained(pair / "reader").chat_template == template
+
+
+def test_a_chat_template_of_the_base_is_not_replaced(pair):
+    with pytest.raises(ValueError, match="has a chat template of its own"):
+        create_genieblue(pair / "base", pair / "vision", pair / "reader", chat_template="{{ messages }}")
+
+
+def test_remote_code_of_a_base_runs_only_if_it_is_allowed(sources, tmp_path):
+    save_tiny_base("bluelm", tmp_path / "base")
+    ran = tmp_path / "ran"
+    for code in (tmp_path / "base").glob("*.py"):
+        code.write_text(f"open({str(ran)!r}, 'w').close()\n" + code.read_text())
+    with pytest.raises(ValueError, match="--trust-remote-code"):
+        create_genieblue(tmp_path / "base", sources / "vision", tmp_path / "reader")
+    assert not ran.exists() and not (tmp_path / "reader").exists()
+    create_genieblue(tmp_path / "base", sources / "vision", tmp_path / "reader", trust_remote_code=True)
+    assert (tmp_path / "reader/config.json").is_file()
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def keep_half_of_the_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["embeddings.position_embedding.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+BAD = {
+    "a short base": (lambda pair: change_config(pair / "base", num_hidden_layers=3), {}, "at least 4 blocks"),
+    "a quantized base": (
+        lambda pair: change_config(pair / "base", quantization_config={"quant_method": "bitsandbytes"}),
+        {},
+        "quantized",
+    ),
+    "a base without tokenizer": (lambda pair: (pair / "base/tokenizer.json").unlink(), {}, "base's tokenizer"),
+    "damaged weights of the base": (lambda pair: keep_half_of_the_weights(pair / "base"), {}, "cannot be read"),
+    "damaged weights of the vision model": (
+        lambda pair: keep_half_of_the_weights(pair / "vision"), {}, "cannot be read"
+    ),
+    "an incomplete vision tower": (lambda pair: drop_tensor(pair / "vision"), {}, "position_embedding"),
+    "no base": (lambda pair: shutil.rmtree(pair / "base"), {}, "base .* is no folder"),
+    "no vision model": (lambda pair: shutil.rmtree(pair / "vision"), {}, "vision model .* is no folder"),
+    "an unknown placement": (lambda pair: None, {"placement": "middle"}, "skip, pre, post"),
+    "a rank of zero": (lambda pair: None, {"lora_rank": 0}, "1 or more"),
+    "tiles that are no square": (lambda pair: None, {"max_tiles": 15}, "square"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_leaves_nothing(pair, case):
+    damage, settings, message = BAD[case]
+    damage(pair)
+    with pytest.raises((ValueError, OSError), match=message):
+        create_genieblue(pair / "base", pair / "vision", pair / "reader", **settings)
+    assert not (pair / "reader").exists()
+
+
+def test_kinds_of_models_that_cannot_be_the_base_or_the_vision_model_are_refused(pair):
+    create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    for base, message in (("reader", "GenieBlue already"), ("vision", "decoder-only"), ("siglip", "decoder-only")):
+        with pytest.raises(ValueError, match=message):
+            create_genieblue(pair / base, pair / "vision", pair / "other")
+    with pytest.raises(ValueError, match="expected a SigLIP"):
+        create_genieblue(pair / "base", pair / "base", pair / "other")
+
+
+def test_pickled_weights_are_not_read(pair):
+    (pair / "base/model.safetensors").unlink()
+    torch.save({}, pair / "base/pytorch_model.bin")
+    with pytest.raises(OSError, match="could not be loaded"):
+        create_genieblue(pair / "base", pair / "vision", pair / "reader")
+
+
+def test_what_is_there_is_not_overwritten_unasked(pair):
+    create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    before = hashes(pair)
+    (pair / "file").touch()
+    for output, message in (
+        ("reader", "--overwrite"),
+        ("base", "only read"),
+        ("siglip", "not empty"),
+        ("file", "is a file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            create_genieblue(pair / "base", pair / "vision", pair / output)
+    (pair / "file").unlink()
+    assert hashes(pair) == before
+
+
+@pytest.mark.parametrize("output", ["base", "vision", "siglip", "photos"])
+def test_what_is_no_genieblue_is_never_overwritten(pair, output):
+    (pair / "photos").mkdir()
+    (pair / "photos/a.jpg").touch()
+    before = hashes(pair)
+    with pytest.raises((ValueError, OSError)):
+        create_genieblue(pair / "base", pair / "vision", pair / output, overwrite=True)
+    assert hashes(pair) == before
+
+
+def test_overwriting_replaces_the_model_and_what_it_said_about_itself(pair):
+    create_genieblue(pair / "base", pair / "vision", pair / "reader", lora_rank=2)
+    reader = pair / "reader"
+    (reader / "measurements.json").write_text('[{"name": "exact match", "value": "91 %", "how": "scans"}]')
+    (reader / "training_recipe.json").write_text('{"stage 1": {"steps": 5}}')
+    create_genieblue(pair / "base", pair / "vision", reader, lora_rank=6, overwrite=True)
+    assert json.loads((reader / "config.json").read_text())["lora_rank"] == 6
+    assert not (reader / "measurements.json").exists() and not (reader / "training_recipe.json").exists()
+    assert "rank 6" in (reader / "README.md").read_text()
+
+
+def test_overwriting_keeps_a_card_that_somebody_edited(pair):
+    create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    (pair / "reader/README.md").write_text("# Mine\n")
+    create_genieblue(pair / "base", pair / "vision", pair / "reader", overwrite=True)
+    assert (pair / "reader/README.md").read_text() == "# Mine\n"
+
+
+def test_tokenizer_of_the_base_is_copied_as_it_is(pair):
+    create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    assert (pair / "reader/tokenizer.json").read_bytes() == (pair / "base/tokenizer.json").read_bytes()
+    assert len(GenieBlueProcessor.from_pretrained(pair / "reader").tokenizer) == len(tiny_tokenizer())
