@@ -7,19 +7,22 @@ import os
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from safetensors import safe_open
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
 BASE_FINGERPRINT_NAME = "base_fingerprint.json"
 VALUES_PER_PLACE = 4
+WEIGHT_FILES = "*.safetensors"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 
 def tensor_samples(model: nn.Module) -> dict[str, dict]:
-    """`{name: {"shape", "dtype", "values"}}` with some values of each floating-point parameter.
+    """`{name: {"shape", "dtype", "positions", "values"}}`: some values of each floating-point parameter.
 
     Parameters on the meta device (offloaded ones) and integer-packed ones (quantized) are left out.
     """
@@ -27,20 +30,24 @@ def tensor_samples(model: nn.Module) -> dict[str, dict]:
         name: {
             "shape": list(parameter.shape),
             "dtype": str(parameter.dtype).removeprefix("torch."),
-            "values": _sample(parameter).float().tolist(),
+            "positions": (positions := _positions(parameter.numel())),
+            "values": _values_at(parameter, positions).float().tolist(),
         }
         for name, parameter in model.named_parameters()
         if is_plain_weight(parameter)
     }
 
 
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """A few neighbouring values at a quarter and at three quarters: weights that are not in memory yet stay there."""
-    flat = parameter.detach().reshape(-1)
-    if len(flat) <= 2 * VALUES_PER_PLACE:
-        return flat.cpu()
-    places = (len(flat) // 4, 3 * len(flat) // 4 - VALUES_PER_PLACE)
-    return torch.cat([flat[start : start + VALUES_PER_PLACE] for start in places]).cpu()
+def _positions(count: int) -> list[int]:
+    """A few neighbours at a quarter and at three quarters of a tensor, so that few pages of a file are read."""
+    if count <= 2 * VALUES_PER_PLACE:
+        return list(range(count))
+    places = (count // 4, 3 * count // 4 - VALUES_PER_PLACE)
+    return [start + step for start in places for step in range(VALUES_PER_PLACE)]
+
+
+def _values_at(parameter: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    return parameter.detach().reshape(-1)[positions].cpu()
 
 
 def is_plain_weight(parameter: torch.Tensor) -> bool:
@@ -71,7 +78,7 @@ def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str
             compared += 1
             if list(parameter.shape) != sample["shape"]:
                 differences.append(f"{name} has shape {list(parameter.shape)}, expected {sample['shape']}")
-            elif not _same_values(found := _sample(parameter), sample):
+            elif not _same_values(found := _values_at(parameter, sample["positions"]), sample):
                 expected = torch.tensor(sample["values"])
                 worst = int((found.float() - expected).abs().argmax())
                 differences.append(f"{name} holds {found[worst]:.7g} where {expected[worst]:.7g} was recorded")
@@ -91,6 +98,27 @@ def _same_values(found: torch.Tensor, sample: dict) -> bool:
     half_types = {torch.float16, torch.bfloat16}
     mixed = found.dtype != recorded_dtype and {found.dtype, recorded_dtype} <= half_types
     return mixed and torch.allclose(found.double(), recorded, rtol=2**-7, atol=1e-7)
+
+
+def cached_commits(base: nn.Module, name: str) -> dict[str, bool]:
+    """Commits of the Hub id `name` whose weights are in the local cache, and whether they are those of `base`."""
+    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots")
+    samples = tensor_samples(base)
+    return {folder.name: _holds(folder, samples) for folder in snapshots.glob("*") if any(folder.glob(WEIGHT_FILES))}
+
+
+def _holds(folder: Path, samples: dict[str, dict]) -> bool:
+    compared = 0
+    for path in folder.glob(WEIGHT_FILES):
+        with safe_open(path, framework="pt") as file:
+            for name in samples.keys() & set(file.keys()):
+                tensor = file.get_tensor(name)
+                if list(tensor.shape) != samples[name]["shape"]:
+                    return False
+                if not _same_values(_values_at(tensor, samples[name]["positions"]), samples[name]):
+                    return False
+                compared += 1
+    return compared > 0
 
 
 def weight_file_hashes(

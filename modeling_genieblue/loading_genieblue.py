@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import resolve_revision as resolve_hub_revision
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
-from .base_identity_genieblue import BASE_FINGERPRINT_NAME, compare_with_samples, weight_file_hashes
+from .base_identity_genieblue import BASE_FINGERPRINT_NAME, cached_commits, compare_with_samples, weight_file_hashes
 from .language_views_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ class LoadRequest:
             return {}
         try:
             samples = json.loads(Path(path).read_text(encoding="utf-8"))
-            well_formed = all({"shape", "dtype", "values"} <= set(sample) for sample in samples.values())
+            needed = {"shape", "dtype", "positions", "values"}
+            well_formed = all(needed <= set(sample) for sample in samples.values())
         except (ValueError, AttributeError, TypeError) as error:
             raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
         if not samples or not well_formed:
@@ -156,20 +157,32 @@ def _split_device_map(device_map: Any) -> tuple[Any, Any]:
 def resolve_base(base: PreTrainedModel, name: str | None, revision: str | None) -> tuple[str | None, str | None]:
     """Where a loaded base can be found again: (Hub id, commit) or (absolute folder, None).
 
-    The commit is looked up in the local cache first. A base that was never loaded from anywhere gives (None, None).
+    A loaded model does not remember its commit. Without `revision` it is the one in the local cache that holds the
+    same weights. A base that was never loaded from anywhere gives (None, None).
     """
     name = name or getattr(base.config, "_name_or_path", None) or None
     if name is None or os.path.isdir(name):
         return (None if name is None else os.path.realpath(name)), None
     if revision is not None and len(revision) == 40:
         return name, revision
+    wanted = _hub_commit(name, revision)
+    commits = {} if revision is not None else cached_commits(base, name)
+    if wanted is not None and commits.get(wanted, not commits):
+        return name, wanted
+    if same := [commit for commit, is_same in commits.items() if is_same]:
+        return name, same[0]
+    logger.warning("The commit of the base %s is not known: give it as `base_model_revision` to publish.", name)
+    return name, None
+
+
+def _hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a revision points to, from the local cache if it is there."""
     for local_files_only in (True, False):
         try:
-            return name, resolve_hub_revision(name, revision=revision, local_files_only=local_files_only).resolved
-        except (HfHubHTTPError, OSError, ValueError) as error:
+            return resolve_hub_revision(name, revision=revision, local_files_only=local_files_only).resolved
+        except (HfHubHTTPError, RevisionResolutionError, OSError, ValueError) as error:
             logger.debug("No commit of %s: %s", name, error)
-    logger.warning("The commit of the base %s is not known: pass `base_model_revision` before publishing.", name)
-    return name, None
+    return None
 
 
 def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | None) -> PreTrainedModel:

@@ -254,7 +254,7 @@ class GenieBlueProcessor(ProcessorMixin):
         custom_object_save(self, save_directory, config=portable)
         # The mixin would also write our auto_map into the tokenizer's settings, which are the base's.
         portable._auto_class = None
-        return super(GenieBlueProcessor, portable).save_pretrained(str(save_directory), push_to_hub, **kwargs)
+        return super(__class__, portable).save_pretrained(str(save_directory), push_to_hub, **kwargs)
 
     @classmethod
     def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
