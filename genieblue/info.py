@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, SafetensorsParsingError
 
 from hub_cards.model_folder import ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, PartSize, read_json, read_tensor_sizes
 
@@ -107,9 +107,11 @@ class _Files:
         hub = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
         try:
             return Path(hf_hub_download(self.name, file, **hub, **options))
-        except EntryNotFoundError as error:
-            if isinstance(error, OSError) and not options:  # no network, and not in the cache
+        except LocalEntryNotFoundError:  # not in the cache, and the Hub was not asked or does not answer
+            if not options:
                 raise
+            return None
+        except EntryNotFoundError:
             return None
 
     def weight_files(self) -> list[str]:

@@ -57,6 +57,10 @@ def message_for_user(error: Exception) -> str | None:
     if not isinstance(error, (ValueError, OSError)) and not _is_for_users(error):
         return None
     message = str(error).strip() or type(error).__name__
+    if type(error).__name__.startswith("Connect") and _is_for_users(error):
+        return f"The Hub cannot be reached ({message}): check the network, or HF_ENDPOINT."
+    if "401 Unauthorized" in message:
+        message += "\nLog in with `hf auth login`, set HF_TOKEN, or give --token where there is that option."
     if "trust_remote_code" in message and "--trust-remote-code" not in message:
         message += "\nOn the command line the option is --trust-remote-code."
     return message
@@ -120,7 +124,8 @@ def looking_for(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if os.path.isdir(name) or not (isinstance(error, OSError) or _is_for_users(error)):
+        is_from_client = isinstance(error, OSError) or _is_for_users(error)
+        if os.path.isdir(name) or not is_from_client or f"{name} is no folder" in str(error):
             raise
         raise OSError(f"{name} is no folder here, so it was looked up on the Hub: {error}") from error
 

@@ -121,7 +121,7 @@ def test_the_first_image_prefills_the_conversation_in_the_multimodal_view(chat):
     lengths = lengths_read(chat.model.multimodal_language_model)
     second = chat.ask("And this?", [picture()], **SHORT)
     assert second["view"] == "multimodal"
-    assert sum(lengths) == second["prompt_tokens"] + second["generated_tokens"] - 1
+    assert max(lengths) == second["prompt_tokens"]
     assert chat.ask("Why?", **SHORT)["view"] == "multimodal"
 
 
