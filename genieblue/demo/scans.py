@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
-QUESTION = "Which number is this?"
+QUESTION = "Which number?"
 TILE_SIZE = 32
 LONGEST_NUMBER = 4
 DIGIT_SIZE = 30  # pixels; close to a tile, so a number of n digits is cut into about n tiles
@@ -51,11 +51,11 @@ def digit_cells(images: np.ndarray, rng: np.random.Generator, augment: bool) -> 
         angle = shear = shift_x = shift_y = 0.0
         ink = 1.0
         if augment:
-            size = rng.uniform(0.85, 1.08)
-            zoom_x, zoom_y = zoom_x * size * rng.uniform(0.88, 1.12), zoom_y * size
-            angle, shear = rng.uniform(-0.2, 0.2, 2)
+            size = rng.uniform(0.88, 1.06)
+            zoom_x, zoom_y = zoom_x * size * rng.uniform(0.92, 1.08), zoom_y * size
+            angle, shear = rng.uniform(-0.12, 0.12, 2)
             shift_x, shift_y = rng.uniform(-1.5, 1.5, 2)
-            ink = rng.uniform(0.65, 1.0)
+            ink = rng.uniform(0.75, 1.0)
         # The map from a pixel of the cell back to one of the scan.
         cos, sin = np.cos(angle), np.sin(angle)
         back = np.array([[cos / zoom_x, (shear * cos - sin) / zoom_x], [sin / zoom_y, (shear * sin + cos) / zoom_y]])
@@ -90,7 +90,7 @@ def draw_number(scans: Scans, length: int, rng: np.random.Generator, augment: bo
     """A number of `length` scanned digits, bright ink on black, as (greyscale image, its digits)."""
     picks = rng.integers(0, len(scans), length)
     cells = digit_cells(scans.images[picks], rng, augment)
-    ink, _ = compose(cells, rng, noise=0.12 if augment else 0.0)
+    ink, _ = compose(cells, rng, noise=0.06 if augment else 0.0)
     image = Image.fromarray((ink * 255).round().astype(np.uint8))
     return image, "".join(str(label) for label in scans.labels[picks])
 

@@ -20,18 +20,15 @@ logger = logging.getLogger(__name__)
 SEQUENCE_LENGTH = 128
 HELD_OUT_EVERY = 10
 
-# A line break, not a space, ends "Assistant:": it stays a token of its own whatever follows, so the tokens of a
-# prompt are always a prefix of the tokens of prompt + answer.
+# One token each, whatever stands beside them: the tokens of a prompt are always a prefix of those of prompt + answer.
+ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant:\n' + message['content'] + eos_token }}"
-    "{% else %}"
-    "{{ message['role'] | capitalize + ':\n' + message['content'] + '\n' }}"
-    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
@@ -98,7 +95,7 @@ def _normalized(paragraph: str) -> str:
 
 
 def train_tokenizer(documents: list[Document], vocabulary_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is one token, with <pad>, <bos>, <eos> and the demo's chat template."""
+    """Byte-level BPE in which every digit is one token, with <pad>, <bos>, <eos>, a token for each role, and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -106,7 +103,7 @@ def train_tokenizer(documents: list[Document], vocabulary_size: int = 1024) -> P
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
+        special_tokens=["<pad>", "<bos>", "<eos>", *ROLE_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -116,6 +113,7 @@ def train_tokenizer(documents: list[Document], vocabulary_size: int = 1024) -> P
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
+        additional_special_tokens=ROLE_TOKENS,
         padding_side="left",
         model_max_length=1024,
         chat_template=CHAT_TEMPLATE,
