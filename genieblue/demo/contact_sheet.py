@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 4
-CELL_WIDTH, CELL_HEIGHT = 330, 150
+CELL_WIDTH, CELL_HEIGHT = 356, 136
 MARGIN, HEADER = 16, 64
 ENLARGED = 2  # scans are 32 pixels high
 PAPER, INK, FAINT = (250, 250, 248), (32, 36, 44), (140, 146, 156)
@@ -40,11 +40,12 @@ def _draw_cell(
     columns, rows = image_processor.select_grid(*scan.size)
     edge = tile * ENLARGED
     if columns * rows > 1:
-        sheet.paste(_on_canvas(scan, tile, tile).resize((edge // 2, edge // 2)), (left, top + 10))
-        draw.rectangle((left, top + 10, left + edge // 2 - 1, top + 9 + edge // 2), outline=FAINT)
-    x, y = left + edge // 2 + 8, top + 10
-    canvas = _on_canvas(scan, columns * tile, rows * tile).resize((columns * edge, rows * edge), Image.NEAREST)
-    scale = min(1.0, (CELL_WIDTH - edge // 2 - 24) / canvas.width, (CELL_HEIGHT - 54) / canvas.height)
+        thumbnail = _on_canvas(scan, tile, tile).resize((edge, edge), Image.Resampling.NEAREST)
+        sheet.paste(thumbnail, (left, top + 10))
+        draw.rectangle((left, top + 10, left + edge, top + 10 + edge), outline=FAINT)
+    x, y = left + edge + 8, top + 10
+    canvas = _on_canvas(scan, columns * tile, rows * tile).resize((columns * edge, rows * edge), Image.Resampling.NEAREST)
+    scale = min(1.0, (CELL_WIDTH - edge - 24) / canvas.width, (CELL_HEIGHT - 54) / canvas.height)
     canvas = canvas.resize((round(canvas.width * scale), round(canvas.height * scale)))
     sheet.paste(canvas, (x, y))
     for column in range(columns + 1):
@@ -54,9 +55,9 @@ def _draw_cell(
         at = y + round(row * edge * scale)
         draw.line((x, at, x + canvas.width, at), GRID)
     correct = line["said"] == line["answer"]
-    draw.text((x, top + 90), line["said"] or "(nothing)", RIGHT if correct else WRONG, _font(24))
-    detail = f"{columns}×{rows} tiles" if correct else f"{columns}×{rows} tiles, it is {line['answer']}"
-    draw.text((x + 96, top + 97), detail, FAINT, _font(14))
+    draw.text((x, top + 82), line["said"] or "(nothing)", RIGHT if correct else WRONG, _font(24))
+    detail = f"{columns} x {rows} tiles" if correct else f"{columns} x {rows} tiles, it is {line['answer']}"
+    draw.text((x + 96, top + 89), detail, FAINT, _font(14))
 
 
 def _on_canvas(scan: Image.Image, width: int, height: int) -> Image.Image:
