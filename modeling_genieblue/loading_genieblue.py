@@ -73,7 +73,11 @@ class LoadRequest:
 
     def check_layout(self) -> None:
         """`OSError` without a `config.json`, `ValueError` for an adapter in the root, which `AutoModel` prefers."""
-        if self.file(CONFIG_NAME, required=False) is None:  # transformers would go on with a default one
+        try:
+            has_config = self.file(CONFIG_NAME, required=not os.path.isdir(self.path)) is not None
+        except OSError as error:
+            raise OSError(f"{self.path} could not be loaded: {error}") from error
+        if not has_config:  # transformers would go on with a default configuration
             raise OSError(f"{self.path} has no {CONFIG_NAME}: expected the folder or Hub id of a saved GenieBlue.")
         if self.file(ADAPTER_CONFIG_NAME, required=False) is not None:
             raise ValueError(

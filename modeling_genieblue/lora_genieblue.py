@@ -1,6 +1,5 @@
 """A PEFT LoRA linear that computes the small matrices of sibling projections at once when it decodes."""
 
-import copy
 import threading
 
 import torch
@@ -26,11 +25,11 @@ class DownProjection:
         # One tuple, so that two threads in the same view never see the input of one with the result of the other.
         self._last: tuple[torch.Tensor | None, tuple[torch.Tensor, ...]] = (None, ())
 
-    def __deepcopy__(self, memo: dict) -> "DownProjection":
-        # A copied view has parameters of its own, which pack anew. The layers lead back here, hence the memo first.
-        duplicate = memo[id(self)] = DownProjection([])
-        duplicate.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
-        return duplicate
+    def __getstate__(self) -> dict:
+        return {"layers": self.layers}  # a copied or pickled view has parameters of its own, which pack anew
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["layers"])
 
     def __call__(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """`x` of shape (..., in_features) → (tokens, rank) of the layer at `index`."""

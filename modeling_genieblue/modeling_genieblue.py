@@ -234,7 +234,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         Args:
             processor: written along; by default the one that came with the model or, for a new model, one made from
                 the base's tokenizer.
-            dtype: precision of the written weights; by default the present one.
+            dtype: precision of the written weights; by default that of the projector. LoRA, which is in float32 in
+                memory, is written in it too.
         """
         save_model(self, save_directory, processor=processor, dtype=dtype, **kwargs)
         if push_to_hub:
