@@ -174,7 +174,8 @@ def _base_weight_files(name: str, options: dict[str, Any]) -> dict[str, str]:
         except EntryNotFoundError:  # also where there is no network and no such file in the cache
             return None
 
-    index = find(INDEX_NAME)
+    # transformers takes the single file where there are both.
+    index = None if find(WEIGHTS_NAME) is not None else find(INDEX_NAME)
     files = [WEIGHTS_NAME] if index is None else sorted(set(read_json(Path(index))["weight_map"].values()))
     return {file: path for file in files if (path := find(file)) is not None}
 

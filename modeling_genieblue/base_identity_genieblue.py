@@ -4,11 +4,12 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
@@ -126,26 +127,24 @@ def weight_file_hashes(
 ) -> dict[str, str]:
     """sha256 by name of each safetensors file of a base, a folder or a Hub id.
 
-    Files of the Hub cache are named by their sha256; with `read_files=False` only such names are returned, and nothing
-    is read. Returns `{}` when the files cannot be found (a base that lives in memory only).
+    Only what is on this computer is looked at. Files of the Hub cache are named by their sha256; with
+    `read_files=False` only such names are returned, and nothing is read. Returns `{}` when there are no files (a base
+    that lives in memory only).
     """
     folder = Path(base)
     if folder.is_dir():
-        names = _weight_file_names(folder / INDEX_NAME)
-        return {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
-    hashes = {}
-    try:
-        index = Path(hf_hub_download(str(base), INDEX_NAME, revision=revision, **hub_kwargs))
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        index = Path(INDEX_NAME)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        logger.debug("No weight files of %s: %s", base, error)
-        return {}
-    for name in _weight_file_names(index):
+        files = _weight_files(lambda name: folder / name if (folder / name).is_file() else None)
+        return {name: file_sha256(path) for name, path in files.items()}
+
+    def find(name: str) -> Path | None:
         try:
-            path = hf_hub_download(str(base), name, revision=revision, **{**hub_kwargs, "local_files_only": True})
-        except (HfHubHTTPError, OSError, ValueError):
-            return {}
+            return Path(hf_hub_download(str(base), name, revision=revision, local_files_only=True, **hub_kwargs))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            logger.debug("No %s of %s: %s", name, base, error)
+            return None
+
+    hashes = {}
+    for name, path in _weight_files(find).items():
         blob = os.path.basename(os.path.realpath(path))
         if len(blob) == 64 and all(character in "0123456789abcdef" for character in blob):
             hashes[name] = blob
@@ -154,10 +153,12 @@ def weight_file_hashes(
     return hashes
 
 
-def _weight_file_names(index: Path) -> list[str]:
-    if not index.is_file():
-        return [WEIGHTS_NAME]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+def _weight_files(find: Callable[[str], Path | None]) -> dict[str, Path]:
+    """The weight files that transformers would load: one file, or else the shards of an index."""
+    names = [WEIGHTS_NAME]
+    if find(WEIGHTS_NAME) is None and (index := find(INDEX_NAME)) is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return {name: path for name in names if (path := find(name)) is not None}
 
 
 def file_sha256(path: str | os.PathLike) -> str:

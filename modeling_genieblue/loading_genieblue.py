@@ -223,7 +223,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
 def _refuse_other_files(location: str, config: Any, kwargs: dict[str, Any]) -> None:
     """Compares the names of the files in the Hub cache, which are their sha256, with the recorded ones: no reading."""
     hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir") if key in kwargs}
-    found = weight_file_hashes(location, kwargs["revision"], read_files=False, local_files_only=True, **hub_kwargs)
+    found = weight_file_hashes(location, kwargs["revision"], read_files=False, **hub_kwargs)
     recorded = config.base_model_fingerprint or {}
     other = sorted(name for name in found if name in recorded and found[name] != recorded[name])
     if other:
