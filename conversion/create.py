@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from hub_cards.model_card import CARD, MEASUREMENTS, RECIPE, card_info_from_folder, is_as_generated, write_model_card
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
 
@@ -100,7 +99,9 @@ def create_genieblue(
         chat_template=chat_template,
     )
     model.save_pretrained(output, processor=processor)
-    _renew_facts(output)
+    foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != "language_adapter")
+    if foreign:
+        logger.warning("%s still holds %s, which are not part of the new model.", output, ", ".join(foreign))
     return output
 
 
@@ -190,20 +191,6 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, **kwargs: Any) -> 
             "shape: expected a complete SigLIP vision tower."
         )
     return model
-
-
-def _renew_facts(output: Path) -> None:
-    """Removes what an overwritten model left behind about itself, and renders a card that nobody edited anew."""
-    stale = [output / name for name in (RECIPE, MEASUREMENTS) if (output / name).exists()]
-    for path in stale:
-        path.unlink()
-    card = output / CARD
-    if card.is_file() and is_as_generated(card.read_text(encoding="utf-8")):
-        card.unlink()
-        write_model_card(output, card_info_from_folder(output, repo_name=output.resolve().name))
-    foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != "language_adapter")
-    if foreign:
-        logger.warning("%s still holds %s, which are not part of the new model.", output, ", ".join(foreign))
 
 
 __all__ = ["create_genieblue"]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from torch import nn
 
+import modeling_genieblue
 from conversion import answer_in_clean_process
 from conversion.saved_model import PROMPTS, CheckFailed, SavedModel, logits_of
 from hub_cards.model_folder import (
@@ -177,6 +179,8 @@ def _base_weight_files(name: str, options: dict[str, Any]) -> dict[str, str]:
     # transformers takes the single file where there are both.
     index = None if find(WEIGHTS_NAME) is not None else find(INDEX_NAME)
     files = [WEIGHTS_NAME] if index is None else sorted(set(read_json(Path(index))["weight_map"].values()))
+    if outside := [file for file in files if Path(file).name != file]:
+        raise CheckFailed(f"{INDEX_NAME} of {name} names a file outside of its folder: {outside[0]!r}")
     return {file: path for file in files if (path := find(file)) is not None}
 
 
@@ -328,6 +332,11 @@ def _relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 def check_remote_code(subject: SavedModel) -> str:
     """The repository's own code files load, where the package cannot be imported, and answer about an image."""
     base_name, _ = subject.base  # refuses a base whose code may not run: here it would
+    if not subject.is_local and not subject.trust and (foreign := _code_of_others(subject.folder)):
+        raise CheckFailed(
+            f"{_some(foreign)} differ from the installed package's files, and were not run: look at them, then allow "
+            "it with trust_remote_code (--trust-remote-code)"
+        )
     subject.release()
     hub = {key: value for key, value in subject.source.items() if key != "token"}
     settings = {
@@ -348,6 +357,13 @@ def check_remote_code(subject: SavedModel) -> str:
         f"{', '.join(report['modules'])} run the repository's own files in a clean process; it answered about an "
         f"image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
     )
+
+
+def _code_of_others(folder: Path) -> list[str]:
+    """Python files of a repository that are not byte for byte those of the installed package."""
+    own = Path(modeling_genieblue.__file__).parent
+    files = sorted(folder.glob("*.py"))
+    return [path.name for path in files if not (own / path.name).is_file() or not cmp(path, own / path.name, False)]
 
 
 def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> dict[str, Any]:

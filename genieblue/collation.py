@@ -2,12 +2,10 @@
 
 import logging
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image
 
 from genieblue.data import BAD_SAMPLE, ChatDataset, ChatSample, parse_chat
 from modeling_genieblue.conversations_genieblue import with_string_contents
@@ -81,8 +79,7 @@ class ChatCollator:
         if not images:
             return {}
         options = {} if self.max_tiles is None else {"max_tiles": self.max_tiles}
-        opened = [Image.open(BytesIO(image)) if isinstance(image, bytes) else image for image in images]
-        return dict(self.processor.image_processor(opened, return_tensors="pt", **options))
+        return dict(self.processor.image_processor(images, return_tensors="pt", **options))
 
     def _tokens(self, messages: list[dict[str, Any]], num_tiles: list[int]) -> tuple[list[int], list[int]]:
         """Ids of a conversation, and its labels."""

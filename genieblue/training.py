@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
-from transformers.utils import cached_file, is_accelerate_available
+from transformers.utils import is_accelerate_available
 
 from genieblue.collation import ChatCollator, EncodedChats
 from genieblue.data import ChatDataset
@@ -27,14 +27,7 @@ from genieblue.trainer import (
     optimizer_groups,
     part_of,
 )
-from hub_cards.model_card import (
-    CARD,
-    MEASUREMENTS,
-    RECIPE,
-    card_info_from_folder,
-    is_as_generated,
-    render_model_card,
-)
+from hub_cards.model_card import RECIPE
 
 logger = logging.getLogger(__name__)
 
@@ -222,8 +215,7 @@ def train(
     )
     if trainer.is_world_process_zero():
         stages = {**recipe_of(model), f"stage {settings.stage}": _recipe_facts(settings, result, max_tiles, model)}
-        model.save_pretrained(output, processor=processor)
-        _write_facts(output, stages)
+        model.save_pretrained(output, processor=processor, facts={RECIPE: stages})
         model.training_recipe = stages
     trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is there
     return result
@@ -350,15 +342,14 @@ def _record(
 
 def recipe_of(model: Any) -> dict[str, dict[str, Any]]:
     """Earlier stages of a model, `{stage: {setting: value}}`: of this process, or from where it was loaded."""
-    known = getattr(model, "training_recipe", None)
-    source = getattr(model.config, "_name_or_path", None)
-    if known is not None or not source:
+    known, source = getattr(model, "training_recipe", None), getattr(model, "_source", None)
+    if known is not None or source is None:
         return dict(known or {})
     try:
-        path = cached_file(source, RECIPE, _raise_exceptions_for_missing_entries=False)
+        path = source.file(RECIPE, required=False)
         return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        logger.warning("Earlier training of %s is not known (%s).", source, error)
+        logger.warning("Earlier training of %s is not known (%s).", source.path, error)
         return {}
 
 
@@ -387,19 +378,6 @@ def _recipe_facts(settings: TrainingSettings, result: TrainingResult, max_tiles:
     if result.loss is not None:
         facts["last loss"] = round(result.loss, 4)
     return facts
-
-
-def _write_facts(output: Path, stages: dict[str, Any]) -> None:
-    """Writes the recipe beside the model, and renders a card that nobody edited anew."""
-    (output / RECIPE).write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
-    if (output / MEASUREMENTS).exists():
-        logger.warning("Removed %s: it was measured on the model that %s held before.", MEASUREMENTS, output)
-        (output / MEASUREMENTS).unlink()
-    card = output / CARD
-    if card.is_file() and is_as_generated(card.read_text(encoding="utf-8")):
-        renewed = output / f".{CARD}.new"
-        renewed.write_text(render_model_card(card_info_from_folder(output)), encoding="utf-8")
-        os.replace(renewed, card)
 
 
 __all__ = ["RECIPES", "TrainingResult", "TrainingSettings", "train"]

@@ -154,6 +154,8 @@ def files_to_publish(folder: str | Path) -> list[str]:
         chosen.add(WEIGHTS_INDEX)
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     chosen |= {name for name in names if _matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
     left_out = sorted(set(names) - chosen - {ADAPTER_FOLDER, "__pycache__"})
     if left_out:
         logger.warning("Not published, as no part of a GenieBlue: %s", ", ".join(left_out))
@@ -173,6 +175,11 @@ def _base_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         yield (
             f"Its base {base} is recorded at the revision {revision!r}, expected the 40 digits of a commit: save it "
             "with the base loaded from the Hub at that commit, so that a later change of the base cannot reach it."
+        )
+    if not config.get("base_model_fingerprint") or not (folder / "base_fingerprint.json").is_file():
+        yield (
+            "Its base's fingerprint is missing (base_fingerprint.json, and sha256 in config.json), so nobody could "
+            "tell whether they have the right base: save the model again with the base's files at hand."
         )
 
 

@@ -158,6 +158,8 @@ def _weight_files(find: Callable[[str], Path | None]) -> dict[str, Path]:
     names = [WEIGHTS_NAME]
     if find(WEIGHTS_NAME) is None and (index := find(INDEX_NAME)) is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names a file outside of its folder ({outside[0]!r}): do not trust this base.")
     return {name: path for name in names if (path := find(name)) is not None}
 
 

@@ -52,6 +52,8 @@ class GenieBlueConfig(PreTrainedConfig):
         base_model_name_or_path: Hub id of the base, or a path (written relative to the model's folder).
         base_model_revision: commit sha of the base on the Hub; `None` for a local base.
         base_model_fingerprint: sha256 by name of each weight file of the base.
+        base_model_runs_remote_code: whether the base is made of code in its own repository. That code runs only if
+            this is so and the user allowed it.
         placement: `skip`, `pre` or `post`: how `replicated_layers` was chosen; `None` if it was given by hand.
         replicated_layers: indices of the blocks that run as trained copies in the multimodal view.
         lora_rank, lora_alpha, lora_dropout: LoRA on the linears of every other block.
@@ -69,6 +71,7 @@ class GenieBlueConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_fingerprint: dict[str, str] | None = None
+    base_model_runs_remote_code: bool = False
     placement: str | None = "skip"
     replicated_layers: list[int] | None = None
     lora_rank: int = 8

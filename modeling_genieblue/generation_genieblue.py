@@ -129,7 +129,7 @@ class GenieBlueGenerationMixin(GenerationMixin):
         cache = as_mixed_cache(kwargs.pop("past_key_values", None), is_multimodal)
 
         def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
-            taken = {name: take_rows(value, rows, len(is_multimodal)) for name, value in kwargs.items()}
+            taken = take_rows(kwargs, rows)
             return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
         rows = is_multimodal.to(input_ids.device)

@@ -17,7 +17,11 @@ from transformers.processing_utils import ImagesKwargs
 
 logger = logging.getLogger(__name__)
 
-IMAGE_TYPES = "a PIL image, a NumPy array, a torch tensor, a file path, an http(s) address or a data:image/... string"
+IMAGE_TYPES = (
+    "a PIL image, a NumPy array, a torch tensor, a file path, a file's bytes, an http(s) address or a data:image/... "
+    "string"
+)
+DOWNLOAD_SECONDS = 30
 
 
 class GenieBlueImagesKwargs(ImagesKwargs, total=False):
@@ -208,8 +212,8 @@ def _rgb_pixels(image: Any, index: int, convert: bool, input_data_format: str | 
     name = f"Image {index}"
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _as_rgb(_image_from_array(image, name, input_data_format), name, convert)
-    if isinstance(image, (str, os.PathLike)):
-        image, name = _open(os.fspath(image), name)
+    if isinstance(image, (str, bytes, os.PathLike)):
+        image, name = _open(image if isinstance(image, bytes) else os.fspath(image), name)
         with image:  # closes the file, which an animation would keep open
             return _as_rgb(_decode(image, name), name, convert)
     if not isinstance(image, Image.Image):
@@ -218,9 +222,11 @@ def _rgb_pixels(image: Any, index: int, convert: bool, input_data_format: str | 
     return _as_rgb(_decode(image, name), name, convert)
 
 
-def _open(source: str, name: str) -> tuple[Image.Image, str]:
-    """Open a path, address or data string without reading its pixels, and give it a name for errors."""
-    if source.startswith("data:image/"):
+def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
+    """Open a path, address, data string or a file's bytes without reading pixels, and give it a name for errors."""
+    if isinstance(source, bytes):
+        source, file = f"{name} ({len(source)} bytes)", BytesIO(source)
+    elif source.startswith("data:image/"):
         try:
             content = base64.b64decode("".join(source.partition(",")[2].split()), validate=True)
         except ValueError as error:
@@ -228,9 +234,11 @@ def _open(source: str, name: str) -> tuple[Image.Image, str]:
         source, file = f"{name} (data:image string)", BytesIO(content)
     else:
         file = source
+    if file is source and os.path.exists(source) and not os.path.isfile(source):  # a pipe would be waited for
+        raise OSError(f"'{source[:200]}' cannot be read: it is no regular file; expected the path of an image file.")
     try:
         if source.startswith(("http://", "https://")):
-            return load_image(source), source
+            return load_image(source, timeout=DOWNLOAD_SECONDS), source
         return Image.open(file), source
     except Image.DecompressionBombError as error:
         raise _too_large(source, str(error)) from error
@@ -244,6 +252,8 @@ def _open(source: str, name: str) -> tuple[Image.Image, str]:
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Check the size, read the pixels, turn the image upright; the caller's image stays as it is."""
+    if image.format == "EPS":  # Pillow would hand the file to Ghostscript, a program, to be run
+        raise ValueError(f"{name} is a PostScript file; expected a picture of pixels (convert it to PNG first).")
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError(f"{name} is {width}x{height} pixels; expected at least 1x1 pixels.")

@@ -137,9 +137,15 @@ class LoadRequest:
         name = config.base_model_name_or_path
         if name is None or not is_local_reference(name):
             return name
-        if os.path.isdir(self.path):
-            return os.path.normpath(os.path.join(os.path.realpath(self.path), name))
-        return name
+        if os.path.isabs(name):  # once loaded
+            return name
+        if not os.path.isdir(self.path):
+            raise ValueError(
+                f"{self.path} names its base by a path on another computer, {name!r}: pass `base_model=` (a loaded "
+                "model, a folder or a Hub id)."
+            )
+        folder = os.path.join(os.path.realpath(self.path), self.hub_kwargs.get("subfolder", ""))
+        return os.path.normpath(os.path.join(folder, name))
 
 
 def is_local_reference(name: str) -> bool:
@@ -196,7 +202,9 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         raise ValueError(f"{request.path} names no base: pass `base_model=` (a loaded model, a folder or a Hub id).")
     is_recorded = override is None or location == config.base_model_name_or_path
     kwargs = dict(request.base_kwargs)
-    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+    # Consent to our code is not needed, and not used, for a base that transformers itself knows.
+    needs_code = config.base_model_runs_remote_code or not is_recorded
+    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code")) and needs_code
     if is_local_reference(location):
         if not os.path.isdir(location):
             raise OSError(

@@ -122,8 +122,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         """A new GenieBlue to train: LoRA B is zero and copies equal the originals, so both views agree at first.
 
         Args:
-            base_model: any decoder that `AutoModelForCausalLM` loads. It becomes `language_model` as it is; its
-                parameters are frozen.
+            base_model: any decoder that `AutoModelForCausalLM` loads. It becomes `language_model` as it is; only
+                `requires_grad` of its parameters is turned off.
             vision_tower: a SigLIP (its vision half is taken) or SigLIP vision model; it becomes `vision_tower` as it
                 is, and is meant to be trained.
             placement: which quarter of the blocks is copied: `skip`, `pre` or `post`.
@@ -147,6 +147,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             vision_config=copy.deepcopy(vision_tower.config),
             base_model_name_or_path=name,
             base_model_revision=revision,
+            base_model_runs_remote_code=base_model.is_remote_code(),
             placement=placement,
             replicated_layers=replicated_layers,
             lora_rank=lora_rank,
@@ -155,6 +156,9 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             image_token_id=base_model.get_input_embeddings().weight.shape[0],
             downsample_factor=downsample_factor,
         )
+        for part in (config.text_config, config.vision_config):
+            if os.path.exists(getattr(part, "_name_or_path", None) or ""):
+                part.name_or_path = ""  # a path of this computer is nobody else's business
         with torch.device("meta"):
             model = cls(config)
         model.vision_tower = vision_tower
@@ -178,8 +182,9 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         """Loads a GenieBlue and the base that it names, or puts it onto a base that is already there.
 
         Args:
-            base_model: a loaded base, which stays the caller's own object; or the id or folder of one. By default
-                the base that the repository names, at the commit that it names.
+            base_model: a loaded base, which stays the caller's own object (only `requires_grad` of its parameters is
+                turned off); or the id or folder of one. By default the base that the repository names, at the commit
+                that it names.
             check_base: compare the base with the recorded fingerprint, and refuse another one.
             kwargs: as for every `from_pretrained`; `dtype`, `device_map`, `attn_implementation`, `token`,
                 `cache_dir`, `local_files_only`, `trust_remote_code` and `quantization_config` reach the base too
@@ -223,6 +228,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         *,
         processor: Any = None,
         dtype: torch.dtype | None = None,
+        facts: dict[str, Any] | None = None,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -236,11 +242,20 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
                 the base's tokenizer.
             dtype: precision of the written weights; by default that of the projector. LoRA, which is in float32 in
                 memory, is written in it too.
+            facts: JSON files for the card, `training_recipe.json` and `measurements.json`; see `hub_cards`.
+            push_to_hub: publish as well; `kwargs` are those of `push_to_hub`, with `repo_id`.
         """
-        save_model(self, save_directory, processor=processor, dtype=dtype, **kwargs)
+        # What Trainer passes, and has no meaning here.
+        for name in ("state_dict", "safe_serialization", "max_shard_size", "save_peft_format"):
+            kwargs.pop(name, None)
+        if not kwargs.pop("is_main_process", True):
+            return
+        save_model(self, save_directory, processor=processor, dtype=dtype, facts=facts)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))),
-                             processor=processor, dtype=dtype, token=kwargs.get("token"))
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, processor=processor, dtype=dtype, **kwargs)
+        elif kwargs:
+            raise TypeError(f"`save_pretrained` does not know {', '.join(sorted(kwargs))}.")
 
     def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any):
         """Publishes as one commit; the base must be on the Hub itself. Returns huggingface_hub's `CommitInfo`.
@@ -378,7 +393,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         cache = as_mixed_cache(cache, is_multimodal)
 
         def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
-            taken = {name: take_rows(value, rows, len(is_multimodal)) for name, value in inputs.items()}
+            taken = take_rows(inputs, rows)
             return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
         text = self.language_model(**part(TEXT, ~is_multimodal))
@@ -409,11 +424,11 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         )
 
     def train(self, mode: bool = True) -> "GenieBlueForConditionalGeneration":
-        """Training mode of all that trains; the base is never put into it."""
-        was_training = None if self.language_model is None else self.language_model.training
-        super().train(mode)
-        if was_training is not None:
-            self.language_model.train(was_training and mode)
+        """Training mode of all that trains; the base stays in the mode that it is in."""
+        self.training = mode
+        for name, child in self.named_children():
+            if name != "language_model":
+                child.train(mode)
         return self
 
     def enable_input_require_grads(self) -> None:

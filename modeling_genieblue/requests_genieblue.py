@@ -109,11 +109,16 @@ def check_tile_count(pixel_values: torch.Tensor | None, num_tiles: torch.Tensor 
         )
 
 
-def take_rows(value: Any, rows: torch.Tensor, batch: int) -> Any:
-    """The chosen rows of a batched tensor; anything else as it is."""
-    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch:
-        return value[rows.to(value.device)]
-    return value
+# Arguments with one entry by row; everything else means the same for all rows.
+BATCHED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
+
+
+def take_rows(arguments: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a pass over the chosen rows, (batch,) booleans, of a batch."""
+    return {
+        name: value[rows.to(value.device)] if name in BATCHED and isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
 
 
 def merge_rows(text: Any, multimodal: Any, is_multimodal: torch.Tensor) -> dict[str, Any]:

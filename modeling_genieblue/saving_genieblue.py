@@ -32,9 +32,16 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
 }
-FACT_FILES = ("training_recipe.json", "measurements.json")
+RECIPE_NAME = "training_recipe.json"
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
-STALE_NAMES = ("model.safetensors.index.json", "model-*-of-*.safetensors")
+STALE_NAMES = (
+    "model.safetensors.index.json", "model-*-of-*.safetensors", "adapter_config.json", RECIPE_NAME,
+    "measurements.json",
+)  # fmt: skip
+STALE_PROCESSOR_NAMES = (
+    "processor_config.json", "preprocessor_config.json", "chat_template.*", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+)  # fmt: skip
 
 
 def save_model(
@@ -43,14 +50,11 @@ def save_model(
     *,
     processor: Any = None,
     dtype: torch.dtype | None = None,
-    is_main_process: bool = True,
-    **_ignored: Any,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
     if model.multimodal_language_model is None:
         raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
-    if not is_main_process:
-        return
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise OSError(f"{target} is a file: give a folder to save into.")
@@ -58,9 +62,9 @@ def save_model(
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.saving-"))
     try:
-        _write_files(model, staging, target, processor, dtype)
+        has_processor = _write_files(model, staging, target, processor, dtype, facts)
         os.chmod(staging, target.stat().st_mode if target.exists() else 0o777 & ~_umask())
-        _put_in_place(staging, target)
+        _put_in_place(staging, target, (*STALE_NAMES, *(STALE_PROCESSOR_NAMES if has_processor else ())))
     except SafetensorError as error:
         raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
     finally:
@@ -86,7 +90,15 @@ def _umask() -> int:
     return mask
 
 
-def _write_files(model: Any, staging: Path, target: Path, processor: Any, dtype: torch.dtype | None) -> None:
+def _write_files(
+    model: Any,
+    staging: Path,
+    target: Path,
+    processor: Any,
+    dtype: torch.dtype | None,
+    facts: dict[str, Any] | None,
+) -> bool:
+    """Writes all files into `staging`; returns whether a processor is among them."""
     dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
     parts = {name: getattr(model, name) for name in OWN_MODULES}
     own_state = {
@@ -109,12 +121,10 @@ def _write_files(model: Any, staging: Path, target: Path, processor: Any, dtype:
     processor = processor or _own_processor(model)
     if processor is not None:
         processor.save_pretrained(staging)
-    _copy_facts(model, staging)
-    existing_card = target / "README.md"
-    if existing_card.is_file():
-        shutil.copyfile(existing_card, staging / "README.md")
-    else:
-        _write_card(staging, target.name)
+    for name, content in {**_own_recipe(model), **(facts or {})}.items():
+        (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_card(staging, target)
+    return processor is not None
 
 
 def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
@@ -124,13 +134,12 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
         logger.warning("This GenieBlue does not say where its base is: `base_model=` will be needed to load it.")
     elif model.config.base_model_fingerprint is None:
         model.config.base_model_fingerprint = weight_file_hashes(name, revision) or None
+        if model.config.base_model_fingerprint is None:
+            logger.warning("The weight files of %s are not on this computer: their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
     config.auto_map = dict(AUTO_MAP)
     config.architectures = [type(model).__name__]
     config.dtype = config.vision_config.dtype = dtype
-    for part in (config.text_config, config.vision_config):
-        if os.path.isabs(getattr(part, "_name_or_path", "") or ""):
-            part.name_or_path = ""  # a path of this computer is nobody else's business
     if name is not None and os.path.isabs(name):
         relative = os.path.relpath(name, target)
         config.base_model_name_or_path = relative if relative.startswith(".") else os.path.join(".", relative)
@@ -169,26 +178,35 @@ def _own_processor(model: Any) -> Any:
     return None
 
 
-def _copy_facts(model: Any, staging: Path) -> None:
-    """How the model was trained and what was measured stay with it wherever it is saved."""
+def _own_recipe(model: Any) -> dict[str, Any]:
+    """How the model was trained before it was loaded; what was measured then may no longer hold, and is left out."""
     request = getattr(model, "_source", None)
-    for name in FACT_FILES if request is not None else ():
-        source = request.file(name, required=False)
-        if source is not None:
-            shutil.copyfile(source, staging / name)
-
-
-def _write_card(folder: Path, name: str) -> None:
     try:
-        from hub_cards.model_card import card_info_from_folder, write_model_card
+        path = None if request is None else request.file(RECIPE_NAME, required=False)
+    except (OSError, ValueError) as error:  # the folder it was loaded from may be gone
+        logger.info("No recipe of %s: %s", request.path, error)
+        return {}
+    return {} if path is None else {RECIPE_NAME: json.loads(Path(path).read_text(encoding="utf-8"))}
+
+
+def _write_card(folder: Path, target: Path) -> None:
+    """The card that `target` has if somebody wrote or edited it, otherwise one that is rendered from the new files."""
+    existing = target / "README.md"
+    try:
+        from hub_cards.model_card import card_info_from_folder, is_as_generated, write_model_card
     except ImportError:  # running as remote code, without the package that renders cards
-        logger.info("The package `genieblue` is not installed: no model card is written.")
+        logger.info("The package `genieblue` is not installed: no model card is rendered.")
+        if existing.is_file():
+            shutil.copyfile(existing, folder / "README.md")
         return
-    write_model_card(folder, card_info_from_folder(folder, repo_name=name))
+    if existing.is_file() and not is_as_generated(existing.read_text(encoding="utf-8")):
+        shutil.copyfile(existing, folder / "README.md")
+    else:
+        write_model_card(folder, card_info_from_folder(folder, repo_name=target.name))
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
-    """Swaps the finished folder in; foreign files of the old one (checkpoints, a README) move over.
+def _put_in_place(staging: Path, target: Path, stale_names: tuple[str, ...]) -> None:
+    """Swaps the finished folder in; foreign files of the old one (checkpoints, notes) move over.
 
     A process that is killed between the two renames leaves the old folder, whole, as `.<name>.old-…` beside it.
     """
@@ -208,7 +226,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         raise
     for folder in (ADAPTER_FOLDER, "."):
         for entry in (old / folder).iterdir() if (old / folder).is_dir() else ():
-            is_stale = any(fnmatchcase(entry.name, pattern) for pattern in STALE_NAMES)
+            is_stale = any(fnmatchcase(entry.name, pattern) for pattern in stale_names)
             if not is_stale and not (target / folder / entry.name).exists():
                 os.rename(entry, target / folder / entry.name)
     shutil.rmtree(old)
@@ -260,7 +278,7 @@ def _publish_without_card(
     stale = [
         CommitOperationDelete(name)
         for name in api.list_repo_files(repo_id, revision=revision)
-        if name not in sent and any(fnmatchcase(name, pattern) for pattern in (*STALE_NAMES, "adapter_config.json"))
+        if name not in sent and any(fnmatchcase(name, pattern) for pattern in STALE_NAMES)
     ]
     return api.create_commit(repo_id, operations=[*stale, *additions], revision=revision, **commit)
 

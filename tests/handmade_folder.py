@@ -24,6 +24,7 @@ def write_handmade_folder(folder: Path, **config_changes: Any) -> Path:
         },
         "base_model_name_or_path": base,
         "base_model_revision": revision,
+        "base_model_fingerprint": {"model.safetensors": "0" * 64},
         "text_config": {"model_type": "llama", "num_hidden_layers": 8},
         "vision_config": {"model_type": "siglip_vision_model", "_name_or_path": "maker/siglip"},
         "placement": "skip",

@@ -4,6 +4,7 @@ import base64
 import importlib
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -408,7 +409,7 @@ def test_bombs_inside_of_text_chunks_are_refused(tmp_path):
         (np.full((4, 4, 3), -0.5), "Divide by 255 or pass uint8"),
         (np.full((4, 4, 3), 300), "Image 1 holds int64 values from 300 to 300; expected 0..255"),
         (np.full((4, 4, 3), 1j), "Image 1 has dtype complex128"),
-        (b"bytes", "Image 1 is of type bytes; expected a PIL image"),
+        (object(), "Image 1 is of type object; expected a PIL image"),
         ({"path": "x.png"}, "Image 1 is of type dict"),
         ("data:image/png;base64,%%%", "Image 1 is a data:image string that is not valid base64"),
     ],
@@ -450,14 +451,30 @@ def test_impossible_settings_are_refused(settings, words):
 
 def test_an_address_is_loaded_by_transformers(monkeypatch):
     module = importlib.import_module(GenieBlueImageProcessor.__module__)
-    monkeypatch.setattr(module, "load_image", lambda address: flat_image(BLUE) if address == "http://a/b" else None)
+    monkeypatch.setattr(module, "load_image", lambda address, timeout: flat_image(BLUE) if address == "http://a/b" else None)
     assert colour_of("http://a/b") == BLUE
 
-    def fail(address):
+    def fail(address, timeout):
         raise ConnectionError("refused")
 
     monkeypatch.setattr(module, "load_image", fail)
     assert "https://a/c cannot be read" in refused("https://a/c", OSError)
+
+
+def test_the_bytes_of_a_file_are_an_image(tmp_path):
+    content = Path(png_file(tmp_path, flat_image(BLUE), "blue.png")).read_bytes()
+    assert colour_of(content) == BLUE
+    assert "Image 1 (20 bytes)" in refused(content[:20], OSError)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "no regular file" in refused(tmp_path / "pipe.png", OSError)
+
+
+def test_postscript_is_not_run(tmp_path):
+    flat_image(BLUE).save(tmp_path / "a.eps")
+    assert "PostScript" in refused(tmp_path / "a.eps")
 
 
 # Saving
