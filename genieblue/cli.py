@@ -112,6 +112,8 @@ def init(
     quiet_transformers()
     from conversion.create import create_genieblue
 
+    out = out.expanduser()
+
     folder = create_genieblue(
         base,
         vision,
@@ -174,7 +176,7 @@ def train(
 ) -> None:
     """Train one of the two stages; the base stays as it is."""
     from genieblue.data import ChatDataset
-    from genieblue.training import TrainingSettings
+    from genieblue.training import TrainingSettings, refuse_taken_output
     from genieblue.training import train as run
 
     settings = TrainingSettings(
@@ -192,6 +194,8 @@ def train(
         num_workers=num_workers,
         seed=seed,
     )
+    out = out.expanduser()  # shells leave `--out=~/x` as it is
+    refuse_taken_output(out.absolute())
     chats = ChatDataset(_data_source(data), image_folder=image_folder, skip_bad=skip_bad)
     quiet_transformers()
     chat = _load_chat(model, base, None, dtype, "cpu", trust_remote_code)  # Trainer moves it to the GPU
@@ -425,12 +429,20 @@ def push(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo-out"),
     seed: int = 0,
+    json_output: Json = False,
 ) -> None:
     """Make a small GenieBlue that reads handwriting.
 
-    It takes under 10 minutes on two cores, without a network.
+    It takes under 10 minutes on two cores, without a network. The exit code is 1 if the base's text answers changed.
     """
-    quiet_transformers()
-    from genieblue.demo.run import run_demo
+    with stdout_for_json(json_output):
+        quiet_transformers()
+        from genieblue.demo.run import format_report, run_demo, text_is_unchanged
 
-    run_demo(out, seed=seed)
+        report = run_demo(out, seed=seed)
+    if json_output:
+        print_json(report)
+    else:
+        typer.echo(format_report(report, out))
+    if not text_is_unchanged(report):
+        raise typer.Exit(1)

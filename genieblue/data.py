@@ -188,8 +188,7 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
     if missing != len(given):
         raise ValueError(
             f"{where}: {missing} placeholders ({PLACEHOLDER}, or an image part without an image) for {len(given)} "
-            "images; expected one for each. A literal placeholder can be written in a text part: "
-            '{"type": "text", "text": ...}.'
+            "images; expected one for each. Reword a text in which the placeholder means its own characters."
         )
     remaining = iter(given)
     images = [next(remaining) if source is None else source for source in sources]
@@ -203,10 +202,10 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is {_shown(turn)}, expected an object.")
     role = turn.get("role") if turn.get("role") is not None else turn.get("from")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where}: the role is {_shown(role)}, expected one of {', '.join(ROLES)}.")
     if isinstance(content, str):
-        return {"role": ROLES[role], "content": _split_placeholders(content)}
+        return {"role": ROLES[role], "content": _split_placeholders(_encodable(content, where))}
     if not isinstance(content, (list, tuple)):
         raise ValueError(f"{where}: the content is {_shown(content)}, expected a string or a list of parts.")
     parts = []
@@ -214,7 +213,7 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
+            parts.append({"type": "text", "text": _encodable(part["text"], where)})
         elif kind == "image":
             parts.append(part)
         else:
@@ -223,6 +222,14 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
                 '{"type": "image", "image": ...}.'
             )
     return {"role": ROLES[role], "content": parts}
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text holds half a character ({error}); write it as UTF-8.") from error
+    return text
 
 
 def _split_placeholders(text: str) -> list[dict[str, Any]]:
@@ -254,14 +261,15 @@ def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
 def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
     """An image as it can be opened; a path becomes absolute and must stay in `folder`."""
     if isinstance(image, dict):  # what `datasets` gives for an image that it does not decode
-        if image.get("bytes") is not None:
-            return image["bytes"]
-        image = image.get("path")
+        # Only real bytes: a string there would be opened as a path, past the checks below.
+        image = image["bytes"] if isinstance(image.get("bytes"), bytes) else image.get("path")
     if isinstance(image, (Image.Image, np.ndarray, torch.Tensor, bytes)):
         return image
     if not isinstance(image, (str, os.PathLike)) or not os.fspath(image):
         raise ValueError(f"{where}: an image is {_shown(image)}, expected a path, a PIL image or bytes.")
     name = os.fspath(image)
+    if "\0" in name:
+        raise ValueError(f"{where}: the image {name!r} is no path: it holds a null byte.")
     if name.startswith("data:image/"):
         return name
     if name.startswith(("http://", "https://")):
@@ -287,7 +295,7 @@ def _parse_line(line: bytes) -> Any:
         raise ValueError("the line is a list: expected JSONL, one object a line (`jq -c '.[]'` makes it of a list).")
     try:
         return json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}).") from error
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from genieblue.trainer import (
     part_of,
 )
 from hub_cards.model_card import RECIPE
+from modeling_genieblue.saving_genieblue import refuse_foreign_folder
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +112,14 @@ class TrainingSettings:
             )
         sizes = ("steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps")
         for name in (*sizes, "learning_rate", "keep_checkpoints"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: expected more than 0.")
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` is {value}: expected a number above 0.")
+        for rate in (self.learning_rate or 0, *self.learning_rates.values()):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"A learning rate is {rate}: expected one between 0 and 1 (the paper's: 1e-3, 1e-4).")
+        if self.max_tiles is not None and math.isqrt(self.max_tiles) ** 2 != self.max_tiles:
+            raise ValueError(f"`max_tiles` is {self.max_tiles}: expected a square number (1, 4, 9, 16, …).")
         for name in ("warmup_steps", "save_steps", "num_workers", "weight_decay", "vision_layer_decay"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
@@ -165,8 +173,7 @@ def train(
     run; and if a byte of the base changed.
     """
     output = Path(os.path.abspath(output))
-    if output.is_file():
-        raise OSError(f"{output} is a file: give a folder to save into.")
+    refuse_taken_output(output)
     if not is_accelerate_available():
         raise ValueError("Training needs the library accelerate: pip install 'genieblue[train]'.")
     if model.language_model is None:
@@ -175,9 +182,8 @@ def train(
     if settings.stage == 1:
         chats = chats.with_images()
     if len(chats) == 0:
-        raise ValueError(
-            f"The data has no sample{' with an image' if settings.stage == 1 else ''}, so there is nothing to learn."
-        )
+        kind = " with an image" if settings.stage == 1 else ""
+        raise ValueError(f"The data is empty, or has no good sample{kind}, so there is nothing to learn.")
     checkpoints = output.with_name(f"{output.name}-checkpoints")
     checkpoint = find_checkpoint(checkpoints, resume)
     max_tiles = settings.max_tiles or settings.recipe.max_tiles or processor.image_processor.max_tiles
@@ -207,6 +213,7 @@ def train(
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    refuse_broken_weights(model, settings.recipe.trained)
     refuse_changed_base(base_before, tensor_digests(model.language_model, "Hashing the base after training"))
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -261,8 +268,8 @@ def choose_autocast(base: nn.Module, bf16: bool | None) -> torch.dtype | None:
     """
     if base.dtype not in (torch.float32, torch.bfloat16) or (bf16 is False and base.dtype != torch.float32):
         raise ValueError(
-            f"The base is in {base.dtype} and bf16 is {bf16}: load the base with dtype=torch.bfloat16 to train in it, "
-            "or with dtype=torch.float32."
+            f"The base is in {base.dtype}{' and bf16 is off' if bf16 is False else ''}: load it in bfloat16 "
+            "(--dtype bfloat16) to train with bfloat16 autocast, or in float32."
         )
     wanted = base.dtype == torch.bfloat16 if bf16 is None else bf16
     return torch.bfloat16 if wanted else None
@@ -295,6 +302,27 @@ def prepared_for_training(model: nn.Module, trained: Sequence[str], gradient_che
         if not had_use_cache and "use_cache" in vars(model.config):
             del model.config.use_cache  # put there by Trainer
         model.eval()
+
+
+def refuse_taken_output(output: Path) -> None:
+    """`OSError` or `ValueError` if the model could not be saved there, or would push something else aside."""
+    if not output.name:
+        raise ValueError(f"{output} cannot be replaced: give a folder inside of it.")
+    if any(parent.is_file() for parent in (output, *output.parents)):
+        raise OSError(f"{output} is, or lies in, a file: give a folder to save into.")
+    refuse_foreign_folder(output)
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise ValueError(f"{output} holds something else than a GenieBlue: give another folder, or empty it.")
+
+
+def refuse_broken_weights(model: nn.Module, trained: Sequence[str]) -> None:
+    """`ValueError` if the last step, behind which no loss is computed, left a weight that is not finite."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) in trained and not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"{name} holds NaN or infinity after the last step, so nothing is saved. Lower the learning rate, or "
+                "resume from an earlier checkpoint."
+            )
 
 
 def tensor_digests(module: nn.Module, title: str) -> dict[str, str]:

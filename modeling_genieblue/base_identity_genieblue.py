@@ -5,10 +5,11 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
@@ -127,9 +128,8 @@ def weight_file_hashes(
 ) -> dict[str, str]:
     """sha256 by name of each safetensors file of a base, a folder or a Hub id.
 
-    Only what is on this computer is looked at. Files of the Hub cache are named by their sha256; with
-    `read_files=False` only such names are returned, and nothing is read. Returns `{}` when there are no files (a base
-    that lives in memory only).
+    Files of the Hub cache are named by their sha256; with `read_files=False` only such names are returned, and nothing
+    is read or asked for. Returns `{}` when there are no files (a base that lives in memory only).
     """
     folder = Path(base)
     if folder.is_dir():
@@ -150,7 +150,20 @@ def weight_file_hashes(
             hashes[name] = blob
         elif read_files:
             hashes[name] = file_sha256(path)
-    return hashes
+    return hashes or (_published_hashes(str(base), revision) if read_files else {})
+
+
+def _published_hashes(name: str, revision: str | None) -> dict[str, str]:
+    """sha256 of a repository's weight files as the Hub knows them, for a base whose files are not on this computer."""
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        logger.debug("No files of %s: %s", name, error)
+        return {}
+    hashes = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
+    if WEIGHTS_NAME in hashes:
+        return {WEIGHTS_NAME: hashes[WEIGHTS_NAME]}
+    return {name: sha256 for name, sha256 in hashes.items() if fnmatchcase(name, "model-*-of-*.safetensors")}
 
 
 def _weight_files(find: Callable[[str], Path | None]) -> dict[str, Path]:

@@ -62,7 +62,8 @@ def make_lora_config(base: nn.Module, config) -> LoraConfig:
         name.rsplit(".", 1)[-1]
         for index in adapted
         for name, module in blocks[index].named_modules()
-        if isinstance(module, nn.Linear)
+        # A kind of linear that the base's own code defines (a router, say) may return something else.
+        if isinstance(module, nn.Linear) and type(module).__module__ != type(base).__module__
     }
     if not linears:
         raise ValueError(f"The blocks of {type(base).__name__} hold no `nn.Linear` that LoRA could adapt.")
@@ -201,6 +202,11 @@ def load_adapter(view: nn.Module, weights_file: str | os.PathLike, base_dtype: t
                 f"{stock} has shape {shape}, expected {list(expected[stock][1].shape)}"
                 for stock, shape in sorted(shapes.items())
                 if shape != list(expected[stock][1].shape)
+            ]
+            problems += [
+                f"{stock} holds {dtype}, expected floating-point numbers"
+                for stock in sorted(shapes)
+                if (dtype := file.get_slice(stock).get_dtype()) not in ("F64", "F32", "F16", "BF16")
             ]
             if problems:
                 raise ValueError(

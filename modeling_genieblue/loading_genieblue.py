@@ -68,7 +68,12 @@ class LoadRequest:
 
     def file(self, name: str, *, folder: str = "", required: bool = True) -> str | None:
         """Path of one of our files, in the folder or in the Hub's cache; `OSError` if it is required and missing."""
-        hub_kwargs = {**self.hub_kwargs, "subfolder": os.path.join(self.hub_kwargs.get("subfolder", ""), folder)}
+        subfolder = os.path.join(self.hub_kwargs.get("subfolder", ""), folder)
+        if os.path.isdir(self.path) and required and not os.path.isfile(os.path.join(self.path, subfolder, name)):
+            raise FileNotFoundError(
+                f"{self.path} has no {os.path.join(folder, name)}: it is incomplete; save or fetch it again."
+            )
+        hub_kwargs = {**self.hub_kwargs, "subfolder": subfolder}
         return cached_file(self.path, name, _raise_exceptions_for_missing_entries=required, **hub_kwargs)
 
     def check_layout(self) -> None:

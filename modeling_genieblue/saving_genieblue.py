@@ -58,20 +58,24 @@ def save_model(
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise OSError(f"{target} is a file: give a folder to save into.")
-    _refuse_foreign_folder(target)
+    refuse_foreign_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.saving-"))
     try:
-        has_processor = _write_files(model, staging, target, processor, dtype, facts)
-        os.chmod(staging, target.stat().st_mode if target.exists() else 0o777 & ~_umask())
+        try:
+            has_processor = _write_files(model, staging, target, processor, dtype, facts)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
+        umask = _umask()
+        for path in staging.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # safetensors writes files for their owner alone
+        staging.chmod(target.stat().st_mode if target.exists() else 0o777 & ~umask)
         _put_in_place(staging, target, (*STALE_NAMES, *(STALE_PROCESSOR_NAMES if has_processor else ())))
-    except SafetensorError as error:
-        raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _refuse_foreign_folder(target: Path) -> None:
+def refuse_foreign_folder(target: Path) -> None:
     """`ValueError` where a save would destroy another model, above all the base's own folder."""
     config_file = target / "config.json"
     if config_file.is_file():
@@ -283,4 +287,4 @@ def _publish_without_card(
     return api.create_commit(repo_id, operations=[*stale, *additions], revision=revision, **commit)
 
 
-__all__ = ["push_model", "save_model"]
+__all__ = ["push_model", "refuse_foreign_folder", "save_model"]

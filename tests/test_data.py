@@ -372,3 +372,33 @@ def test_what_is_no_data_is_refused(tmp_path):
         ChatDataset([good_line()], image_folder=tmp_path / "none")
     with pytest.raises(ValueError, match="`image_folder`"):
         parse_chat(image_line("a.png"), "here", None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"messages": ' + "[" * 100_000,
+        '{"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+        '{"image": "a\\u0000.png", "messages": [{"role": "user", "content": "<image>"}, '
+        '{"role": "assistant", "content": "b"}]}',
+    ],
+    ids=["deep", "role", "surrogate", "null byte"],
+)
+def test_mangled_lines_are_named(tmp_path, line):
+    path = tmp_path / "data.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match="data.jsonl:1: "):
+        ChatDataset(path)
+
+
+def test_a_path_in_the_place_of_bytes_does_not_leave_the_folder(tmp_path):
+    path = tmp_path / "data" / "data.jsonl"
+    path.parent.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    for content in (str(tmp_path / "secret.png"), [str(tmp_path / "secret.png")], "http://127.0.0.1:1/x.png"):
+        part = {"type": "image", "image": {"bytes": content}}
+        messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "b"}]
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        with pytest.raises(ValueError, match="data.jsonl:1: "):
+            ChatDataset(path)

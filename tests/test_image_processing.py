@@ -451,7 +451,8 @@ def test_impossible_settings_are_refused(settings, words):
 
 def test_an_address_is_loaded_by_transformers(monkeypatch):
     module = importlib.import_module(GenieBlueImageProcessor.__module__)
-    monkeypatch.setattr(module, "load_image", lambda address, timeout: flat_image(BLUE) if address == "http://a/b" else None)
+    known = {"http://a/b": flat_image(BLUE)}
+    monkeypatch.setattr(module, "load_image", lambda address, timeout: known[address])
     assert colour_of("http://a/b") == BLUE
 
     def fail(address, timeout):

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from training_setup import AtStep, chat, losses, make_base, make_data, make_model, make_settings
+from transformers import TrainerCallback
 
 from genieblue import training
 from genieblue.trainer import PARTS, optimizer_groups, part_of
@@ -208,7 +209,7 @@ def test_bfloat16_trains_float32_weights_and_gives_back_the_models_precision(
 
 def test_precisions_that_cannot_be_trained_are_refused(base, bfloat16_base, tmp_path):
     model, processor = make_model(bfloat16_base)
-    with pytest.raises(ValueError, match="torch.bfloat16 and bf16 is False"):
+    with pytest.raises(ValueError, match="torch.bfloat16 and bf16 is off"):
         train(model, processor, make_data(), tmp_path / "out", make_settings(steps=1, bf16=False))
     model.language_model.half()
     with pytest.raises(ValueError, match="torch.float16"):
@@ -295,7 +296,7 @@ def test_parameter_of_the_base_is_never_handed_to_the_optimizer(base):
 def test_data_without_anything_to_learn_is_refused(base, tmp_path):
     model, processor = make_model(base)
     for settings, rows in ((make_settings(), []), (make_settings(stage=1), [chat("Hello", "No image.")])):
-        with pytest.raises(ValueError, match="has no sample"):
+        with pytest.raises(ValueError, match="no good sample"):
             train(model, processor, rows, tmp_path / "out", settings)
 
 
@@ -312,3 +313,30 @@ def test_data_without_anything_to_learn_is_refused(base, tmp_path):
 def test_settings_that_make_no_sense_are_refused(options, reason):
     with pytest.raises(ValueError, match=reason):
         TrainingSettings(**options)
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(base, tmp_path):
+    model, processor = make_model(base)
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.multi_modal_projector.linear_2.bias.data.fill_(float("inf"))
+
+    with pytest.raises(ValueError, match="NaN or infinity after the last step"):
+        settings = make_settings(stage=1, steps=1)
+        train(model, processor, make_data(), tmp_path / "out", settings, callbacks=[Breaks()])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("taken", ["base", "data", "file"])
+def test_an_output_that_is_taken_is_refused_before_anything_is_trained(base, tmp_path, taken):
+    model, processor = make_model(base)
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "data" / "notes.txt", tmp_path / "file"):
+        path.write_text("mine")
+    output = {"base": base, "data": tmp_path / "data", "file": tmp_path / "file"}[taken]
+    before = values(model)
+    with pytest.raises((ValueError, OSError), match="give another folder|is, or lies in, a file"):
+        train(model, processor, make_data(), output, make_settings(steps=1))
+    assert changed_parts(model, before) == set()
+    assert (tmp_path / "data" / "notes.txt").read_text() == "mine"
