@@ -44,7 +44,8 @@ def _draw_cell(
         sheet.paste(thumbnail, (left, top + 10))
         draw.rectangle((left, top + 10, left + edge, top + 10 + edge), outline=FAINT)
     x, y = left + edge + 8, top + 10
-    canvas = _on_canvas(scan, columns * tile, rows * tile).resize((columns * edge, rows * edge), Image.Resampling.NEAREST)
+    canvas = _on_canvas(scan, columns * tile, rows * tile)
+    canvas = canvas.resize((columns * edge, rows * edge), Image.Resampling.NEAREST)
     scale = min(1.0, (CELL_WIDTH - edge - 24) / canvas.width, (CELL_HEIGHT - 54) / canvas.height)
     canvas = canvas.resize((round(canvas.width * scale), round(canvas.height * scale)))
     sheet.paste(canvas, (x, y))
