@@ -86,6 +86,15 @@ class GenieBlueConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = text_config_from_dict(self.text_config)
         super().__post_init__(**kwargs)
+        if self.vision_config.model_type != "siglip_vision_model":
+            raise ValueError(
+                f"The vision tower is of type {self.vision_config.model_type!r}: expected 'siglip_vision_model'."
+            )
+        for name in ("lora_rank", "lora_alpha", "downsample_factor"):
+            _check_count(name, getattr(self, name))
+        for name in ("image_token_id", "image_seq_length"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         num_layers = getattr(self.text_config, "num_hidden_layers", None)
         if self.replicated_layers is None and num_layers is not None and self.placement is not None:
             self.replicated_layers = select_replicated_layers(num_layers, self.placement)
@@ -93,6 +102,11 @@ class GenieBlueConfig(PreTrainedConfig):
             self.replicated_layers = check_replicated_layers(self.replicated_layers, num_layers)
         if self.image_seq_length is None:
             self.image_seq_length = self.tokens_per_tile
+        elif self.image_seq_length != self.tokens_per_tile:
+            raise ValueError(
+                f"`image_seq_length` is {self.image_seq_length}, but a tile of this vision tower gives "
+                f"{self.tokens_per_tile} tokens."
+            )
         if self.image_token_id is None and self.text_config is not None:
             self.image_token_id = getattr(self.text_config, "vocab_size", None)
 
@@ -103,9 +117,17 @@ class GenieBlueConfig(PreTrainedConfig):
         return math.ceil(side / self.downsample_factor) ** 2
 
 
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
+
+
 def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int | None) -> list[int]:
     """Sorted block indices; `ValueError` if one repeats, lies outside of the base, or no block is left for LoRA."""
-    layers = sorted(int(index) for index in replicated_layers)
+    is_list = isinstance(replicated_layers, list | tuple)
+    if not is_list or not all(isinstance(index, int) and not isinstance(index, bool) for index in replicated_layers):
+        raise ValueError(f"`replicated_layers` is {replicated_layers!r}: expected a list of block indices.")
+    layers = sorted(replicated_layers)
     if len(set(layers)) != len(layers):
         raise ValueError(f"`replicated_layers` names a block twice: {list(replicated_layers)}.")
     if num_hidden_layers is not None:

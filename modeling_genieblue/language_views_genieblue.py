@@ -82,6 +82,19 @@ def make_lora_config(base: nn.Module, config) -> LoraConfig:
     )
 
 
+def check_adapter_settings(lora_config: LoraConfig, saved: dict) -> None:
+    """`ValueError` if the saved PEFT configuration means another adapter than config.json: PEFT would run another."""
+    for name in ("r", "lora_alpha", "target_modules", "layers_to_transform", "modules_to_save"):
+        here, there = getattr(lora_config, name), saved.get(name)
+        if isinstance(here, list | set):
+            here, there = sorted(here), sorted(there) if isinstance(there, list) else there
+        if here != there:
+            raise ValueError(
+                f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME} has {name} {there!r}, config.json means {here!r}: load the "
+                "files that belong together (same repository, same revision)."
+            )
+
+
 def _unique_suffix(model: nn.Module, path: str) -> str:
     """Shortest tail of `path` that names no other module list (a base with a vision encoder has several `layers`)."""
     others = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and name != path]

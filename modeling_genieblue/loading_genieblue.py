@@ -122,6 +122,14 @@ class LoadRequest:
         """Path of the adapter's weights, in a folder or in the cache; `OSError` if there are none."""
         return self.file(ADAPTER_WEIGHTS_NAME, folder=ADAPTER_FOLDER)
 
+    def adapter_settings(self) -> dict[str, Any]:
+        """PEFT's configuration beside the adapter's weights; `OSError` if it is missing or damaged."""
+        path = self.file(ADAPTER_CONFIG_NAME, folder=ADAPTER_FOLDER)
+        try:
+            return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+
     def base_samples(self, required: bool) -> dict[str, dict]:
         """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
         path = self.file(BASE_FINGERPRINT_NAME, required=required)

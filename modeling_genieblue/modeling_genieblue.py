@@ -20,6 +20,7 @@ from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
     TextEmbedder,
     build_multimodal_view,
+    check_adapter_settings,
     initialize_adapter,
     load_adapter,
     make_lora_config,
@@ -200,7 +201,9 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         model._base_samples = request.base_samples(required=check_base)
         if check_base:
             refuse_wrong_base(base, model.config, model._base_samples, request)
-        model._attach(base, make_lora_config(base, model.config))
+        lora_config = make_lora_config(base, model.config)
+        check_adapter_settings(lora_config, request.adapter_settings())
+        model._attach(base, lora_config)
         load_adapter(model.multimodal_language_model, request.adapter_file(), base.dtype)
         model.config.base_model_name_or_path = request.base_location(model.config)
         model._source = request
@@ -214,6 +217,12 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             raise ValueError(
                 f"The base has hidden size {hidden_size}, this GenieBlue was made for "
                 f"{self.config.text_config.hidden_size}: load it onto {self.config.base_model_name_or_path}."
+            )
+        rows = base.get_input_embeddings().weight.shape[0]
+        if self.config.image_token_id < rows:
+            raise ValueError(
+                f"`image_token_id` is {self.config.image_token_id}, which is a token of the base ({rows} embeddings): "
+                "a text with it would be taken for an image. Expected the first id past them, as saved."
             )
         view = build_multimodal_view(base, lora_config)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)

@@ -95,7 +95,7 @@ def _normalized(paragraph: str) -> str:
 
 
 def train_tokenizer(documents: list[Document], vocabulary_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is one token, with special tokens, one for each role, and a chat template."""
+    """Byte-level BPE in which every digit is one token, with a special token for each role and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
