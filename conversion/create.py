@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
+from modeling_genieblue.loading_genieblue import refuse_incomplete_base
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,9 @@ def create_genieblue(
         )
 
     weights = {"use_safetensors": True, "dtype": dtype}
-    base_model = _load("base", base, AutoModelForCausalLM.from_pretrained, **from_base, **weights)
+    load_base = AutoModelForCausalLM.from_pretrained
+    base_model, info = _load("base", base, load_base, output_loading_info=True, **from_base, **weights)
+    refuse_incomplete_base(base, info)
     weights["dtype"] = base_model.dtype
     vision_tower = _load_vision_tower(vision, vision_config, revision=vision_revision, **hub, **weights)
     if device is not None:

@@ -353,9 +353,11 @@ def check_remote_code(subject: SavedModel) -> str:
     installed = {name: module for name, module in report["modules"].items() if "transformers_modules" not in module}
     if installed:
         raise CheckFailed(f"not taken from the repository: {installed}; config.json lacks their `auto_map` entries")
+    others = _code_of_others(subject.folder)
     return (
-        f"{', '.join(report['modules'])} run the repository's own files in a clean process; it answered about an "
-        f"image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
+        f"{', '.join(report['modules'])} run the repository's own files "
+        f"({f'{_some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
+        f"process; it answered about an image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
     )
 
 

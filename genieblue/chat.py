@@ -177,6 +177,7 @@ class Chat:
             attention_mask=torch.ones_like(input_ids),
             pixel_values=pixel_values,
             return_dict_in_generate=True,
+            num_beams=1,  # whatever the base's generation config says: beams cannot be streamed
             **kwargs,
         )
 

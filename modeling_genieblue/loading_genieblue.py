@@ -227,7 +227,9 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     elif is_recorded and config.base_model_revision is not None:
         kwargs["revision"] = config.base_model_revision
     try:
-        base = AutoModelForCausalLM.from_pretrained(location, use_safetensors=True, **kwargs)
+        base, info = AutoModelForCausalLM.from_pretrained(
+            location, use_safetensors=True, output_loading_info=True, **kwargs
+        )
     except SafetensorError as error:
         raise OSError(f"The weights of the base {location} cannot be read ({error}): fetch them again.") from error
     except (OSError, ValueError) as error:
@@ -236,9 +238,20 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
             f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory "
             "can be given as `base_model=`."
         ) from error
+    refuse_incomplete_base(location, info)
     if "revision" in kwargs:
         _refuse_other_files(location, config, kwargs)
     return base
+
+
+def refuse_incomplete_base(location: str, loading_info: dict[str, Any]) -> None:
+    """`ValueError` if weights of the base were not in its files: transformers would go on with random ones."""
+    missing = sorted(map(str, [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]))
+    if missing:
+        raise ValueError(
+            f"The base {location} is not complete: {len(missing)} tensors are missing or of another shape, "
+            f"{', '.join(missing[:3])} among them. Fetch it again."
+        )
 
 
 def _refuse_other_files(location: str, config: Any, kwargs: dict[str, Any]) -> None:

@@ -263,3 +263,14 @@ def test_tokenizer_of_the_base_is_copied_as_it_is(pair):
     create_genieblue(pair / "base", pair / "vision", pair / "reader")
     assert (pair / "reader/tokenizer.json").read_bytes() == (pair / "base/tokenizer.json").read_bytes()
     assert len(GenieBlueProcessor.from_pretrained(pair / "reader").tokenizer) == len(tiny_tokenizer())
+
+
+def test_a_base_with_a_missing_tensor_is_refused(tmp_path):
+    base = save_tiny_base("llama", tmp_path / "base")
+    tiny_vision_tower().save_pretrained(tmp_path / "vision")
+    tensors = load_file(base / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not complete: 1 tensors .* model.layers.1.mlp.up_proj.weight"):
+        create_genieblue(base, tmp_path / "vision", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,6 @@ TILE_SIZE = 32
 LONGEST_NUMBER = 4
 DIGIT_SIZE = 30  # pixels; close to a tile, so a number of n digits is cut into about n tiles
 HELD_OUT_PART = 0.2
-SLATE = 127
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,11 @@ def compose(cells: np.ndarray, rng: np.random.Generator, noise: float) -> tuple[
 
 
 def draw_number(scans: Scans, length: int, rng: np.random.Generator, augment: bool) -> tuple[Image.Image, str]:
-    """A number of `length` scanned digits, chalk on slate, as (greyscale image, its digits).
-
-    The slate is the grey with which the image processor pads, so the frame of an image is nothing to be learned.
-    """
+    """A number of `length` scanned digits, bright ink on black, as (greyscale image, its digits)."""
     picks = rng.integers(0, len(scans), length)
     cells = digit_cells(scans.images[picks], rng, augment)
     ink, _ = compose(cells, rng, noise=0.06 if augment else 0.0)
-    image = Image.fromarray((SLATE + ink * (255 - SLATE)).round().astype(np.uint8))
+    image = Image.fromarray((ink * 255).round().astype(np.uint8))
     return image, "".join(str(label) for label in scans.labels[picks])
 
 

@@ -46,8 +46,7 @@ class DigitTiles(Dataset):
         middle = int(middles[1]) + int(rng.integers(-self.reach, self.reach + 1))
         ink = np.pad(ink, ((0, 0), (TILE_SIZE, TILE_SIZE)))
         tile = ink[:, middle + TILE_SIZE // 2 : middle + TILE_SIZE // 2 + TILE_SIZE]
-        # With mean and deviation 0.5, as every SigLIP has them, the slate is 0 and the chalk 1.
-        pixels = torch.from_numpy(tile.astype(np.float32))[None].expand(3, -1, -1)
+        pixels = torch.from_numpy(tile.astype(np.float32))[None].expand(3, -1, -1) * 2 - 1  # mean and std 0.5
         return {"pixel_values": pixels, "labels": torch.tensor(int(self.scans.labels[picks[1]]))}
 
 
