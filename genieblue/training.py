@@ -213,6 +213,8 @@ def train(
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()  # Trainer makes it also for a run without checkpoints
     refuse_broken_weights(model, settings.recipe.trained)
     refuse_changed_base(base_before, tensor_digests(model.language_model, "Hashing the base after training"))
 
