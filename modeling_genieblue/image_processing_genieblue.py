@@ -235,7 +235,7 @@ def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
     else:
         file = source
     if file is source and os.path.exists(source) and not os.path.isfile(source):  # a pipe would be waited for
-        raise OSError(f"'{source[:200]}' cannot be read: it is no regular file; expected the path of an image file.")
+        raise OSError(f"'{source[:200]}' cannot be read as an image: it is no regular file; expected an image's path.")
     try:
         if source.startswith(("http://", "https://")):
             return load_image(source, timeout=DOWNLOAD_SECONDS), source

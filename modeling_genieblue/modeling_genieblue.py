@@ -201,10 +201,11 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         model._base_samples = request.base_samples(required=check_base)
         if check_base:
             refuse_wrong_base(base, model.config, model._base_samples, request)
+        adapter_file = request.adapter_file()
         lora_config = make_lora_config(base, model.config)
         check_adapter_settings(lora_config, request.adapter_settings())
         model._attach(base, lora_config)
-        load_adapter(model.multimodal_language_model, request.adapter_file(), base.dtype)
+        load_adapter(model.multimodal_language_model, adapter_file, base.dtype)
         model.config.base_model_name_or_path = request.base_location(model.config)
         model._source = request
         model.eval()

@@ -12,14 +12,14 @@ import torch
 
 # Refuses the packages wherever they may be installed, and the tests' own modules.
 PREAMBLE = """
-import json, sys
+import json, os, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("modeling_genieblue", "hub_cards", "conversion", "genieblue", "tiny_models"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as the test's: sums are then in one order
 def answer(value):
     print("\\nANSWER " + json.dumps(value))
 """

@@ -99,6 +99,11 @@ def test_adapter_tensor_of_another_shape_is_refused(tmp_path):
 def test_adapter_of_another_rank_is_refused(tmp_path):
     folder = save_tiny_pair(tmp_path)
     edit_config(folder, lora_rank=8)
+    with pytest.raises(ValueError, match="has r 4, config.json means 8"):
+        load(folder)
+    change = {"r": 8}
+    path = folder / "language_adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match="shape"):
         load(folder)
 

@@ -200,7 +200,8 @@ def test_a_truncated_adapter_is_found(folder, run):
 def test_settings_that_stock_peft_would_take_otherwise_are_found(folder, run, changes, others):
     change_json(folder / "language_adapter/adapter_config.json", **changes)
     failed, details = run(folder, f"language_adapter {RUNS}")
-    assert failed == ["language_adapter", *others]
+    # Settings of which the model itself is made keep it from loading, so that further checks fail too.
+    assert failed[0] == "language_adapter" and set(others) <= set(failed)
     assert all(f"adapter_config.json has {name}" in details for name in changes)
 
 
