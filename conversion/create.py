@@ -92,6 +92,7 @@ def create_genieblue(
         lora_alpha=lora_alpha,
         base_model_name_or_path=base,
         base_model_revision=base_revision,
+        hub_kwargs=hub,
     )
     processor = GenieBlueProcessor.from_base(
         tokenizer,

@@ -102,9 +102,10 @@ def _same_values(found: torch.Tensor, sample: dict) -> bool:
     return mixed and torch.allclose(found.double(), recorded, rtol=2**-7, atol=1e-7)
 
 
-def cached_commits(base: nn.Module, name: str) -> dict[str, bool]:
+def cached_commits(base: nn.Module, name: str, cache_dir: str | os.PathLike | None = None) -> dict[str, bool]:
     """Commits of the Hub id `name` whose weights are in the local cache, and whether they are those of `base`."""
-    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots")
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    snapshots = cache / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
     samples = tensor_samples(base)
     return {folder.name: _holds(folder, samples) for folder in snapshots.glob("*") if any(folder.glob(WEIGHT_FILES))}
 
@@ -124,12 +125,19 @@ def _holds(folder: Path, samples: dict[str, dict]) -> bool:
 
 
 def weight_file_hashes(
-    base: str | os.PathLike, revision: str | None = None, *, read_files: bool = True, **hub_kwargs
+    base: str | os.PathLike,
+    revision: str | None = None,
+    *,
+    read_files: bool = True,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
 ) -> dict[str, str]:
     """sha256 by name of each safetensors file of a base, a folder or a Hub id.
 
     Files of the Hub cache are named by their sha256; with `read_files=False` only such names are returned, and nothing
-    is read or asked for. Returns `{}` when there are no files (a base that lives in memory only).
+    is read or asked for. The Hub is asked about files that are not in the cache, unless `local_files_only`. Returns
+    `{}` when there are no files (a base that lives in memory only).
     """
     folder = Path(base)
     if folder.is_dir():
@@ -138,7 +146,9 @@ def weight_file_hashes(
 
     def find(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(str(base), name, revision=revision, local_files_only=True, **hub_kwargs))
+            return Path(
+                hf_hub_download(str(base), name, revision=revision, cache_dir=cache_dir, local_files_only=True)
+            )
         except (HfHubHTTPError, OSError, ValueError) as error:
             logger.debug("No %s of %s: %s", name, base, error)
             return None
@@ -150,13 +160,15 @@ def weight_file_hashes(
             hashes[name] = blob
         elif read_files:
             hashes[name] = file_sha256(path)
-    return hashes or (_published_hashes(str(base), revision) if read_files else {})
+    if hashes or not read_files or local_files_only:
+        return hashes
+    return _published_hashes(str(base), revision, token)
 
 
-def _published_hashes(name: str, revision: str | None) -> dict[str, str]:
+def _published_hashes(name: str, revision: str | None, token: str | bool | None) -> dict[str, str]:
     """sha256 of a repository's weight files as the Hub knows them, for a base whose files are not on this computer."""
     try:
-        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings
+        files = HfApi(token=token).model_info(name, revision=revision, files_metadata=True).siblings
     except (HfHubHTTPError, OSError, ValueError) as error:
         logger.debug("No files of %s: %s", name, error)
         return {}

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
 SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 OWN_HUB_KEYS = (*SHARED_HUB_KEYS, "revision", "subfolder")
+# With which a base that was loaded is found again.
+ACCESS_KEYS = ("token", "cache_dir", "local_files_only")
 # What the base is given as it would be by hand.
 BASE_KEYS = ("dtype", "torch_dtype", "max_memory", "offload_folder", "offload_buffers", "trust_remote_code")
 
@@ -177,7 +179,9 @@ def _split_device_map(device_map: Any) -> tuple[Any, Any]:
     return own, base or None
 
 
-def resolve_base(base: PreTrainedModel, name: str | None, revision: str | None) -> tuple[str | None, str | None]:
+def resolve_base(
+    base: PreTrainedModel, name: str | None, revision: str | None, hub_kwargs: dict[str, Any] | None = None
+) -> tuple[str | None, str | None]:
     """Where a loaded base can be found again: (Hub id, commit) or (absolute folder, None).
 
     A loaded model does not remember its commit. Without `revision` it is the one in the local cache that holds the
@@ -188,8 +192,9 @@ def resolve_base(base: PreTrainedModel, name: str | None, revision: str | None) 
         return (None if name is None else os.path.realpath(name)), None
     if revision is not None and len(revision) == 40:
         return name, revision
-    wanted = _hub_commit(name, revision)
-    commits = {} if revision is not None else cached_commits(base, name)
+    hub_kwargs = hub_kwargs or {}
+    wanted = _hub_commit(name, revision, **hub_kwargs)
+    commits = {} if revision is not None else cached_commits(base, name, hub_kwargs.get("cache_dir"))
     if wanted is not None and commits.get(wanted, not commits):
         return name, wanted
     if same := [commit for commit, is_same in commits.items() if is_same]:
@@ -198,11 +203,13 @@ def resolve_base(base: PreTrainedModel, name: str | None, revision: str | None) 
     return name, None
 
 
-def _hub_commit(name: str, revision: str | None) -> str | None:
+def _hub_commit(
+    name: str, revision: str | None, *, local_files_only: bool | None = None, **access: Any
+) -> str | None:
     """The commit that a revision points to, from the local cache if it is there."""
-    for local_files_only in (True, False):
+    for only_cached in (True,) if local_files_only else (True, False):
         try:
-            return resolve_hub_revision(name, revision=revision, local_files_only=local_files_only).resolved
+            return resolve_hub_revision(name, revision=revision, local_files_only=only_cached, **access).resolved
         except (HfHubHTTPError, RevisionResolutionError, OSError, ValueError) as error:
             logger.debug("No commit of %s: %s", name, error)
     return None

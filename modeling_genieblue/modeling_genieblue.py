@@ -25,7 +25,7 @@ from .language_views_genieblue import (
     load_adapter,
     make_lora_config,
 )
-from .loading_genieblue import LoadRequest, load_base, refuse_wrong_base, resolve_base
+from .loading_genieblue import ACCESS_KEYS, LoadRequest, load_base, refuse_wrong_base, resolve_base
 from .requests_genieblue import (
     MULTIMODAL,
     TEXT,
@@ -101,6 +101,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         # Attached after the weights above are in place: `from_pretrained` would initialise what its file lacks.
         self.language_model: PreTrainedModel | None = None
         self.multimodal_language_model: PreTrainedModel | None = None
+        self._hub_kwargs: dict[str, Any] = {}
         self.post_init()
 
     # Making and loading
@@ -119,6 +120,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         downsample_factor: int = 2,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
+        hub_kwargs: dict[str, Any] | None = None,
     ) -> "GenieBlueForConditionalGeneration":
         """A new GenieBlue to train: LoRA B is zero and copies equal the originals, so both views agree at first.
 
@@ -131,6 +133,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             replicated_layers: block indices, instead of `placement`.
             base_model_name_or_path, base_model_revision: Hub id and commit (or folder) under which the base will be
                 found again; by default what the base itself was loaded from.
+            hub_kwargs: `token`, `cache_dir` and `local_files_only` that the base was loaded with, if any: its commit
+                and, at a save, its files' hashes and tokenizer are looked up with them.
         """
         if lora_rank < 1:
             raise ValueError(f"`lora_rank` is {lora_rank}: LoRA needs a rank of at least 1.")
@@ -140,7 +144,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         else:
             replicated_layers = check_replicated_layers(replicated_layers, text_config.num_hidden_layers)
             placement = None
-        name, revision = resolve_base(base_model, base_model_name_or_path, base_model_revision)
+        name, revision = resolve_base(base_model, base_model_name_or_path, base_model_revision, hub_kwargs)
         if hasattr(vision_tower.config, "vision_config"):  # a whole SigLIP: its text half is not needed
             vision_tower = vision_tower.vision_model
         config = GenieBlueConfig(
@@ -165,6 +169,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         model.vision_tower = vision_tower
         model.multi_modal_projector = GenieBlueMultiModalProjector(config).to(base_model.device, base_model.dtype)
         model.multi_modal_projector.apply(model._init_weights)
+        model._hub_kwargs = dict(hub_kwargs or {})
         model._base_samples = tensor_samples(base_model)
         model._attach(base_model, make_lora_config(base_model, config))
         initialize_adapter(model.multimodal_language_model, base_model.dtype)
@@ -208,6 +213,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         load_adapter(model.multimodal_language_model, adapter_file, base.dtype)
         model.config.base_model_name_or_path = request.base_location(model.config)
         model._source = request
+        model._hub_kwargs = {key: request.hub_kwargs[key] for key in ACCESS_KEYS if key in request.hub_kwargs}
         model.eval()
         return (model, loading_info) if output_loading_info else model
 

@@ -137,7 +137,7 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
     if name is None:
         logger.warning("This GenieBlue does not say where its base is: `base_model=` will be needed to load it.")
     elif model.config.base_model_fingerprint is None:
-        model.config.base_model_fingerprint = weight_file_hashes(name, revision) or None
+        model.config.base_model_fingerprint = weight_file_hashes(name, revision, **model._hub_kwargs) or None
         if model.config.base_model_fingerprint is None:
             logger.warning("The weight files of %s are not on this computer: their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
@@ -170,6 +170,7 @@ def _own_processor(model: Any) -> Any:
                 model.config.base_model_name_or_path,
                 revision=model.config.base_model_revision,
                 trust_remote_code=model.language_model.is_remote_code(),  # then its code was allowed to run already
+                **model._hub_kwargs,
             )
             return GenieBlueProcessor.from_base(
                 tokenizer,

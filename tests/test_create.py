@@ -118,6 +118,18 @@ def test_hub_ids_are_recorded_with_the_commit(hub, sources, tmp_path):
     assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("maker/base", commit)
 
 
+def test_token_and_cache_reach_the_identity_of_the_base(hub, sources, tmp_path, monkeypatch):
+    commit = hub.commit_folder("maker/base", sources / "base")
+    hub.storage.repos["model", "maker/base"].private = True
+    monkeypatch.delenv("HF_TOKEN")
+    access = {"token": hub.token, "cache_dir": tmp_path / "cache"}
+    create_genieblue("maker/base", sources / "vision", tmp_path / "reader", **access)
+    config = json.loads((tmp_path / "reader/config.json").read_text())
+    sha256 = hashlib.sha256((sources / "base/model.safetensors").read_bytes()).hexdigest()
+    assert config["base_model_revision"] == commit
+    assert config["base_model_fingerprint"] == {"model.safetensors": sha256}
+
+
 def test_a_revision_of_the_base_is_loaded_and_recorded(hub, sources, tmp_path):
     first = hub.commit_folder("maker/base", sources / "base")
     save_tiny_base("llama", tmp_path / "other", seed=1)

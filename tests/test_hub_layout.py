@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import huggingface_hub
 import pytest
@@ -239,6 +240,24 @@ def test_token_and_cache_reach_the_base(hub, pushed, tmp_path, monkeypatch):
     assert torch.equal(
         logits(load(cache_dir=tmp_path / "cache", local_files_only=True)), logits(pushed)
     )
+
+
+def test_token_and_cache_reach_what_a_save_looks_up(hub, pushed, base, tmp_path, monkeypatch):
+    for repo in (BASE, REPO):
+        huggingface_hub.update_repo_settings(repo, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    shutil.rmtree(hub.home / "hub")  # what the test's own push had put into the default cache
+    access = {"token": hub.token, "cache_dir": tmp_path / "cache"}
+    loaded = load(**access)
+    loaded.config.base_model_fingerprint = None  # as models that were saved without it
+    loaded.save_pretrained(tmp_path / "saved")
+    new = tiny_genieblue(base=AutoModelForCausalLM.from_pretrained(BASE, **access), hub_kwargs=access)
+    assert new.config.base_model_revision == base
+    new.save_pretrained(tmp_path / "new")
+    for folder in (tmp_path / "saved", tmp_path / "new"):
+        config = json.loads((folder / "config.json").read_text())
+        assert list(config["base_model_fingerprint"]) == ["model.safetensors"]
+    assert (tmp_path / "new/tokenizer.json").is_file()
 
 
 def test_gated_base_is_named(hub, pushed, tmp_path):
