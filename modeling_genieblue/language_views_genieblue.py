@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -216,11 +216,7 @@ def load_adapter(view: nn.Module, weights_file: str | os.PathLike, base_dtype: t
                 for stock, shape in sorted(shapes.items())
                 if shape != list(expected[stock][1].shape)
             ]
-            problems += [
-                f"{stock} holds {dtype}, expected floating-point numbers"
-                for stock in sorted(shapes)
-                if (dtype := file.get_slice(stock).get_dtype()) not in ("F64", "F32", "F16", "BF16")
-            ]
+            problems += tensors_of_other_kinds(file, shapes)
             if problems:
                 raise ValueError(
                     f"{weights_file} does not fit this base and configuration: {'; '.join(problems)}. Load the files "
@@ -233,6 +229,16 @@ def load_adapter(view: nn.Module, weights_file: str | os.PathLike, base_dtype: t
         raise
     except Exception as error:  # safetensors raises its own type, which is no OSError
         raise OSError(f"{weights_file} cannot be read ({error}): it is damaged; fetch it again.") from error
+
+
+def tensors_of_other_kinds(file: safe_open, names: Iterable[str]) -> list[str]:
+    """One sentence for each tensor of an open safetensors file that is not floating point: a cast destroys values."""
+    dtypes = {name: file.get_slice(name).get_dtype() for name in sorted(names)}
+    return [
+        f"{name} holds {dtype}, expected floating-point numbers"
+        for name, dtype in dtypes.items()
+        if dtype not in ("F64", "F32", "F16", "BF16")
+    ]
 
 
 def _key_problems(expected: set[str], found: set[str]) -> list[str]:

@@ -10,14 +10,25 @@ from typing import Any
 
 from huggingface_hub import resolve_revision as resolve_hub_revision
 from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
-from .base_identity_genieblue import BASE_FINGERPRINT_NAME, cached_commits, compare_with_samples, weight_file_hashes
-from .language_views_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME
+from .base_identity_genieblue import (
+    BASE_FINGERPRINT_NAME,
+    WEIGHTS_NAME,
+    cached_commits,
+    compare_with_samples,
+    weight_file_hashes,
+)
+from .language_views_genieblue import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS_NAME,
+    tensors_of_other_kinds,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +113,7 @@ class LoadRequest:
             kwargs["dtype"] = base_model.dtype
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         try:
+            self._refuse_other_kinds()
             model, info = from_pretrained(self.path, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(
@@ -119,6 +131,15 @@ class LoadRequest:
         if on_given_base and "device_map" not in kwargs:
             model.to(base_model.device)
         return model, info
+
+    def _refuse_other_kinds(self) -> None:
+        """`ValueError` for integer or complex tensors among our own weights, which transformers casts in silence."""
+        path = self.file(WEIGHTS_NAME, required=False)
+        if path is None:
+            return
+        with safe_open(path, framework="pt") as file:
+            if problems := tensors_of_other_kinds(file, file.keys()):
+                raise ValueError(f"{path} does not fit its configuration: {'; '.join(problems[:3])}. Fetch it again.")
 
     def adapter_file(self) -> str:
         """Path of the adapter's weights, in a folder or in the cache; `OSError` if there are none."""

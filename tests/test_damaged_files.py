@@ -125,6 +125,15 @@ def test_own_weights_that_do_not_fit_are_refused(change, message, tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("dtype, word", [(torch.int64, "I64"), (torch.complex64, "C64")], ids=str)
+def test_own_weights_that_are_no_floating_point_numbers_are_refused(dtype, word, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    name = "multi_modal_projector.linear_1.bias"
+    edit_tensors(folder / "model.safetensors", **{name: load_file(folder / "model.safetensors")[name].to(dtype)})
+    with pytest.raises(ValueError, match=f"model.safetensors.*{name} holds {word}, expected floating"):
+        load(folder)
+
+
 def test_adapter_config_in_the_root_is_refused(tmp_path):
     folder = save_tiny_pair(tmp_path)
     shutil.copy(folder / "language_adapter/adapter_config.json", folder)
