@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 IMAGE_SOURCES = ("image", "url", "path", "base64")
 
 
@@ -12,9 +14,22 @@ def image_sources(conversation: list[dict[str, Any]]) -> list[Any]:
     return [_image_source(part) for part in parts if _part_type(part) == "image"]
 
 
-def has_parts(conversation: list[dict[str, Any]]) -> bool:
-    """Whether a message's content is a list of parts instead of a string."""
-    return any(isinstance(message.get("content"), (list, tuple)) for message in conversation)
+def text_for_template(
+    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, Any]], template_kwargs: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return a text-only conversation, with strings for lists of text parts unless the template reads such lists."""
+    if not any(isinstance(message.get("content"), (list, tuple)) for message in conversation):
+        return conversation
+    as_strings = with_string_contents(conversation, image_token="")
+    template = {name: template_kwargs.get(name) for name in ("chat_template", "tools")}
+    renderings = []
+    for content in ("text", [{"type": "text", "text": "text"}]):
+        try:
+            probe = [{"role": "user", "content": content}]
+            renderings.append(tokenizer.apply_chat_template(probe, tokenize=False, **template))
+        except Exception:  # A template may fail in any way on content that it was not written for.
+            return as_strings
+    return conversation if renderings[0] == renderings[1] else as_strings
 
 
 def with_string_contents(conversation: list[dict[str, Any]], image_token: str) -> list[dict[str, Any]]:

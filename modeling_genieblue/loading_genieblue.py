@@ -1,11 +1,9 @@
 """Loading: our own files from a folder or the Hub, the base that they name, and the check that it is that base."""
 
-import json
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import resolve_revision as resolve_hub_revision
@@ -13,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
 from .base_identity_genieblue import (
@@ -29,6 +27,7 @@ from .language_views_genieblue import (
     ADAPTER_WEIGHTS_NAME,
     tensors_of_other_kinds,
 )
+from .settings_files_genieblue import read_settings, refuse_broken_settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +96,7 @@ class LoadRequest:
             raise OSError(f"{self.path} could not be loaded: {error}") from error
         if not has_config:  # transformers would go on with a default configuration
             raise OSError(f"{self.path} has no {CONFIG_NAME}: expected the folder or Hub id of a saved GenieBlue.")
+        refuse_broken_settings(self.path, {CONFIG_NAME: "model_type", GENERATION_CONFIG_NAME: None}, **self.hub_kwargs)
         if self.file(ADAPTER_CONFIG_NAME, required=False) is not None:
             raise ValueError(
                 f"{self.path} has {ADAPTER_CONFIG_NAME} in its root, so `AutoModel` takes it for a plain adapter and "
@@ -147,24 +147,16 @@ class LoadRequest:
 
     def adapter_settings(self) -> dict[str, Any]:
         """PEFT's configuration beside the adapter's weights; `OSError` if it is missing or damaged."""
-        path = self.file(ADAPTER_CONFIG_NAME, folder=ADAPTER_FOLDER)
-        try:
-            return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+        return read_settings(self.file(ADAPTER_CONFIG_NAME, folder=ADAPTER_FOLDER))
 
     def base_samples(self, required: bool) -> dict[str, dict]:
         """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
         path = self.file(BASE_FINGERPRINT_NAME, required=required)
         if path is None:
             return {}
-        try:
-            samples = json.loads(Path(path).read_text(encoding="utf-8"))
-            needed = {"shape", "dtype", "positions", "values"}
-            well_formed = all(needed <= set(sample) for sample in samples.values())
-        except (ValueError, AttributeError, TypeError) as error:
-            raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
-        if not samples or not well_formed:
+        samples = read_settings(path)
+        needed = {"shape", "dtype", "positions", "values"}
+        if not samples or not all(isinstance(sample, dict) and needed <= set(sample) for sample in samples.values()):
             raise OSError(f"{path} records no base: it is damaged; fetch it again, or pass `check_base=False`.")
         return samples
 

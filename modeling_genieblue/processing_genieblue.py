@@ -11,8 +11,9 @@ from transformers.processing_utils import ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, AddedToken, PreTrainedTokenizerBase
 from transformers.utils.generic import to_py_obj
 
-from .conversations_genieblue import has_parts, image_sources, with_string_contents
+from .conversations_genieblue import image_sources, text_for_template, with_string_contents
 from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs, flatten_images
+from .settings_files_genieblue import PROCESSOR_FILES, refuse_broken_settings
 
 PLACEHOLDERS = ("<image>", "<|image|>", "<|genieblue_image|>")
 ROW_OPTIONS = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask")
@@ -188,7 +189,7 @@ class GenieBlueProcessor(ProcessorMixin):
         images = self._images_of_parts(sources, images, required=tokenize) if any(sources) else images
         with_images = any(sources) or (images is not None and bool(_flat(images)))
         chats = [
-            with_string_contents(chat, self.image_token) if row else self._for_template(chat, kwargs)
+            with_string_contents(chat, self.image_token) if row else text_for_template(self.tokenizer, chat, kwargs)
             for chat, row in zip(conversations, sources, strict=True)
         ]
         chats = chats if is_batch else chats[0]
@@ -255,6 +256,13 @@ class GenieBlueProcessor(ProcessorMixin):
         # The mixin would also write our auto_map into the tokenizer's settings, which are the base's.
         portable._auto_class = None
         return super(__class__, portable).save_pretrained(str(save_directory), push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "GenieBlueProcessor":
+        """Load a saved processor; `OSError` for a file of it that holds something else than its settings."""
+        if not os.path.isfile(pretrained_model_name_or_path):
+            refuse_broken_settings(pretrained_model_name_or_path, PROCESSOR_FILES, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -414,21 +422,6 @@ class GenieBlueProcessor(ProcessorMixin):
             f"the order of the placeholders. With images, a literal {self.image_token!r} in the text counts as a "
             "placeholder too: reword it where it is not meant as one."
         )
-
-    def _for_template(self, chat: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-        """A text-only conversation, with strings for lists of text parts unless the template reads such lists."""
-        if not has_parts(chat):
-            return chat
-        as_strings = with_string_contents(chat, self.image_token)
-        template = {name: template_kwargs.get(name) for name in ("chat_template", "tools")}
-        renderings = []
-        for content in ("text", [{"type": "text", "text": "text"}]):
-            try:
-                probe = [{"role": "user", "content": content}]
-                renderings.append(self.tokenizer.apply_chat_template(probe, tokenize=False, **template))
-            except Exception:  # A template may fail in any way on content that it was not written for.
-                return as_strings
-        return chat if renderings[0] == renderings[1] else as_strings
 
     def _tokenize_chats(self, chats: Any, template_kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
         named = _take(options, ("padding", "truncation", "max_length", "return_tensors"))

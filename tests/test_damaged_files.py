@@ -10,15 +10,25 @@ from tiny_genieblue import IMAGE, change_adapter, prompt, row, save_tiny_pair, t
 from tiny_models import tiny_base
 from transformers import AutoModelForCausalLM
 
+from genieblue.chat import Chat
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters
 
 REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 ADAPTER = "language_adapter/adapter_model.safetensors"
+SETTINGS_FILES = (
+    "config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"
+)  # fmt: skip
 
 
 def load(folder, **kwargs):
     return GenieBlueForConditionalGeneration.from_pretrained(folder, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def saved_pair(tmp_path_factory):
+    """A GenieBlue beside its base, which every test leaves as it was."""
+    return save_tiny_pair(tmp_path_factory.mktemp("pair"))
 
 
 def edit_tensors(path, **changes):
@@ -65,6 +75,20 @@ def test_broken_fingerprint_is_a_clear_error(content, tmp_path):
     (folder / "base_fingerprint.json").write_text(content)
     with pytest.raises((OSError, ValueError), match="base_fingerprint.json"):
         load(folder)
+
+
+@pytest.mark.parametrize("file, content", [
+    *((file, content) for file in SETTINGS_FILES for content in ("[]", "null", "", "3", "[" * 100_000)),
+    *((file, "{}") for file in ("config.json", "processor_config.json", "tokenizer.json")),
+], ids=lambda value: value[:22])  # fmt: skip
+def test_settings_that_are_something_else_are_named(file, content, saved_pair):
+    intact = (saved_pair / file).read_bytes()
+    (saved_pair / file).write_text(content)
+    try:
+        with pytest.raises(OSError, match=f"{file} (holds|has no|cannot be read).*fetch it again"):
+            Chat.from_pretrained(saved_pair)
+    finally:
+        (saved_pair / file).write_bytes(intact)
 
 
 def adapter_names(folder, part):
