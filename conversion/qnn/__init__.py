@@ -1,0 +1,1 @@
+"""QNN export: graphs for Snapdragon NPUs, compiled and checked on an ordinary computer."""

@@ -1,0 +1,134 @@
+"""How a request runs through static graphs: prompt in chunks, answer token by token, a right-aligned cache between.
+
+NumPy only. This is the logic that an app on the phone has to repeat.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+# Added to the scores of tokens that must not be seen. Larger numbers would cost the scores their 16-bit resolution.
+MASKED = -100.0
+
+# (tokens per call, inputs by name) → outputs by name; caches in whatever type the graph has at its boundary.
+RunGraph = Callable[[int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Everything about a decoder that a caller of its graphs has to know."""
+
+    num_blocks: int
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rotary_frequencies: tuple[float, ...]  # radians per position, head_dim / 2 of them
+    rotary_scaling: float  # factor on cosines and sines
+
+    def cosines_and_sines(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both (1, 1, tokens, head_dim / 2) for whole-number positions (tokens,)."""
+        angles = positions[:, None].astype(np.float32) * np.asarray(self.rotary_frequencies, np.float32)
+        scaling = np.float32(self.rotary_scaling)
+        return (np.cos(angles) * scaling)[None, None], (np.sin(angles) * scaling)[None, None]
+
+
+def cache_names(shape: DecoderShape, side: str) -> list[str]:
+    """Names of all cache tensors at the `in` or `out` side of the graphs, keys and values in turn."""
+    return [f"past_{kind}_{index}_{side}" for index in range(shape.num_blocks) for kind in ("key", "value")]
+
+
+def causal_mask(tokens: int, cached: int, context_length: int) -> np.ndarray:
+    """(1, 1, tokens, context_length): each token sees the `cached` last slots of the cache, and itself and before."""
+    mask = np.full((1, 1, tokens, context_length), MASKED, np.float32)
+    past = context_length - tokens
+    mask[..., past - cached : past] = 0.0
+    mask[0, 0, :, past:][np.tril_indices(tokens)] = 0.0
+    return mask
+
+
+class ChunkedDecoder:
+    """One view's conversation: what it has read so far, and how it reads on.
+
+    Two graphs of the same weights are called, one for `chunk_length` tokens and one for a single token. Both see the
+    newest tokens at the right end of the cache; slots on the left that hold nothing yet are masked.
+    """
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        run: RunGraph,
+        chunk_length: int,
+        context_length: int,
+        empty: Mapping[str, np.generic] | None = None,
+    ):
+        """`empty` gives by cache name (`…_in`) the value that stands for zero, in the type of the cache."""
+        self.shape, self.run = shape, run
+        self.chunk_length, self.context_length = chunk_length, context_length
+        self._empty = empty or {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything that was read."""
+        heads, size = self.shape.num_key_value_heads, self.shape.head_dim
+        self.length = 0
+        self._cache = {}
+        for name in cache_names(self.shape, "in"):
+            is_key = "_key_" in name
+            dims = (1, heads, size, self.context_length) if is_key else (1, heads, self.context_length, size)
+            zero = self._empty.get(name, np.float32(0.0))
+            self._cache[name] = np.full(dims, zero, zero.dtype)
+
+    def read(self, embeddings: np.ndarray) -> np.ndarray:
+        """Reads embeddings (tokens, hidden_size) behind what is cached; returns logits (tokens, vocabulary).
+
+        Raises `ValueError`, before anything is read, if they do not fit into the context.
+        """
+        if len(embeddings) == 0:
+            raise ValueError("There is nothing to read: the request has no tokens.")
+        if self.length + len(embeddings) > self.context_length:
+            raise ValueError(
+                f"The request has {self.length + len(embeddings)} tokens, the graphs were compiled for a context of "
+                f"{self.context_length}: shorten it, or export with a longer context."
+            )
+        logits, start = [], 0
+        while start < len(embeddings):
+            # A chunk takes its whole length from the cache's slots, also where it is padding.
+            fits = self.length + self.chunk_length <= self.context_length
+            tokens = self.chunk_length if fits and len(embeddings) - start > 1 else 1
+            logits.append(self._call(tokens, embeddings[start : start + tokens]))
+            start += tokens
+        return np.concatenate(logits)
+
+    def _call(self, tokens: int, embeddings: np.ndarray) -> np.ndarray:
+        count = len(embeddings)
+        outputs = self.run(tokens, self.inputs(tokens, embeddings))
+        for name in self._cache:
+            axis = 3 if "_key_" in name else 2
+            new = outputs[name.removesuffix("_in") + "_out"].take(range(count), axis)
+            self._cache[name] = np.concatenate([self._cache[name], new], axis).take(
+                range(count, self.context_length + count), axis
+            )
+        self.length += count
+        return np.asarray(outputs["logits"])[0, :count]
+
+    def inputs(self, tokens: int, embeddings: np.ndarray) -> dict[str, np.ndarray]:
+        """What the graph for `tokens` at a time is given next; the last chunk is padded with zeros at its end."""
+        padded = np.zeros((1, tokens, self.shape.hidden_size), np.float32)
+        padded[0, : len(embeddings)] = embeddings
+        cos, sin = self.shape.cosines_and_sines(np.arange(self.length, self.length + tokens))
+        caches = {}
+        for name, value in self._cache.items():
+            caches[name] = value[..., tokens:] if "_key_" in name else value[:, :, tokens:]
+        return {
+            "inputs_embeds": padded,
+            "attention_mask": causal_mask(tokens, self.length, self.context_length),
+            "position_ids_cos": cos,
+            "position_ids_sin": sin,
+            **{name: np.ascontiguousarray(value) for name, value in caches.items()},
+        }
+
+
+__all__ = ["MASKED", "ChunkedDecoder", "DecoderShape", "cache_names"]

@@ -1,0 +1,88 @@
+"""Static float ONNX of a torch module, with names that are the same for every chunk length."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+OPSET = 23  # the first with RMSNormalization
+IR_VERSION = 10
+LARGEST_PROTO = 2**31 - 2**20  # bytes: a protobuf message ends at 2 GiB
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def to_float_onnx(
+    graph: nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> onnx.ModelProto:
+    """The ONNX of `graph` in the static shapes of `example_inputs`.
+
+    Inner tensors are named by their place, so that ranges measured on one graph fit another one of equal structure.
+    """
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)  # says on every export that torchvision is not there
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                graph.eval(),
+                tuple(example_inputs),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                verbose=False,
+            )
+            model = program.model_proto
+    finally:
+        noisy.setLevel(level)
+    model.ir_version = IR_VERSION
+    # What the exporter notes about itself holds paths of this computer.
+    del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    _rename_by_place(model.graph)
+    return model
+
+
+def _rename_by_place(graph: onnx.GraphProto) -> None:
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    new_names = {}
+    for place, node in enumerate(graph.node):
+        node.name = f"{node.op_type}_{place}"
+        for number, name in enumerate(node.output):
+            if name not in kept:
+                new_names[name] = f"{node.name}_{number}"
+    for place, tensor in enumerate(graph.initializer):
+        if "." not in tensor.name:  # a constant that the exporter made; weights have the path of their module
+            new_names[tensor.name] = f"constant_{place}"
+            tensor.name = f"constant_{place}"
+    for node in graph.node:
+        node.input[:] = [new_names.get(name, name) for name in node.input]
+        node.output[:] = [new_names.get(name, name) for name in node.output]
+
+
+def structure(model: onnx.ModelProto) -> list[tuple[str, ...]]:
+    """Operators and their connections, without shapes: equal for graphs that may share ranges."""
+    return [(node.op_type, *node.input, *node.output) for node in model.graph.node]
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> Path:
+    """Writes `model`, with its weights in a file beside it if they are too large for one; returns `path`."""
+    if model.ByteSize() < LARGEST_PROTO:
+        onnx.save(model, path)
+    else:
+        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data")
+    return path
+
+
+__all__ = ["save_onnx", "structure", "to_float_onnx"]

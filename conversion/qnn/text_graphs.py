@@ -1,0 +1,224 @@
+"""Decoder graphs as the NPU likes them, built from one view of a loaded GenieBlue.
+
+The arithmetic is that of a Llama-style decoder, written so that every operator runs on the NPU and stays exact there:
+normalisation is one operator, half-size cosines and sines and the additive mask come in from outside, keys are cached
+transposed, queries of a group of heads are folded into the token axis, and only the new keys and values go out.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from conversion.qnn.chunked_decoder import DecoderShape
+from conversion.qnn.supported_bases import is_rms_norm, refuse_unsupported_base, rotary_frequencies
+from modeling_genieblue.language_views_genieblue import find_blocks
+
+
+class Projection(nn.Module):
+    """`x @ weight + bias + (x @ lora_a) @ lora_b`; matrices are (in, out), so that nothing is transposed."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        base_layer = getattr(linear, "base_layer", linear)
+        self.register_buffer("weight", base_layer.weight.detach().float().t().contiguous())
+        bias = base_layer.bias
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_buffer("lora_a", None)
+        self.register_buffer("lora_b", None)
+        if base_layer is not linear:
+            (adapter,) = linear.active_adapters
+            self.lora_a = linear.lora_A[adapter].weight.detach().float().t().contiguous()
+            scaled = linear.lora_B[adapter].weight.detach().float() * linear.scaling[adapter]
+            self.lora_b = scaled.t().contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        if self.lora_a is not None:
+            y = y + (x @ self.lora_a) @ self.lora_b
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm as the single operator that the NPU has for it; taken apart, its reciprocal would saturate there."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        if not is_rms_norm(norm):
+            raise ValueError(f"{type(norm).__name__} is no plain RMSNorm: the base cannot be exported to QNN.")
+        self.register_buffer("weight", norm.weight.detach().float().clone())
+        self.eps = norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of heads (1, heads, tokens, head_dim) by cosines and sines (1, 1, tokens, head_dim / 2)."""
+    first, second = x.split(x.shape[-1] // 2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Block(nn.Module):
+    """One decoder block of a view."""
+
+    def __init__(self, block: nn.Module, shape: DecoderShape):
+        super().__init__()
+        attention, mlp = block.self_attn, block.mlp
+        self.shape = shape
+        self.scale = shape.head_dim**-0.5
+        self.input_norm, self.mlp_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.q_norm = Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.k_norm = Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, Projection(getattr(attention, name)))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, Projection(getattr(mlp, name)))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states (1, tokens, hidden_size), and this block's new keys and values in the layout of its cache."""
+        attended, key, value = self.attend(self.input_norm(x), mask, cos, sin, past_key, past_value)
+        x = x + attended
+        h = self.mlp_norm(x)
+        return x + self.down_proj(functional.silu(self.gate_proj(h)) * self.up_proj(h)), key, value
+
+    def attend(self, h, mask, cos, sin, past_key, past_value):
+        heads, groups, size = self.shape.num_heads, self.shape.num_key_value_heads, self.shape.head_dim
+        tokens = h.shape[1]
+        query = self.split_heads(self.q_proj(h), heads, self.q_norm)
+        key = self.split_heads(self.k_proj(h), groups, self.k_norm)
+        value = self.split_heads(self.v_proj(h), groups, None)
+        query = rotate(query, cos, sin) * self.scale
+        key = rotate(key, cos, sin).transpose(2, 3)  # (1, groups, head_dim, tokens)
+        all_keys = torch.cat([past_key, key], dim=3)  # (1, groups, head_dim, context)
+        all_values = torch.cat([past_value, value], dim=2)  # (1, groups, context, head_dim)
+        # Heads that share keys become more rows of one product: nothing is repeated.
+        query = query.reshape(1, groups, heads // groups * tokens, size)
+        scores = (query @ all_keys).reshape(1, heads, tokens, -1) + mask
+        weights = scores.softmax(dim=-1).reshape(1, groups, heads // groups * tokens, -1)
+        attended = (weights @ all_values).reshape(1, heads, tokens, size)
+        attended = attended.transpose(1, 2).reshape(1, tokens, heads * size)
+        return self.o_proj(attended), key, value
+
+    def split_heads(self, x: torch.Tensor, heads: int, norm: Norm | None) -> torch.Tensor:
+        """(1, tokens, heads * head_dim) → (1, heads, tokens, head_dim)."""
+        x = x.reshape(1, x.shape[1], heads, self.shape.head_dim)
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+class TextGraph(nn.Module):
+    """Blocks `first` to `last - 1` of one view, with the final norm and the LM head behind the last of them."""
+
+    def __init__(self, view: nn.Module, shape: DecoderShape, first: int = 0, last: int | None = None):
+        super().__init__()
+        path, blocks = find_blocks(view)
+        last = len(blocks) if last is None else last
+        self.shape, self.first, self.last = shape, first, last
+        self.blocks = nn.ModuleList(Block(_active_block(blocks[index]), shape) for index in range(first, last))
+        self.final_norm = self.head = None
+        if last == len(blocks):
+            self.final_norm = Norm(view.get_submodule(path.rpartition(".")[0]).norm)
+            self.head = Projection(view.get_output_embeddings())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *past: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """One chunk.
+
+        Args:
+            hidden_states: (1, tokens, hidden_size), embeddings or what the part before this one gave.
+            attention_mask: (1, 1, tokens, context_length), 0 or `MASKED`.
+            cos, sin: (1, 1, tokens, head_dim / 2).
+            past: by block the cached keys (1, key-value heads, head_dim, context_length - tokens) and values (1,
+                key-value heads, context_length - tokens, head_dim), the latest at the right end.
+
+        Returns logits (1, tokens, vocabulary), or hidden states, and by block the new keys and values.
+        """
+        new = []
+        for index, block in enumerate(self.blocks):
+            past_key, past_value = past[2 * index], past[2 * index + 1]
+            hidden_states, key, value = block(hidden_states, attention_mask, cos, sin, past_key, past_value)
+            new += [key, value]
+        if self.head is not None:
+            hidden_states = self.head(self.final_norm(hidden_states))
+        return hidden_states, *new
+
+    @property
+    def input_names(self) -> list[str]:
+        first = "inputs_embeds" if self.first == 0 else "hidden_states_in"
+        return [first, "attention_mask", "position_ids_cos", "position_ids_sin", *self._cache_names("in")]
+
+    @property
+    def output_names(self) -> list[str]:
+        return ["logits" if self.head is not None else "hidden_states_out", *self._cache_names("out")]
+
+    def _cache_names(self, side: str) -> list[str]:
+        indices = range(self.first, self.last)
+        return [f"past_{kind}_{index}_{side}" for index in indices for kind in ("key", "value")]
+
+    def example_inputs(self, tokens: int, context_length: int) -> tuple[torch.Tensor, ...]:
+        """Zeros in the static shapes of a graph for `tokens` at a time."""
+        shape, past = self.shape, context_length - tokens
+        half = torch.zeros(1, 1, tokens, shape.head_dim // 2)
+        hidden_states = torch.zeros(1, tokens, shape.hidden_size)
+        mask = torch.zeros(1, 1, tokens, context_length)
+        caches = []  # each a tensor of its own: the exporter would take one and the same for one input
+        for _ in self.blocks:
+            caches.append(torch.zeros(1, shape.num_key_value_heads, shape.head_dim, past))
+            caches.append(torch.zeros(1, shape.num_key_value_heads, past, shape.head_dim))
+        return hidden_states, mask, half, half.clone(), *caches
+
+
+def _active_block(block: nn.Module) -> nn.Module:
+    """The block itself, or its trained copy in the multimodal view."""
+    copies = getattr(block, "modules_to_save", None)
+    return block if copies is None else copies[block.active_adapters[0]]
+
+
+def check_lengths(chunk_length: int, context_length: int) -> None:
+    """`ValueError` unless a chunk and at least one cached token fit into the context."""
+    if chunk_length < 2:
+        raise ValueError(f"The chunk length is {chunk_length}: expected 2 tokens or more (128 is usual).")
+    if context_length <= chunk_length:
+        raise ValueError(
+            f"The context length is {context_length} and the chunk length {chunk_length}: the context must be longer "
+            "than a chunk."
+        )
+
+
+def make_decoder_shape(base: nn.Module, chunk_length: int, context_length: int) -> DecoderShape:
+    """The shape of `base`, after everything that its graphs could not reproduce has been refused."""
+    check_lengths(chunk_length, context_length)
+    refuse_unsupported_base(base, context_length)
+    limit = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and context_length > limit:
+        raise ValueError(f"The context length is {context_length}, but the base was made for at most {limit} tokens.")
+    config = base.config.get_text_config(decoder=True)
+    frequencies, scaling = rotary_frequencies(base)
+    return DecoderShape(
+        num_blocks=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=2 * len(frequencies),
+        vocab_size=base.get_output_embeddings().weight.shape[0],
+        rotary_frequencies=tuple(frequencies.tolist()),
+        rotary_scaling=scaling,
+    )
+
+
+__all__ = ["TextGraph", "make_decoder_shape"]

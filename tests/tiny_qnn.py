@@ -1,0 +1,79 @@
+"""Tiny models in the shapes that QNN graphs are tested with: chunks of 8 tokens in a context of 64."""
+
+import numpy as np
+import torch
+from tiny_genieblue import tiny_genieblue
+from tiny_models import tiny_base
+
+from conversion.qnn.chunked_decoder import ChunkedDecoder
+from conversion.qnn.text_graphs import TextGraph, make_decoder_shape
+
+CHUNK, CONTEXT = 8, 64
+SHAPE = {"hidden_size": 64, "intermediate_size": 96}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# Each a family, or a variant of one that other code paths serve.
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama-tied", {}),
+    "llama-biased": ("llama-biased", {}),
+    "llama-wide-heads": ("llama", {"head_dim": 24}),
+    "llama-scaled-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+    ),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {}),
+}
+
+
+def tiny_model(variant: str = "llama", **options):
+    """A GenieBlue with a trained-looking adapter on a tiny base of `variant`."""
+    family, overrides = VARIANTS[variant]
+    return tiny_genieblue(base=tiny_base(family, **{**SHAPE, **overrides}), **options)
+
+
+def view_of(model, name: str):
+    """The `text` or `multimodal` view."""
+    return model.language_model if name == "text" else model.multimodal_language_model
+
+
+def torch_runner(graph: TextGraph):
+    """Runs `graph` itself, as `ChunkedDecoder` calls it."""
+
+    @torch.no_grad()
+    def run(_tokens: int, feeds) -> dict[str, np.ndarray]:
+        outputs = graph(*(torch.from_numpy(feeds[name]) for name in graph.input_names))
+        return {name: value.numpy() for name, value in zip(graph.output_names, outputs, strict=True)}
+
+    return run
+
+
+def decoder_for(model, view: str, make_run) -> ChunkedDecoder:
+    """A `ChunkedDecoder` over the whole `view`, run by `make_run(graph)`."""
+    shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
+    return ChunkedDecoder(shape, make_run(TextGraph(view_of(model, view), shape)), CHUNK, CONTEXT)
+
+
+@torch.no_grad()
+def embeddings_and_logits(model, view: str, length: int, seed: int = 11) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (length, hidden) of random tokens, and what the PyTorch view says to them, (length, vocabulary)."""
+    ids = torch.randint(7, 120, (1, length), generator=torch.Generator().manual_seed(seed))
+    embeddings = model.language_model.get_input_embeddings()(ids)
+    logits = view_of(model, view)(inputs_embeds=embeddings, use_cache=False).logits
+    return embeddings[0].numpy(), logits[0].numpy()
