@@ -1,0 +1,110 @@
+"""Sessions on the NPU's compiler and its emulator, both inside of Qualcomm's plugin for ONNX Runtime."""
+
+import functools
+import os
+import platform
+import sys
+from pathlib import Path
+
+import onnxruntime
+
+from conversion.qnn.ranges import cpu_options
+from conversion.qnn.soc import Soc
+
+PROVIDER = "QNNExecutionProvider"
+OLDEST_PYTHON = (3, 11)
+OLDEST_GLIBC = (2, 35)
+EXTRA = "pip install 'genieblue[qnn]'"
+
+
+def check_platform() -> None:
+    """`OSError` with the reason if Qualcomm's compiler cannot run here."""
+    if sys.version_info < OLDEST_PYTHON:
+        raise OSError(
+            f"Python {platform.python_version()} is too old for onnxruntime-qnn: {'.'.join(map(str, OLDEST_PYTHON))} "
+            "or newer is needed."
+        )
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise OSError(
+            f"This is {sys.platform} on {platform.machine()}; the compiler is checked on Linux on x86-64 only: export "
+            "there (a container does), and use the bundle anywhere."
+        )
+    name, version = platform.libc_ver()
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if name == "glibc" and numbers < OLDEST_GLIBC:
+        raise OSError(
+            f"glibc {version} is too old for onnxruntime-qnn: {'.'.join(map(str, OLDEST_GLIBC))} or newer is needed "
+            "(Debian 12, Ubuntu 22.04)."
+        )
+
+
+@functools.cache
+def npu_devices() -> tuple:
+    """ONNX Runtime's devices of the plugin, registered once per process; `OSError` if there are none."""
+    check_platform()
+    try:
+        import onnxruntime_qnn
+    except ImportError as error:
+        raise OSError(f"Qualcomm's compiler is not installed ({error}): {EXTRA}") from error
+    onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+    devices = tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER)
+    if not devices:
+        raise OSError(f"onnxruntime-qnn {onnxruntime_qnn.__version__} offers no device here: install it again ({EXTRA})")
+    return devices
+
+
+def compiler_version() -> str:
+    """Version of the plugin, for the record."""
+    import onnxruntime_qnn
+
+    return f"onnxruntime {onnxruntime.__version__}, onnxruntime-qnn {onnxruntime_qnn.__version__}"
+
+
+def npu_session(
+    model: str | os.PathLike,
+    soc: Soc,
+    *,
+    context: Path | None = None,
+    shares_weights: bool = False,
+    is_last: bool = False,
+) -> onnxruntime.InferenceSession:
+    """A session with every node on the NPU (its emulator here); there is no way back to the CPU.
+
+    Args:
+        context: where to write the compiled graph (`…_ctx.onnx`, and its binary beside it), which must not exist.
+        shares_weights: put the graph into one binary with those compiled before it in this way, whose sessions must
+            still be alive; `is_last` closes the group and writes the binary.
+
+    Raises `RuntimeError` if a node cannot run on the NPU, or the compiler fails otherwise.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    entries = {"session.disable_cpu_ep_fallback": "1"}
+    if context is not None:
+        entries |= {
+            "ep.context_enable": "1",
+            "ep.context_file_path": os.fspath(context),
+            "ep.context_embed_mode": "0",
+        }
+    if shares_weights:
+        entries["ep.share_ep_contexts"] = "1"
+    if is_last:
+        entries["ep.stop_share_ep_contexts"] = "1"
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    backend = {"backend_type": "htp", "soc_model": str(soc.model), "htp_arch": str(soc.arch)}
+    options.add_provider_for_devices(list(npu_devices()), backend)
+    try:
+        return onnxruntime.InferenceSession(os.fspath(model), options)
+    except Exception as error:  # ONNX Runtime's own kinds of error have no common base
+        raise RuntimeError(
+            f"{Path(model).name} could not be compiled for {soc.name} with every node on the NPU: {error}"
+        ) from error
+
+
+def cpu_session(model: str | os.PathLike) -> onnxruntime.InferenceSession:
+    """The same QDQ graph on the CPU, the reference for the emulator."""
+    return onnxruntime.InferenceSession(os.fspath(model), cpu_options(), providers=["CPUExecutionProvider"])
+
+
+__all__ = ["check_platform", "compiler_version", "cpu_session", "npu_devices", "npu_session"]

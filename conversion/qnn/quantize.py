@@ -1,0 +1,259 @@
+"""Float graph + ranges → QDQ graph: 16-bit activations, symmetric int4 or int8 weights with a scale per channel.
+
+Everything at the boundary of the graph is quantized too (uint16), caches included, so that nothing is converted on
+the way from one call to the next.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from conversion.qnn.ranges import Range, union
+
+LEVELS = 65535  # of an unsigned 16-bit code
+# These move values without changing them, so both sides have one encoding.
+MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Pad")
+# The NPU fixes the encoding of these.
+FIXED_RANGES = {"Sigmoid": (0.0, LEVELS / 65536), "Softmax": (0.0, 1.0)}
+WEIGHT_OPERATORS = {"MatMul": 1, "Conv": 0}  # and the axis of their output channels
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the codes of a tensor mean: `value = (code - zero_point) * scale`."""
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of(cls, found: Range) -> "Encoding":
+        """16 bits over a range, widened to hold zero, which is met exactly."""
+        low, high = min(found[0], 0.0), max(found[1], 0.0)
+        scale = np.float32(max(high - low, 1e-8) / LEVELS)
+        return cls(float(scale), int(np.clip(np.rint(-low / scale), 0, LEVELS)))
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        codes = np.rint(np.asarray(values, np.float32) / np.float32(self.scale)) + self.zero_point
+        return np.clip(codes, 0, LEVELS).astype(np.uint16)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """Symmetric codes of a matrix and their scales: one per channel along `axis`, or one for all (`axis` None)."""
+
+    codes: np.ndarray  # int8; those of 4 bits lie in -7 … 7
+    scales: np.ndarray  # float32, (channels,) or ()
+    bits: int
+    axis: int | None
+
+    def decode(self) -> np.ndarray:
+        """The matrix that the codes stand for."""
+        if self.axis is None:
+            return self.codes * self.scales
+        return self.codes * self.scales.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])
+
+
+# (name of a weight, its values, bits, axis) → codes; how values become codes is a choice of its own.
+Rounding = Callable[[str, np.ndarray, int, int | None], WeightCodes]
+
+
+def round_to_nearest(_name: str, weight: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
+    """Symmetric codes with the largest magnitude of a channel at the end of the range."""
+    largest_code = 2 ** (bits - 1) - 1
+    others = tuple(index for index in range(weight.ndim) if index != axis) if axis is not None else None
+    largest = np.abs(weight).max(axis=others, keepdims=axis is not None)
+    scales = (np.maximum(largest, 1e-8) / largest_code).astype(np.float32)
+    codes = np.clip(np.rint(weight / scales), -largest_code, largest_code).astype(np.int8)
+    return WeightCodes(codes, scales.reshape(-1) if axis is not None else scales.reshape(()), bits, axis)
+
+
+def tensor_groups(model: onnx.ModelProto, tied: Mapping[str, str]) -> dict[str, str]:
+    """By tensor the representative of those that share one encoding: moved values, and the pairs of `tied`."""
+    parents: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while parents.setdefault(name, name) != name:
+            name = parents[name]
+        return name
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        find(value.name)
+    for node in model.graph.node:
+        for name in node.output:
+            find(name)
+        if node.op_type in MOVES:
+            data = node.input if node.op_type == "Concat" else node.input[:1]
+            for name in (*data, *node.output):
+                if name not in weights:
+                    parents[find(name)] = find(node.output[0])
+    for first, second in tied.items():
+        parents[find(first)] = find(second)
+    return {name: find(name) for name in parents}
+
+
+def encodings_of(
+    model: onnx.ModelProto, ranges: Mapping[str, Range], tied: Mapping[str, str] | None = None
+) -> dict[str, Encoding]:
+    """The encoding of every activation; `ValueError` if one was never measured.
+
+    `tied` names pairs that must agree besides: the caches that go in and come out.
+    """
+    groups = tensor_groups(model, tied or {})
+    if missing := [name for name in groups if name not in ranges]:
+        raise ValueError(
+            f"The calibration has no range for {len(missing)} tensors ({', '.join(sorted(missing)[:3])} …): it was "
+            "measured on a graph of another structure."
+        )
+    fixed = {
+        groups[name]: FIXED_RANGES[node.op_type]
+        for node in model.graph.node
+        if node.op_type in FIXED_RANGES
+        for name in node.output
+    }
+    together: dict[str, Range] = {}
+    for name, root in groups.items():
+        together[root] = union(together[root], ranges[name]) if root in together else ranges[name]
+    together.update(fixed)
+    return {name: Encoding.of(together[root]) for name, root in groups.items()}
+
+
+def quantize_graph(
+    model: onnx.ModelProto,
+    encodings: Mapping[str, Encoding],
+    bits_of: Callable[[str], int],
+    *,
+    rounding: Rounding = round_to_nearest,
+    weights_as_inputs: Callable[[str], bool] = lambda _name: False,
+) -> tuple[onnx.ModelProto, dict[str, WeightCodes]]:
+    """The QDQ graph, and by name the codes of its matrices.
+
+    Args:
+        encodings: of every activation, as `encodings_of` gives them.
+        bits_of: 4 or 8 for the name of a weight.
+        weights_as_inputs: which weights become inputs of the graph (int8, one scale) instead of constants.
+    """
+    return _Quantizer(model, encodings, bits_of, rounding, weights_as_inputs).run()
+
+
+class _Quantizer:
+    def __init__(self, model, encodings, bits_of, rounding, weights_as_inputs):
+        self.source, self.encodings = model.graph, encodings
+        self.bits_of, self.rounding, self.weights_as_inputs = bits_of, rounding, weights_as_inputs
+        self.model = onnx.ModelProto(ir_version=model.ir_version, producer_name="genieblue")
+        self.model.opset_import.extend(model.opset_import)
+        self.graph = self.model.graph
+        self.graph.name = "genieblue"
+        self.constants = {tensor.name: tensor for tensor in self.source.initializer}
+        self.codes: dict[str, WeightCodes] = {}
+        self.decoded: dict[str, str] = {}  # float tensor → name of the DequantizeLinear output that stands for it
+
+    def run(self) -> tuple[onnx.ModelProto, dict[str, WeightCodes]]:
+        outputs = {value.name for value in self.source.output}
+        for value in self.source.input:
+            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            self.graph.input.append(helper.make_tensor_value_info(value.name, TensorProto.UINT16, dims))
+            self._decode_activation(value.name, value.name)
+        for node in self.source.node:
+            inputs = [self._input(node, place) for place in range(len(node.input))]
+            copied = self.graph.node.add()
+            copied.CopyFrom(node)
+            copied.input[:] = inputs
+            copied.output[:] = [f"{name}/float" for name in node.output]
+            for name in node.output:
+                codes = name if name in outputs else f"{name}/codes"
+                self._append("QuantizeLinear", [f"{name}/float", *self._encoding_of(name)], codes)
+                self._decode_activation(name, codes)
+        for value in self.source.output:
+            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            self.graph.output.append(helper.make_tensor_value_info(value.name, TensorProto.UINT16, dims))
+        self._drop_unused_decoders()
+        onnx.checker.check_model(self.model)
+        return self.model, self.codes
+
+    def _append(self, operator: str, inputs: list[str], output: str, **attributes: int) -> None:
+        self.graph.node.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def _encoding_of(self, name: str) -> list[str]:
+        encoding = self.encodings[name]
+        key = f"{name}/scale"
+        if key not in self.decoded:
+            self._constant(key, np.float32(encoding.scale))
+            self._constant(f"{name}/zero_point", np.uint16(encoding.zero_point))
+            self.decoded[key] = key
+        return [key, f"{name}/zero_point"]
+
+    def _decode_activation(self, name: str, codes: str) -> None:
+        self.decoded[name] = f"{name}/decoded"
+        self._append("DequantizeLinear", [codes, *self._encoding_of(name)], f"{name}/decoded")
+
+    def _input(self, node: onnx.NodeProto, place: int) -> str:
+        name = node.input[place]
+        if name in self.decoded or name == "":
+            return self.decoded.get(name, name)
+        tensor = self.constants[name]
+        if tensor.data_type != TensorProto.FLOAT:
+            if name not in {constant.name for constant in self.graph.initializer}:
+                self.graph.initializer.append(tensor)
+            return name
+        values = numpy_helper.to_array(tensor)
+        if node.op_type in WEIGHT_OPERATORS and place == 1:
+            self._decode_weight(name, values, WEIGHT_OPERATORS[node.op_type])
+        else:
+            self._decode_constant(name, values)
+        return self.decoded[name]
+
+    def _decode_weight(self, name: str, values: np.ndarray, axis: int) -> None:
+        as_input = self.weights_as_inputs(name)
+        weight = self.rounding(name, values, self.bits_of(name), None if as_input else axis)
+        self.codes[name] = weight
+        kind = TensorProto.INT4 if weight.bits == 4 else TensorProto.INT8
+        if as_input:
+            self.graph.input.append(helper.make_tensor_value_info(name, kind, weight.codes.shape))
+        else:
+            raw = pack_int4(weight.codes) if weight.bits == 4 else np.ascontiguousarray(weight.codes).tobytes()
+            self.graph.initializer.append(helper.make_tensor(name, kind, weight.codes.shape, raw, raw=True))
+        self._constant(f"{name}/scale", weight.scales)
+        zeros = np.zeros(weight.scales.shape, np.int8)
+        raw = pack_int4(zeros) if weight.bits == 4 else zeros.tobytes()
+        self.graph.initializer.append(helper.make_tensor(f"{name}/zero_point", kind, zeros.shape, raw, raw=True))
+        self.decoded[name] = f"{name}/decoded"
+        attributes = {} if weight.axis is None else {"axis": weight.axis}
+        inputs = [name, f"{name}/scale", f"{name}/zero_point"]
+        self._append("DequantizeLinear", inputs, f"{name}/decoded", **attributes)
+
+    def _decode_constant(self, name: str, values: np.ndarray) -> None:
+        """Biases, norm weights and single numbers: 16 bits."""
+        encoding = Encoding.of((float(values.min()), float(values.max())))
+        self._constant(f"{name}/codes", encoding.encode(values))
+        self._constant(f"{name}/scale", np.float32(encoding.scale))
+        self._constant(f"{name}/zero_point", np.uint16(encoding.zero_point))
+        self.decoded[name] = f"{name}/decoded"
+        inputs = [f"{name}/codes", f"{name}/scale", f"{name}/zero_point"]
+        self._append("DequantizeLinear", inputs, f"{name}/decoded")
+
+    def _drop_unused_decoders(self) -> None:
+        used = {name for node in self.graph.node for name in node.input}
+        kept = [node for node in self.graph.node if node.op_type != "DequantizeLinear" or node.output[0] in used]
+        del self.graph.node[:]
+        self.graph.node.extend(kept)
+
+
+def pack_int4(codes: np.ndarray) -> bytes:
+    """Two codes to a byte, the first in the low half, as ONNX stores them."""
+    flat = codes.astype(np.int8).reshape(-1).view(np.uint8) & 15
+    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
+    return (flat[0::2] | (flat[1::2] << 4)).tobytes()
+
+
+__all__ = ["Encoding", "WeightCodes", "encodings_of", "pack_int4", "quantize_graph", "round_to_nearest"]

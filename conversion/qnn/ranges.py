@@ -1,0 +1,84 @@
+"""Ranges of every tensor in a float graph, measured on real requests."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+Range = tuple[float, float]
+
+
+def union(*ranges: Range) -> Range:
+    """The smallest range that holds all of them."""
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def merge_ranges(first: Mapping[str, Range], second: Mapping[str, Range]) -> dict[str, Range]:
+    """By name, the union of what both saw."""
+    merged = dict(first)
+    for name, found in second.items():
+        merged[name] = union(merged[name], found) if name in merged else found
+    return merged
+
+
+class RangeMeter:
+    """Runs a float graph and keeps the least and greatest value of each tensor that it meets.
+
+    The reductions are part of the graph that is run, so that no tensor has to be handed out to be looked at.
+    """
+
+    def __init__(self, model: onnx.ModelProto, folder: Path):
+        """`folder` is for the graph with its reductions, which ONNX Runtime reads from disk."""
+        self.output_names = [value.name for value in model.graph.output]
+        self.ranges: dict[str, Range] = {}
+        watched = onnx.ModelProto()
+        watched.CopyFrom(model)
+        graph = watched.graph
+        self._watched = [value.name for value in graph.input]
+        self._watched += [name for node in model.graph.node for name in node.output]
+        for name in self._watched:
+            for operator in ("ReduceMin", "ReduceMax"):
+                reduced = f"{name}/{operator}"
+                graph.node.append(helper.make_node(operator, [name], [reduced], keepdims=0))
+                graph.output.append(helper.make_tensor_value_info(reduced, TensorProto.FLOAT, []))
+        path = folder / "watched.onnx"
+        onnx.save(watched, path, save_as_external_data=True, location="watched.data", size_threshold=1024)
+        del watched
+        self._session = onnxruntime.InferenceSession(path, cpu_options(), providers=["CPUExecutionProvider"])
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name; what was seen on the way is added to `ranges`."""
+        values = self._session.run(None, dict(feeds))
+        count = len(self.output_names)
+        for place, name in enumerate(self._watched):
+            low, high = (float(value) for value in values[count + 2 * place : count + 2 * place + 2])
+            if not np.isfinite(low) or not np.isfinite(high):
+                raise ValueError(f"The calibration met a value that is no number in {name}: the model is damaged.")
+            found = (low, high)
+            self.ranges[name] = union(self.ranges[name], found) if name in self.ranges else found
+        return dict(zip(self.output_names, values[:count], strict=True))
+
+
+def measure_ranges(model: onnx.ModelProto, feeds: Iterable[Mapping[str, np.ndarray]], folder: Path) -> dict[str, Range]:
+    """Ranges by tensor name over all `feeds`; `ValueError` if there are none."""
+    meter = RangeMeter(model, folder)
+    for inputs in feeds:
+        meter.run(inputs)
+    if not meter.ranges:
+        raise ValueError("The calibration has no samples: give at least one request.")
+    return meter.ranges
+
+
+def cpu_options() -> onnxruntime.SessionOptions:
+    """Options of a session that computes what the graph says, no cheaper approximation of it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Level "basic" folds weights and nothing else that changes a number.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options
+
+
+__all__ = ["Range", "RangeMeter", "cpu_options", "measure_ranges", "merge_ranges", "union"]
