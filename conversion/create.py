@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue.base_loading_genieblue import refuse_incomplete_base
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
-from modeling_genieblue.loading_genieblue import refuse_incomplete_base
 
 logger = logging.getLogger(__name__)
 

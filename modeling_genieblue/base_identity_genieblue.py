@@ -15,6 +15,8 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 
+from .quantization_genieblue import scales_of
+
 logger = logging.getLogger(__name__)
 
 BASE_FINGERPRINT_NAME = "base_fingerprint.json"
@@ -24,20 +26,31 @@ WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 
 def tensor_samples(model: nn.Module) -> dict[str, dict]:
-    """`{name: {"shape", "dtype", "positions", "values"}}`: some values of each floating-point parameter.
+    """`{name: {"shape", "dtype", "positions", "values"}}`: some values of each parameter.
 
-    Parameters on the meta device (offloaded ones) and integer-packed ones (quantized) are left out.
+    Of a quantized one the scales are sampled. Parameters on the meta device (offloaded ones) are left out, and
+    quantized ones of a kind that is not ours.
     """
     return {
         name: {
-            "shape": list(parameter.shape),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "positions": (positions := _positions(parameter.numel())),
-            "values": _values_at(parameter, positions).float().tolist(),
+            "shape": list(values.shape),
+            "dtype": str(values.dtype).removeprefix("torch."),
+            "positions": (positions := _positions(values.numel())),
+            "values": _values_at(values, positions).float().tolist(),
         }
-        for name, parameter in model.named_parameters()
-        if is_plain_weight(parameter)
+        for name, values in _readable_values(model).items()
     }
+
+
+def _readable_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What can be compared by value: plain parameters, and the scales of quantized ones under a name of their own."""
+    readable = {}
+    for name, parameter in model.named_parameters():
+        if is_plain_weight(parameter):
+            readable[name] = parameter
+        elif (scales := scales_of(parameter)) is not None:
+            readable[f"{name}._scale"] = scales
+    return readable
 
 
 def _positions(count: int) -> list[int]:
@@ -69,14 +82,15 @@ def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str
     """
     differences = []
     compared = 0
-    parameters = dict(model.named_parameters())
-    readable = all(is_plain_weight(parameter) for parameter in parameters.values())
+    parameters = _readable_values(model)
+    both = [any(name.endswith("._scale") for name in names) for names in (samples, parameters)]
+    readable = both[0] == both[1] and len(parameters) == sum(1 for _ in model.parameters())
     for name, sample in samples.items():
         parameter = parameters.get(name)
         if parameter is None:
             if readable:
                 differences.append(f"{name} is missing")
-        elif is_plain_weight(parameter):
+        else:
             compared += 1
             if list(parameter.shape) != sample["shape"]:
                 differences.append(f"{name} has shape {list(parameter.shape)}, expected {sample['shape']}")

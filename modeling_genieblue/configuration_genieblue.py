@@ -61,6 +61,8 @@ class GenieBlueConfig(PreTrainedConfig):
             request of the base can contain it.
         image_seq_length: tokens per image tile.
         downsample_factor: side of the square of neighbouring patch tokens that become one image token.
+        quantization: precision of each part (`w4a16`, `w8a16` or `w16a16`) and how it was rounded; `None` if nothing
+            is quantized.
     """
 
     model_type = "genieblue"
@@ -80,6 +82,7 @@ class GenieBlueConfig(PreTrainedConfig):
     image_token_id: int | None = None
     image_seq_length: int | None = None
     downsample_factor: int = 2
+    quantization: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

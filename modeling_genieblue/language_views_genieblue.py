@@ -178,13 +178,13 @@ def initialize_adapter(view: nn.Module, base_dtype: torch.dtype) -> None:
             value = original.detach().to(adapter_dtype(name, base_dtype), copy=True)
         else:
             dtype = adapter_dtype(name, base_dtype)
-            value = torch.zeros(parameter.shape, dtype=dtype, device=_device_of(view, name))
+            value = torch.zeros(parameter.shape, dtype=dtype, device=parameter_device(view, name))
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(value, a=math.sqrt(5))  # PEFT's own choice
-        _set_parameter(view, name, value)
+        set_parameter(view, name, value)
 
 
-def _device_of(view: nn.Module, name: str) -> torch.device:
+def parameter_device(view: nn.Module, name: str) -> torch.device:
     """Device on which an adapter parameter must lie: that of the base's weights beside it."""
     if ".modules_to_save." in name:
         neighbour = view.get_submodule(name.split(".modules_to_save.")[0] + ".original_module")
@@ -194,7 +194,8 @@ def _device_of(view: nn.Module, name: str) -> torch.device:
                 torch.device("cpu"))
 
 
-def _set_parameter(view: nn.Module, name: str, value: torch.Tensor) -> None:
+def set_parameter(view: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Puts `value` in the place of the parameter `name` of `view`."""
     module_path, _, leaf = name.rpartition(".")
     view.get_submodule(module_path).register_parameter(leaf, nn.Parameter(value))
 
@@ -224,7 +225,7 @@ def load_adapter(view: nn.Module, weights_file: str | os.PathLike, base_dtype: t
                 )
             for stock, (name, _) in expected.items():
                 dtype = adapter_dtype(name, base_dtype)
-                _set_parameter(view, name, file.get_tensor(stock).to(_device_of(view, name), dtype))
+                set_parameter(view, name, file.get_tensor(stock).to(parameter_device(view, name), dtype))
     except ValueError:
         raise
     except Exception as error:  # safetensors raises its own type, which is no OSError
@@ -254,8 +255,8 @@ def _key_problems(expected: set[str], found: set[str]) -> list[str]:
     return problems
 
 
-def save_adapter(view: nn.Module, lora_config: LoraConfig, folder: str | os.PathLike, dtype: torch.dtype) -> None:
-    """Writes the adapter to `folder` in the layout of stock PEFT, in `dtype`."""
+def save_adapter(view: nn.Module, folder: str | os.PathLike, dtype: torch.dtype) -> None:
+    """Writes the adapter's weights to `folder` in the layout of stock PEFT, in `dtype`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         # Cloned, because safetensors refuses tensors that share memory, as stacked LoRA matrices do.
@@ -263,6 +264,10 @@ def save_adapter(view: nn.Module, lora_config: LoraConfig, folder: str | os.Path
         for _, stock, parameter in adapter_parameters(view)
     }
     save_file(tensors, Path(folder) / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def save_adapter_config(lora_config: LoraConfig, folder: str | os.PathLike) -> None:
+    """Writes PEFT's configuration of the adapter, the same bytes for the same settings."""
     saved_config = copy.deepcopy(lora_config)
     saved_config.inference_mode = True
     saved_config.save_pretrained(str(folder))

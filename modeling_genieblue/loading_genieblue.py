@@ -6,20 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import resolve_revision as resolve_hub_revision
-from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
 from .base_identity_genieblue import (
     BASE_FINGERPRINT_NAME,
     WEIGHTS_NAME,
-    cached_commits,
-    compare_with_samples,
-    weight_file_hashes,
 )
 from .language_views_genieblue import (
     ADAPTER_CONFIG_NAME,
@@ -103,6 +98,10 @@ class LoadRequest:
                 f"loads the base instead of GenieBlue. Move the adapter's files to {ADAPTER_FOLDER}/."
             )
 
+    def is_quantized(self) -> bool:
+        """Whether our files are those of a quantized GenieBlue."""
+        return read_settings(self.file(CONFIG_NAME)).get("quantization") is not None
+
     def load_own_weights(
         self, from_pretrained: Callable, model_args: tuple, base_model: Any
     ) -> tuple[PreTrainedModel, dict]:
@@ -161,13 +160,18 @@ class LoadRequest:
         return samples
 
     def base_location(self, config: Any) -> str | None:
-        """Hub id or absolute path of the base that `config` names; a path is relative to our own folder."""
+        """Hub id or absolute path of the base that `config` names; a path is relative to our own folder.
+
+        For a base in a subfolder of our own repository on the Hub it is that repository; see `base_source`.
+        """
         name = config.base_model_name_or_path
         if name is None or not is_local_reference(name):
             return name
         if os.path.isabs(name):  # once loaded
             return name
         if not os.path.isdir(self.path):
+            if is_inner_folder(name):
+                return self.path
             raise ValueError(
                 f"{self.path} names its base by a path on another computer, {name!r}: pass `base_model=` (a loaded "
                 "model, a folder or a Hub id)."
@@ -181,6 +185,11 @@ def is_local_reference(name: str) -> bool:
     return name.startswith(".") or os.path.isabs(name)
 
 
+def is_inner_folder(name: str | None) -> bool:
+    """Whether a base lies in a subfolder of the GenieBlue that names it."""
+    return name is not None and name.startswith("./") and ".." not in name.split("/")
+
+
 def _split_device_map(device_map: Any) -> tuple[Any, Any]:
     """Device maps of our own modules and of the base; a dictionary is split by module name."""
     if not isinstance(device_map, dict) or "" in device_map:
@@ -192,113 +201,4 @@ def _split_device_map(device_map: Any) -> tuple[Any, Any]:
     return own, base or None
 
 
-def resolve_base(
-    base: PreTrainedModel, name: str | None, revision: str | None, hub_kwargs: dict[str, Any] | None = None
-) -> tuple[str | None, str | None]:
-    """Where a loaded base can be found again: (Hub id, commit) or (absolute folder, None).
-
-    A loaded model does not remember its commit. Without `revision` it is the one in the local cache that holds the
-    same weights. A base that was never loaded from anywhere gives (None, None).
-    """
-    name = name or getattr(base.config, "_name_or_path", None) or None
-    if name is None or os.path.isdir(name):
-        return (None if name is None else os.path.realpath(name)), None
-    if revision is not None and len(revision) == 40:
-        return name, revision
-    hub_kwargs = hub_kwargs or {}
-    wanted = _hub_commit(name, revision, **hub_kwargs)
-    commits = {} if revision is not None else cached_commits(base, name, hub_kwargs.get("cache_dir"))
-    if wanted is not None and commits.get(wanted, not commits):
-        return name, wanted
-    if same := [commit for commit, is_same in commits.items() if is_same]:
-        return name, same[0]
-    logger.warning("The commit of the base %s is not known: give it as `base_model_revision` to publish.", name)
-    return name, None
-
-
-def _hub_commit(
-    name: str, revision: str | None, *, local_files_only: bool | None = None, **access: Any
-) -> str | None:
-    """The commit that a revision points to, from the local cache if it is there."""
-    for only_cached in (True,) if local_files_only else (True, False):
-        try:
-            return resolve_hub_revision(name, revision=revision, local_files_only=only_cached, **access).resolved
-        except (HfHubHTTPError, RevisionResolutionError, OSError, ValueError) as error:
-            logger.debug("No commit of %s: %s", name, error)
-    return None
-
-
-def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | None) -> PreTrainedModel:
-    """The base that `config` names (or `override`), loaded by `AutoModelForCausalLM` as it would be by hand."""
-    location = os.fspath(override) if override is not None else request.base_location(config)
-    if location is None:
-        raise ValueError(f"{request.path} names no base: pass `base_model=` (a loaded model, a folder or a Hub id).")
-    is_recorded = override is None or location == config.base_model_name_or_path
-    kwargs = dict(request.base_kwargs)
-    # Consent to our code is not needed, and not used, for a base that transformers itself knows.
-    needs_code = config.base_model_runs_remote_code or not is_recorded
-    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code")) and needs_code
-    if is_local_reference(location):
-        if not os.path.isdir(location):
-            raise OSError(
-                f"The base of {request.path} should be in {location}, but there is no such folder. Put it there, or "
-                "pass `base_model=` (a loaded model, a folder or a Hub id)."
-            )
-    elif is_recorded and config.base_model_revision is not None:
-        kwargs["revision"] = config.base_model_revision
-    try:
-        base, info = AutoModelForCausalLM.from_pretrained(
-            location, use_safetensors=True, output_loading_info=True, **kwargs
-        )
-    except SafetensorError as error:
-        raise OSError(f"The weights of the base {location} cannot be read ({error}): fetch them again.") from error
-    except (OSError, ValueError) as error:
-        kind = ValueError if isinstance(error, ValueError) else OSError
-        raise kind(
-            f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory "
-            "can be given as `base_model=`."
-        ) from error
-    refuse_incomplete_base(location, info)
-    if "revision" in kwargs:
-        _refuse_other_files(location, config, kwargs)
-    return base
-
-
-def refuse_incomplete_base(location: str, loading_info: dict[str, Any]) -> None:
-    """`ValueError` if weights of the base were not in its files: transformers would go on with random ones."""
-    missing = sorted(map(str, [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]))
-    if missing:
-        raise ValueError(
-            f"The base {location} is not complete: {len(missing)} tensors are missing or of another shape, "
-            f"{', '.join(missing[:3])} among them. Fetch it again."
-        )
-
-
-def _refuse_other_files(location: str, config: Any, kwargs: dict[str, Any]) -> None:
-    """Compares the names of the files in the Hub cache, which are their sha256, with the recorded ones: no reading."""
-    hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir") if key in kwargs}
-    found = weight_file_hashes(location, kwargs["revision"], read_files=False, **hub_kwargs)
-    recorded = config.base_model_fingerprint or {}
-    other = sorted(name for name in found if name in recorded and found[name] != recorded[name])
-    if other:
-        raise ValueError(
-            f"{location} at {kwargs['revision']} is not the recorded base: sha256 of {other[0]} is "
-            f"{found[other[0]]}, expected {recorded[other[0]]}. Pass `check_base=False` and `base_model=` to use it."
-        )
-
-
-def refuse_wrong_base(base: PreTrainedModel, config: Any, samples: dict[str, dict], request: LoadRequest) -> None:
-    """`ValueError` with both identities if `base` is not the base that the adapter was trained on."""
-    differences = compare_with_samples(base, samples)
-    if differences:
-        recorded = request.base_location(config)
-        at = f" at {config.base_model_revision}" if config.base_model_revision else ""
-        raise ValueError(
-            f"{getattr(base.config, '_name_or_path', '') or type(base).__name__} is not the base that {request.path} "
-            f"was made for, {recorded}{at}: {'; '.join(differences[:3])}"
-            f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}. Load that base, or pass "
-            "`check_base=False` to run on this one all the same."
-        )
-
-
-__all__ = ["LoadRequest", "load_base", "resolve_base"]
+__all__ = ["LoadRequest", "is_local_reference"]

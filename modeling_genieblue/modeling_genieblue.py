@@ -15,6 +15,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base_identity_genieblue import tensor_samples
+from .base_loading_genieblue import load_base, refuse_wrong_base, resolve_base
 from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
 from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
@@ -25,7 +26,14 @@ from .language_views_genieblue import (
     load_adapter,
     make_lora_config,
 )
-from .loading_genieblue import ACCESS_KEYS, LoadRequest, load_base, refuse_wrong_base, resolve_base
+from .loading_genieblue import ACCESS_KEYS, LoadRequest, is_inner_folder
+from .quantization_genieblue import PrecisionGuard
+from .quantized_parts_genieblue import (
+    load_quantized_adapter,
+    load_quantized_parts,
+    quantized_files,
+    refuse_unquantized_base,
+)
 from .requests_genieblue import (
     MULTIMODAL,
     TEXT,
@@ -69,7 +77,7 @@ class GenieBlueMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(self.norm(concatenated))))
 
 
-class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixin):
+class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBlueGenerationMixin):
     """A base LLM with eyes; see the module's docstring, and `from_base` / `from_pretrained` for ways to get one.
 
     Attributes:
@@ -201,17 +209,28 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         output_loading_info = kwargs.pop("output_loading_info", False)
         request = LoadRequest.from_arguments(pretrained_model_name_or_path, kwargs)
         request.check_layout()
-        model, loading_info = request.load_own_weights(super().from_pretrained, model_args, base_model)
+        is_quantized = request.is_quantized()
+        if is_quantized:
+            model, loading_info = load_quantized_parts(cls, request, base_model)
+        else:
+            model, loading_info = request.load_own_weights(super().from_pretrained, model_args, base_model)
         base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
+        if is_quantized:
+            refuse_unquantized_base(base, model.config, request.path)
         model._base_samples = request.base_samples(required=check_base)
         if check_base:
             refuse_wrong_base(base, model.config, model._base_samples, request)
-        adapter_file = request.adapter_file()
+        adapter_file = None if is_quantized else request.adapter_file()
         lora_config = make_lora_config(base, model.config)
         check_adapter_settings(lora_config, request.adapter_settings())
         model._attach(base, lora_config)
-        load_adapter(model.multimodal_language_model, adapter_file, base.dtype)
-        model.config.base_model_name_or_path = request.base_location(model.config)
+        if is_quantized:
+            load_quantized_adapter(model.multimodal_language_model, request, base.dtype)
+            model._quantized_files = quantized_files(request, model.config)
+        else:
+            load_adapter(model.multimodal_language_model, adapter_file, base.dtype)
+        if not is_inner_folder(model.config.base_model_name_or_path):
+            model.config.base_model_name_or_path = request.base_location(model.config)
         model._source = request
         model._hub_kwargs = {key: request.hub_kwargs[key] for key in ACCESS_KEYS if key in request.hub_kwargs}
         model.eval()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
-from .language_views_genieblue import ADAPTER_FOLDER, save_adapter
+from .language_views_genieblue import ADAPTER_FOLDER, save_adapter, save_adapter_config
 from .loading_genieblue import is_local_reference
 from .processing_genieblue import GenieBlueProcessor
 
@@ -55,6 +55,12 @@ def save_model(
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
     if model.multimodal_language_model is None:
         raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
+    quantized = model.config.quantization
+    if quantized is not None and dtype not in (None, getattr(torch, quantized["activations"])):
+        raise ValueError(
+            f"This GenieBlue is quantized for {quantized['activations']} and cannot be saved in {dtype}: quantize the "
+            "16-bit one again."
+        )
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise OSError(f"{target} is a file: give a folder to save into.")
@@ -103,14 +109,16 @@ def _write_files(
     facts: dict[str, Any] | None,
 ) -> bool:
     """Writes all files into `staging`; returns whether a processor is among them."""
-    dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
-    parts = {name: getattr(model, name) for name in OWN_MODULES}
-    own_state = {
-        f"{part}.{name}": value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
-    }
-    save_file(own_state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+    quantized = model.config.quantization
+    if quantized is not None:
+        dtype = getattr(torch, quantized["activations"])
+        for name, source in model._quantized_files.items():  # byte for byte: what is in memory is packed for a kernel
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, staging / name)
+    else:
+        dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
+        _write_own_weights(model, staging, dtype)
+        save_adapter(model.multimodal_language_model, staging / ADAPTER_FOLDER, dtype)
     config = _config_to_save(model, target, dtype)
     config.save_pretrained(staging)
     # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
@@ -118,7 +126,7 @@ def _write_files(
     lora_config = copy.deepcopy(model._lora_config)
     lora_config.base_model_name_or_path = config.base_model_name_or_path
     lora_config.revision = config.base_model_revision
-    save_adapter(model.multimodal_language_model, lora_config, staging / ADAPTER_FOLDER, dtype)
+    save_adapter_config(lora_config, staging / ADAPTER_FOLDER)
     _write_samples(model._base_samples, staging / BASE_FINGERPRINT_NAME)
     for source in sorted(Path(__file__).parent.glob("*_genieblue.py")):
         shutil.copyfile(source, staging / source.name)
@@ -129,6 +137,15 @@ def _write_files(
         (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _write_card(staging, target)
     return processor is not None
+
+
+def _write_own_weights(model: Any, staging: Path, dtype: torch.dtype) -> None:
+    state = {
+        f"{part}.{name}": value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        for part in OWN_MODULES
+        for name, value in getattr(model, part).state_dict().items()
+    }
+    save_file(state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:

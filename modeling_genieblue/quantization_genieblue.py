@@ -1,0 +1,371 @@
+"""Quantized weights in optimum-quanto's own format: how they are stored, checked, and put to work.
+
+A linear of 8 bits holds int8 codes and one scale per row, symmetric. One of 4 bits holds unsigned codes in groups of
+at most 128 along a row, each group with a scale and an integer zero point. Activations stay in 16 bits. Nothing is
+compiled on the user's machine, and tensors are read by name, strictly.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
+
+try:
+    from optimum.quanto import QLinear, qint4, qint8
+    from optimum.quanto.library.extensions.cpp import ext as quanto_cpp
+    from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
+    from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor, TinyGemmWeightQBitsTensor
+except ImportError:  # only needed where something is quantized
+    QLinear, WeightQBytesTensor, quanto_cpp = nn.Linear, torch.Tensor, None
+
+logger = logging.getLogger(__name__)
+
+QMAP_NAME = "quanto_qmap.json"
+BITS = {"qint4": 4, "qint8": 8}
+# Rows of codes that torch's 4-bit CPU kernel multiplies: others are expanded at each call.
+KERNEL_GROUPS = (32, 64, 128, 256)
+FLOATING = ("BF16", "F16", "F32")  # as safetensors calls them
+
+
+def require_quanto() -> None:
+    """`ImportError` naming the extra, if optimum-quanto is missing."""
+    if quanto_cpp is None:
+        raise ImportError(
+            "This model is quantized, and optimum-quanto is not installed: `pip install 'genieblue[quantization]'` "
+            "(or `pip install optimum-quanto`)."
+        )
+    if quanto_cpp._lib is None:  # quanto would compile it in C++ on first use; this is bit-equal and as fast
+        quanto_cpp._lib = SimpleNamespace(unpack=unpack)
+
+
+def group_size_of(in_features: int) -> int:
+    """Codes that share one scale in a 4-bit row of `in_features`: quanto's own choice, 128 where it divides."""
+    if in_features <= 128:
+        return in_features
+    return next((size for size in (128, 96, 64, 32) if in_features % size == 0), in_features)
+
+
+def reason_against(out_features: int, in_features: int, bits: int) -> str | None:
+    """Why a linear of this shape cannot be stored in `bits`, or `None` if it can.
+
+    Both rules come from torch's CPU kernels: the 8-bit one crashes on other shapes, the 4-bit one refuses them.
+    """
+    if bits == 8:
+        return None if in_features % 8 == 0 else f"in_features {in_features} is no multiple of 8"
+    if out_features % 16:
+        return f"out_features {out_features} is no multiple of 16"
+    return None if in_features % 32 == 0 else f"in_features {in_features} is no multiple of 32"
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes, uint8 (rows, columns) → (rows / 2, columns): the second half of the rows in the high bits."""
+    low, high = codes.chunk(2)
+    return low | (high << 4)
+
+
+def unpack(packed: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """The inverse of `pack`, for 4 or 2 bits."""
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
+def stored_tensors(
+    name: str, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """What quanto's state dict holds for the weight of module `name`.
+
+    Args:
+        codes: (out_features, in_features), uint8 of 0 … 15 for 4 bits, int8 for 8 bits.
+        scale: (out_features, groups); one group for 8 bits.
+        zero_point: uint8 (out_features, groups) for 4 bits, `None` for 8 bits.
+    """
+    one = torch.ones((), dtype=scale.dtype)  # quanto keeps scales of activations too, here unused
+    tensors = {f"{name}.input_scale": one, f"{name}.output_scale": one.clone()}
+    if zero_point is None:
+        return {**tensors, f"{name}.weight._data": codes, f"{name}.weight._scale": scale.reshape(-1, 1)}
+    grouped = codes.reshape(scale.numel(), -1)
+    return {
+        **tensors,
+        f"{name}.weight._data._data": pack(grouped),
+        f"{name}.weight._scale": scale.reshape(-1, 1),
+        f"{name}.weight._shift": zero_point.reshape(-1, 1),
+    }
+
+
+class RowQuantizedWeight(WeightQBytesTensor):
+    """An 8-bit embedding: only the rows that are looked up are expanded, whatever module holds the weight."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is functional.embedding:
+            ids, weight = args[0], args[1]
+            scale = weight._scale[ids, 0].unsqueeze(-1)
+            return functional.embedding(ids, weight._data).to(scale.dtype) * scale
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class FrozenLinear(QLinear):
+    """quanto's linear with frozen weights, on a shorter way to the same CPU kernels."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, weights: str):
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias is not None, device="meta", weights=weights)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        one = torch.ones((), dtype=weight.dtype, device=weight.device)
+        self.input_scale, self.output_scale = one, one.clone()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` (..., in_features) → (..., out_features)."""
+        weight = self.weight
+        plain = input.dtype == torch.bfloat16 and input.device.type == "cpu" and not torch.is_grad_enabled()
+        if not plain or torch.compiler.is_compiling():
+            return functional.linear(input.contiguous(), weight, self.bias)  # the kernels refuse a strided input
+        flat = input.reshape(-1, self.in_features).contiguous()
+        if isinstance(weight, TinyGemmWeightQBitsTensor):
+            result = torch._weight_int4pack_mm_for_cpu(
+                flat, weight._data._data, weight._group_size, weight._scale_shift
+            )
+        elif isinstance(weight, WeightQBytesTensor):
+            result = torch._weight_int8pack_mm(flat, weight._data, weight._scale.flatten())
+        else:
+            return functional.linear(input, weight, self.bias)
+        if self.bias is not None:
+            result += self.bias
+        return result.view(*input.shape[:-1], self.out_features)
+
+
+def scales_of(weight: torch.Tensor) -> torch.Tensor | None:
+    """Scales of one of our quantized weights as they are stored, (rows of codes, 1); `None` for any other tensor."""
+    if quanto_cpp is None or not isinstance(weight, WeightQBytesTensor | WeightQBitsTensor):
+        return None
+    if isinstance(weight, TinyGemmWeightQBitsTensor):
+        return weight._scale_shift[:, :, 0].t().reshape(-1, 1)
+    return weight._scale
+
+
+class PrecisionGuard:
+    """Refuses to change the precision of a model with quantized weights, which quanto would do by half."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """`nn.Module.to`; `ValueError` for another dtype."""
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        if dtype is not None:
+            self._refuse_cast(dtype)
+        return super().to(*args, **kwargs)
+
+    def half(self, *args: Any) -> Any:
+        """As `to(torch.float16)`."""
+        self._refuse_cast(torch.float16)
+        return super().half(*args)
+
+    def float(self, *args: Any) -> Any:
+        """As `to(torch.float32)`."""
+        self._refuse_cast(torch.float32)
+        return super().float(*args)
+
+    def bfloat16(self, *args: Any) -> Any:
+        """As `to(torch.bfloat16)`."""
+        self._refuse_cast(torch.bfloat16)
+        return super().bfloat16(*args)
+
+    def double(self, *args: Any) -> Any:
+        """As `to(torch.float64)`."""
+        self._refuse_cast(torch.float64)
+        return super().double(*args)
+
+    def _refuse_cast(self, dtype: torch.dtype) -> None:
+        frozen = next((module for module in self.modules() if isinstance(module, FrozenLinear)), None) \
+            if quanto_cpp is not None else None
+        if frozen is not None and frozen.weight.dtype != dtype:
+            raise ValueError(
+                f"The weights are quantized for activations in {frozen.weight.dtype}; they cannot be turned into "
+                f"{dtype}. Load the model again with `dtype={dtype}`."
+            )
+
+
+def _quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: tuple[int, int]) -> torch.Tensor:
+    """quanto's tensor from its stored parts, in the form that the kernel of its device wants."""
+    out_features, in_features = shape
+    size, stride = torch.Size(shape), (in_features, 1)
+    if kind == "qint8":
+        return WeightQBytesTensor.create(qint8, 0, size, stride, parts["_data"], parts["_scale"])
+    scale, shift = parts["_scale"], parts["_shift"]
+    group_size = group_size_of(in_features)
+    grouped = unpack(parts["_data._data"])
+    cpu_kernel = scale.device.type == "cpu" and scale.dtype == torch.bfloat16 and group_size in KERNEL_GROUPS
+    if not cpu_kernel:
+        group = None if group_size == in_features else group_size
+        # quanto's GPU kernels take the shift as a number of the weight's dtype.
+        return WeightQBitsTensor.create(qint4, 0, group, size, stride, grouped, scale, shift * scale)
+    # The kernel counts from the middle of the range. Built here, because quanto's own way rounds twice.
+    middle = ((8 - shift.float()) * scale.float()).to(scale.dtype)
+    scale_shift = torch.cat([scale, middle], 1).view(out_features, -1, 2).transpose(0, 1).contiguous()
+    codes = TinyGemmPackedTensor.pack(grouped.view(shape))
+    return TinyGemmWeightQBitsTensor(qint4, 0, group_size, size, stride, codes, scale_shift)
+
+
+_PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}
+
+
+def stored_layout(name: str, kind: str, out_features: int, in_features: int) -> dict[str, tuple[tuple, tuple]]:
+    """`{key: (shape, dtypes that are accepted)}` of what a file must hold for the weight of module `name`."""
+    if problem := reason_against(out_features, in_features, BITS[kind]):
+        raise ValueError(f"{name} cannot be of {BITS[kind]} bits: {problem}. The quantization map is damaged.")
+    layout = {f"{name}.input_scale": ((), FLOATING), f"{name}.output_scale": ((), FLOATING)}
+    if kind == "qint8":
+        codes, rows = {f"{name}.weight._data": ((out_features, in_features), ("I8",))}, out_features
+    else:
+        group_size = group_size_of(in_features)
+        rows = out_features * in_features // group_size
+        codes = {
+            f"{name}.weight._data._data": ((rows // 2, group_size), ("U8",)),
+            f"{name}.weight._shift": ((rows, 1), ("U8",)),
+        }
+    return {**layout, **codes, f"{name}.weight._scale": ((rows, 1), FLOATING)}
+
+
+class QuantizedFile:
+    """Safetensors files with quantized weights, read by name; whatever is not asked for must not be there."""
+
+    def __init__(self, paths: Iterable[str | os.PathLike], qmap: str | os.PathLike):
+        require_quanto()
+        self.paths = [Path(path) for path in paths]
+        self.qmap = read_qmap(qmap)
+        self._where: dict[str, Any] = {}
+        for path in self.paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except Exception as error:  # safetensors raises its own type, which is no OSError
+                raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+            self._where |= dict.fromkeys(file.keys(), file)
+
+    def check(self, layout: dict[str, tuple[tuple, tuple]]) -> None:
+        """`ValueError` unless the files hold exactly the tensors of `layout`, by name, shape and kind of number."""
+        problems = [f"{name} is missing" for name in sorted(set(layout) - set(self._where))]
+        problems += [f"{name} is not expected" for name in sorted(set(self._where) - set(layout))]
+        for name in sorted(set(layout) & set(self._where)):
+            part = self._where[name].get_slice(name)
+            shape, kinds = layout[name]
+            kind, found = part.get_dtype(), list(part.get_shape())
+            if found != list(shape) or kind not in kinds:
+                problems.append(f"{name} is {kind} {found}, expected {' or '.join(kinds)} {list(shape)}")
+        if problems:
+            rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise ValueError(
+                f"{self.paths[0]} does not fit its configuration: {'; '.join(problems[:4])}{rest}. Load the files "
+                "that belong together (same repository, same revision)."
+            )
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+        """A stored tensor; floating-point ones in `dtype`."""
+        value = self._where[name].get_tensor(name)
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+
+    def weight(self, name: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, device: Any) -> torch.Tensor:
+        """quanto's tensor of the weight of module `name`."""
+        parts = {part: self.tensor(f"{name}.weight.{part}", dtype, device) for part in _PARTS[kind]}
+        return _quanto_weight(parts, kind, shape)
+
+
+
+def read_qmap(path: str | os.PathLike) -> dict[str, str]:
+    """`{module: "qint4" | "qint8"}` of quanto's quantization map; `OSError` for a damaged one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        kinds = {name: entry["weights"] for name, entry in content.items()}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise OSError(f"{path} cannot be read ({error!r}): it is damaged; fetch it again.") from error
+    unknown = [f"{name}: {kind!r}" for name, kind in kinds.items() if kind not in BITS]
+    if unknown:
+        raise ValueError(f"{path} names an unknown precision ({unknown[0]}): expected {' or '.join(BITS)}.")
+    return kinds
+
+
+def qmap_content(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The quantization map in quanto's form."""
+    return {name: {"weights": kind, "activations": "none"} for name, kind in kinds.items()}
+
+
+def quantized_modules(tree: nn.Module, qmap: dict[str, str]) -> Iterator[tuple[str, str, nn.Module]]:
+    """`(name, kind, module)` for each entry of a map; `ValueError` if a name is no linear or embedding of `tree`."""
+    for name, kind in qmap.items():
+        try:
+            module = tree.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear) and not (isinstance(module, nn.Embedding) and kind == "qint8"):
+            raise ValueError(
+                f"The quantization map names {name!r} ({kind}), which is no such layer of {type(tree).__name__}: the "
+                "map belongs to another model, or is damaged."
+            )
+        yield name, kind, module
+
+
+def fill_from_quantized_file(
+    tree: nn.Module,
+    file: QuantizedFile,
+    *,
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    tied: tuple[str, str] | None = None,
+) -> None:
+    """Gives `tree`, built on the meta device, all its weights, quantized where the file's map says so.
+
+    `tied` names an LM head and the embedding whose weight it shares, which is stored once. Raises `ValueError` unless
+    the file holds exactly what the tree and the map need.
+    """
+    found = list(quantized_modules(tree, file.qmap))
+    quantized_names = {f"{name}.weight" for name, _, _ in found}
+    head_weight = f"{tied[0]}.weight" if tied else None
+    layout: dict[str, tuple[tuple, tuple]] = {}
+    plain = {
+        name: tuple(parameter.shape)
+        for name, parameter in tree.named_parameters(remove_duplicate=False)
+        if name not in quantized_names and name != head_weight
+    }
+    stored_buffers = {name: value for name, value in tree.state_dict().items() if name not in plain}
+    buffers = {name: buffer for name, buffer in tree.named_buffers() if name in stored_buffers}
+    layout |= {name: (shape, FLOATING) for name, shape in plain.items()}
+    layout |= {name: (tuple(buffer.shape), (*FLOATING, "I64", "I32", "BOOL")) for name, buffer in buffers.items()}
+    for name, kind, module in found:
+        if f"{name}.weight" != head_weight:
+            layout |= stored_layout(name, kind, *module.weight.shape)
+    file.check(layout)
+    for name in (*plain, *buffers):
+        _assign(tree, name, file.tensor(name, dtype, device), is_buffer=name in buffers)
+    for name, kind, module in found:
+        if f"{name}.weight" == head_weight:
+            continue
+        weight = file.weight(name, kind, tuple(module.weight.shape), dtype, device)
+        if isinstance(module, nn.Embedding):
+            parts = (weight.size(), weight.stride(), weight._data, weight._scale)
+            module.weight = nn.Parameter(RowQuantizedWeight(qint8, 0, *parts, None), requires_grad=False)
+        else:
+            tree.set_submodule(name, FrozenLinear(weight, module.bias, kind))
+    if tied:
+        head, embedding = tree.get_submodule(tied[0]), tree.get_submodule(tied[1])
+        if isinstance(embedding.weight, RowQuantizedWeight):
+            head = FrozenLinear(embedding.weight, head.bias, "qint8")
+            tree.set_submodule(tied[0], head)
+        head.weight = embedding.weight
+
+
+def _assign(tree: nn.Module, name: str, value: torch.Tensor, *, is_buffer: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = tree.get_submodule(path)
+    if is_buffer:
+        module._buffers[leaf] = value
+    else:
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+
+__all__ = ["FrozenLinear", "PrecisionGuard", "QuantizedFile", "fill_from_quantized_file", "require_quanto"]

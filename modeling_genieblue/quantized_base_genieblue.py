@@ -1,0 +1,166 @@
+"""A quantized base LLM in a repository of its own, which plain users of the base can load too."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
+
+from .quantization_genieblue import QMAP_NAME, PrecisionGuard, QuantizedFile, fill_from_quantized_file, require_quanto
+
+try:
+    from accelerate import init_empty_weights
+except ImportError:  # only needed where something is quantized
+    init_empty_weights = None
+
+QUANT_METHOD = "genieblue_quanto"
+WEIGHTS_FILE = "model.safetensors"
+HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+
+
+def read_base_quantization(location: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any] | None:
+    """How the base at `location` (folder or Hub id) was quantized by GenieBlue; `None` if it was not."""
+    path = cached_file(str(location), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if path is None:
+        return None
+    try:
+        quantization = json.loads(Path(path).read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+    is_ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return quantization if is_ours else None
+
+
+def on_meta_device(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters have no memory yet, while its buffers (which no file holds) are right."""
+    if init_empty_weights is None:
+        raise ImportError("Loading a quantized model needs accelerate: `pip install 'genieblue[quantization]'`.")
+    with init_empty_weights():
+        return make()
+
+
+def one_device(device_map: Any) -> torch.device:
+    """The device of a map that names one; `ValueError` for a model spread over several."""
+    if isinstance(device_map, dict):
+        devices = set(device_map.values())
+        device_map = devices.pop() if len(devices) == 1 else device_map
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map in ("auto", "balanced", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device_map, str | int | torch.device):
+        return torch.device(device_map)
+    raise ValueError(
+        f"`device_map` is {device_map!r}: a quantized model is loaded onto one device. Give its name, such as 'cuda'."
+    )
+
+
+def load_quantized_base(
+    location: str | os.PathLike,
+    *,
+    config: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The base of its own class, with quantized linears, from a folder or a Hub id.
+
+    Raises `OSError` for missing or damaged files, `ValueError` for tensors that are missing or not expected and for a
+    `quantization_config` on top.
+    """
+    require_quanto()
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            f"{location} is quantized already; `quantization_config` would quantize it again. Leave it out, or load "
+            "the unquantized base."
+        )
+    location = os.fspath(location)
+    hub_kwargs = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+    own_config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **hub_kwargs) \
+        if config is None else copy.deepcopy(config)
+    settings = dict(own_config.quantization_config)
+    # What `AutoModelForCausalLM` is to make is the base's own class, by transformers or by the base's own code.
+    own_config.auto_map = settings.get("base_auto_map")
+    if own_config.auto_map is None:
+        del own_config.auto_map
+    del own_config.quantization_config
+    dtype = _dtype(dtype, settings)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    base = on_meta_device(
+        lambda: AutoModelForCausalLM.from_config(
+            own_config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
+        )
+    )
+    files = {name: cached_file(location, name, **hub_kwargs) for name in (WEIGHTS_FILE, QMAP_NAME)}
+    device = one_device(device_map)
+    file = QuantizedFile([files[WEIGHTS_FILE]], files[QMAP_NAME])
+    fill_from_quantized_file(base, file, dtype=dtype, device=device, tied=_tied(base))
+    for buffer_owner in base.modules():
+        for name, buffer in buffer_owner._buffers.items():
+            if buffer is not None:
+                buffer_owner._buffers[name] = buffer.to(device)
+    generation = cached_file(
+        location, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    if generation is not None:
+        base.generation_config = GenerationConfig.from_pretrained(location, **hub_kwargs)
+    base.config.name_or_path = location
+    base.config.quantization_config = settings
+    base.__class__ = _guarded(type(base))
+    return base.requires_grad_(False).eval()
+
+
+def _dtype(asked: Any, settings: dict[str, Any]) -> torch.dtype:
+    if asked is None or asked == "auto":
+        asked = settings["activations"]
+    return getattr(torch, asked) if isinstance(asked, str) else asked
+
+
+def _tied(base: PreTrainedModel) -> tuple[str, str] | None:
+    """Names of the LM head and of the embedding whose weight it shares."""
+    names = {id(module): name for name, module in base.named_modules()}
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    is_tied = getattr(base.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    return (names[id(head)], names[id(embedding)]) if is_tied and head is not None else None
+
+
+class _QuantizedBase(PrecisionGuard):
+    """What a quantized base cannot do, refused in a sentence."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *_args: Any, **_kwargs: Any) -> None:
+        """Always a `ValueError`: the weights in memory are packed for one kernel."""
+        raise ValueError(
+            f"A quantized base is not saved from memory: copy its folder or repository ({self.config.name_or_path}) "
+            f"to {save_directory}."
+        )
+
+
+_GUARDED: dict[type, type] = {}
+
+
+def _guarded(model_class: type) -> type:
+    if model_class not in _GUARDED:
+        members = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+        _GUARDED[model_class] = type(model_class.__name__, (_QuantizedBase, model_class), members)
+    return _GUARDED[model_class]
+
+
+class QuantizedBaseForCausalLM(PreTrainedModel):
+    """What `AutoModelForCausalLM` finds in the repository of a quantized base; it gives the base's own class."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *_args: Any, **kwargs: Any) -> Any:
+        """See `load_quantized_base`."""
+        return load_quantized_base(pretrained_model_name_or_path, **kwargs)
+
+
+__all__ = ["QuantizedBaseForCausalLM", "load_quantized_base", "read_base_quantization"]

@@ -1,0 +1,151 @@
+"""What GenieBlue adds to a base, in a quantized folder: vision tower and projector, copied blocks, LoRA."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from .base_identity_genieblue import WEIGHTS_NAME
+from .configuration_genieblue import GenieBlueConfig
+from .language_views_genieblue import (
+    ADAPTER_FOLDER,
+    adapter_dtype,
+    adapter_parameters,
+    parameter_device,
+    set_parameter,
+)
+from .loading_genieblue import LoadRequest, is_inner_folder
+from .quantization_genieblue import (
+    FLOATING,
+    QMAP_NAME,
+    FrozenLinear,
+    QuantizedFile,
+    fill_from_quantized_file,
+    stored_layout,
+)
+from .quantized_base_genieblue import on_meta_device, one_device
+
+# Not PEFT's name: stock PEFT would take the file, find none of its keys in it, and go on with random LoRA.
+QUANTIZED_ADAPTER_NAME = "quantized_adapter.safetensors"
+QUANTIZED_FILES = (
+    WEIGHTS_NAME, QMAP_NAME, f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
+)  # fmt: skip
+
+OPTIONS_OF_SNAPSHOTS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def load_quantized_parts(model_class: type, request: LoadRequest, base_model: Any) -> tuple[Any, dict]:
+    """A model with vision tower and projector, still without a base; as strict as the loading of a plain one.
+
+    Raises `OSError` for missing or damaged files, `ValueError` for tensors that do not fit, for a
+    `quantization_config` on top, and for a device map that spreads the model.
+    """
+    kwargs = dict(request.own_kwargs)
+    if request.base_kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            f"{request.path} is quantized already; `quantization_config` would quantize it again. Leave it out, or "
+            "load the unquantized model."
+        )
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = GenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+    if dtype in (None, "auto"):
+        dtype = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    attention = {} if kwargs.get("attn_implementation") is None else {
+        "attn_implementation": kwargs["attn_implementation"]
+    }  # fmt: skip
+    device_map = kwargs.get("device_map")
+    if device_map is None and isinstance(base_model, nn.Module):
+        device_map = base_model.device
+    model = on_meta_device(lambda: model_class._from_config(config, dtype=dtype, **attention))
+    file = QuantizedFile([request.file(WEIGHTS_NAME)], request.file(QMAP_NAME))
+    device = one_device(device_map)
+    fill_from_quantized_file(model, file, dtype=dtype, device=device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    model.config.name_or_path = request.path
+    return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+
+
+def refuse_unquantized_base(base: nn.Module, config: GenieBlueConfig, path: str) -> None:
+    """`ValueError` for a 16-bit base under an adapter that was made for a quantized one."""
+    needs_quantized = any(config.quantization[part] != "w16a16" for part in ("llm", "lm_head", "embeddings"))
+    if needs_quantized and not any(isinstance(module, FrozenLinear) for module in base.modules()):
+        raise ValueError(
+            f"{path} is for a base quantized to {config.quantization['llm']}, and was given one that is not: load it "
+            f"onto {config.base_model_name_or_path}, or use the unquantized GenieBlue."
+        )
+
+
+def quantized_adapter_entries(view: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """`(module in the tree, module in the file, weight)` of every linear of the adapter."""
+    for name, stock, parameter in adapter_parameters(view):
+        if name.endswith(".weight") and isinstance(view.get_submodule(name.removesuffix(".weight")), nn.Linear):
+            yield name.removesuffix(".weight"), stock.removesuffix(".weight"), parameter
+
+
+def lora_layout(name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple, tuple]]:
+    """What a file holds for an 8-bit LoRA matrix: one scale per rank, which is a row of A and a column of B."""
+    scales = (shape[0], 1) if ".lora_A" in name else (1, shape[1])
+    return {f"{name}.weight._data": (tuple(shape), ("I8",)), f"{name}.weight._scale": (scales, FLOATING)}
+
+
+def load_quantized_adapter(view: nn.Module, request: LoadRequest, base_dtype: torch.dtype) -> None:
+    """Fills the adapter of `view`: copied blocks stay quantized, LoRA is expanded (in memory it is float32).
+
+    Raises `ValueError` for missing, unexpected or differently shaped tensors, `OSError` for a damaged file.
+    """
+    qmap = request.file(QMAP_NAME, folder=ADAPTER_FOLDER)
+    file = QuantizedFile([request.file(QUANTIZED_ADAPTER_NAME, folder=ADAPTER_FOLDER)], qmap)
+    linears = {stock: (name, parameter) for name, stock, parameter in quantized_adapter_entries(view)}
+    if unknown := sorted(set(file.qmap) - set(linears)):
+        raise ValueError(f"{qmap} names {unknown[0]!r}, which is no linear of this adapter.")
+    layout: dict[str, tuple[tuple, tuple]] = {}
+    plain = {}
+    for name, stock, parameter in adapter_parameters(view):
+        module = stock.rpartition(".")[0]
+        if stock.endswith(".weight") and module in file.qmap:
+            is_lora = ".lora_" in stock
+            layout |= lora_layout(module, tuple(parameter.shape)) if is_lora else stored_layout(
+                module, file.qmap[module], *parameter.shape
+            )  # fmt: skip
+        else:
+            plain[stock] = name
+            layout[stock] = (tuple(parameter.shape), FLOATING)
+    file.check(layout)
+    for stock, name in plain.items():
+        set_parameter(view, name, file.tensor(stock, adapter_dtype(name, base_dtype), parameter_device(view, name)))
+    for stock, kind in file.qmap.items():
+        name, parameter = linears[stock]
+        device = parameter_device(view, f"{name}.weight")
+        if ".lora_" in name:
+            dtype = adapter_dtype(name, base_dtype)
+            codes, scale = (file.tensor(f"{stock}.weight.{part}", dtype, device) for part in ("_data", "_scale"))
+            set_parameter(view, f"{name}.weight", codes.to(dtype) * scale)
+        else:
+            weight = file.weight(stock, kind, tuple(parameter.shape), base_dtype, device)
+            view.set_submodule(name, FrozenLinear(weight, view.get_submodule(name).bias, kind))
+
+
+def quantized_files(request: LoadRequest, config: GenieBlueConfig) -> dict[str, Path]:
+    """The stored files of a quantized model, by their place in its folder: a save copies them."""
+    places = {name: os.path.split(name) for name in QUANTIZED_FILES}
+    files = {name: Path(request.file(file, folder=folder)) for name, (folder, file) in places.items()}
+    if is_inner_folder(config.base_model_name_or_path):
+        inner = config.base_model_name_or_path[2:]
+        folder = Path(request.path, inner)
+        if not folder.is_dir():
+            options = {key: value for key, value in request.hub_kwargs.items() if key in OPTIONS_OF_SNAPSHOTS}
+            folder = Path(snapshot_download(request.path, allow_patterns=f"{inner}/*", **options), inner)
+        files |= {f"{inner}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
+    return files
+
+
+__all__ = ["load_quantized_adapter", "load_quantized_parts"]
