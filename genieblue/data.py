@@ -1,5 +1,6 @@
 """Training data: chats with images, read lazily from JSONL or from any sequence, and checked before they are used."""
 
+import hashlib
 import json
 import logging
 import os
@@ -49,6 +50,9 @@ class ChatDataset(torch.utils.data.Dataset):
     A JSONL file or a list is checked as a whole when it is opened; other sequences, which may make or decode their
     samples, are checked sample by sample when they are used. With `skip_bad` a bad sample is left out and logged;
     without, it is a `ValueError` that names its file and line.
+
+    `sha256` is that of the good lines or, of a list, of the texts and paths; of a `datasets.Dataset` its own
+    fingerprint, and `None` for other sequences.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class ChatDataset(torch.utils.data.Dataset):
         """Opens `source`; paths of images are relative to `image_folder`, by default the JSONL file's own folder."""
         self.skip_bad = skip_bad
         self.num_skipped = 0
+        self.sha256: str | None = getattr(source, "_fingerprint", None)
         self._file: Path | None = None
         self._sequence: Sequence[dict[str, Any]] | None = None
         self._image_counts: array | None = None  # of each sample, once all were checked
@@ -139,6 +144,7 @@ class ChatDataset(torch.utils.data.Dataset):
     def _check(self, entries: Iterator[tuple[int, Any]], parse: Any, **bar_options: Any) -> None:
         """Looks at every sample once; keeps the numbers of the good ones."""
         good = array("q")
+        digest = hashlib.sha256()
         self._image_counts = array("I")
         with tqdm(desc="Checking the data", delay=SECONDS_WITHOUT_BAR, **bar_options) as bar:
             for number, (size, entry) in enumerate(entries):
@@ -156,12 +162,19 @@ class ChatDataset(torch.utils.data.Dataset):
                     self._image_counts.append(0)
                 else:
                     good.append(number)
+                    digest.update(entry if isinstance(entry, bytes) else _texts_and_paths(sample))
                     self._image_counts.append(len(sample.images))
                 bar.update(size)
         self._numbers = good
+        self.sha256 = digest.hexdigest()
         self.num_skipped = len(self._image_counts) - len(good)
         if self.num_skipped:
             logger.warning("%d of %d samples are bad and left out.", self.num_skipped, len(self._image_counts))
+
+
+def _texts_and_paths(sample: ChatSample) -> bytes:
+    paths = [os.fspath(image) for image in sample.images if isinstance(image, (str, os.PathLike))]
+    return json.dumps([sample.messages, paths]).encode()
 
 
 def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:

@@ -5,13 +5,15 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +28,11 @@ SETTINGS = "training_settings.json"
 # The last one is the one that Trainer writes last.
 CHECKPOINT_FILES = (TRAINED, SETTINGS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 UNFINISHED = "unfinished"
+LOCK = ".lock"
+# Of `torch.save` on a full disk, which is a RuntimeError.
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
+# A data loader puts the traceback of its worker process into the message of the error that it raises again.
+WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n\1: ", re.DOTALL)
 
 
 def part_of(name: str) -> str | None:
@@ -138,6 +145,13 @@ class GenieBlueTrainer(Trainer):
             self.lr_scheduler = self._scheduler_factory(optimizer or self.optimizer)
         return self.lr_scheduler
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The batches of the next step; the error of a worker process has the message that it had there."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(WORKER_ERROR.sub("", str(error))) from error
+
     def compute_loss_context_manager(self) -> Any:
         """Autocast. Trainer's own way patches `forward` of the model, which would have to be undone."""
         if self._autocast_dtype is None:
@@ -197,6 +211,14 @@ class GenieBlueTrainer(Trainer):
         self._writing_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITE_ERRORS):
+                raise
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            raise OSError(
+                f"{name} could not be written to {folder} ({str(error).splitlines()[0]}): make room there. The last "
+                "whole checkpoint stays, and `resume` (--resume) goes on from it."
+            ) from error
         finally:
             self._writing_checkpoint = False
         self.accelerator.wait_for_everyone()
@@ -243,6 +265,32 @@ class GenieBlueTrainer(Trainer):
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
 
+@contextlib.contextmanager
+def exclusive_run(folder: Path) -> Iterator[None]:
+    """Keeps a second run away from the folder of checkpoints, by a lock that the system lifts if the process dies.
+
+    Raises `OSError` at once if another run holds it. An empty folder is removed at the end.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:  # processes of one run: the first one locks for all
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OSError(
+            f"Another training writes to {folder} at this moment: wait for it, end it, or give another output."
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # it holds checkpoints
+            folder.rmdir()
+
+
 def find_checkpoint(folder: Path, resume: bool | str | os.PathLike) -> Path | None:
     """The checkpoint to go on from: a given one, or the last one in `folder`; `None` to start from the beginning.
 
@@ -276,4 +324,4 @@ def is_finished(checkpoint: Path) -> bool:
     return state["global_step"] >= state["max_steps"]
 
 
-__all__ = ["GenieBlueTrainer", "TrainingProgress", "find_checkpoint", "optimizer_groups", "part_of"]
+__all__ = ["GenieBlueTrainer", "TrainingProgress", "exclusive_run", "find_checkpoint", "optimizer_groups", "part_of"]

@@ -23,6 +23,7 @@ from genieblue.trainer import (
     PARTS,
     GenieBlueTrainer,
     TrainingProgress,
+    exclusive_run,
     find_checkpoint,
     is_finished,
     optimizer_groups,
@@ -185,6 +186,21 @@ def train(
         kind = " with an image" if settings.stage == 1 else ""
         raise ValueError(f"The data is empty, or has no good sample{kind}, so there is nothing to learn.")
     checkpoints = output.with_name(f"{output.name}-checkpoints")
+    with exclusive_run(checkpoints):
+        return _train(model, processor, chats, output, settings, checkpoints, resume, callbacks, scheduler)
+
+
+def _train(
+    model: Any,
+    processor: Any,
+    chats: ChatDataset,
+    output: Path,
+    settings: TrainingSettings,
+    checkpoints: Path,
+    resume: bool | str | os.PathLike,
+    callbacks: Sequence[TrainerCallback],
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+) -> TrainingResult:
     checkpoint = find_checkpoint(checkpoints, resume)
     max_tiles = settings.max_tiles or settings.recipe.max_tiles or processor.image_processor.max_tiles
     collator = ChatCollator(processor, max_length=settings.max_length, max_tiles=max_tiles)
@@ -213,8 +229,6 @@ def train(
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()  # Trainer makes it also for a run without checkpoints
     refuse_broken_weights(model, settings.recipe.trained)
     refuse_changed_base(base_before, tensor_digests(model.language_model, "Hashing the base after training"))
 
@@ -367,6 +381,7 @@ def _record(
     """What a resumed run must have in common with the run that wrote its checkpoint."""
     record = {key: value for key, value in asdict(settings).items() if key not in FREE_SETTINGS}
     record |= {"max_tiles": max_tiles, "bf16": autocast_dtype is not None, "num_samples": len(chats)}
+    record["sha256 of the data"] = chats.sha256
     return json.loads(json.dumps(record))
 
 

@@ -173,6 +173,15 @@ def test_accumulated_batches_are_one_large_batch(base, tmp_path):
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
+def test_bad_image_in_a_worker_is_told_in_one_line(base, tmp_path):
+    model, processor = make_model(base)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    data = [chat("<image>\nWhich colour?", "None.", str(tmp_path / "broken.png"))]
+    with pytest.raises(ValueError, match=r"^sample 0: .*broken.png.*--skip-bad") as error:
+        train(model, processor, data, tmp_path / "out", make_settings(steps=1, num_workers=1))
+    assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_workers_that_read_the_data_do_not_change_what_is_learned(base, tmp_path):
     results = []
     for workers in (0, 2):

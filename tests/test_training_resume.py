@@ -37,7 +37,7 @@ def start(base, output, *, stop_at=None, resume=False, **options):
 
 
 def checkpoints(output) -> list[str]:
-    return sorted(path.name for path in output.with_name(f"{output.name}-checkpoints").iterdir())
+    return sorted(path.name for path in output.with_name(f"{output.name}-checkpoints").glob("[!.]*"))
 
 
 def same_weights(first, second) -> bool:
@@ -115,6 +115,52 @@ def test_checkpoint_of_a_run_with_other_settings_is_refused(options, reason, bas
         start(base, tmp_path / "out", stop_at=3)
     with pytest.raises(ValueError, match=reason):
         start(base, tmp_path / "out", resume=True, **options)
+
+
+def test_checkpoint_of_a_run_over_other_data_is_refused(base, tmp_path):
+    with pytest.raises(Interrupted):
+        start(base, tmp_path / "out", stop_at=3)
+    other = make_data()
+    other[-1]["messages"][-1]["content"] = "Another answer."
+    with pytest.raises(ValueError, match="sha256 of the data was"):
+        train(*make_model(base), other, tmp_path / "out", make_settings(**RUN), resume=True)
+
+
+def test_second_run_to_the_same_output_is_refused_at_once(base, tmp_path):
+    refused = []
+
+    def start_another(_model):
+        with pytest.raises(OSError, match="Another training writes to .*out-checkpoints") as error:
+            start(base, tmp_path / "out")
+        refused.append(error)
+
+    train(
+        *make_model(base), make_data(), tmp_path / "out", make_settings(steps=2), callbacks=[AtStep(1, start_another)]
+    )
+    assert refused and not (tmp_path / "out-checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6336 vs 6228"),
+              OSError(28, "No space left on device")], ids=["torch", "system"]
+)  # fmt: skip
+def test_full_disk_leaves_the_last_checkpoint_to_go_on_from(error, base, tmp_path, monkeypatch):
+    whole_model, whole = start(base, tmp_path / "whole")
+    output, save, calls = tmp_path / "out", torch.save, []
+
+    def full(content, path, *args, **kwargs):
+        calls.append(path)
+        if "checkpoint-4" in str(path):
+            raise error
+        save(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", full)
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written to .*out-checkpoints .*--resume"):
+            start(base, output)
+    assert calls and checkpoints(output) == ["checkpoint-2"]
+    model, result = start(base, output, resume=True)
+    assert losses(result) == losses(whole) and same_weights(model, whole_model)
 
 
 def test_settings_that_do_not_change_what_is_learned_may_change_on_resume(base, tmp_path):
