@@ -14,10 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from conversion.qnn.ranges import Range, union
 
 LEVELS = 65535  # of an unsigned 16-bit code
+KINDS = {"uint16": TensorProto.UINT16, "int16": TensorProto.INT16, "uint8": TensorProto.UINT8}
 # These move values without changing them, so both sides have one encoding.
 MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Pad")
 # The NPU fixes the encoding of these.
 FIXED_RANGES = {"Sigmoid": (0.0, LEVELS / 65536), "Softmax": (0.0, 1.0)}
+CACHE_DTYPES = {16: "int16", 8: "uint8"}
 WEIGHT_OPERATORS = {"MatMul": 1, "Conv": 0}  # and the axis of their output channels
 
 
@@ -27,17 +29,27 @@ class Encoding:
 
     scale: float
     zero_point: int
+    dtype: str = "uint16"
 
     @classmethod
-    def of(cls, found: Range) -> "Encoding":
-        """16 bits over a range, widened to hold zero, which is met exactly."""
+    def of(cls, found: Range, dtype: str = "uint16") -> "Encoding":
+        """All codes of `dtype` over a range, widened to hold zero, which is met exactly."""
         low, high = min(found[0], 0.0), max(found[1], 0.0)
-        scale = np.float32(max(high - low, 1e-8) / LEVELS)
-        return cls(float(scale), int(np.clip(np.rint(-low / scale), 0, LEVELS)))
+        limits = np.iinfo(dtype)
+        if limits.min < 0:  # symmetric
+            return cls(float(np.float32(max(-low, high, 1e-8) / limits.max)), 0, dtype)
+        scale = np.float32(max(high - low, 1e-8) / limits.max)
+        return cls(float(scale), int(np.clip(np.rint(-low / scale), 0, limits.max)), dtype)
+
+    @property
+    def zero(self) -> np.generic:
+        """The code of zero, in the type of the codes."""
+        return np.dtype(self.dtype).type(self.zero_point)
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         codes = np.rint(np.asarray(values, np.float32) / np.float32(self.scale)) + self.zero_point
-        return np.clip(codes, 0, LEVELS).astype(np.uint16)
+        limits = np.iinfo(self.dtype)
+        return np.clip(codes, limits.min, limits.max).astype(self.dtype)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         return (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
@@ -99,12 +111,20 @@ def tensor_groups(model: onnx.ModelProto, tied: Mapping[str, str]) -> dict[str, 
 
 
 def encodings_of(
-    model: onnx.ModelProto, ranges: Mapping[str, Range], tied: Mapping[str, str] | None = None
+    model: onnx.ModelProto,
+    ranges: Mapping[str, Range],
+    tied: Mapping[str, str] | None = None,
+    *,
+    cache_bits: int = 16,
 ) -> dict[str, Encoding]:
     """The encoding of every activation; `ValueError` if one was never measured.
 
-    `tied` names pairs that must agree besides: the caches that go in and come out.
+    Args:
+        tied: pairs that must agree besides: the caches that go in and come out.
+        cache_bits: 16, or 8 for half the cache: of keys and values, the second factors of attention's products.
     """
+    if cache_bits not in CACHE_DTYPES:
+        raise ValueError(f"`cache_bits` is {cache_bits!r}: expected 16 or 8.")
     groups = tensor_groups(model, tied or {})
     if missing := [name for name in groups if name not in ranges]:
         raise ValueError(
@@ -121,7 +141,27 @@ def encodings_of(
     for name, root in groups.items():
         together[root] = union(together[root], ranges[name]) if root in together else ranges[name]
     together.update(fixed)
-    return {name: Encoding.of(together[root]) for name, root in groups.items()}
+    factors = _second_factors(model)
+    dtype = CACHE_DTYPES[cache_bits]
+    return {name: Encoding.of(together[root], dtype if name in factors else "uint16") for name, root in groups.items()}
+
+
+def _second_factors(model: onnx.ModelProto) -> set[str]:
+    """What is second in a product of two activations, and what that is joined from: keys and values, the cache too.
+
+    Given unsigned 16-bit codes there, the compiler would round them to 8 bits by itself, without a word. Signed
+    symmetric ones of 16 bits, or unsigned ones of 8, it multiplies as they are.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    waiting = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        if name in producers and producers[name].op_type == "Concat":
+            waiting += producers[name].input
+    return found
 
 
 def quantize_graph(
@@ -144,7 +184,7 @@ def quantize_graph(
 
 class _Quantizer:
     def __init__(self, model, encodings, bits_of, rounding, weights_as_inputs):
-        self.source, self.encodings = model.graph, encodings
+        self.source, self.encodings = model.graph, dict(encodings)
         self.bits_of, self.rounding, self.weights_as_inputs = bits_of, rounding, weights_as_inputs
         self.model = onnx.ModelProto(ir_version=model.ir_version, producer_name="genieblue")
         self.model.opset_import.extend(model.opset_import)
@@ -158,7 +198,7 @@ class _Quantizer:
         outputs = {value.name for value in self.source.output}
         for value in self.source.input:
             dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            self.graph.input.append(helper.make_tensor_value_info(value.name, TensorProto.UINT16, dims))
+            self.graph.input.append(helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims))
             self._decode_activation(value.name, value.name)
         for node in self.source.node:
             inputs = [self._input(node, place) for place in range(len(node.input))]
@@ -167,12 +207,10 @@ class _Quantizer:
             copied.input[:] = inputs
             copied.output[:] = [f"{name}/float" for name in node.output]
             for name in node.output:
-                codes = name if name in outputs else f"{name}/codes"
-                self._append("QuantizeLinear", [f"{name}/float", *self._encoding_of(name)], codes)
-                self._decode_activation(name, codes)
+                self._encode_result(node, name, name if name in outputs else f"{name}/codes")
         for value in self.source.output:
             dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            self.graph.output.append(helper.make_tensor_value_info(value.name, TensorProto.UINT16, dims))
+            self.graph.output.append(helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims))
         self._drop_unused_decoders()
         onnx.checker.check_model(self.model)
         return self.model, self.codes
@@ -189,13 +227,29 @@ class _Quantizer:
         key = f"{name}/scale"
         if key not in self.decoded:
             self._constant(key, np.float32(encoding.scale))
-            self._constant(f"{name}/zero_point", np.uint16(encoding.zero_point))
+            self._constant(f"{name}/zero_point", encoding.zero)
             self.decoded[key] = key
         return [key, f"{name}/zero_point"]
 
     def _decode_activation(self, name: str, codes: str) -> None:
         self.decoded[name] = f"{name}/decoded"
         self._append("DequantizeLinear", [codes, *self._encoding_of(name)], f"{name}/decoded")
+
+    def _encode_result(self, node: onnx.NodeProto, name: str, codes: str) -> None:
+        encoding = self.encodings[name]
+        joins = node.op_type == "Concat" and all(self.encodings[part].dtype == encoding.dtype for part in node.input)
+        value = f"{name}/float"
+        if encoding.dtype != "uint16" and not joins:
+            # Operators compute in 16 bits; a conversion of its own makes 8 of them.
+            wide = f"{name}/wide"
+            limits = np.iinfo(encoding.dtype)
+            ends = [(limit - encoding.zero_point) * encoding.scale for limit in (limits.min, limits.max)]
+            self.encodings[wide] = Encoding.of((ends[0], ends[1]))
+            self._append("QuantizeLinear", [value, *self._encoding_of(wide)], f"{wide}/codes")
+            self._append("DequantizeLinear", [f"{wide}/codes", *self._encoding_of(wide)], f"{wide}/decoded")
+            value = f"{wide}/decoded"
+        self._append("QuantizeLinear", [value, *self._encoding_of(name)], codes)
+        self._decode_activation(name, codes)
 
     def _input(self, node: onnx.NodeProto, place: int) -> str:
         name = node.input[place]
@@ -237,7 +291,7 @@ class _Quantizer:
         encoding = Encoding.of((float(values.min()), float(values.max())))
         self._constant(f"{name}/codes", encoding.encode(values))
         self._constant(f"{name}/scale", np.float32(encoding.scale))
-        self._constant(f"{name}/zero_point", np.uint16(encoding.zero_point))
+        self._constant(f"{name}/zero_point", encoding.zero)
         self.decoded[name] = f"{name}/decoded"
         inputs = [f"{name}/codes", f"{name}/scale", f"{name}/zero_point"]
         self._append("DequantizeLinear", inputs, f"{name}/decoded")
