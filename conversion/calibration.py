@@ -269,7 +269,7 @@ class _HessianCollector:
         return {name: made[tuple(groups[name])] for name in self._linears if name in groups}
 
     def _read(self, name: str, values: torch.Tensor) -> None:
-        if self._latest is None or self._latest[0] is not values or name in self._readers:
+        if self._latest is None or self._latest[0] is not values:
             self._close_group()
             self._latest = (values, self.kept_positions)
         self._readers.append(name)
