@@ -290,6 +290,24 @@ def test_linears_that_share_their_input_only_sometimes():
     torch.testing.assert_close(found[0, "second"], 2 * second.T @ second / 10)
 
 
+def test_blocks_that_are_called_with_keywords_alone():
+    class Keywords(Chain):
+        def forward(self, hidden_states):
+            for block in self.blocks:
+                hidden_states = block(hidden_states=hidden_states)
+            return hidden_states
+
+    model = Keywords([TwoPaths(), TwoPaths()])
+    rows = torch.randn(5, 4)
+    assert torch.equal(walk_blocks(model, [{"hidden_states": rows}], "blocks", nothing)[0], model(rows))
+
+
+def test_linears_that_read_padding_alone_have_no_hessian():
+    padding = {"input_ids": prompt(8), "attention_mask": torch.zeros(1, 8, dtype=torch.int64)}
+    found, _ = walk_and_collect(tiny_base("llama"), [padding], "model.layers")
+    assert found == {}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
