@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
@@ -247,6 +247,11 @@ def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
             f"Image file '{source[:200]}' does not exist; expected a path, an http(s) address or a data:image/ string."
         ) from error
     except Exception as error:  # Pillow's readers raise nearly anything for a damaged file.
+        if source.startswith(("http://", "https://")) and not isinstance(error, UnidentifiedImageError):
+            raise OSError(
+                f"{source[:200]} could not be fetched ({type(error).__name__}: {error}): check the address and the "
+                "network, or give a file."
+            ) from error
         raise _unreadable(source, error) from error
 
 

@@ -459,7 +459,8 @@ def test_an_address_is_loaded_by_transformers(monkeypatch):
         raise ConnectionError("refused")
 
     monkeypatch.setattr(module, "load_image", fail)
-    assert "https://a/c cannot be read" in refused("https://a/c", OSError)
+    message = refused("https://a/c", OSError)
+    assert "https://a/c could not be fetched (ConnectionError: refused)" in message and "damaged" not in message
 
 
 def test_the_bytes_of_a_file_are_an_image(tmp_path):
