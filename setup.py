@@ -3,8 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "train": ["datasets>=5.0", "accelerate>=1.15"],
-    "demo": ["scikit-learn>=1.9", "scipy>=1.17"],
+    "train": ["datasets>=5.0", "accelerate>=1.15", "filelock>=3.20"],
+    "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
     "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7"],
     "dev": ["pytest>=9.0", "ruff>=0.17"],
@@ -26,7 +26,8 @@ setup(
     package_data={"hub_cards": ["*.md"]},
     install_requires=[
         "torch>=2.13",
-        "transformers>=5.23,<6",
+        # Training, saving and processing build on methods of Trainer and ProcessorMixin that are not public.
+        "transformers>=5.23,<5.24",
         "peft>=0.21,<0.22",
         "huggingface-hub>=2.4,<3",
         "safetensors>=0.8",
