@@ -374,15 +374,21 @@ def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> di
         environment = {**os.environ, "HF_MODULES_CACHE": os.path.join(folder, "modules")}
         if isinstance(token, str):
             environment["HF_TOKEN"] = token
-        process = subprocess.run(
-            [sys.executable, "-P", answer_in_clean_process.__file__],
-            input=json.dumps(settings),
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=CLEAN_PROCESS_SECONDS,
-        )
+        try:
+            process = subprocess.run(
+                [sys.executable, "-P", answer_in_clean_process.__file__],
+                input=json.dumps(settings),
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=CLEAN_PROCESS_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CheckFailed(
+                f"a clean process had not answered after {CLEAN_PROCESS_SECONDS} seconds and was ended: a code file "
+                "of the repository may hang"
+            ) from error
     if process.returncode != 0:
         raise CheckFailed(f"a clean process failed with exit code {process.returncode}: {_last_error(process.stderr)}")
     return json.loads(process.stdout.strip().splitlines()[-1])

@@ -311,6 +311,15 @@ def test_code_that_does_not_load_by_itself_is_found(folder, run, case):
     assert message in details
 
 
+def test_code_that_hangs_is_ended_and_told(folder, run, monkeypatch):
+    path = folder / "modeling_genieblue.py"
+    path.write_text("import time\ntime.sleep(600)\n" + path.read_text())
+    monkeypatch.setattr(verify, "CLEAN_PROCESS_SECONDS", 1)
+    failed, details = run(folder, "remote_code")
+    assert failed == ["remote_code"]
+    assert details.startswith("a clean process had not answered after 1 seconds")
+
+
 def test_code_of_a_base_does_not_run_unless_it_is_allowed(tmp_path):
     folder = save_tiny_pair(tmp_path, "bluelm")
     ran = tmp_path / "ran"
