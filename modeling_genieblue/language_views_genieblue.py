@@ -122,7 +122,13 @@ def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module
         blocks[index] = _meta_skeleton(block)
     lora_config = copy.deepcopy(lora_config)
     lora_config._register_custom_module({nn.Linear: SharedInputLoraLinear})
-    inject_adapter_in_model(lora_config, view, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    try:
+        inject_adapter_in_model(lora_config, view, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    except (AttributeError, ValueError) as error:
+        raise _unsupported(base, f"PEFT refuses its blocks, {str(error).split('. ')[0]}") from error
+    copied = tuple(f"{path}.{index}." for index in replicated)
+    if any(name.startswith(copied) and isinstance(module, BaseTunerLayer) for name, module in view.named_modules()):
+        raise _unsupported(base, "lists within its blocks are taken for the blocks themselves")
     for index, block in shared.items():
         wrapper = blocks[index]
         if not isinstance(wrapper, ModulesToSaveWrapper):
@@ -131,6 +137,13 @@ def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module
     base.requires_grad_(False)
     connect_down_projections(view)
     return view
+
+
+def _unsupported(base: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(base).__name__} is no decoder that GenieBlue can adapt: {reason}. Expected a Llama-style decoder, "
+        "whose blocks are attention and an MLP of `nn.Linear` layers."
+    )
 
 
 def _meta_skeleton(block: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from tiny_genieblue import IMAGE, IMAGE_ID, change_adapter, prompt, row, save_tiny_pair, tiles, tiny_genieblue
 from tiny_models import PROMISED_FAMILIES, save_tiny_base, tiny_base
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters
@@ -302,3 +302,19 @@ def test_two_models_share_one_base(tmp_path):
     second = change_adapter(tiny_genieblue(base=base), seed=99)
     assert not torch.equal(first(REQUEST, pixel_values=PIXELS).logits, second(REQUEST, pixel_values=PIXELS).logits)
     assert torch.equal(first(prompt()).logits, second(prompt()).logits)
+
+
+UNSUPPORTED = {
+    "mamba": {"state_size": 4},
+    "afmoe": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48,
+              "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_dense_layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_base_of_another_build_is_refused_by_its_class(family):
+    shape = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4, **UNSUPPORTED[family]}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+    with pytest.raises(ValueError, match=f"(?i){family}ForCausalLM is no decoder that GenieBlue can adapt") as error:
+        tiny_genieblue(base=base)
+    assert "target_modules" not in str(error.value)
