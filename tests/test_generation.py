@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from tiny_genieblue import IMAGE, IMAGE_ID, left_pad, row, tiles, tiny_genieblue
+from tiny_genieblue import (
+    IMAGE,
+    IMAGE_ID,
+    greedy,
+    left_pad,
+    new_tokens,
+    reference_generate,
+    row,
+    tiles,
+    tiny_genieblue,
+)
 from tiny_models import tiny_base
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -14,25 +24,6 @@ telling_family = pytest.mark.parametrize(
 TEXT = row(5, 17, 30, 9, 77)
 IMAGES = [row(5, IMAGE, 9, 40, 41), row(60, 61, IMAGE, 44, IMAGE, 8)]
 PIXELS = tiles(3)
-
-
-def greedy(model, ids, **kwargs):
-    options = {"do_sample": False, "max_new_tokens": 7, "pad_token_id": 0, **kwargs}
-    return model.generate(ids, **options)
-
-
-def new_tokens(model, ids, **kwargs):
-    return greedy(model, ids, **kwargs)[:, ids.shape[1] :].tolist()
-
-
-def reference_generate(model, ids, pixel_values, steps=7):
-    """Greedy ids of one row from whole passes without any cache."""
-    for _ in range(steps):
-        logits = model(ids, pixel_values=pixel_values, use_cache=False, view="multimodal").logits[:, -1]
-        ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
-        if ids[0, -1] == model.generation_config.eos_token_id:
-            break
-    return ids
 
 
 @telling_family

@@ -3,7 +3,18 @@
 
 import pytest
 import torch
-from tiny_genieblue import IMAGE, IMAGE_ID, left_pad, prompt, row, tiles, tiny_genieblue
+from tiny_genieblue import (
+    IMAGE,
+    IMAGE_ID,
+    greedy,
+    left_pad,
+    new_tokens,
+    prompt,
+    reference_generate,
+    row,
+    tiles,
+    tiny_genieblue,
+)
 from tiny_models import tiny_base
 from transformers import DynamicCache
 
@@ -20,25 +31,6 @@ PIXELS = tiles(3)
 
 def close(one, other):
     torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
-
-
-def greedy(model, ids, **kwargs):
-    options = {"do_sample": False, "max_new_tokens": 7, "pad_token_id": 0, **kwargs}
-    return model.generate(ids, **options)
-
-
-def new_tokens(model, ids, **kwargs):
-    return greedy(model, ids, **kwargs)[:, ids.shape[1] :].tolist()
-
-
-def reference_generate(model, ids, pixel_values, steps=7):
-    """Greedy ids of one row from whole passes without any cache."""
-    for _ in range(steps):
-        logits = model(ids, pixel_values=pixel_values, use_cache=False, view="multimodal").logits[:, -1]
-        ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
-        if ids[0, -1] == model.generation_config.eos_token_id:
-            break
-    return ids
 
 
 # Routing

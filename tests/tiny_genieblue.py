@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import SEED, VOCABULARY, save_tiny_base, tiny_base, tiny_vision_tower
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -43,6 +44,13 @@ def save_tiny_pair(folder: Path, family: str = "llama", *, dtype: torch.dtype = 
     return folder / "genieblue"
 
 
+def train_a_little(folder: Path) -> None:
+    """Adds a little to LoRA B on disk, which is zero in a model that was never trained and may not be published."""
+    path = folder / "language_adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: value + 1e-3 * (".lora_B." in name) for name, value in tensors.items()}, path, {"format": "pt"})
+
+
 def prompt(length: int = 8, batch: int = 1, seed: int = 3) -> torch.Tensor:
     """Random ids of words, (batch, length)."""
     return torch.randint(7, 120, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -68,3 +76,24 @@ def left_pad(rows: Sequence[torch.Tensor], pad_id: int = 0) -> dict[str, torch.T
     padded = [torch.nn.functional.pad(ids, (length - ids.shape[1], 0), value=pad_id) for ids in rows]
     masks = [torch.nn.functional.pad(torch.ones_like(ids), (length - ids.shape[1], 0)) for ids in rows]
     return {"input_ids": torch.cat(padded), "attention_mask": torch.cat(masks)}
+
+
+def greedy(model, ids, **kwargs):
+    """Ids of the likeliest continuation, seven tokens of it, behind the prompt."""
+    options = {"do_sample": False, "max_new_tokens": 7, "pad_token_id": 0, **kwargs}
+    return model.generate(ids, **options)
+
+
+def new_tokens(model, ids, **kwargs):
+    """What `greedy` adds to the prompt, as lists."""
+    return greedy(model, ids, **kwargs)[:, ids.shape[1] :].tolist()
+
+
+def reference_generate(model, ids, pixel_values, steps=7):
+    """Greedy ids of one row from whole passes without any cache."""
+    for _ in range(steps):
+        logits = model(ids, pixel_values=pixel_values, use_cache=False, view="multimodal").logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+        if ids[0, -1] == model.generation_config.eos_token_id:
+            break
+    return ids
