@@ -13,6 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+QUANTIZED_ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/quantized_adapter.safetensors"
+QMAPS = ("quanto_qmap.json", f"{ADAPTER_FOLDER}/quanto_qmap.json")
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 OUR_MODULES = ("vision_tower", "multi_modal_projector")  # the language parts lie in the adapter
@@ -109,6 +111,37 @@ def read_tensor_sizes(path: Path) -> dict[str, PartSize]:
     return sizes
 
 
+def are_zero(path: Path, names: list[str]) -> bool:
+    """Whether these tensors of a safetensors file consist of zeros alone."""
+    tensors = parse_local_safetensors_file_metadata(path).tensors
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+        for start, end in (tensors[name].data_offsets for name in names):
+            file.seek(data + start)
+            if file.read(end - start).strip(b"\0"):
+                return False
+    return True
+
+
+def adapter_weights(config: dict[str, Any]) -> str:
+    """Path in the folder of the adapter's weights: quantized ones have a name that stock PEFT does not take."""
+    return ADAPTER_WEIGHTS if config.get("quantization") is None else QUANTIZED_ADAPTER_WEIGHTS
+
+
+def parameter_sizes(path: Path) -> dict[str, PartSize]:
+    """As `read_tensor_sizes`, but in parameters of the model: see `as_parameters`."""
+    return {name: as_parameters(name, size) for name, size in read_tensor_sizes(path).items()}
+
+
+def as_parameters(name: str, size: PartSize) -> PartSize:
+    """Size of a stored tensor in parameters of the model: two to a byte in 4 bits, none for scales and zero points."""
+    if name.endswith("._data._data"):
+        return PartSize(2 * size.parameters, size.bytes)
+    if name.endswith(("._scale", "._shift", ".input_scale", ".output_scale")):
+        return PartSize(0, size.bytes)
+    return size
+
+
 def count_parts(folder: Path) -> dict[str, PartSize]:
     """Parameters and bytes of each part that lies in the folder; the base's weights do not.
 
@@ -116,9 +149,9 @@ def count_parts(folder: Path) -> dict[str, PartSize]:
     """
     parts: dict[str, PartSize] = {}
     for file in weight_files(folder):
-        for name, size in read_tensor_sizes(folder / file).items():
+        for name, size in parameter_sizes(folder / file).items():
             _add(parts, name.split(".", 1)[0], size)
-    for name, size in read_tensor_sizes(folder / ADAPTER_WEIGHTS).items():
+    for name, size in parameter_sizes(folder / adapter_weights(read_model_config(folder))).items():
         _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
     return parts
 

@@ -21,11 +21,13 @@ from hub_cards.model_card import (
 from hub_cards.model_folder import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
-    ADAPTER_WEIGHTS,
     COMMIT_SHA,
     OUR_MODULES,
+    QMAPS,
     WEIGHTS,
     WEIGHTS_INDEX,
+    adapter_weights,
+    are_zero,
     is_hub_id,
     read_json,
     read_model_config,
@@ -149,14 +151,20 @@ def find_problems(folder: str | Path) -> list[str]:
 def files_to_publish(folder: str | Path) -> list[str]:
     """Paths, relative to the folder, that belong to its GenieBlue; what is left out is logged."""
     folder = Path(folder)
-    chosen = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *weight_files(folder), *_code_files(folder)}
+    config = read_model_config(folder)
+    chosen = {ADAPTER_CONFIG, adapter_weights(config), *weight_files(folder), *_code_files(folder)}
+    if config.get("quantization") is not None:
+        chosen |= set(QMAPS)
+    inner_base = config.get("base_model_name_or_path") or ""
+    if inner_base.startswith("./"):
+        chosen |= {f"{inner_base[2:]}/{path.name}" for path in (folder / inner_base).iterdir() if path.is_file()}
     if WEIGHTS not in chosen:
         chosen.add(WEIGHTS_INDEX)
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     chosen |= {name for name in names if _matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
-    left_out = sorted(set(names) - chosen - {ADAPTER_FOLDER, "__pycache__"})
+    left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
     if left_out:
         logger.warning("Not published, as no part of a GenieBlue: %s", ", ".join(left_out))
     return sorted(chosen)
@@ -214,7 +222,8 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         )
     try:
         adapter = read_json(folder / ADAPTER_CONFIG)
-        tensors = read_tensor_sizes(folder / ADAPTER_WEIGHTS)
+        weights = adapter_weights(config)
+        tensors = read_tensor_sizes(folder / weights)
     except (OSError, ValueError) as error:
         yield f"The language adapter is not complete: {error}"
         return
@@ -225,7 +234,13 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
                 "they must name the same base; save the model again."
             )
     if not tensors:
-        yield f"{ADAPTER_WEIGHTS} holds no tensor: save the model again."
+        yield f"{weights} holds no tensor: save the model again."
+    lora_b = [name for name in tensors if ".lora_B." in name]
+    if lora_b and are_zero(folder / weights, lora_b):
+        yield (
+            "Nothing has been trained in the language model (all of LoRA B is zero), so the copied blocks are the "
+            "base's own weights, which are not published: train stage 2 first (`genieblue train --stage 2`)."
+        )
 
 
 def _code_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:

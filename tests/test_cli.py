@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_genieblue import save_tiny_pair
+from tiny_genieblue import save_tiny_pair, train_a_little
 from tiny_models import save_tiny_base, tiny_vision_tower
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
@@ -329,6 +329,7 @@ def test_no_network_is_told(no_network):
 def test_push_publishes_and_prints_the_address(hub, work, tmp_path):
     hub.commit_folder("maker/base", work / "base")
     run("init", "--base", "maker/base", "--vision", "vision", "--out", "reader")
+    train_a_little(work / "reader")
     result = run("push", "reader", "you/reader", "--private")
     assert len(hub.commits("you/reader")) == 1
     assert result.stdout.strip().startswith(hub.endpoint)
@@ -338,6 +339,7 @@ def test_push_publishes_and_prints_the_address(hub, work, tmp_path):
 def test_push_tells_how_to_log_in(hub, work, monkeypatch):
     hub.commit_folder("maker/base", work / "base")
     run("init", "--base", "maker/base", "--vision", "vision", "--out", "reader")
+    train_a_little(work / "reader")
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in error_of("push", "reader", "you/reader")
     monkeypatch.setattr("socket.socket.connect", lambda *_args: (_ for _ in ()).throw(ConnectionRefusedError("no")))

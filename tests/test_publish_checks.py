@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from handmade_folder import change_json, write_handmade_folder, write_json
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from hub_cards import publish
 from hub_cards.publish import files_to_publish, find_problems, publish_folder
@@ -161,6 +161,14 @@ def test_an_adapter_for_another_base_than_the_config_names_is_refused(folder, ch
     change_json(folder / "language_adapter/adapter_config.json", **change)
     with pytest.raises(ValueError, match="must name the same base"):
         publish_folder(folder, "you/reader")
+
+
+def test_an_adapter_that_was_never_trained_is_refused(folder):
+    path = folder / "language_adapter/adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    for value, refused in ((0, True), (1e-3, False)):
+        save_file({**load_file(path), name: np.full((4, 2), value, np.float32)}, path)
+        assert any("Nothing has been trained" in problem for problem in find_problems(folder)) == refused
 
 
 def test_weights_of_the_base_are_refused(folder):
