@@ -94,12 +94,9 @@ class LayerPlan:
         self.kept[name] = f"16 bits: {reasons[-1]}"
 
 
-def plain_linears(tree: nn.Module, owner: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linears of `tree` that do what `nn.Linear` does: a kind that `owner`'s own code defines may not."""
-    for name, module in tree.named_modules():
-        is_own_kind = type(module).__module__ == type(owner).__module__
-        if isinstance(module, nn.Linear) and not is_own_kind and type(module).forward is nn.Linear.forward:
-            yield name, module
+def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linears of `tree` that are no more than that: a subclass (a router, attention's own) may be used otherwise."""
+    return ((name, module) for name, module in tree.named_modules() if type(module) is nn.Linear)
 
 
 def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
@@ -109,7 +106,7 @@ def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
     """
     plan = LayerPlan()
     path, blocks = find_blocks(base)
-    for name, linear in plain_linears(blocks, base):
+    for name, linear in plain_linears(blocks):
         plan.add(f"{path}.{name}", tuple(linear.weight.shape), recipe.llm)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     names = {id(module): name for name, module in base.named_modules()}
@@ -130,7 +127,7 @@ def plan_own_parts(model: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
     for part in ("vision_tower", "multi_modal_projector"):
         precision = getattr(recipe, part)
         tree = getattr(model, part)
-        for name, linear in plain_linears(tree, model):
+        for name, linear in plain_linears(tree):
             plan.add(f"{part}.{name}", tuple(linear.weight.shape), precision)
         if precision != "w16a16":
             convolutions = [name for name, module in tree.named_modules() if isinstance(module, nn.Conv2d)]

@@ -9,7 +9,15 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, SafetensorsParsingError
 
-from hub_cards.model_folder import ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, PartSize, read_json, read_tensor_sizes
+from hub_cards.model_folder import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    PartSize,
+    adapter_weights,
+    as_parameters,
+    parameter_sizes,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +68,7 @@ def model_info(
     for file in files.weight_files():
         for name, size in files.tensor_sizes(file).items():
             _add(parts, name.split(".", 1)[0], size)
-    for name, size in files.tensor_sizes(ADAPTER_WEIGHTS).items():
+    for name, size in files.tensor_sizes(adapter_weights(config)).items():
         _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
     parts[LANGUAGE_MODEL] = _base_size(files, config, None if base is None else os.fspath(base))
     return ModelInfo(config, parts)
@@ -88,6 +96,10 @@ def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> Par
 def _add(parts: dict[str, PartSize | None], part: str, size: PartSize) -> None:
     so_far = parts.get(part) or PartSize(0, 0)
     parts[part] = PartSize(so_far.parameters + size.parameters, so_far.bytes + size.bytes)
+
+
+def _stored_size(tensor: Any) -> PartSize:
+    return PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
 
 
 class _Files:
@@ -125,7 +137,7 @@ class _Files:
         """Size of each tensor in a safetensors file, from its header; `OSError` if it is missing or damaged."""
         path = self.find(file) if self.folder is not None else self.find(file, local_files_only=True)
         if path is not None:
-            return read_tensor_sizes(path)
+            return parameter_sizes(path)
         if self.folder is not None:
             raise FileNotFoundError(f"{self.folder} has no {file}: save or download the model again.")
         try:
@@ -134,7 +146,7 @@ class _Files:
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
         return {
-            name: PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
+            name: as_parameters(name, _stored_size(tensor))
             for name, tensor in metadata.tensors.items()
         }
 

@@ -75,6 +75,16 @@ class ModelCardInfo:
 
 def render_model_card(info: ModelCardInfo) -> str:
     """Markdown of the card: YAML front matter for the Hub, then the body."""
+    body = card_environment().get_template("model_card_template.md").render(
+        info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB
+    )
+    body = re.sub(r"\n{3,}", "\n\n", body).strip()  # sections that are left out leave empty lines behind
+    text = f"---\n{_metadata(info).to_yaml()}\n---\n\n{body}\n"
+    return f"{text}\n<!-- genieblue card, as generated: {_digest(text)} -->\n"
+
+
+def card_environment() -> Environment:
+    """Jinja with the templates of this folder and the filters that they use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -88,12 +98,13 @@ def render_model_card(info: ModelCardInfo) -> str:
         "short_count": _short_count,
         "short_bytes": _short_bytes,
     }
-    body = environment.get_template("model_card_template.md").render(
-        info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB
-    )
-    body = re.sub(r"\n{3,}", "\n\n", body).strip()  # sections that are left out leave empty lines behind
-    text = f"---\n{_metadata(info).to_yaml()}\n---\n\n{body}\n"
-    return f"{text}\n<!-- genieblue card, as generated: {_digest(text)} -->\n"
+    return environment
+
+
+def base_facts(base: str, revision: str | None) -> tuple[License | None, list[str]]:
+    """Licence and languages of a base on the Hub, as far as the Hub can be asked."""
+    metadata = _hub_metadata(base, revision)
+    return _license(metadata, f"{HUB}/{base}/blob/{revision or 'main'}"), _as_list(metadata.get("language"))
 
 
 def is_as_generated(card: str) -> bool:

@@ -11,8 +11,9 @@ from transformers import (
 
 from .configuration_genieblue import GenieBlueConfig
 from .image_processing_genieblue import GenieBlueImageProcessor
-from .modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueMultiModalProjector
+from .modeling_genieblue import GenieBlueForConditionalGeneration
 from .processing_genieblue import GenieBlueProcessor
+from .projector_genieblue import GenieBlueMultiModalProjector
 
 AutoConfig.register("genieblue", GenieBlueConfig, exist_ok=True)
 AutoImageProcessor.register(GenieBlueConfig, GenieBlueImageProcessor, exist_ok=True)

@@ -27,6 +27,7 @@ from .language_views_genieblue import (
     make_lora_config,
 )
 from .loading_genieblue import ACCESS_KEYS, LoadRequest, is_inner_folder
+from .projector_genieblue import GenieBlueMultiModalProjector
 from .quantization_genieblue import PrecisionGuard
 from .quantized_parts_genieblue import (
     load_quantized_adapter,
@@ -39,6 +40,7 @@ from .requests_genieblue import (
     TEXT,
     as_mixed_cache,
     check_tile_count,
+    check_tiles,
     choose_views,
     mark_given_cache,
     mark_returned_cache,
@@ -48,33 +50,6 @@ from .requests_genieblue import (
 from .saving_genieblue import push_model, save_model
 
 logger = logging.getLogger(__name__)
-
-
-class GenieBlueMultiModalProjector(nn.Module):
-    """Patch features → language embeddings: 2×2 neighbours concatenated, LayerNorm → Linear → GELU → Linear."""
-
-    def __init__(self, config: GenieBlueConfig):
-        super().__init__()
-        self.downsample_factor = config.downsample_factor
-        concatenated_size = config.vision_config.hidden_size * config.downsample_factor**2
-        hidden_size = config.text_config.hidden_size
-        self.norm = nn.LayerNorm(concatenated_size)
-        self.linear_1 = nn.Linear(concatenated_size, hidden_size)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """(num_tiles, side², vision_hidden_size) → (num_tiles, image_seq_length, hidden_size)."""
-        num_tiles, num_patches, channels = patch_features.shape
-        side = int(num_patches**0.5)
-        factor = self.downsample_factor
-        grid = patch_features.view(num_tiles, side, side, channels)
-        padding = -side % factor  # an odd grid (27) gets a row and a column of zeros (28)
-        grid = nn.functional.pad(grid, (0, 0, 0, padding, 0, padding))
-        side = (side + padding) // factor
-        grid = grid.view(num_tiles, side, factor, side, factor, channels).transpose(2, 3)
-        concatenated = grid.reshape(num_tiles, side * side, factor * factor * channels)
-        return self.linear_2(self.act(self.linear_1(self.norm(concatenated))))
 
 
 class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBlueGenerationMixin):
@@ -314,31 +289,10 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         is_image = input_ids == self.config.image_token_id
         # The id of an image token has no row in the base's embedding: look any other one up in its place.
         inputs_embeds = self._embed_text(input_ids.masked_fill(is_image, 0))
-        num_image_tokens = int(is_image.sum())
+        vision_config = self.config.vision_config
+        check_tiles(pixel_values, int(is_image.sum()), vision_config.image_size, self.config.image_seq_length)
         if pixel_values is None:
-            if num_image_tokens:
-                raise ValueError(
-                    f"The request has {num_image_tokens} image tokens but no `pixel_values`: pass all that the "
-                    "processor returned (`model.generate(**inputs)`)."
-                )
             return inputs_embeds
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (num_tiles, channels, height, width)."
-            )
-        side = self.config.vision_config.image_size
-        if pixel_values.shape[2:] != (side, side):
-            raise ValueError(
-                f"`pixel_values` holds tiles of {tuple(pixel_values.shape[2:])} pixels, expected {(side, side)}: use "
-                "the processor that belongs to this model."
-            )
-        expected = pixel_values.shape[0] * self.config.image_seq_length
-        if num_image_tokens != expected:
-            raise ValueError(
-                f"Image tokens and image features do not match: tokens: {num_image_tokens}, features: {expected} "
-                f"({pixel_values.shape[0]} tiles of {self.config.image_seq_length}). Pass the ids and the pixels of "
-                "one call of the processor, uncut."
-            )
         image_features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(mask, image_features)
@@ -480,4 +434,4 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
 
 GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")
 
-__all__ = ["GenieBlueForConditionalGeneration", "GenieBlueMultiModalProjector"]
+__all__ = ["GenieBlueForConditionalGeneration"]

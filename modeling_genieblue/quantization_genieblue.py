@@ -32,6 +32,8 @@ QMAP_NAME = "quanto_qmap.json"
 BITS = {"qint4": 4, "qint8": 8}
 # Rows of codes that torch's 4-bit CPU kernel multiplies: others are expanded at each call.
 KERNEL_GROUPS = (32, 64, 128, 256)
+KERNEL_ALIGNMENT = 32  # bytes, for activations of the 8-bit CPU kernel
+CODE_ALIGNMENT = 16  # bytes, for its codes
 FLOATING = ("BF16", "F16", "F32")  # as safetensors calls them
 
 
@@ -56,10 +58,10 @@ def group_size_of(in_features: int) -> int:
 def reason_against(out_features: int, in_features: int, bits: int) -> str | None:
     """Why a linear of this shape cannot be stored in `bits`, or `None` if it can.
 
-    Both rules come from torch's CPU kernels: the 8-bit one crashes on other shapes, the 4-bit one refuses them.
+    The rules come from torch's CPU kernels: the 8-bit one crashes on other shapes, the 4-bit one refuses them.
     """
     if bits == 8:
-        return None if in_features % 8 == 0 else f"in_features {in_features} is no multiple of 8"
+        return None if in_features % 16 == 0 else f"in_features {in_features} is no multiple of 16"
     if out_features % 16:
         return f"out_features {out_features} is no multiple of 16"
     return None if in_features % 32 == 0 else f"in_features {in_features} is no multiple of 32"
@@ -86,7 +88,7 @@ def stored_tensors(
         scale: (out_features, groups); one group for 8 bits.
         zero_point: uint8 (out_features, groups) for 4 bits, `None` for 8 bits.
     """
-    one = torch.ones((), dtype=scale.dtype)  # quanto keeps scales of activations too, here unused
+    one = torch.ones(())  # quanto keeps scales of activations too, here unused
     tensors = {f"{name}.input_scale": one, f"{name}.output_scale": one.clone()}
     if zero_point is None:
         return {**tensors, f"{name}.weight._data": codes, f"{name}.weight._scale": scale.reshape(-1, 1)}
@@ -126,10 +128,16 @@ class FrozenLinear(QLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` (..., in_features) → (..., out_features)."""
         weight = self.weight
-        plain = input.dtype == torch.bfloat16 and input.device.type == "cpu" and not torch.is_grad_enabled()
-        if not plain or torch.compiler.is_compiling():
-            return functional.linear(input.contiguous(), weight, self.bias)  # the kernels refuse a strided input
-        flat = input.reshape(-1, self.in_features).contiguous()
+        on_cpu_kernels = input.dtype == torch.bfloat16 and input.device.type == "cpu"
+        if not on_cpu_kernels or torch.compiler.is_compiling():
+            return functional.linear(input.contiguous(), weight, self.bias)
+        # The kernels refuse a strided input, and crash on one that lies at an odd place in memory.
+        input = input.contiguous()
+        if input.data_ptr() % KERNEL_ALIGNMENT:
+            input = input.clone()
+        if torch.is_grad_enabled():
+            return functional.linear(input, weight, self.bias)
+        flat = input.view(-1, self.in_features)
         if isinstance(weight, TinyGemmWeightQBitsTensor):
             result = torch._weight_int4pack_mm_for_cpu(
                 flat, weight._data._data, weight._group_size, weight._scale_shift
@@ -197,7 +205,10 @@ def _quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: tuple[int, 
     out_features, in_features = shape
     size, stride = torch.Size(shape), (in_features, 1)
     if kind == "qint8":
-        return WeightQBytesTensor.create(qint8, 0, size, stride, parts["_data"], parts["_scale"])
+        codes = parts["_data"]
+        if codes.data_ptr() % CODE_ALIGNMENT:  # mapped from a file that was not written with care for it
+            codes = codes.clone()
+        return WeightQBytesTensor.create(qint8, 0, size, stride, codes, parts["_scale"])
     scale, shift = parts["_scale"], parts["_shift"]
     group_size = group_size_of(in_features)
     grouped = unpack(parts["_data._data"])

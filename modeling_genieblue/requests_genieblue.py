@@ -109,6 +109,35 @@ def check_tile_count(pixel_values: torch.Tensor | None, num_tiles: torch.Tensor 
         )
 
 
+def check_tiles(
+    pixel_values: torch.Tensor | None, num_image_tokens: int, image_size: int, image_seq_length: int
+) -> None:
+    """`ValueError` unless `pixel_values` holds tiles (num_tiles, channels, image_size, image_size) for all tokens."""
+    if pixel_values is None:
+        if num_image_tokens:
+            raise ValueError(
+                f"The request has {num_image_tokens} image tokens but no `pixel_values`: pass all that the processor "
+                "returned (`model.generate(**inputs)`)."
+            )
+        return
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (num_tiles, channels, height, width)."
+        )
+    if pixel_values.shape[2:] != (image_size, image_size):
+        raise ValueError(
+            f"`pixel_values` holds tiles of {tuple(pixel_values.shape[2:])} pixels, expected "
+            f"{(image_size, image_size)}: use the processor that belongs to this model."
+        )
+    expected = len(pixel_values) * image_seq_length
+    if num_image_tokens != expected:
+        raise ValueError(
+            f"Image tokens and image features do not match: tokens: {num_image_tokens}, features: {expected} "
+            f"({len(pixel_values)} tiles of {image_seq_length}). Pass the ids and the pixels of one call of the "
+            "processor, uncut."
+        )
+
+
 # Arguments with one entry by row; everything else means the same for all rows.
 BATCHED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
 

@@ -1,0 +1,441 @@
+"""A 16-bit GenieBlue in, a quantized one out, on a quantized base that others can use too."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+
+from conversion.calibration import linear_hessians, walk_blocks
+from conversion.precision import LayerPlan, QuantizationRecipe, describe, plan_base, plan_own_parts
+from conversion.quantization_error import ViewLogits, measured_errors, view_logits
+from conversion.quantized_base import (
+    base_folder,
+    new_folder,
+    plain_state,
+    save_aligned,
+    write_json,
+    write_quantized_base,
+)
+from conversion.rounding import round_weight
+from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
+from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
+from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, qmap_content, stored_tensors
+from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
+from modeling_genieblue.quantized_parts_genieblue import QUANTIZED_ADAPTER_NAME, quantized_adapter_entries
+from modeling_genieblue.saving_genieblue import refuse_foreign_folder, save_model
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+VISION_BLOCKS = "encoder.layers"
+
+
+@dataclass(frozen=True)
+class CalibrationSamples:
+    """What `gptq` sees: rows of ids (1, length) for the base, requests with images for what GenieBlue adds."""
+
+    text: list[torch.Tensor] = field(default_factory=list)
+    multimodal: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Where the results lie, what was left in another precision and why, and the error of each view."""
+
+    output: Path
+    base: str
+    other_precision: dict[str, str]
+    errors: dict[str, float]
+
+
+def quantize_genieblue(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    recipe: QuantizationRecipe | None = None,
+    *,
+    base_output: str | os.PathLike | None = None,
+    quantized_base: str | os.PathLike | None = None,
+    self_contained: bool = False,
+    samples: CalibrationSamples | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **load_kwargs: Any,
+) -> QuantizationReport:
+    """Quantizes the GenieBlue `source` into the folder `output`, and its base into a folder of its own.
+
+    Args:
+        source: folder or Hub id of a GenieBlue in 16 or 32 bits; it is only read.
+        base_output: folder of the quantized base; by default `<name of the base>-<precision>` beside `output`.
+        quantized_base: folder or Hub id of a base that was quantized before, to be used again; none is written then.
+        self_contained: the quantized base goes into the sub-folder `base` of `output`.
+        samples: calibration data, which `gptq` needs.
+        load_kwargs: how `source` is loaded (`token`, `revision`, `trust_remote_code`, …).
+
+    Raises `ValueError` or `OSError`, with nothing half-written, for a source that is quantized already, folders that
+    are taken, a recipe that does not fit, and too few samples.
+    """
+    recipe, samples, progress = recipe or QuantizationRecipe(), samples or CalibrationSamples(), progress or _silent
+    output = Path(os.path.realpath(output))
+    _refuse_request(recipe, output, base_output, quantized_base, self_contained, samples, overwrite)
+    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    if model.config.quantization is not None:
+        raise ValueError(
+            f"{source} is quantized already ({model.config.quantization['llm']}): give the 16-bit GenieBlue it was "
+            "made from."
+        )
+    if model.config.base_model_name_or_path is None:
+        raise ValueError(f"{source} names no base, whose configuration and tokenizer are needed: save it with one.")
+    rounder = _Rounder(recipe, samples, progress)
+    plans = [plan_own_parts(model, recipe), plan_base(model.language_model, recipe)]
+    before = view_logits(model)
+    target_base = _base_target(model, recipe, output, base_output, self_contained)
+    with tempfile.TemporaryDirectory(dir=_parent(output), prefix=f".{output.name}.quantizing-") as workplace:
+        workplace = Path(workplace)
+        files = _round_own_parts(model, plans[0], rounder, workplace)
+        base_files = _quantize_base(model, recipe, plans, rounder, target_base, quantized_base, overwrite)
+        files |= _round_adapter(model, recipe, plans[0], rounder, workplace) | base_files
+        model._quantized_files = files
+        model.config.quantization = describe(recipe, plans) | {"source": _origin(model, source, output)}
+        return _save(model, recipe, workplace, output, before, load_kwargs)
+
+
+def _refuse_request(
+    recipe: QuantizationRecipe,
+    output: Path,
+    base_output: Any,
+    quantized_base: Any,
+    self_contained: bool,
+    samples: CalibrationSamples,
+    overwrite: bool,
+) -> None:
+    given = [
+        name
+        for name, value in (
+            ("base_output", base_output), ("quantized_base", quantized_base), ("self_contained", self_contained)
+        )
+        if value
+    ]  # fmt: skip
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} say different things about where the quantized base is: give one.")
+    if output.exists():
+        if not overwrite:
+            raise OSError(f"{output} exists already: give a new folder, or allow it to be replaced (--overwrite).")
+        refuse_foreign_folder(output)
+    if recipe.rounding == "gptq" and not samples.text and not quantized_base and recipe.changes_base:
+        raise ValueError("gptq needs calibration samples of text for the base: give some, or round with hqq or rtn.")
+
+
+def _base_target(
+    model: Any, recipe: QuantizationRecipe, output: Path, base_output: Any, self_contained: bool
+) -> Path | None:
+    """Folder for the quantized base; `None` for one inside of the GenieBlue."""
+    if self_contained:
+        return None
+    if base_output is not None:
+        return Path(os.path.realpath(base_output))
+    name = os.path.basename(os.path.normpath(model.config.base_model_name_or_path))
+    return output.with_name(f"{name}-{recipe.llm}")
+
+
+def _parent(folder: Path) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.parent
+
+
+def _origin(model: Any, source: Any, output: Path) -> dict[str, Any]:
+    """Where the unquantized GenieBlue is, for a reader and for `verify`."""
+    if os.path.isdir(source):
+        return {"name": os.path.relpath(os.path.realpath(source), output), "revision": None}
+    return {"name": str(source), "revision": model._source.hub_kwargs.get("revision")}
+
+
+class _Rounder:
+    """Rounds linears one by one, and puts the rounded values in their place, for what comes after them to see."""
+
+    def __init__(self, recipe: QuantizationRecipe, samples: CalibrationSamples, progress: Progress):
+        self.recipe, self.samples, self.progress = recipe, samples, progress
+        self.uses_samples = recipe.rounding == "gptq"
+
+    @torch.no_grad()
+    def round(self, weight: torch.Tensor, kind: str, hessian: torch.Tensor | None = None) -> dict[str, Any]:
+        """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which takes the rounded values."""
+        bits = BITS[kind]
+        method = self.recipe.rounding
+        if (method == "gptq" and hessian is None) or (method == "hqq" and bits == 8):
+            method = "rtn" if bits == 8 else "hqq"
+        group_size = weight.shape[1] if bits == 8 else group_size_of(weight.shape[1])
+        rounded = round_weight(weight, bits, group_size, method=method, dtype=self.recipe.dtype, hessian=hessian)
+        weight.copy_(rounded.dequantize())
+        return {
+            "codes": rounded.codes.cpu(),
+            "scale": rounded.scale.cpu(),
+            "zero_point": None if rounded.zero_point is None else rounded.zero_point.cpu(),
+        }
+
+    def round_blocks(
+        self, tree: nn.Module, path: str, kinds: dict[str, str], batches: list[dict], title: str
+    ) -> dict[str, torch.Tensor]:
+        """quanto's state dict of the linears `kinds` names, all of them in the blocks at `path` of `tree`."""
+        tensors: dict[str, torch.Tensor] = {}
+        by_block: dict[int, dict[str, str]] = {}
+        for name, kind in kinds.items():
+            index, _, inner = name.removeprefix(f"{path}.").partition(".")
+            by_block.setdefault(int(index), {})[inner] = kind
+
+        def process(index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
+            for inner, kind in by_block.get(index, {}).items():
+                weight = block.get_submodule(inner).weight
+                rounded = self.round(weight, kind, hessians.get(inner))
+                tensors.update(stored_tensors(f"{path}.{index}.{inner}", **rounded))
+
+        def steps(indices: Iterable[int]) -> Iterable[int]:
+            return self.progress(indices, title)
+
+        blocks = tree.get_submodule(path)
+        if self.uses_samples and batches and by_block:
+            walk_blocks(tree, batches, path, process, select=lambda index, _: by_block.get(index, ()), progress=steps)
+        else:
+            for index in steps(range(len(blocks))):
+                process(index, blocks[index], {})
+        return tensors
+
+    @torch.no_grad()
+    def image_batches(self, model: Any) -> list[torch.Tensor]:
+        """Tiles (num_tiles, 3, side, side) of each multimodal sample, as the vision tower wants them."""
+        tower = model.vision_tower
+        tiles = [sample.get("pixel_values") for sample in self.samples.multimodal]
+        return [pixels.to(tower.device, tower.dtype) for pixels in tiles if pixels is not None]
+
+
+def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, workplace: Path) -> dict[str, Path]:
+    """Vision tower and projector as files of the new folder."""
+    tower, projector = model.vision_tower, model.multi_modal_projector
+    in_blocks = {name: kind for name, kind in plan.kinds.items() if name.startswith(f"vision_tower.{VISION_BLOCKS}.")}
+    images = rounder.image_batches(model)
+    local = {name.removeprefix("vision_tower."): kind for name, kind in in_blocks.items()}
+    batches = [{"pixel_values": pixels} for pixels in images]
+    tensors = rounder.round_blocks(tower, VISION_BLOCKS, local, batches, "vision tower")
+    tensors = {f"vision_tower.{name}": value for name, value in tensors.items()}
+    hessians = {}
+    prefix = "multi_modal_projector."
+    of_projector = [name.removeprefix(prefix) for name in plan.kinds if name.startswith(prefix)]
+    if rounder.uses_samples and images and of_projector:
+        hessians = linear_hessians(
+            projector, lambda: [model.get_image_features(pixels) for pixels in images], of_projector
+        )
+    for name, kind in plan.kinds.items():
+        if name not in in_blocks:
+            hessian = hessians.get(name.removeprefix(prefix))
+            tensors |= stored_tensors(name, **rounder.round(model.get_submodule(name).weight, kind, hessian))
+    own = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": projector})
+    return _write(workplace, WEIGHTS_NAME, QMAP_NAME, plain_state(own, plan.kinds) | tensors, plan.kinds)
+
+
+def _quantize_base(
+    model: Any,
+    recipe: QuantizationRecipe,
+    plans: list[LayerPlan],
+    rounder: _Rounder,
+    target: Path | None,
+    existing: Any,
+    overwrite: bool,
+) -> dict[str, Path]:
+    """Makes the quantized base, or takes an existing one, and lets the model's configuration name it.
+
+    Returns the base's files for a self-contained GenieBlue, otherwise nothing. The base in memory holds the rounded
+    values afterwards.
+    """
+    config, base, plan = model.config, model.language_model, plans[1]
+    if not recipe.changes_base:
+        return {}
+    if existing is not None:
+        _use_existing_base(model, os.fspath(existing), recipe)
+        return {}
+    source = base_folder(config.base_model_name_or_path, config.base_model_revision, model._hub_kwargs)
+    settings = describe(recipe, [plan]) | {
+        "source": {
+            # A path of this computer is nobody else's business.
+            "name": os.path.basename(source) if source.is_dir() and os.path.isabs(config.base_model_name_or_path)
+            else config.base_model_name_or_path,
+            "revision": config.base_model_revision,
+        }
+    }  # fmt: skip
+    for part in ("replicated_blocks", "lora", "vision_tower", "multi_modal_projector"):
+        settings.pop(part)
+    place = new_folder(target, overwrite=overwrite) if target is not None else _lasting_folder(model)
+    with place as folder:
+        path, _ = find_blocks(base)
+        outside = {name: kind for name, kind in plan.kinds.items() if not name.startswith(f"{path}.")}
+        inside = {name: kind for name, kind in plan.kinds.items() if name not in outside}
+        batches = [{"input_ids": ids.to(base.device)} for ids in rounder.samples.text]
+        tensors = rounder.round_blocks(base, path, inside, batches, "language model")
+        stored: set[int] = set()
+        for name, kind in outside.items():
+            weight = base.get_submodule(name).weight
+            if id(weight) not in stored:  # an LM head and an embedding that are one
+                stored.add(id(weight))
+                tensors |= stored_tensors(name, **rounder.round(weight, kind))
+        write_quantized_base(folder, base, source, plan.kinds, tensors, settings)
+    folder = target if target is not None else folder
+    config.base_model_fingerprint = weight_file_hashes(folder)
+    model._base_samples = tensor_samples(load_quantized_base(folder, trust_remote_code=base.is_remote_code()))
+    if target is not None:
+        config.base_model_name_or_path, config.base_model_revision = str(target), None
+        return {}
+    config.base_model_name_or_path, config.base_model_revision = "./base", None
+    return {f"base/{path.name}": path for path in folder.iterdir()}
+
+
+@contextmanager
+def _lasting_folder(model: Any) -> Iterator[Path]:
+    model._inner_base = tempfile.TemporaryDirectory()  # lives as long as the model
+    yield Path(model._inner_base.name)
+
+
+def _use_existing_base(model: Any, name: str, recipe: QuantizationRecipe) -> None:
+    """Points the model at a base that is quantized already; `ValueError` if it is another base, or not quantized."""
+    settings = read_base_quantization(name, **model._hub_kwargs)
+    if settings is None:
+        raise ValueError(f"{name} is no base that GenieBlue quantized: leave it out, and one is made.")
+    if settings["llm"] != recipe.llm or settings["activations"] != recipe.activations:
+        raise ValueError(
+            f"{name} has {settings['llm']} with {settings['activations']}, and {recipe.llm} with "
+            f"{recipe.activations} was asked for: give a base that fits."
+        )
+    trust = model.language_model.is_remote_code()
+    base = load_quantized_base(name, trust_remote_code=trust, **model._hub_kwargs)
+    _copy_rounded_values(base, model.language_model, name)
+    model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else name
+    model.config.base_model_revision = None if os.path.isdir(name) else _commit_of(name, model._hub_kwargs)
+    model.config.base_model_fingerprint = weight_file_hashes(
+        name, model.config.base_model_revision, **model._hub_kwargs
+    )
+    model._base_samples = tensor_samples(base)
+
+
+def _commit_of(name: str, hub_kwargs: dict[str, Any]) -> str:
+    return HfApi(token=hub_kwargs.get("token")).model_info(name).sha
+
+
+@torch.no_grad()
+def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str) -> None:
+    """Gives `base` the values of the quantized one; `ValueError` if they are not roundings of its own."""
+    for parameter_name, parameter in base.named_parameters():
+        other = dict(quantized.named_parameters(remove_duplicate=False)).get(parameter_name)
+        if other is None or other.shape != parameter.shape:
+            raise ValueError(f"{name} is no quantized copy of this model's base: {parameter_name} is missing there.")
+        values = other.dequantize() if hasattr(other, "dequantize") and hasattr(other, "qtype") else other
+        distance = (values.float() - parameter.float()).norm() / parameter.float().norm().clamp(min=1e-12)
+        if distance > 0.5:
+            raise ValueError(
+                f"{name} is no quantized copy of this model's base: {parameter_name} differs by {distance:.0%}."
+            )
+        parameter.copy_(values)
+
+
+def _round_adapter(
+    model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: _Rounder, workplace: Path
+) -> dict[str, Path]:
+    """LoRA and the copied blocks as files of the new folder; LoRA first, which the blocks after it run with."""
+    view = model.multimodal_language_model
+    kinds: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    copies = LayerPlan()
+    stock_names = {}
+    for name, stock, weight in list(quantized_adapter_entries(view)):
+        if ".lora_" not in name:
+            copies.add(name, tuple(weight.shape), recipe.replicated_blocks)
+            stock_names[name] = stock
+        elif recipe.lora != "w16a16":
+            kinds[stock] = "qint8"
+            tensors |= _round_lora(view, name, stock, weight, recipe.dtype)
+    path, _ = find_blocks(view)
+    rounded = rounder.round_blocks(view, path, copies.kinds, _embedded(model, rounder), "replicated blocks")
+    for name, kind in copies.kinds.items():
+        stock = stock_names[name]
+        kinds[stock] = kind
+        own = {key: value for key, value in rounded.items() if key.startswith(f"{name}.")}
+        tensors |= {stock + key.removeprefix(name): value for key, value in own.items()}
+    plan.kept |= {stock_names[name]: reason for name, reason in copies.kept.items()}
+    state = {
+        stock: parameter.detach().cpu().to(recipe.dtype).contiguous()
+        for _, stock, parameter in adapter_parameters(view)
+        if stock.removesuffix(".weight") not in kinds
+    }
+    weights, qmap = f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
+    return _write(workplace, weights, qmap, state | tensors, kinds)
+
+
+@torch.no_grad()
+def _round_lora(
+    view: nn.Module, name: str, stock: str, weight: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A LoRA matrix in int8 with one scale per rank: rows of A, columns of B."""
+    by_rank = weight.detach() if ".lora_A" in name else weight.detach().t()
+    rounded = round_weight(by_rank.contiguous(), 8, by_rank.shape[1], dtype=dtype)
+    codes, scale, values = rounded.codes, rounded.scale, rounded.dequantize()
+    if ".lora_B" in name:
+        codes, scale, values = codes.t().contiguous(), scale.t().contiguous(), values.t().contiguous()
+    set_parameter(view, f"{name}.weight", values.to(weight.device, weight.dtype))
+    return {f"{stock}.weight._data": codes.cpu(), f"{stock}.weight._scale": scale.cpu()}
+
+
+@torch.no_grad()
+def _embedded(model: Any, rounder: _Rounder) -> list[dict[str, torch.Tensor]]:
+    """Multimodal samples as the multimodal view is run on them; without any, the text ones."""
+    if not rounder.uses_samples:
+        return []
+    samples = rounder.samples.multimodal
+    if not samples:
+        logger.warning("The calibration data has no image: the replicated blocks are rounded on its text.")
+        samples = [{"input_ids": ids} for ids in rounder.samples.text]
+    device = model.multimodal_language_model.device
+    batches = []
+    for sample in samples:
+        embeds = model._embed(sample["input_ids"].to(device), sample.get("pixel_values"))
+        mask = {"attention_mask": sample["attention_mask"].to(device)} if "attention_mask" in sample else {}
+        batches.append({"inputs_embeds": embeds, **mask})
+    return batches
+
+
+def _write(workplace: Path, weights: str, qmap: str, tensors: dict, kinds: dict[str, str]) -> dict[str, Path]:
+    (workplace / weights).parent.mkdir(exist_ok=True)
+    save_aligned(tensors, workplace / weights)
+    write_json(workplace / qmap, qmap_content(kinds))
+    return {weights: workplace / weights, qmap: workplace / qmap}
+
+
+def _save(
+    model: Any, recipe: QuantizationRecipe, workplace: Path, output: Path, before: ViewLogits, load_kwargs: dict
+) -> QuantizationReport:
+    """Saves once beside `output` to measure what a user will load, then for good."""
+    trial = workplace.with_name(f"{workplace.name}-trial")
+    try:
+        save_model(model, trial)
+        trust = {"trust_remote_code": True} if load_kwargs.get("trust_remote_code") else {}
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(trial, **trust)
+        errors, measurements = measured_errors(before, view_logits(quantized), recipe)
+        save_model(quantized, output, facts={"measurements.json": measurements})
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    config = quantized.config
+    return QuantizationReport(
+        output, config.base_model_name_or_path, config.quantization["other_precision"], errors
+    )
+
+
+def _silent(steps: Iterable[Any], _title: str) -> Iterable[Any]:
+    return steps
+
+
+__all__ = ["CalibrationSamples", "QuantizationReport", "quantize_genieblue"]

@@ -1,0 +1,139 @@
+"""A quantized copy of a base LLM as a repository of its own, for any number of adapters and for plain users."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
+from safetensors.torch import save_file
+from torch import nn
+
+import modeling_genieblue
+from hub_cards.quantized_base_card import write_quantized_base_card
+from modeling_genieblue.loading_genieblue import is_local_reference
+from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, qmap_content
+from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, WEIGHTS_FILE
+
+logger = logging.getLogger(__name__)
+
+# What a base has beside its weights and its configuration, and a user of it needs.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "spiece.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+CODE_FILES = ("quantization_genieblue.py", "quantized_base_genieblue.py")
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `target` at the end, or leaves no trace if that is not reached."""
+    if target.exists() and not overwrite:
+        raise OSError(f"{target} exists already: give a new folder, or allow it to be replaced (--overwrite).")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.writing-") as parent:
+        staging = Path(parent, "new")
+        staging.mkdir()
+        yield staging
+        if target.exists():
+            os.rename(target, Path(parent, "old"))
+        os.rename(staging, target)
+
+
+def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> Path:
+    """Folder with the base's configuration and tokenizer: its own, or a snapshot of the repository without weights."""
+    if is_local_reference(name):
+        return Path(name)
+    options = {key: value for key, value in hub_kwargs.items() if key in ("token", "cache_dir", "local_files_only")}
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", *COMPANIONS], **options))
+
+
+def write_quantized_base(
+    folder: Path,
+    base: nn.Module,
+    source: Path,
+    kinds: dict[str, str],
+    tensors: dict[str, torch.Tensor],
+    settings: dict[str, Any],
+) -> None:
+    """Fills `folder` with a base that has `tensors` in place of the weights that `kinds` names.
+
+    Args:
+        base: gives all that is not quantized.
+        source: folder of the unquantized base, whose configuration, tokenizer and code are copied.
+        kinds: the quantization map, `{module: "qint4" | "qint8"}`.
+        tensors: quanto's state dict of those modules, but for their biases.
+        settings: what stands in `quantization_config` for a reader.
+    """
+    state = plain_state(base, kinds)
+    for tied in _tied_copies(base):
+        state.pop(tied, None)
+    save_aligned({**state, **tensors}, folder / WEIGHTS_FILE)
+    write_json(folder / QMAP_NAME, qmap_content(kinds))
+    for path in sorted(source.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
+            shutil.copyfile(path, folder / path.name)
+    for name in CODE_FILES:
+        shutil.copyfile(Path(modeling_genieblue.__file__).with_name(name), folder / name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    own_map = config.get("auto_map") or {}
+    config["auto_map"] = {name: own_map[name] for name in ("AutoConfig", "AutoTokenizer") if name in own_map}
+    config["auto_map"]["AutoModelForCausalLM"] = "quantized_base_genieblue.QuantizedBaseForCausalLM"
+    config.pop("torch_dtype", None)
+    config["dtype"] = settings["activations"]
+    # A method that transformers does not know: it refuses the folder, where it would otherwise make random weights.
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, **settings}
+    # The base's own class is only needed where transformers has none.
+    if base.is_remote_code():
+        config["quantization_config"]["base_auto_map"] = own_map
+    write_json(folder / "config.json", config)
+    write_quantized_base_card(folder, settings)
+
+
+def plain_state(tree: nn.Module, kinds: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The state dict of `tree` without the weights that `kinds` names."""
+    quantized = {f"{name}.weight" for name in kinds}
+    return {
+        name: value.detach().cpu().contiguous() for name, value in tree.state_dict().items() if name not in quantized
+    }
+
+
+def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file whose codes lie where the 8-bit kernel can use them straight from the mapped file.
+
+    safetensors puts wider numbers first, so that all codes follow the first one in multiples of 16 bytes, and its
+    header is only aligned to 8 bytes: a word more of metadata moves the rest.
+    """
+    metadata = {"format": "pt"}
+    for _attempt in range(2):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+        header = parse_local_safetensors_file_metadata(path).tensors.values()
+        with path.open("rb") as file:
+            data = 8 + int.from_bytes(file.read(8), "little")
+        first = min((tensor.data_offsets[0] for tensor in header if tensor.dtype in ("I8", "U8")), default=0)
+        if (data + first) % CODE_ALIGNMENT == 0:
+            return
+        metadata["shift"] = "8" * 8
+    logger.debug("%s: codes are not aligned, they will be copied at load.", path)
+
+
+def _tied_copies(base: nn.Module) -> list[str]:
+    """Names of an LM head that shares the embedding's weight: it is stored once."""
+    names = {id(module): name for name, module in base.named_modules()}
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    return [f"{names[id(head)]}.weight"] if head is not None and head.weight is embedding.weight else []
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file that people read as well."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+__all__ = ["base_folder", "new_folder", "write_quantized_base"]
