@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from genieblue.quantize_command import quantize
 from genieblue.terminal import (
     ReportingGroup,
     choose_device,
@@ -113,7 +114,6 @@ def init(
     from conversion.create import create_genieblue
 
     out = out.expanduser()
-
     folder = create_genieblue(
         base,
         vision,
@@ -391,6 +391,9 @@ def verify(
         typer.echo(f"{passed} of {len(checks)} checks passed.")
     if passed < len(checks):
         raise typer.Exit(1)
+
+
+app.command()(quantize)
 
 
 @app.command()

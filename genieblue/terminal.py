@@ -24,6 +24,9 @@ EXTRAS = {
     "sklearn": "demo",
     "scipy": "demo",
     "sentencepiece": "sentencepiece",
+    "optimum": "quantization",
+    "onnxruntime": "onnxruntime",
+    "onnx": "onnxruntime",
 }
 _debug = False
 
@@ -138,6 +141,13 @@ def stdout_for_json(active: bool) -> Iterator[None]:
         return
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:
+    """`steps` with a bar on stderr, for work that takes longer than a moment."""
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc=title.capitalize(), delay=1, leave=False)
 
 
 def print_json(document: Any) -> None:

@@ -38,11 +38,12 @@ FLOATING = ("BF16", "F16", "F32")  # as safetensors calls them
 
 
 def require_quanto() -> None:
-    """`ImportError` naming the extra, if optimum-quanto is missing."""
+    """`ModuleNotFoundError` naming the extra, if optimum-quanto is missing."""
     if quanto_cpp is None:
-        raise ImportError(
+        raise ModuleNotFoundError(
             "This model is quantized, and optimum-quanto is not installed: `pip install 'genieblue[quantization]'` "
-            "(or `pip install optimum-quanto`)."
+            "(or `pip install optimum-quanto`).",
+            name="optimum",
         )
     if quanto_cpp._lib is None:  # quanto would compile it in C++ on first use; this is bit-equal and as fast
         quanto_cpp._lib = SimpleNamespace(unpack=unpack)
@@ -111,6 +112,16 @@ class RowQuantizedWeight(WeightQBytesTensor):
             scale = weight._scale[ids, 0].unsqueeze(-1)
             return functional.embedding(ids, weight._data).to(scale.dtype) * scale
         return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: tuple, kwargs: dict | None = None) -> Any:
+        result = super().__torch_dispatch__(op, types, args, kwargs)
+        return cls.of(result) if type(result) is WeightQBytesTensor else result  # detached, or on another device
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "RowQuantizedWeight":
+        """The same codes and scales as an embedding's weight."""
+        return cls(weight.qtype, weight.axis, weight.size(), weight.stride(), weight._data, weight._scale, None)
 
 
 class FrozenLinear(QLinear):
@@ -358,8 +369,7 @@ def fill_from_quantized_file(
             continue
         weight = file.weight(name, kind, tuple(module.weight.shape), dtype, device)
         if isinstance(module, nn.Embedding):
-            parts = (weight.size(), weight.stride(), weight._data, weight._scale)
-            module.weight = nn.Parameter(RowQuantizedWeight(qint8, 0, *parts, None), requires_grad=False)
+            module.weight = nn.Parameter(RowQuantizedWeight.of(weight), requires_grad=False)
         else:
             tree.set_submodule(name, FrozenLinear(weight, module.bias, kind))
     if tied:

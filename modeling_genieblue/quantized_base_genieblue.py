@@ -41,7 +41,9 @@ def read_base_quantization(location: str | os.PathLike, **hub_kwargs: Any) -> di
 def on_meta_device(make: Callable[[], nn.Module]) -> nn.Module:
     """A module whose parameters have no memory yet, while its buffers (which no file holds) are right."""
     if init_empty_weights is None:
-        raise ImportError("Loading a quantized model needs accelerate: `pip install 'genieblue[quantization]'`.")
+        raise ModuleNotFoundError(
+            "Loading a quantized model needs accelerate: `pip install 'genieblue[quantization]'`.", name="accelerate"
+        )
     with init_empty_weights():
         return make()
 
