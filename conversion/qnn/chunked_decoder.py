@@ -3,7 +3,7 @@
 NumPy only. This is the logic that an app on the phone has to repeat.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +35,17 @@ class DecoderShape:
         return (np.cos(angles) * scaling)[None, None], (np.sin(angles) * scaling)[None, None]
 
 
-def cache_names(shape: DecoderShape, side: str) -> list[str]:
-    """Names of all cache tensors at the `in` or `out` side of the graphs, keys and values in turn."""
-    return [f"past_{kind}_{index}_{side}" for index in range(shape.num_blocks) for kind in ("key", "value")]
+def cache_names(blocks: Iterable[int], side: str) -> list[str]:
+    """Names of the cache tensors of `blocks` at the `in` or `out` side of the graphs, keys and values in turn."""
+    return [f"past_{kind}_{index}_{side}" for index in blocks for kind in ("key", "value")]
+
+
+def boundary_names(shape: DecoderShape, blocks: range) -> tuple[str, str]:
+    """Names of the first input and the first output of graphs over `blocks`."""
+    return (
+        "inputs_embeds" if blocks.start == 0 else "hidden_states_in",
+        "logits" if blocks.stop == shape.num_blocks else "hidden_states_out",
+    )
 
 
 def causal_mask(tokens: int, cached: int, context_length: int) -> np.ndarray:
@@ -62,28 +70,47 @@ class ChunkedDecoder:
         run: RunGraph,
         chunk_length: int,
         context_length: int,
+        *,
         empty: Mapping[str, np.generic] | None = None,
+        blocks: range | None = None,
     ):
-        """`empty` gives by cache name (`…_in`) the value that stands for zero, in the type of the cache."""
+        """Begins an empty conversation.
+
+        Args:
+            empty: by cache name (`…_in`) the value that stands for zero, in the type of the cache.
+            blocks: those that `run` computes, by default all. Of other than the first ones the input is
+                `hidden_states_in`, of other than the last ones the output `hidden_states_out`.
+        """
         self.shape, self.run = shape, run
+        self.blocks = range(shape.num_blocks) if blocks is None else blocks
+        self._input_name, self._output_name = boundary_names(shape, self.blocks)
         self.chunk_length, self.context_length = chunk_length, context_length
         self._empty = empty or {}
         self.reset()
+
+    @property
+    def cache(self) -> dict[str, np.ndarray]:
+        """By name the cached keys (1, heads, head_dim, length) and values (1, heads, length, head_dim)."""
+        start = self.context_length - self.length
+        return {
+            name: value[..., start:] if "_key_" in name else value[:, :, start:] for name, value in self._cache.items()
+        }
 
     def reset(self) -> None:
         """Forgets everything that was read."""
         heads, size = self.shape.num_key_value_heads, self.shape.head_dim
         self.length = 0
         self._cache = {}
-        for name in cache_names(self.shape, "in"):
+        for name in cache_names(self.blocks, "in"):
             is_key = "_key_" in name
             dims = (1, heads, size, self.context_length) if is_key else (1, heads, self.context_length, size)
             zero = self._empty.get(name, np.float32(0.0))
             self._cache[name] = np.full(dims, zero, zero.dtype)
 
-    def read(self, embeddings: np.ndarray) -> np.ndarray:
+    def read(self, embeddings: np.ndarray, *, only_chunks: bool = False) -> np.ndarray:
         """Reads embeddings (tokens, hidden_size) behind what is cached; returns logits (tokens, vocabulary).
 
+        Of other than the last blocks it returns hidden states. `only_chunks` never calls the graph for one token.
         Raises `ValueError`, before anything is read, if they do not fit into the context.
         """
         if len(embeddings) == 0:
@@ -97,7 +124,7 @@ class ChunkedDecoder:
         while start < len(embeddings):
             # A chunk takes its whole length from the cache's slots, also where it is padding.
             fits = self.length + self.chunk_length <= self.context_length
-            tokens = self.chunk_length if fits and len(embeddings) - start > 1 else 1
+            tokens = self.chunk_length if only_chunks or (fits and len(embeddings) - start > 1) else 1
             logits.append(self._call(tokens, embeddings[start : start + tokens]))
             start += tokens
         return np.concatenate(logits)
@@ -112,7 +139,7 @@ class ChunkedDecoder:
                 range(count, self.context_length + count), axis
             )
         self.length += count
-        return np.asarray(outputs["logits"])[0, :count]
+        return np.asarray(outputs[self._output_name])[0, :count]
 
     def inputs(self, tokens: int, embeddings: np.ndarray) -> dict[str, np.ndarray]:
         """What the graph for `tokens` at a time is given next; the last chunk is padded with zeros at its end."""
@@ -123,7 +150,7 @@ class ChunkedDecoder:
         for name, value in self._cache.items():
             caches[name] = value[..., tokens:] if "_key_" in name else value[:, :, tokens:]
         return {
-            "inputs_embeds": padded,
+            self._input_name: padded,
             "attention_mask": causal_mask(tokens, self.length, self.context_length),
             "position_ids_cos": cos,
             "position_ids_sin": sin,
@@ -131,4 +158,4 @@ class ChunkedDecoder:
         }
 
 
-__all__ = ["MASKED", "ChunkedDecoder", "DecoderShape", "cache_names"]
+__all__ = ["MASKED", "ChunkedDecoder", "DecoderShape", "boundary_names", "cache_names"]

@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime
@@ -49,7 +50,7 @@ def npu_devices() -> tuple:
     onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
     devices = tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER)
     if not devices:
-        raise OSError(f"onnxruntime-qnn {onnxruntime_qnn.__version__} offers no device here: install it again ({EXTRA})")
+        raise OSError(f"onnxruntime-qnn {onnxruntime_qnn.__version__} offers no device: install it again, {EXTRA}")
     return devices
 
 
@@ -92,14 +93,27 @@ def npu_session(
         entries["ep.stop_share_ep_contexts"] = "1"
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
+    options.intra_op_num_threads = 1
     backend = {"backend_type": "htp", "soc_model": str(soc.model), "htp_arch": str(soc.arch)}
     options.add_provider_for_devices(list(npu_devices()), backend)
     try:
-        return onnxruntime.InferenceSession(os.fspath(model), options)
+        with _one_cpu():
+            return onnxruntime.InferenceSession(os.fspath(model), options)
     except Exception as error:  # ONNX Runtime's own kinds of error have no common base
         raise RuntimeError(
             f"{Path(model).name} could not be compiled for {soc.name} with every node on the NPU: {error}"
         ) from error
+
+
+@contextmanager
+def _one_cpu():
+    """Keeps the compiler on one processor: on several, its threads race, and now and then the binary differs."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def cpu_session(model: str | os.PathLike) -> onnxruntime.InferenceSession:

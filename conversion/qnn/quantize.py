@@ -197,8 +197,7 @@ class _Quantizer:
     def run(self) -> tuple[onnx.ModelProto, dict[str, WeightCodes]]:
         outputs = {value.name for value in self.source.output}
         for value in self.source.input:
-            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            self.graph.input.append(helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims))
+            self.graph.input.append(self._coded(value))
             self._decode_activation(value.name, value.name)
         for node in self.source.node:
             inputs = [self._input(node, place) for place in range(len(node.input))]
@@ -208,12 +207,14 @@ class _Quantizer:
             copied.output[:] = [f"{name}/float" for name in node.output]
             for name in node.output:
                 self._encode_result(node, name, name if name in outputs else f"{name}/codes")
-        for value in self.source.output:
-            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            self.graph.output.append(helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims))
+        self.graph.output.extend(self._coded(value) for value in self.source.output)
         self._drop_unused_decoders()
         onnx.checker.check_model(self.model)
         return self.model, self.codes
+
+    def _coded(self, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+        dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        return helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims)
 
     def _append(self, operator: str, inputs: list[str], output: str, **attributes: int) -> None:
         self.graph.node.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))

@@ -62,7 +62,9 @@ class RangeMeter:
         return dict(zip(self.output_names, values[:count], strict=True))
 
 
-def measure_ranges(model: onnx.ModelProto, feeds: Iterable[Mapping[str, np.ndarray]], folder: Path) -> dict[str, Range]:
+def measure_ranges(
+    model: onnx.ModelProto, feeds: Iterable[Mapping[str, np.ndarray]], folder: Path
+) -> dict[str, Range]:
     """Ranges by tensor name over all `feeds`; `ValueError` if there are none."""
     meter = RangeMeter(model, folder)
     for inputs in feeds:

@@ -21,8 +21,6 @@ SOCS = {
         Soc("sm8750", 69, 79, "Snapdragon 8 Elite"),
         Soc("sm8650", 57, 75, "Snapdragon 8 Gen 3"),
         Soc("sm8550", 43, 73, "Snapdragon 8 Gen 2"),
-        Soc("sm8475", 42, 69, "Snapdragon 8+ Gen 1"),
-        Soc("sm8450", 36, 69, "Snapdragon 8 Gen 1"),
         Soc("sa8255", 52, 73, "Snapdragon Ride / Cockpit SA8255P"),
         Soc("qcs9100", 77, 73, "Dragonwing IQ-9 QCS9100"),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from conversion.qnn.chunked_decoder import DecoderShape
+from conversion.qnn.chunked_decoder import DecoderShape, boundary_names, cache_names
 from conversion.qnn.supported_bases import is_rms_norm, refuse_unsupported_base, rotary_frequencies
 from modeling_genieblue.language_views_genieblue import find_blocks
 
@@ -158,17 +158,19 @@ class TextGraph(nn.Module):
         return hidden_states, *new
 
     @property
+    def range(self) -> range:
+        """The blocks of this graph."""
+        return range(self.first, self.last)
+
+    @property
     def input_names(self) -> list[str]:
-        first = "inputs_embeds" if self.first == 0 else "hidden_states_in"
-        return [first, "attention_mask", "position_ids_cos", "position_ids_sin", *self._cache_names("in")]
+        first, _ = boundary_names(self.shape, self.range)
+        return [first, "attention_mask", "position_ids_cos", "position_ids_sin", *cache_names(self.range, "in")]
 
     @property
     def output_names(self) -> list[str]:
-        return ["logits" if self.head is not None else "hidden_states_out", *self._cache_names("out")]
-
-    def _cache_names(self, side: str) -> list[str]:
-        indices = range(self.first, self.last)
-        return [f"past_{kind}_{index}_{side}" for index in indices for kind in ("key", "value")]
+        _, first = boundary_names(self.shape, self.range)
+        return [first, *cache_names(self.range, "out")]
 
     def example_inputs(self, tokens: int, context_length: int) -> tuple[torch.Tensor, ...]:
         """Zeros in the static shapes of a graph for `tokens` at a time."""

@@ -1,0 +1,179 @@
+"""Some blocks of both views → four QDQ graphs over one store of weights, and one context binary.
+
+The four are prefill and decode of the text view and of the multimodal view. They are calibrated and quantized part by
+part, so that only the blocks of one part are ever in memory in full precision.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+
+from conversion.qnn.chunked_decoder import MASKED, ChunkedDecoder, DecoderShape, boundary_names, cache_names
+from conversion.qnn.float_onnx import structure, to_float_onnx
+from conversion.qnn.quantize import Encoding, Rounding, WeightCodes, encodings_of, quantize_graph, round_to_nearest
+from conversion.qnn.ranges import Range, RangeMeter
+from conversion.qnn.stored_graphs import ConstantStore
+from conversion.qnn.text_graphs import TextGraph
+
+logger = logging.getLogger(__name__)
+VIEWS = ("text", "multimodal")
+LORA_MODES = ("constants", "inputs")
+BASE_BITS, LORA_BITS = 4, 8
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """How the decoder graphs are made."""
+
+    chunk_length: int
+    context_length: int
+    cache_bits: int
+    lora: str
+
+    def tokens(self, stage: str) -> int:
+        """Tokens per call of the `prefill` or the `decode` graph."""
+        return self.chunk_length if stage == "prefill" else 1
+
+
+STAGES = ("prefill", "decode")
+
+
+def is_lora(name: str) -> bool:
+    """Whether a weight belongs to LoRA."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def weight_bits(name: str) -> int:
+    """Bits of a matrix of a decoder graph by its name."""
+    return LORA_BITS if is_lora(name) else BASE_BITS
+
+
+@dataclass
+class PartResult:
+    """What came out of one part of the blocks."""
+
+    graphs: dict[str, Path]  # `text_prefill`, … → QDQ file
+    boundary: dict[str, dict[str, Encoding]]  # by view, encodings of inputs and outputs
+    codes: dict[str, dict[str, WeightCodes]]  # by view
+    streams: dict[str, list[np.ndarray]]  # by view, what the next part reads
+    probe: dict[str, np.ndarray]  # float outputs for the first request of each view
+
+
+def quantize_part(
+    views: Mapping[str, Any],
+    shape: DecoderShape,
+    blocks: range,
+    streams: Mapping[str, list[np.ndarray]],
+    input_ranges: Mapping[str, Range],
+    settings: LanguageSettings,
+    folder: Path,
+    name: str,
+    *,
+    rounding: Rounding = round_to_nearest,
+) -> PartResult:
+    """Writes the four QDQ graphs of `blocks` as `<name>_<view>_<stage>.onnx` and `<name>.data` into `folder`.
+
+    Args:
+        views: the modules of the text and the multimodal view.
+        streams: by view what the blocks read in each request, (tokens, hidden_size).
+        input_ranges: by view the range of that, as the part before encodes it.
+    """
+    result = PartResult({}, {}, {}, {}, {})
+    with ConstantStore(folder / f"{name}.data") as store:
+        for view in VIEWS:
+            graph = TextGraph(views[view], shape, blocks.start, blocks.stop)
+            models = {stage: _float_graph(graph, settings, stage) for stage in STAGES}
+            if structure(models["prefill"]) != structure(models["decode"]):
+                raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
+            del graph
+            meter, outputs, probe = _calibrate(models["prefill"], shape, blocks, streams[view], settings)
+            ranges = {**meter, **_fixed_ranges(shape, blocks, input_ranges[view])}
+            tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
+            encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
+            for stage, model in models.items():
+                as_input = is_lora if settings.lora == "inputs" else lambda _name: False
+                quantized, codes = quantize_graph(
+                    model, encodings, weight_bits, rounding=rounding, weights_as_inputs=as_input
+                )
+                key = f"{view}_{stage}"
+                result.graphs[key] = store.save(quantized, folder / f"{name}_{key}.onnx")
+            boundary = [value.name for value in (*model.graph.input, *model.graph.output)]
+            result.boundary[view] = {tensor: encodings[tensor] for tensor in boundary}
+            result.codes[view], result.streams[view] = codes, outputs
+            result.probe.update({f"{view}/{tensor}": value for tensor, value in probe.items()})
+            logger.info("Quantized blocks %d to %d of the %s view.", blocks.start, blocks.stop - 1, view)
+    return result
+
+
+def _float_graph(graph: TextGraph, settings: LanguageSettings, stage: str) -> onnx.ModelProto:
+    inputs = graph.example_inputs(settings.tokens(stage), settings.context_length)
+    return to_float_onnx(graph, inputs, graph.input_names, graph.output_names)
+
+
+def _fixed_ranges(shape: DecoderShape, blocks: range, input_range: Range) -> dict[str, Range]:
+    """Ranges that are the same in every graph, so that a caller encodes such an input once for all parts."""
+    turned = (-abs(shape.rotary_scaling), abs(shape.rotary_scaling))
+    return {
+        boundary_names(shape, blocks)[0]: input_range,
+        "attention_mask": (MASKED, 0.0),
+        "position_ids_cos": turned,
+        "position_ids_sin": turned,
+    }
+
+
+def probe_lengths(chunk_length: int, available: int) -> tuple[int, int]:
+    """Of the request that is compared number by number: tokens of its prompt, and tokens decoded behind it."""
+    decoded = 2 if available > 3 else 0
+    return min(2 * chunk_length + chunk_length // 2, available - decoded), decoded
+
+
+def _calibrate(
+    model: onnx.ModelProto,
+    shape: DecoderShape,
+    blocks: range,
+    requests: list[np.ndarray],
+    settings: LanguageSettings,
+) -> tuple[dict[str, Range], list[np.ndarray], dict[str, np.ndarray]]:
+    """Ranges, what comes out for each request, and the float numbers of the probe."""
+    with TemporaryDirectory() as folder:
+        meter = RangeMeter(model, Path(folder))
+        chunk, context = settings.chunk_length, settings.context_length
+
+        def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return meter.run(feeds)
+
+        outputs = []
+        for request in requests:
+            decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
+            outputs.append(decoder.read(request, only_chunks=True))
+        probe = requests[0][: sum(probe_lengths(chunk, len(requests[0])))]
+        decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
+        values = {boundary_names(shape, blocks)[1]: decoder.read(probe, only_chunks=True), **decoder.cache}
+    is_last = blocks.stop == shape.num_blocks
+    return meter.ranges, [] if is_last else outputs, values
+
+
+def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
+    """Hex digest of the base's matrices in a graph: their names, codes and scales, LoRA left out."""
+    digest = hashlib.sha256()
+    for name in sorted(codes):
+        if not is_lora(name):
+            digest.update(name.encode())
+            digest.update(codes[name].codes.tobytes())
+            digest.update(codes[name].scales.tobytes())
+    return digest.hexdigest()
+
+
+def encodings_to_json(encodings: Mapping[str, Encoding]) -> dict[str, dict]:
+    """Plain dictionaries of encodings."""
+    return {name: asdict(encoding) for name, encoding in encodings.items()}
+
+
+__all__ = ["STAGES", "VIEWS", "LanguageSettings", "PartResult", "codes_digest", "quantize_part"]

@@ -1,0 +1,198 @@
+"""Runs a bundle without a phone: through the NPU's emulator, or its QDQ graphs on the CPU, which is faster.
+
+NumPy and ONNX Runtime only, besides the processor. It is the reference for whoever writes an app.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from conversion.qnn.bundle import Bundle, encoding_of
+from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
+from conversion.qnn.npu import cpu_session, npu_session
+from conversion.qnn.soc import find_soc
+
+BACKENDS = ("cpu", "emulator")
+OpenSession = Callable[[Mapping[str, Any]], onnxruntime.InferenceSession]
+
+
+class CodedGraph:
+    """A quantized graph that takes and gives float arrays, except for tensors that stay codes."""
+
+    def __init__(self, record: Mapping[str, Any], session: onnxruntime.InferenceSession, fixed: Mapping[str, Any]):
+        """`record` is a graph's entry in the metadata; `fixed` are inputs that are the same in every call."""
+        self.session, self.fixed = session, fixed
+        self.inputs = {tensor["name"]: encoding_of(tensor) for tensor in record["inputs"]}
+        self.outputs = {tensor["name"]: encoding_of(tensor) for tensor in record["outputs"]}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Codes by output name; float inputs are encoded, codes are passed on as they are."""
+        coded = {**feeds, **self.fixed}
+        inputs = {}
+        for name, encoding in self.inputs.items():
+            value = coded[name]
+            inputs[name] = encoding.encode(value) if np.issubdtype(value.dtype, np.floating) else value
+        names = list(self.outputs)
+        return dict(zip(names, self.session.run(names, inputs), strict=True))
+
+
+class ViewGraphs:
+    """The graphs of one view, part behind part, for chunks and for single tokens; opened when first called."""
+
+    def __init__(self, bundle: Bundle, view: str, open_session: OpenSession):
+        self.bundle, self.view, self._open_session = bundle, view, open_session
+        self._graphs: dict[tuple[int, int], CodedGraph] = {}
+
+    def part(self, number: int, tokens: int) -> CodedGraph:
+        """The graph of a part for `tokens` at a time."""
+        if (number, tokens) not in self._graphs:
+            part = self.bundle.metadata["parts"][number]
+            record = next(
+                graph for graph in part["graphs"].values() if (graph["view"], graph["tokens"]) == (self.view, tokens)
+            )
+            fixed = {}
+            if self.bundle.metadata["adapter"]["lora"] == "inputs":
+                with np.load(self.bundle.path(part["binary"]).with_name("adapter.npz")) as file:
+                    names = [tensor["name"] for tensor in record["inputs"]]
+                    fixed = {name: file[name] for name in names if name in file}
+            self._graphs[number, tokens] = CodedGraph(record, self._open_session(record), fixed)
+        return self._graphs[number, tokens]
+
+    def run(self, tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All parts in turn; logits as floats, caches as codes."""
+        outputs: dict[str, np.ndarray] = {}
+        hidden = feeds["inputs_embeds"]
+        shape = self.bundle.decoder
+        for number, part in enumerate(self.bundle.metadata["parts"]):
+            graph = self.part(number, tokens)
+            first_input, first_output = boundary_names(shape, range(*part["blocks"]))
+            new = graph.run({**feeds, first_input: hidden})
+            hidden = new.pop(first_output)  # codes: the next part reads them as they are
+            outputs.update(new)
+        return {**outputs, "logits": graph.outputs["logits"].decode(hidden)}
+
+    def empty_caches(self) -> dict[str, np.generic]:
+        """By cache name the code of zero."""
+        tensors = [
+            tensor
+            for part in self.bundle.metadata["parts"]
+            for tensor in part["graphs"][f"{self.view}_decode"]["inputs"]
+        ]
+        return {tensor["name"]: encoding_of(tensor).zero for tensor in tensors if tensor["name"].startswith("past_")}
+
+    def decoder(self) -> ChunkedDecoder:
+        """An empty conversation in this view."""
+        facts = self.bundle.metadata
+        lengths = facts["chunk_length"], facts["context_length"]
+        return ChunkedDecoder(self.bundle.decoder, self.run, *lengths, empty=self.empty_caches())
+
+
+class QnnRunner:
+    """Answers requests with the graphs of a bundle."""
+
+    def __init__(self, path: str | os.PathLike, backend: str = "cpu"):
+        """Opens a bundle; `backend` is `cpu` for the QDQ graphs, or `emulator` for the NPU's own arithmetic.
+
+        Raises `ValueError` for a bundle with changed files, `OSError` for a folder that is none.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"Unknown backend {backend!r}: choose {' or '.join(BACKENDS)}.")
+        self.bundle = Bundle(path)
+        if problems := self.bundle.changed_files():
+            raise ValueError(f"{path} is not what was exported: {'; '.join(problems)}. Export the bundle again.")
+        self.backend = backend
+        self.views = {view: ViewGraphs(self.bundle, view, self._open) for view in ("text", "multimodal")}
+        self._vision: CodedGraph | None = None
+        self._processor = None
+        self._table = self.bundle.embeddings()
+
+    def _open(self, record: Mapping[str, Any]) -> onnxruntime.InferenceSession:
+        path = self.bundle.path(record["qdq"])
+        if self.backend == "cpu":
+            return cpu_session(path)
+        return npu_session(path, find_soc(self.bundle.metadata["soc"]["name"]))
+
+    @property
+    def processor(self) -> Any:
+        """The model's processor, from the bundle."""
+        if self._processor is None:
+            from modeling_genieblue import GenieBlueProcessor
+
+            self._processor = GenieBlueProcessor.from_pretrained(self.bundle.path("processor"))
+        return self._processor
+
+    def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Tiles (num_tiles, 3, side, side) → (num_tiles, image_seq_length, hidden_size)."""
+        record = self.bundle.metadata["vision"]
+        if self._vision is None:
+            self._vision = CodedGraph(record["graph"], self._open(record["graph"]), {})
+        size = record["tiles"]
+        features = []
+        for start in range(0, len(pixel_values), size):
+            batch = np.asarray(pixel_values[start : start + size], np.float32)
+            padding = np.zeros((size - len(batch), *batch.shape[1:]), np.float32)
+            codes = self._vision.run({"pixel_values": np.concatenate([batch, padding])})["image_features"]
+            features.append(self._vision.outputs["image_features"].decode(codes)[: len(batch)])
+        return np.concatenate(features)
+
+    def embed(self, input_ids: Sequence[int], pixel_values: np.ndarray | None = None) -> np.ndarray:
+        """Ids (length,) → embeddings (length, hidden_size), image features in the places of image tokens.
+
+        Raises `ValueError` if tiles and image tokens do not match.
+        """
+        ids = np.asarray(input_ids).reshape(-1)
+        facts = self.bundle.metadata
+        is_image = ids == facts["image_token_id"]
+        embeddings = encoding_of(facts["embeddings"]).decode(self._table[np.where(is_image, 0, ids)])
+        tiles = 0 if pixel_values is None else len(pixel_values)
+        if is_image.sum() != tiles * facts["image_seq_length"]:
+            raise ValueError(
+                f"Image tokens and image features do not match: tokens: {is_image.sum()}, features: "
+                f"{tiles * facts['image_seq_length']} ({tiles} tiles of {facts['image_seq_length']})."
+            )
+        if tiles:
+            embeddings[is_image] = self.image_features(pixel_values).reshape(-1, embeddings.shape[-1])
+        return embeddings
+
+    def logits(self, input_ids: Sequence[int], pixel_values: np.ndarray | None = None, view: str | None = None) -> Any:
+        """Logits (length, vocabulary) of a whole request, in the view that it runs or in the one that is named."""
+        view = view or ("text" if pixel_values is None else "multimodal")
+        return self.views[view].decoder().read(self.embed(input_ids, pixel_values))
+
+    def generate(
+        self,
+        input_ids: Sequence[int],
+        pixel_values: np.ndarray | None = None,
+        *,
+        max_new_tokens: int = 256,
+        view: str | None = None,
+    ) -> Iterable[int]:
+        """Greedy decoding: yields new ids until an end token (which is not given), the limit, or the context's end."""
+        view = view or ("text" if pixel_values is None else "multimodal")
+        ends = set(self.bundle.metadata["generation"]["eos_token_ids"])
+        decoder = self.views[view].decoder()
+        logits = decoder.read(self.embed(input_ids, pixel_values))[-1]
+        for _ in range(max_new_tokens):
+            token = int(logits.argmax())
+            if token in ends:
+                return
+            yield token
+            if decoder.length == decoder.context_length:
+                return
+            logits = decoder.read(self.embed([token]))[-1]
+
+    def chat(self, messages: list[dict[str, Any]], *, images: Any = None, max_new_tokens: int = 256) -> str:
+        """The answer to a conversation, formatted by the base's chat template."""
+        inputs = self.processor.apply_chat_template(
+            messages, images=images, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+        )
+        pixels = inputs.get("pixel_values")
+        ids = np.asarray(inputs["input_ids"]).reshape(-1)
+        answer = list(self.generate(ids, pixels, max_new_tokens=max_new_tokens))
+        return self.processor.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+__all__ = ["QnnRunner", "ViewGraphs"]

@@ -1,0 +1,124 @@
+"""What lies beside the binaries: processor, configurations of Qualcomm's runtimes, a README."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+README = """# GenieBlue for {title} ({soc})
+
+Made by `genieblue export qnn`, compiler {compiler}. Everything that a runtime needs, no weights in full precision.
+
+| file | what it is |
+|---|---|
+| `vision/vision.bin` | vision tower and projector, W8A16, {tiles} tile(s) a call |
+| `language_*/language_*.bin` | {parts} context binary or binaries of the decoder. Each holds four graphs over one \
+set of weights: prefill ({chunk} tokens) and decode (1 token) of the text and the multimodal view, W4A16, LoRA W8A16 |
+| `*/*_ctx.onnx` | a graph of a binary as a model for ONNX Runtime with the QNN provider, on the phone too |
+| `embeddings.raw` | embeddings of the base, {embedding_shape} codes ({embedding_dtype}), in the order of the ids |
+| `metadata.json` | every input and output: shape, dtype, scale, offset; which graph serves which view; sha256 |
+| `processor/` | tokenizer and image processor |
+| `genie_config.json`, `htp_backend_ext_config.json` | for Qualcomm's Genie and QNN runtimes |
+| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on the phone |
+
+A code means `value = (code + offset) * scale`. The caches and the hidden states between parts go from call to call as
+they are. A request with images runs the multimodal graphs from its first token, any other request the text graphs; a
+cache belongs to the view that filled it. How a prompt is cut, masked and cached is `conversion/qnn/chunked_decoder.py`
+and `runner.py` of GenieBlue, in NumPy.
+
+## To a phone
+
+With Qualcomm's AI Runtime SDK (QAIRT) on your computer, `$SDK`, and this folder as `bundle`:
+
+    adb push bundle /data/local/tmp/genieblue
+    adb push $SDK/lib/aarch64-android/libQnnHtp.so $SDK/lib/aarch64-android/libQnnHtpV{arch}Stub.so \
+$SDK/lib/aarch64-android/libQnnSystem.so /data/local/tmp/genieblue
+    adb push $SDK/lib/hexagon-v{arch}/unsigned/libQnnHtpV{arch}Skel.so /data/local/tmp/genieblue
+
+An app opens the `_ctx.onnx` files with ONNX Runtime's QNN provider (option `ep.share_ep_contexts` for those of one
+binary), or the binaries with the SDK's own interface. The names of the graphs in a binary are ONNX Runtime's: tell the
+graphs apart by their shapes and by their order, {order}.
+
+## What was checked, and what was not
+
+Checked on an ordinary computer: every node runs on the NPU's side of the compiler, and the emulator of the NPU gives
+what the same quantized graphs give on a CPU (`genieblue verify` repeats it). Not checked, since it takes the device:
+speed, memory and power; that the silicon gives the numbers of its emulator; loading of the shared binary, which the
+emulator cannot do; `genie_config.json`, which describes the text view alone.
+"""
+
+
+def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: Any) -> None:
+    """Writes processor, configurations and README into the folder of a bundle."""
+    processor.save_pretrained(folder / "processor")
+    soc, decoder, embeddings = metadata["soc"], metadata["decoder"], metadata["embeddings"]
+    binaries = [part["binary"] for part in metadata["parts"]]
+    backend = {
+        "devices": [
+            {
+                "soc_model": soc["model"],
+                "dsp_arch": f"v{soc['arch']}",
+                "cores": [{"core_id": 0, "perf_profile": "burst", "rpc_control_latency": 100}],
+            }
+        ],
+        "memory": {"mem_type": "shared_buffer"},
+        "context": {"weight_sharing_enabled": True},
+    }
+    ends = metadata["generation"]["eos_token_ids"]
+    genie = {
+        "dialog": {
+            "version": 1,
+            "type": "basic",
+            "context": {
+                "version": 1,
+                "size": metadata["context_length"],
+                "n-vocab": decoder["vocab_size"],
+                "eos-token": ends[0] if len(ends) == 1 else ends,
+            },
+            "sampler": {"version": 1, "greedy": True},
+            "tokenizer": {"version": 1, "path": "processor/tokenizer.json"},
+            "embedding": {
+                "version": 1,
+                "type": "lut",
+                "lut-path": embeddings["file"],
+                "size": decoder["hidden_size"],
+                "datatype": "ufixed16",
+                "quant-param": {"scale": embeddings["scale"], "offset": embeddings["offset"]},
+            },
+            "engine": {
+                "version": 1,
+                "n-threads": 3,
+                "backend": {
+                    "version": 1,
+                    "type": "QnnHtp",
+                    "QnnHtp": {
+                        "version": 1,
+                        "use-mmap": True,
+                        "poll": True,
+                        "kv-dim": decoder["head_dim"],
+                        "pos-id-dim": decoder["head_dim"] // 2,
+                    },
+                    "extensions": "htp_backend_ext_config.json",
+                },
+                "model": {"version": 1, "type": "binary", "binary": {"version": 1, "ctx-bins": binaries}},
+            },
+        }
+    }
+    for name, value in (("htp_backend_ext_config.json", backend), ("genie_config.json", genie)):
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    readme = README.format(
+        title=soc["title"],
+        soc=soc["name"],
+        arch=soc["arch"],
+        compiler=metadata["compiler"],
+        tiles=metadata["vision"]["tiles"],
+        parts=len(binaries),
+        chunk=metadata["chunk_length"],
+        embedding_shape="×".join(map(str, embeddings["shape"])),
+        embedding_dtype=embeddings["dtype"],
+        order=", ".join(metadata["parts"][0]["graphs"]),
+    )
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+__all__ = ["write_runtime_files"]
