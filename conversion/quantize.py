@@ -2,10 +2,9 @@
 
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,39 @@ from torch import nn
 
 from conversion.calibration import linear_hessians, walk_blocks
 from conversion.precision import LayerPlan, QuantizationRecipe, describe, plan_base, plan_own_parts
-from conversion.quantization_error import ViewLogits, measured_errors, view_logits
+from conversion.quantization_error import measured_errors, view_logits
 from conversion.quantized_base import (
     base_folder,
     new_folder,
     plain_state,
+    refuse_taken_places,
+    refuse_unfit_source,
     save_aligned,
     write_json,
     write_quantized_base,
 )
 from conversion.rounding import round_weight
-from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
 from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
-from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, qmap_content, stored_tensors
+from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
+from modeling_genieblue.quantization_genieblue import (
+    BITS,
+    QMAP_NAME,
+    group_size_of,
+    qmap_content,
+    scales_of,
+    stored_tensors,
+)
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
 from modeling_genieblue.quantized_parts_genieblue import QUANTIZED_ADAPTER_NAME, quantized_adapter_entries
-from modeling_genieblue.saving_genieblue import refuse_foreign_folder, save_model
+from modeling_genieblue.saving_genieblue import save_model
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 VISION_BLOCKS = "encoder.layers"
+LARGEST_ROUNDING_ERROR = 0.5  # relative, of one weight matrix: far above 4 bits', far below another model's
 
 
 @dataclass(frozen=True)
@@ -86,70 +96,52 @@ def quantize_genieblue(
     """
     recipe, samples, progress = recipe or QuantizationRecipe(), samples or CalibrationSamples(), progress or _silent
     output = Path(os.path.realpath(output))
-    _refuse_request(recipe, output, base_output, quantized_base, self_contained, samples, overwrite)
-    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
-    if model.config.quantization is not None:
+    if sum(map(bool, (base_output, quantized_base, self_contained))) > 1:
         raise ValueError(
-            f"{source} is quantized already ({model.config.quantization['llm']}): give the 16-bit GenieBlue it was "
-            "made from."
+            "`base_output`, `quantized_base` and `self_contained` say different things about where the quantized base "
+            "is: give one of them."
         )
-    if model.config.base_model_name_or_path is None:
-        raise ValueError(f"{source} names no base, whose configuration and tokenizer are needed: save it with one.")
+    if recipe.rounding == "gptq" and not samples.text:
+        raise ValueError("gptq needs calibration samples of text: give some, or round with hqq or rtn.")
+    where = {key: load_kwargs[key] for key in OWN_HUB_KEYS if load_kwargs.get(key) is not None}
+    config = GenieBlueConfig.from_pretrained(source, **where)
+    refuse_unfit_source(source, config)
+    target = None
+    if recipe.changes_base and not self_contained and quantized_base is None:
+        name = f"{os.path.basename(os.path.normpath(config.base_model_name_or_path))}-{recipe.llm}"
+        target = output.with_name(name) if base_output is None else Path(os.path.realpath(base_output))
+    refuse_taken_places(source, config, output, target, overwrite)
+
+    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
     rounder = _Rounder(recipe, samples, progress)
     plans = [plan_own_parts(model, recipe), plan_base(model.language_model, recipe)]
     before = view_logits(model)
-    target_base = _base_target(model, recipe, output, base_output, self_contained)
-    with tempfile.TemporaryDirectory(dir=_parent(output), prefix=f".{output.name}.quantizing-") as workplace:
-        workplace = Path(workplace)
-        files = _round_own_parts(model, plans[0], rounder, workplace)
-        base_files = _quantize_base(model, recipe, plans, rounder, target_base, quantized_base, overwrite)
-        files |= _round_adapter(model, recipe, plans[0], rounder, workplace) | base_files
-        model._quantized_files = files
-        model.config.quantization = describe(recipe, plans) | {"source": _origin(model, source, output)}
-        return _save(model, recipe, workplace, output, before, load_kwargs)
-
-
-def _refuse_request(
-    recipe: QuantizationRecipe,
-    output: Path,
-    base_output: Any,
-    quantized_base: Any,
-    self_contained: bool,
-    samples: CalibrationSamples,
-    overwrite: bool,
-) -> None:
-    given = [
-        name
-        for name, value in (
-            ("base_output", base_output), ("quantized_base", quantized_base), ("self_contained", self_contained)
+    origin = _origin(model, source, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        # The base takes its place last, when all else is written: what fails leaves nothing behind.
+        base_staging = stack.enter_context(new_folder(target)) if target is not None else None
+        workplace = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.quantizing-"))
         )
-        if value
-    ]  # fmt: skip
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} say different things about where the quantized base is: give one.")
-    if output.exists():
-        if not overwrite:
-            raise OSError(f"{output} exists already: give a new folder, or allow it to be replaced (--overwrite).")
-        refuse_foreign_folder(output)
-    if recipe.rounding == "gptq" and not samples.text and not quantized_base and recipe.changes_base:
-        raise ValueError("gptq needs calibration samples of text for the base: give some, or round with hqq or rtn.")
-
-
-def _base_target(
-    model: Any, recipe: QuantizationRecipe, output: Path, base_output: Any, self_contained: bool
-) -> Path | None:
-    """Folder for the quantized base; `None` for one inside of the GenieBlue."""
-    if self_contained:
-        return None
-    if base_output is not None:
-        return Path(os.path.realpath(base_output))
-    name = os.path.basename(os.path.normpath(model.config.base_model_name_or_path))
-    return output.with_name(f"{name}-{recipe.llm}")
-
-
-def _parent(folder: Path) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder.parent
+        files = _round_own_parts(model, plans[0], rounder, workplace)
+        if quantized_base is not None and recipe.changes_base:
+            _use_existing_base(model, os.fspath(quantized_base), recipe)
+        elif recipe.changes_base:
+            files |= _quantize_base(model, recipe, plans[1], rounder, base_staging or workplace / "base", target)
+        files |= _round_adapter(model, recipe, plans[0], rounder, workplace)
+        model._quantized_files = files
+        model.config.quantization = describe(recipe, plans) | {"source": origin}
+        trust = {"trust_remote_code": True} if load_kwargs.get("trust_remote_code") else {}
+        # Saved once in passing, to measure what a user will load.
+        save_model(model, workplace / "trial")
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(workplace / "trial", **trust)
+        errors, measurements = measured_errors(before, view_logits(quantized), recipe)
+        if target is not None:
+            quantized.config.base_model_name_or_path = str(target)
+        save_model(quantized, output, facts={"measurements.json": measurements})
+    name = quantized.config.base_model_name_or_path
+    return QuantizationReport(output, name, quantized.config.quantization["other_precision"], errors)
 
 
 def _origin(model: Any, source: Any, output: Path) -> dict[str, Any]:
@@ -244,62 +236,45 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, workplace: 
 def _quantize_base(
     model: Any,
     recipe: QuantizationRecipe,
-    plans: list[LayerPlan],
+    plan: LayerPlan,
     rounder: _Rounder,
+    folder: Path,
     target: Path | None,
-    existing: Any,
-    overwrite: bool,
 ) -> dict[str, Path]:
-    """Makes the quantized base, or takes an existing one, and lets the model's configuration name it.
+    """Writes the quantized base into `folder` and lets the model's configuration name it.
 
-    Returns the base's files for a self-contained GenieBlue, otherwise nothing. The base in memory holds the rounded
-    values afterwards.
+    `target` is where the folder will be in the end, `None` for one inside of the GenieBlue, whose files are returned.
+    The base in memory holds the rounded values afterwards.
     """
-    config, base, plan = model.config, model.language_model, plans[1]
-    if not recipe.changes_base:
-        return {}
-    if existing is not None:
-        _use_existing_base(model, os.fspath(existing), recipe)
-        return {}
+    config, base = model.config, model.language_model
+    folder.mkdir(exist_ok=True)
     source = base_folder(config.base_model_name_or_path, config.base_model_revision, model._hub_kwargs)
-    settings = describe(recipe, [plan]) | {
-        "source": {
-            # A path of this computer is nobody else's business.
-            "name": os.path.basename(source) if source.is_dir() and os.path.isabs(config.base_model_name_or_path)
-            else config.base_model_name_or_path,
-            "revision": config.base_model_revision,
-        }
-    }  # fmt: skip
+    is_local = os.path.isabs(config.base_model_name_or_path)
+    # A path of this computer is nobody else's business.
+    origin = os.path.basename(source) if is_local else config.base_model_name_or_path
+    settings = describe(recipe, [plan]) | {"source": {"name": origin, "revision": config.base_model_revision}}
     for part in ("replicated_blocks", "lora", "vision_tower", "multi_modal_projector"):
         settings.pop(part)
-    place = new_folder(target, overwrite=overwrite) if target is not None else _lasting_folder(model)
-    with place as folder:
-        path, _ = find_blocks(base)
-        outside = {name: kind for name, kind in plan.kinds.items() if not name.startswith(f"{path}.")}
-        inside = {name: kind for name, kind in plan.kinds.items() if name not in outside}
-        batches = [{"input_ids": ids.to(base.device)} for ids in rounder.samples.text]
-        tensors = rounder.round_blocks(base, path, inside, batches, "language model")
-        stored: set[int] = set()
-        for name, kind in outside.items():
-            weight = base.get_submodule(name).weight
-            if id(weight) not in stored:  # an LM head and an embedding that are one
-                stored.add(id(weight))
-                tensors |= stored_tensors(name, **rounder.round(weight, kind))
-        write_quantized_base(folder, base, source, plan.kinds, tensors, settings)
-    folder = target if target is not None else folder
+    path, _ = find_blocks(base)
+    outside = {name: kind for name, kind in plan.kinds.items() if not name.startswith(f"{path}.")}
+    inside = {name: kind for name, kind in plan.kinds.items() if name not in outside}
+    batches = [{"input_ids": ids.to(base.device)} for ids in rounder.samples.text]
+    tensors = rounder.round_blocks(base, path, inside, batches, "language model")
+    stored: set[int] = set()
+    for name, kind in outside.items():
+        weight = base.get_submodule(name).weight
+        if id(weight) not in stored:  # an LM head and an embedding that are one
+            stored.add(id(weight))
+            tensors |= stored_tensors(name, **rounder.round(weight, kind))
+    write_quantized_base(folder, base, source, plan.kinds, tensors, settings)
     config.base_model_fingerprint = weight_file_hashes(folder)
     model._base_samples = tensor_samples(load_quantized_base(folder, trust_remote_code=base.is_remote_code()))
+    config.base_model_revision = None
     if target is not None:
-        config.base_model_name_or_path, config.base_model_revision = str(target), None
+        config.base_model_name_or_path = str(folder)
         return {}
-    config.base_model_name_or_path, config.base_model_revision = "./base", None
+    config.base_model_name_or_path = "./base"
     return {f"base/{path.name}": path for path in folder.iterdir()}
-
-
-@contextmanager
-def _lasting_folder(model: Any) -> Iterator[Path]:
-    model._inner_base = tempfile.TemporaryDirectory()  # lives as long as the model
-    yield Path(model._inner_base.name)
 
 
 def _use_existing_base(model: Any, name: str, recipe: QuantizationRecipe) -> None:
@@ -307,11 +282,12 @@ def _use_existing_base(model: Any, name: str, recipe: QuantizationRecipe) -> Non
     settings = read_base_quantization(name, **model._hub_kwargs)
     if settings is None:
         raise ValueError(f"{name} is no base that GenieBlue quantized: leave it out, and one is made.")
-    if settings["llm"] != recipe.llm or settings["activations"] != recipe.activations:
-        raise ValueError(
-            f"{name} has {settings['llm']} with {settings['activations']}, and {recipe.llm} with "
-            f"{recipe.activations} was asked for: give a base that fits."
-        )
+    for part in ("llm", "lm_head", "embeddings", "activations"):
+        if settings[part] != getattr(recipe, part):
+            raise ValueError(
+                f"{name} has {part} {settings[part]}, and {getattr(recipe, part)} was asked for: ask for what it has, "
+                "or have another one made."
+            )
     trust = model.language_model.is_remote_code()
     base = load_quantized_base(name, trust_remote_code=trust, **model._hub_kwargs)
     _copy_rounded_values(base, model.language_model, name)
@@ -330,15 +306,17 @@ def _commit_of(name: str, hub_kwargs: dict[str, Any]) -> str:
 @torch.no_grad()
 def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str) -> None:
     """Gives `base` the values of the quantized one; `ValueError` if they are not roundings of its own."""
+    others = dict(quantized.named_parameters(remove_duplicate=False))
     for parameter_name, parameter in base.named_parameters():
-        other = dict(quantized.named_parameters(remove_duplicate=False)).get(parameter_name)
+        other = others.get(parameter_name)
         if other is None or other.shape != parameter.shape:
-            raise ValueError(f"{name} is no quantized copy of this model's base: {parameter_name} is missing there.")
-        values = other.dequantize() if hasattr(other, "dequantize") and hasattr(other, "qtype") else other
-        distance = (values.float() - parameter.float()).norm() / parameter.float().norm().clamp(min=1e-12)
-        if distance > 0.5:
+            raise ValueError(f"{name} is no quantized copy of this model's base: it has no {parameter_name} like its.")
+        is_quantized = scales_of(other) is not None
+        values = (other.dequantize() if is_quantized else other).float()
+        distance = float((values - parameter.float()).norm() / parameter.float().norm().clamp(min=1e-12))
+        if distance > (LARGEST_ROUNDING_ERROR if is_quantized else 0):
             raise ValueError(
-                f"{name} is no quantized copy of this model's base: {parameter_name} differs by {distance:.0%}."
+                f"{name} is no quantized copy of this model's base: {parameter_name} differs by {distance:.1%}."
             )
         parameter.copy_(values)
 
@@ -413,25 +391,6 @@ def _write(workplace: Path, weights: str, qmap: str, tensors: dict, kinds: dict[
     save_aligned(tensors, workplace / weights)
     write_json(workplace / qmap, qmap_content(kinds))
     return {weights: workplace / weights, qmap: workplace / qmap}
-
-
-def _save(
-    model: Any, recipe: QuantizationRecipe, workplace: Path, output: Path, before: ViewLogits, load_kwargs: dict
-) -> QuantizationReport:
-    """Saves once beside `output` to measure what a user will load, then for good."""
-    trial = workplace.with_name(f"{workplace.name}-trial")
-    try:
-        save_model(model, trial)
-        trust = {"trust_remote_code": True} if load_kwargs.get("trust_remote_code") else {}
-        quantized = GenieBlueForConditionalGeneration.from_pretrained(trial, **trust)
-        errors, measurements = measured_errors(before, view_logits(quantized), recipe)
-        save_model(quantized, output, facts={"measurements.json": measurements})
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
-    config = quantized.config
-    return QuantizationReport(
-        output, config.base_model_name_or_path, config.quantization["other_precision"], errors
-    )
 
 
 def _silent(steps: Iterable[Any], _title: str) -> Iterable[Any]:

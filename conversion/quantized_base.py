@@ -18,9 +18,11 @@ from torch import nn
 
 import modeling_genieblue
 from hub_cards.quantized_base_card import write_quantized_base_card
+from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.loading_genieblue import is_local_reference
 from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, qmap_content
-from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, WEIGHTS_FILE
+from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, WEIGHTS_FILE, read_base_quantization
+from modeling_genieblue.saving_genieblue import refuse_foreign_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +34,50 @@ COMPANIONS = (
 CODE_FILES = ("quantization_genieblue.py", "quantized_base_genieblue.py")
 
 
+def refuse_unfit_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
+    """`ValueError` for a GenieBlue that is quantized already, or whose base could not be found again."""
+    if config.quantization is not None:
+        raise ValueError(
+            f"{source} is quantized already ({config.quantization['llm']}): give the 16-bit GenieBlue it was made "
+            "from."
+        )
+    if config.base_model_name_or_path is None:
+        raise ValueError(f"{source} names no base, whose configuration and tokenizer are needed: save it with one.")
+
+
+def refuse_taken_places(
+    source: str | os.PathLike, config: GenieBlueConfig, output: Path, base_output: Path | None, overwrite: bool
+) -> None:
+    """`OSError` or `ValueError` for folders that hold something, above all what is to be quantized."""
+    read: list[Path] = []
+    if os.path.isdir(source):
+        read.append(Path(os.path.realpath(source)))
+        if is_local_reference(config.base_model_name_or_path):
+            read.append(Path(os.path.realpath(read[0] / config.base_model_name_or_path)))
+    for folder in (output, base_output):
+        if folder is None:
+            continue
+        for other in read:
+            if folder == other or folder in other.parents or other in folder.parents:
+                raise ValueError(f"{folder} overlaps {other}, which is only read: give another folder.")
+        if folder.exists() and not overwrite:
+            raise OSError(f"{folder} exists already: give a new folder, or allow it to be replaced (--overwrite).")
+    if base_output is not None and (output in (base_output, *base_output.parents) or base_output in output.parents):
+        raise ValueError(f"{output} and {base_output} lie in one another: give two folders, side by side.")
+    if output.exists():
+        refuse_foreign_folder(output)
+    if base_output is not None and base_output.exists():
+        is_ours = (base_output / "config.json").is_file() and read_base_quantization(base_output) is not None
+        if not is_ours:
+            raise ValueError(f"{base_output} holds no quantized base, so it is not replaced: give another folder.")
+
+
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `target` at the end, or leaves no trace if that is not reached."""
-    if target.exists() and not overwrite:
-        raise OSError(f"{target} exists already: give a new folder, or allow it to be replaced (--overwrite).")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.writing-") as parent:
-        staging = Path(parent, "new")
+        staging = Path(parent, target.name)
         staging.mkdir()
         yield staging
         if target.exists():

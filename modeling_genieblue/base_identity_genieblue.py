@@ -15,7 +15,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 
-from .quantization_genieblue import scales_of
+from .quantization_genieblue import sampled_codes, scales_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 def tensor_samples(model: nn.Module) -> dict[str, dict]:
     """`{name: {"shape", "dtype", "positions", "values"}}`: some values of each parameter.
 
-    Of a quantized one the scales are sampled. Parameters on the meta device (offloaded ones) are left out, and
+    Of a quantized one scales and codes are sampled. Parameters on the meta device (offloaded ones) are left out, and
     quantized ones of a kind that is not ours.
     """
     return {
@@ -43,13 +43,14 @@ def tensor_samples(model: nn.Module) -> dict[str, dict]:
 
 
 def _readable_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What can be compared by value: plain parameters, and the scales of quantized ones under a name of their own."""
+    """What can be compared by value: plain parameters; scales and some codes of quantized ones, by other names."""
     readable = {}
     for name, parameter in model.named_parameters():
         if is_plain_weight(parameter):
             readable[name] = parameter
         elif (scales := scales_of(parameter)) is not None:
             readable[f"{name}._scale"] = scales
+            readable[f"{name}._codes"] = sampled_codes(parameter)
     return readable
 
 
@@ -84,7 +85,8 @@ def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str
     compared = 0
     parameters = _readable_values(model)
     both = [any(name.endswith("._scale") for name in names) for names in (samples, parameters)]
-    readable = both[0] == both[1] and len(parameters) == sum(1 for _ in model.parameters())
+    found = {name.removesuffix("._scale").removesuffix("._codes") for name in parameters}
+    readable = both[0] == both[1] and len(found) == sum(1 for _ in model.parameters())
     for name, sample in samples.items():
         parameter = parameters.get(name)
         if parameter is None:

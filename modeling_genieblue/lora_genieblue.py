@@ -86,6 +86,16 @@ class SharedInputLoraLinear(lora.Linear):
             flat.add_(torch.mm(low_rank, up_weight), alpha=self.scaling[name])  # summed in float32, rounded once
         return result
 
+    def merge(self, *args, **kwargs) -> None:
+        """PEFT's own; `ValueError` for a quantized base, on which PEFT would do nothing and drop the LoRA."""
+        weight = self.get_base_layer().weight
+        if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
+            raise ValueError(
+                f"LoRA cannot be merged into quantized weights ({type(weight).__name__}): merge it in 16 bits, then "
+                "quantize."
+            )
+        super().merge(*args, **kwargs)
+
     def _is_plain(self, x: torch.Tensor) -> bool:
         return not (
             self.training  # dropout

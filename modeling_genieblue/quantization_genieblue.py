@@ -171,6 +171,26 @@ def scales_of(weight: torch.Tensor) -> torch.Tensor | None:
     return weight._scale
 
 
+@torch.no_grad()
+def sampled_codes(weight: torch.Tensor) -> torch.Tensor:
+    """A few codes of one of our quantized weights, whatever form its kernel has it in."""
+    rows, columns = weight.shape
+    places = torch.linspace(0, rows - 1, min(rows, 8), device=weight.device).long()
+    column = columns // 2
+    if isinstance(weight, WeightQBytesTensor):
+        return weight._data[places, column].float()
+    # Packed: a kernel gives the column's values, of which the codes follow.
+    one_hot = torch.zeros(1, columns, dtype=weight.dtype, device=weight.device)
+    one_hot[0, column] = 1
+    values = functional.linear(one_hot, weight)[0, places].float()
+    group = column // (weight._group_size or columns)
+    if isinstance(weight, TinyGemmWeightQBitsTensor):
+        scale, middle = weight._scale_shift[group, places].float().unbind(-1)
+        return ((values - middle) / scale).round() + 8
+    scale, shift = (part.view(rows, -1)[places, group].float() for part in (weight._scale, weight._shift))
+    return ((values + shift) / scale).round()
+
+
 class PrecisionGuard:
     """Refuses to change the precision of a model with quantized weights, which quanto would do by half."""
 
@@ -306,7 +326,7 @@ def read_qmap(path: str | os.PathLike) -> dict[str, str]:
         kinds = {name: entry["weights"] for name, entry in content.items()}
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise OSError(f"{path} cannot be read ({error!r}): it is damaged; fetch it again.") from error
-    unknown = [f"{name}: {kind!r}" for name, kind in kinds.items() if kind not in BITS]
+    unknown = [f"{name}: {kind!r}" for name, kind in kinds.items() if not isinstance(kind, str) or kind not in BITS]
     if unknown:
         raise ValueError(f"{path} names an unknown precision ({unknown[0]}): expected {' or '.join(BITS)}.")
     return kinds

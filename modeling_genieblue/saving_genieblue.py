@@ -36,7 +36,7 @@ RECIPE_NAME = "training_recipe.json"
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_NAMES = (
     "model.safetensors.index.json", "model-*-of-*.safetensors", "adapter_config.json", RECIPE_NAME,
-    "measurements.json",
+    "measurements.json", "adapter_model.safetensors", "quantized_adapter.safetensors", "quanto_qmap.json",
 )  # fmt: skip
 STALE_PROCESSOR_NAMES = (
     "processor_config.json", "preprocessor_config.json", "chat_template.*", "tokenizer*", "special_tokens_map.json",
