@@ -22,13 +22,15 @@ from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters
 
 
-def make_model(device: str) -> GenieBlueForConditionalGeneration:
+def make_model(
+    device: str, hidden_size: int = 1024, intermediate_size: int = 2816
+) -> GenieBlueForConditionalGeneration:
     """The benchmark's GenieBlue: 16 blocks of which 4 are copied, LoRA rank 8 on the others, adapter not zero."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=4,
-        vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=None, bos_token_id=1,
-        pad_token_id=0,
+        hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True,
+        eos_token_id=None, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     base = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
     vision = SiglipVisionModel(

@@ -20,8 +20,8 @@ import modeling_genieblue
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.loading_genieblue import is_local_reference
-from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, qmap_content
-from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, WEIGHTS_FILE, read_base_quantization
+from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, QUANTIZED_WEIGHTS_NAME, qmap_content
+from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, read_base_quantization
 from modeling_genieblue.saving_genieblue import refuse_foreign_folder
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def write_quantized_base(
     state = plain_state(base, kinds)
     for tied in _tied_copies(base):
         state.pop(tied, None)
-    save_aligned({**state, **tensors}, folder / WEIGHTS_FILE)
+    save_aligned({**state, **tensors}, folder / QUANTIZED_WEIGHTS_NAME)
     write_json(folder / QMAP_NAME, qmap_content(kinds))
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS):

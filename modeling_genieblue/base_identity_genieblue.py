@@ -15,7 +15,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 
-from .quantization_genieblue import sampled_codes, scales_of
+from .quantization_genieblue import QUANTIZED_WEIGHTS_NAME, sampled_codes, scales_of
 
 logger = logging.getLogger(__name__)
 
@@ -191,13 +191,15 @@ def _published_hashes(name: str, revision: str | None, token: str | bool | None)
     hashes = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
     if WEIGHTS_NAME in hashes:
         return {WEIGHTS_NAME: hashes[WEIGHTS_NAME]}
+    if QUANTIZED_WEIGHTS_NAME in hashes:
+        return {QUANTIZED_WEIGHTS_NAME: hashes[QUANTIZED_WEIGHTS_NAME]}
     return {name: sha256 for name, sha256 in hashes.items() if fnmatchcase(name, "model-*-of-*.safetensors")}
 
 
 def _weight_files(find: Callable[[str], Path | None]) -> dict[str, Path]:
     """The weight files that transformers would load: one file, or else the shards of an index."""
-    names = [WEIGHTS_NAME]
-    if find(WEIGHTS_NAME) is None and (index := find(INDEX_NAME)) is not None:
+    names = [WEIGHTS_NAME if find(WEIGHTS_NAME) is not None else QUANTIZED_WEIGHTS_NAME]
+    if names != [WEIGHTS_NAME] and (index := find(INDEX_NAME)) is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index} names a file outside of its folder ({outside[0]!r}): do not trust this base.")

@@ -5,6 +5,7 @@ at most 128 along a row, each group with a scale and an integer zero point. Acti
 compiled on the user's machine, and tensors are read by name, strictly.
 """
 
+import copy
 import json
 import logging
 import os
@@ -29,6 +30,9 @@ except ImportError:  # only needed where something is quantized
 logger = logging.getLogger(__name__)
 
 QMAP_NAME = "quanto_qmap.json"
+# Of a quantized base. Not transformers' own name: its classes would find the file, miss every weight in it, and go on
+# with random ones.
+QUANTIZED_WEIGHTS_NAME = "quantized_model.safetensors"
 BITS = {"qint4": 4, "qint8": 8}
 # Rows of codes that torch's 4-bit CPU kernel multiplies: others are expanded at each call.
 KERNEL_GROUPS = (32, 64, 128, 256)
@@ -127,6 +131,8 @@ class RowQuantizedWeight(WeightQBytesTensor):
 class FrozenLinear(QLinear):
     """quanto's linear with frozen weights, on a shorter way to the same CPU kernels."""
 
+    is_frozen_linear = True  # a base may come from another copy of this file, run as remote code
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, weights: str):
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias is not None, device="meta", weights=weights)
@@ -135,6 +141,13 @@ class FrozenLinear(QLinear):
             self.bias = nn.Parameter(bias, requires_grad=False)
         one = torch.ones((), dtype=weight.dtype, device=weight.device)
         self.input_scale, self.output_scale = one, one.clone()
+
+    def __deepcopy__(self, memo: dict) -> "FrozenLinear":
+        memo.setdefault(id(self.weight), nn.Parameter(_copied(self.weight.data), requires_grad=False))
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` (..., in_features) → (..., out_features)."""
@@ -160,6 +173,26 @@ class FrozenLinear(QLinear):
         if self.bias is not None:
             result += self.bias
         return result.view(*input.shape[:-1], self.out_features)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module is a `FrozenLinear`, of this file or of another copy of it."""
+    return getattr(module, "is_frozen_linear", False)
+
+
+def _copied(weight: torch.Tensor) -> torch.Tensor:
+    """A quantized weight with memory of its own, which quanto's packed tensors cannot make."""
+    if isinstance(weight, TinyGemmWeightQBitsTensor):
+        codes = TinyGemmPackedTensor(weight._data._data.clone(), weight.size(), weight.stride())
+        group = (weight._qtype, weight._axis, weight._group_size)
+        return TinyGemmWeightQBitsTensor(*group, weight.size(), weight.stride(), codes, weight._scale_shift.clone())
+    parts, settings = weight.__tensor_flatten__()
+    copies = {name: getattr(weight, name).detach() for name in parts}
+    copies = {
+        name: part.pack(part.unpack(), part.bits) if hasattr(part, "unpack") else part.clone()
+        for name, part in copies.items()
+    }
+    return type(weight).__tensor_unflatten__(copies, settings, weight.size(), weight.stride())
 
 
 def scales_of(weight: torch.Tensor) -> torch.Tensor | None:
@@ -222,8 +255,7 @@ class PrecisionGuard:
         return super().double(*args)
 
     def _refuse_cast(self, dtype: torch.dtype) -> None:
-        frozen = next((module for module in self.modules() if isinstance(module, FrozenLinear)), None) \
-            if quanto_cpp is not None else None
+        frozen = next(filter(is_frozen, self.modules()), None)
         if frozen is not None and frozen.weight.dtype != dtype:
             raise ValueError(
                 f"The weights are quantized for activations in {frozen.weight.dtype}; they cannot be turned into "

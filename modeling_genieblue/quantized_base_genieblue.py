@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from .quantization_genieblue import QMAP_NAME, PrecisionGuard, QuantizedFile, fill_from_quantized_file, require_quanto
+from .quantization_genieblue import (
+    QMAP_NAME,
+    QUANTIZED_WEIGHTS_NAME,
+    PrecisionGuard,
+    QuantizedFile,
+    fill_from_quantized_file,
+    require_quanto,
+)
 
 try:
     from accelerate import init_empty_weights
@@ -21,7 +30,6 @@ except ImportError:  # only needed where something is quantized
     init_empty_weights = None
 
 QUANT_METHOD = "genieblue_quanto"
-WEIGHTS_FILE = "model.safetensors"
 HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
@@ -89,22 +97,18 @@ def load_quantized_base(
     hub_kwargs = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
     own_config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **hub_kwargs) \
         if config is None else copy.deepcopy(config)
-    settings = dict(own_config.quantization_config)
-    # What `AutoModelForCausalLM` is to make is the base's own class, by transformers or by the base's own code.
-    own_config.auto_map = settings.get("base_auto_map")
-    if own_config.auto_map is None:
-        del own_config.auto_map
-    del own_config.quantization_config
+    settings = getattr(own_config, "quantization_config", None)
+    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{location} is no base that GenieBlue quantized: load it without this class.")
+    model_class = _own_class(location, own_config, settings, trust_remote_code, hub_kwargs)
+    for name in ("auto_map", "quantization_config"):
+        delattr(own_config, name)
     dtype = _dtype(dtype, settings)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    base = on_meta_device(
-        lambda: AutoModelForCausalLM.from_config(
-            own_config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
-        )
-    )
-    files = {name: cached_file(location, name, **hub_kwargs) for name in (WEIGHTS_FILE, QMAP_NAME)}
+    base = on_meta_device(lambda: model_class._from_config(own_config, dtype=dtype, **attention))
+    files = {name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)}
     device = one_device(device_map)
-    file = QuantizedFile([files[WEIGHTS_FILE]], files[QMAP_NAME])
+    file = QuantizedFile([files[QUANTIZED_WEIGHTS_NAME]], files[QMAP_NAME])
     fill_from_quantized_file(base, file, dtype=dtype, device=device, tied=_tied(base))
     for buffer_owner in base.modules():
         for name, buffer in buffer_owner._buffers.items():
@@ -119,6 +123,22 @@ def load_quantized_base(
     base.config.quantization_config = settings
     base.__class__ = _guarded(type(base))
     return base.requires_grad_(False).eval()
+
+
+def _own_class(location: str, config: Any, settings: dict[str, Any], trust: bool, hub_kwargs: dict[str, Any]) -> type:
+    """The class that the unquantized base has: transformers' own, or that of the base's code."""
+    own_map = settings.get("base_auto_map")
+    if own_map is None:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    if not trust:
+        raise ValueError(
+            f"{location} needs Python code of its own repository; if you trust that code, pass "
+            "`trust_remote_code=True`."
+        )
+    hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
+    model_class = get_class_from_dynamic_module(own_map["AutoModelForCausalLM"], location, **hub_kwargs)
+    model_class.register_for_auto_class("AutoModelForCausalLM")
+    return add_generation_mixin_to_remote_model(model_class)
 
 
 def _dtype(asked: Any, settings: dict[str, Any]) -> torch.dtype:
@@ -156,8 +176,15 @@ def _guarded(model_class: type) -> type:
     return _GUARDED[model_class]
 
 
-class QuantizedBaseForCausalLM(PreTrainedModel):
-    """What `AutoModelForCausalLM` finds in the repository of a quantized base; it gives the base's own class."""
+class QuantizedBaseForCausalLM:
+    """What `AutoModelForCausalLM` finds in the repository of a quantized base; it gives the base's own class.
+
+    No `PreTrainedModel`: that would have to name one configuration class, where each base has its own.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Called by `AutoModelForCausalLM`; nothing to do."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *_args: Any, **kwargs: Any) -> Any:

@@ -25,6 +25,7 @@ from .quantization_genieblue import (
     FrozenLinear,
     QuantizedFile,
     fill_from_quantized_file,
+    is_frozen,
     stored_layout,
 )
 from .quantized_base_genieblue import on_meta_device, one_device
@@ -77,7 +78,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
 def refuse_unquantized_base(base: nn.Module, config: GenieBlueConfig, path: str) -> None:
     """`ValueError` for a 16-bit base under an adapter that was made for a quantized one."""
     needs_quantized = any(config.quantization[part] != "w16a16" for part in ("llm", "lm_head", "embeddings"))
-    if needs_quantized and not any(isinstance(module, FrozenLinear) for module in base.modules()):
+    if needs_quantized and not any(map(is_frozen, base.modules())):
         raise ValueError(
             f"{path} is for a base quantized to {config.quantization['llm']}, and was given one that is not: load it "
             f"onto {config.base_model_name_or_path}, or use the unquantized GenieBlue."

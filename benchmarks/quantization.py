@@ -1,0 +1,225 @@
+"""Quantized GenieBlues: bytes, load, decode speed and accuracy, each beside 16 bits.
+
+    python benchmarks/quantization.py [--demo demo-out] [--full-size full-size] [--pairs 9] [--runs 3] [--json]
+
+Decode speed is that of a random-weight model of 278 M parameters in linears (16 blocks, hidden size 1280), bf16, batch
+1, in interleaved pairs. Accuracy is that of the model which `make demo` left in `--demo`, on its held-out scans and
+texts. Bytes and load are those of the BlueLM-3B-shaped model which `benchmarks/full_size.py` made in `--full-size`,
+each load in a process of its own and in turn. The last two are left out where the folder is not there.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.full_size import peak_bytes, run_requests
+from benchmarks.views import compare, decode_seconds, make_model
+from conversion.precision import QuantizationRecipe
+from conversion.quantize import CalibrationSamples, quantize_genieblue
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+
+W8 = {"llm": "w8a16"}
+W4 = {"llm": "w4a16"}
+PAPER_GB = {"without": 1.77, "with": 1.92}
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 512
+
+
+def measure_speed(pairs: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Decode of each view in each precision against bf16 in the same pairs; the ratio is bf16's time over its own."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = make_model("cpu", hidden_size=1280, intermediate_size=3456)
+        model.language_model.save_pretrained(folder / "base")
+        model.config.base_model_name_or_path = str(folder / "base")
+        model.save_pretrained(folder / "bf16")
+        cases = {"W8A16": (W8, {}), "W4A16": (W4, {}), "W4, ONNX Runtime": (W4, {"backend": "onnxruntime"})}
+        ids = torch.randint(3, 32000, (1, 64))
+        for name, (recipe, options) in cases.items():
+            output = folder / recipe["llm"]
+            if not output.exists():
+                quantize_genieblue(folder / "bf16", output, QuantizationRecipe(**recipe, rounding="rtn"))
+            quantized = GenieBlueForConditionalGeneration.from_pretrained(output, **options)
+            for view in ("text", "multimodal"):
+                row = compare(
+                    decode_seconds,
+                    lambda view=view, **inputs: model(view=view, **inputs),
+                    lambda view=view, quantized=quantized, **inputs: quantized(view=view, **inputs),
+                    ids, tokens, pairs,
+                )  # fmt: skip
+                rows[f"{name}, {view} view"] = row
+    return rows
+
+
+def measure_accuracy(demo: Path) -> dict[str, dict[str, float]]:
+    """Exact match on the demo's held-out scans and perplexity of its held-out text, by precision and rounding."""
+    from genieblue.collation import ChatCollator
+    from genieblue.demo.answers import read_scans
+    from genieblue.demo.scans import NumberScans, split_scans
+    from genieblue.demo.text import held_out_stream, perplexity, split_documents, training_stream
+
+    processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
+    documents = split_documents()
+    stream = training_stream(processor.tokenizer, documents.train)
+    encode = ChatCollator(processor).encode
+    numbers = NumberScans(split_scans()[0], CALIBRATION_ROWS * 4, seed=99, curriculum=0)
+    samples = CalibrationSamples(
+        text=list(stream[: CALIBRATION_ROWS * CALIBRATION_LENGTH].view(-1, 1, CALIBRATION_LENGTH)),
+        multimodal=[
+            {"input_ids": torch.tensor([row["input_ids"]]), "pixel_values": row["pixel_values"]}
+            for row in map(encode, numbers)
+        ],
+    )
+    lines = [json.loads(line) for line in (demo / "held-out" / "answers.jsonl").read_text().splitlines()]
+    held_out = held_out_stream(processor.tokenizer, documents.held_out)
+
+    def score(folder: Path, **options: Any) -> dict[str, float]:
+        model = GenieBlueForConditionalGeneration.from_pretrained(folder, **options)
+        answers = read_scans(model, processor, demo / "held-out", lines)
+        hits = [line["said"] == line["answer"] for line in answers]
+        return {"exact_match": sum(hits) / len(hits), "perplexity": perplexity(model, held_out)}
+
+    rows = {"16 bits (bf16)": score(demo / "genieblue", dtype=torch.bfloat16)}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision, rounding in (("w8a16", "rtn"), ("w4a16", "rtn"), ("w4a16", "hqq"), ("w4a16", "gptq")):
+            recipe = QuantizationRecipe(llm=precision, rounding=rounding)
+            output, base = Path(folder, f"{precision}-{rounding}"), Path(folder, f"base-{precision}-{rounding}")
+            quantize_genieblue(demo / "genieblue", output, recipe, base_output=base, samples=samples)
+            rows[f"{precision.upper()} {rounding}"] = score(output)
+            if precision == "w4a16":
+                ratio = score(output, backend="onnxruntime")
+                rows[f"{precision.upper()} {rounding}, ONNX Runtime"] = ratio
+    return rows
+
+
+def stored_sizes(folder: Path) -> dict[str, dict[str, float]]:
+    """Bytes by part, against parameters × bits / 8; what the scales and the rest at 16 bits add is the difference."""
+    from genieblue.info import model_info
+
+    found = model_info(folder)
+    precision = found.config["quantization"]
+    bits = {"w4a16": 4, "w8a16": 8, "w16a16": 16}
+    rows = {}
+    for part, size in found.parts.items():
+        if part != "language_model":
+            rows[part] = {"bytes": size.bytes, "ratio": 8 * size.bytes / size.parameters / bits[precision[part]]}
+    base = (folder / found.config["base_model_name_or_path"]).resolve()
+    return rows | _base_sizes(base, bits[precision["llm"]])
+
+
+def _base_sizes(base: Path, bits: int) -> dict[str, dict[str, float]]:
+    """The base's blocks at `bits`, apart from its embedding, LM head and norms at 16."""
+    from hub_cards.model_folder import parameter_sizes
+    from modeling_genieblue.quantization_genieblue import QUANTIZED_WEIGHTS_NAME
+
+    totals = {"llm blocks": [0, 0, 0], "embedding, head, norms": [0, 0, 0]}
+    for name, size in parameter_sizes(base / QUANTIZED_WEIGHTS_NAME).items():
+        part = "llm blocks" if ".weight._" in name or "put_scale" in name else "embedding, head, norms"
+        totals[part][0] += size.parameters
+        totals[part][1] += size.bytes
+        totals[part][2] += size.bytes if size.parameters == 0 else 0
+    rows = {}
+    for part, (parameters, stored, overhead) in totals.items():
+        ideal = parameters * (bits if part == "llm blocks" else 16) / 8
+        rows[part] = {"bytes": stored, "ratio": stored / ideal, "scales": overhead}
+    return rows
+
+
+def measure_load(folder: str) -> dict[str, float]:
+    """In this process: seconds and peak memory of loading, and of two requests after it."""
+    from transformers import AutoModel
+
+    import modeling_genieblue.quantized_parts_genieblue  # noqa: F401 (imports are left out of the time)
+
+    torch.set_num_threads(2)
+    imported = peak_bytes()
+    start = time.perf_counter()
+    model = AutoModel.from_pretrained(folder)
+    seconds = time.perf_counter() - start
+    loaded = peak_bytes() - imported
+    requests = run_requests(model)
+    return {"seconds": seconds, "loaded_bytes": loaded, **requests, "peak_bytes": peak_bytes() - imported}
+
+
+def compare_loads(folder: Path, runs: int) -> dict[str, dict[str, float]]:
+    """Load of the full-size model at 16, 8 and 4 bits, in turn; medians."""
+    folders = {"bf16": folder / "genieblue", "W8A16": folder / "w8a16", "W4A16": folder / "w4a16"}
+    for name, recipe in (("W8A16", W8), ("W4A16", W4)):
+        if not folders[name].exists():
+            quantize_genieblue(folders["bf16"], folders[name], QuantizationRecipe(**recipe, rounding="rtn"))
+    results: dict[str, list[dict]] = {name: [] for name in folders}
+    for _ in range(runs):
+        for name, path in folders.items():
+            command = [sys.executable, "-m", "benchmarks.quantization", "--measure-load", str(path)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[name].append(json.loads(output.splitlines()[-1]))
+    return {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()
+    }
+
+
+def main() -> None:
+    """Prints the tables, or with `--json` the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, default=Path("demo-out"))
+    parser.add_argument("--full-size", type=Path, default=Path("full-size"))
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--skip-speed", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure-load", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if arguments.measure_load:
+        print(json.dumps(measure_load(arguments.measure_load)))
+        return
+    torch.set_num_threads(2)
+    report: dict[str, Any] = {}
+    if not arguments.skip_speed:
+        report["speed"] = measure_speed(arguments.pairs, arguments.tokens)
+    if (arguments.demo / "held-out").is_dir():
+        report["accuracy"] = measure_accuracy(arguments.demo)
+    if (arguments.full_size / "genieblue").is_dir():
+        report["load"] = compare_loads(arguments.full_size, arguments.runs)
+        report["sizes"] = {name: stored_sizes(arguments.full_size / name) for name in ("w8a16", "w4a16")}
+    if arguments.json:
+        print(json.dumps(report))
+        return
+    for title, rows in _tables(report):
+        print(f"\n{title}")
+        columns = list(next(iter(rows.values())))
+        print(f"{'':32}" + "".join(f"{column:>18}" for column in columns))
+        for name, row in rows.items():
+            print(f"{name:32}" + "".join(_cell(row.get(column)) for column in columns))
+    if "sizes" in report:
+        total = sum(row["bytes"] for row in report["sizes"]["w4a16"].values()) / 1e9
+        paper = f"{PAPER_GB['with']} GB ({PAPER_GB['without']} without GenieBlue)"
+        print(f"\nW4A16 in all: {total:.2f} GB; the paper's: {paper}")
+
+
+def _tables(report: dict[str, Any]) -> list[tuple[str, dict]]:
+    titles = {"speed": "Decode, ms a token: bf16, quantized, ratio", "accuracy": "Accuracy on the demo's model",
+              "load": "Load of the full-size model"}  # fmt: skip
+    tables = [(titles[name], report[name]) for name in titles if name in report]
+    return tables + [(f"Stored bytes, {name}", rows) for name, rows in report.get("sizes", {}).items()]
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return " " * 18
+    return f"{value:18,.0f}" if value > 1e5 else f"{value:18.4f}"
+
+
+if __name__ == "__main__":
+    main()
