@@ -7,6 +7,7 @@ EXTRAS = {
     "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
     "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7,<0.3", "accelerate>=1.15"],
+    "onnxruntime": ["onnxruntime>=1.31,<2", "onnx>=1.23"],
     "dev": ["pytest>=9.0", "ruff>=0.17"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

@@ -38,6 +38,7 @@ class Chat:
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
+        backend: str = "quanto",
         **hub_kwargs: Any,
     ) -> "Chat":
         """A chat with a saved GenieBlue (folder or Hub id), run by the installed package and not by the repo's code.
@@ -45,12 +46,13 @@ class Chat:
         Args:
             base_model: a loaded base, or the folder or Hub id of it; by default the one that the model names.
             trust_remote_code: allows code of the base's repository to run.
+            backend: of a quantized model, see `GenieBlueForConditionalGeneration.from_pretrained`.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
         """
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if value is not None}
         hub_kwargs["trust_remote_code"] = trust_remote_code
         loaded = GenieBlueForConditionalGeneration.from_pretrained(
-            model, base_model=base_model, dtype=dtype, **hub_kwargs
+            model, base_model=base_model, dtype=dtype, backend=backend, **hub_kwargs
         )
         if device is not None:
             loaded.to(device)

@@ -1,11 +1,25 @@
 """The command `genieblue`. Heavy libraries are imported by the commands that need them."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from genieblue.options import (
+    Backend,
+    Base,
+    BaseCode,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Placement,
+    PlacementOption,
+    Precision,
+    Revision,
+    Structure,
+    View,
+)
 from genieblue.quantize_command import quantize
 from genieblue.terminal import (
     ReportingGroup,
@@ -29,54 +43,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Placement(StrEnum):
-    """Which quarter of the base's blocks is copied."""
-
-    skip = "skip"
-    pre = "pre"
-    post = "post"
-
-
-class Structure(StrEnum):
-    """What a structure of the paper trains in the language model."""
-
-    full = "full"
-    lora = "lora"
-    cogvlm = "cogvlm"
-    genieblue = "genieblue"
-
-
-class View(StrEnum):
-    """One of the two ways in which a request can run."""
-
-    text = "text"
-    multimodal = "multimodal"
-
-
-class Precision(StrEnum):
-    """Number format of weights; `auto` is that of the files."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Model = Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Base = Annotated[
-    str | None,
-    typer.Option(help="Folder or Hub id of the base, if it is not where the model says.", show_default=False),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
-Dtype = Annotated[Precision, typer.Option(help="Precision to load the weights in.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU if there is one.", show_default=False)]
-BaseCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow Python code of the base's repository to run.")
-]
-PlacementOption = Annotated[Placement, typer.Option(help="Quarter of the blocks that is copied.")]
 
 
 @app.callback()
@@ -237,6 +203,9 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likelier tokens of this share.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.", show_default=False)] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="What multiplies 4-bit weights; onnxruntime: faster, with 8-bit activations.")
+    ] = Backend.quanto,
     base: Base = None,
     revision: Revision = None,
     dtype: Dtype = Precision.auto,
@@ -254,7 +223,8 @@ def chat(
         from modeling_genieblue.image_processing_genieblue import read_image
 
         images = [read_image(source, index) for index, source in enumerate(image or [])]
-        conversation = _load_chat(model, base, revision, dtype, choose_device(device), trust_remote_code)
+        where = "cpu" if backend == Backend.onnxruntime and device is None else choose_device(device)
+        conversation = _load_chat(model, base, revision, dtype, where, trust_remote_code, backend.value)
         if seed is not None:
             set_seed(seed)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -273,7 +243,13 @@ def chat(
 
 
 def _load_chat(
-    model: str, base: str | None, revision: str | None, dtype: Precision, device: str, trust_remote_code: bool
+    model: str,
+    base: str | None,
+    revision: str | None,
+    dtype: Precision,
+    device: str,
+    trust_remote_code: bool,
+    backend: str = Backend.quanto.value,
 ) -> Any:
     from genieblue.chat import Chat
 
@@ -284,6 +260,7 @@ def _load_chat(
             revision=revision,
             dtype=dtype.value,
             device=device,
+            backend=backend,
             trust_remote_code=trust_remote_code,
         )
 

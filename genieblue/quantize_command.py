@@ -1,11 +1,11 @@
 """`genieblue quantize`: the recipe by options, the result as a table or JSON."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from genieblue.options import Activations, BaseCode, EightBits, Json, Revision, Rounding, Weights
 from genieblue.terminal import (
     looking_for,
     note,
@@ -16,37 +16,6 @@ from genieblue.terminal import (
     short_bytes,
     stdout_for_json,
 )
-
-
-class Weights(StrEnum):
-    """Precision of a part's weights; activations stay in 16 bits."""
-
-    w4a16 = "w4a16"
-    w8a16 = "w8a16"
-    w16a16 = "w16a16"
-
-
-class EightBits(StrEnum):
-    """Precision of a part that is not made for 4 bits."""
-
-    w8a16 = "w8a16"
-    w16a16 = "w16a16"
-
-
-class Rounding(StrEnum):
-    """How weights are rounded."""
-
-    rtn = "rtn"
-    hqq = "hqq"
-    gptq = "gptq"
-
-
-class Activations(StrEnum):
-    """Number format of activations and of what is not quantized."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
 
 
 def quantize(
@@ -85,11 +54,9 @@ def quantize(
         bool, typer.Option("--self-contained", help="Put the quantized base into the folder `base` of --out.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the folders.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow Python code of the base's repository to run.")
-    ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+    json_output: Json = False,
 ) -> None:
     """Quantize a GenieBlue and its base, for a CPU, a GPU or the Hub.
 

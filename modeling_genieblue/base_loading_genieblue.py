@@ -77,6 +77,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         if read_base_quantization(location, **where) is not None:
             base, info = load_quantized_base(location, **kwargs), {}
         else:
+            kwargs.pop("for_kernel", None)
             base, info = AutoModelForCausalLM.from_pretrained(
                 location, use_safetensors=True, output_loading_info=True, **kwargs
             )

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+# Not PEFT's name: stock PEFT would take the file, find none of its keys in it, and go on with random LoRA.
+QUANTIZED_ADAPTER_NAME = "quantized_adapter.safetensors"
 ADAPTER = "default"
 PEFT_PREFIX = "base_model.model."
 

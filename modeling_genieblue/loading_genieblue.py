@@ -20,6 +20,7 @@ from .language_views_genieblue import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS_NAME,
+    QUANTIZED_ADAPTER_NAME,
     tensors_of_other_kinds,
 )
 from .settings_files_genieblue import read_settings, refuse_broken_settings
@@ -140,9 +141,9 @@ class LoadRequest:
             if problems := tensors_of_other_kinds(file, file.keys()):
                 raise ValueError(f"{path} does not fit its configuration: {'; '.join(problems[:3])}. Fetch it again.")
 
-    def adapter_file(self) -> str:
+    def adapter_file(self, is_quantized: bool = False) -> str:
         """Path of the adapter's weights, in a folder or in the cache; `OSError` if there are none."""
-        return self.file(ADAPTER_WEIGHTS_NAME, folder=ADAPTER_FOLDER)
+        return self.file(QUANTIZED_ADAPTER_NAME if is_quantized else ADAPTER_WEIGHTS_NAME, folder=ADAPTER_FOLDER)
 
     def adapter_settings(self) -> dict[str, Any]:
         """PEFT's configuration beside the adapter's weights; `OSError` if it is missing or damaged."""

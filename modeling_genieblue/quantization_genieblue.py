@@ -143,6 +143,8 @@ class FrozenLinear(QLinear):
         self.input_scale, self.output_scale = one, one.clone()
 
     def __deepcopy__(self, memo: dict) -> "FrozenLinear":
+        if memo.get(id(self.weight)) is self.weight:
+            return self  # a second view over the same weights has the same module
         memo.setdefault(id(self.weight), nn.Parameter(_copied(self.weight.data), requires_grad=False))
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
@@ -204,6 +206,20 @@ def scales_of(weight: torch.Tensor) -> torch.Tensor | None:
     return weight._scale
 
 
+def stored_codes(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int] | None:
+    """`(codes, scale, zero_point, bits, group_size)` of a 4-bit linear that was loaded as codes; else `None`.
+
+    codes: uint8 (out_features, in_features); scale, zero_point: (out_features, groups).
+    """
+    weight = module.weight if is_frozen(module) else None
+    if weight is None or not isinstance(weight, WeightQBitsTensor) or isinstance(weight, TinyGemmWeightQBitsTensor):
+        return None
+    rows, columns = weight.shape
+    scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
+    zero_point = (shift.float() / scale.float()).round().to(torch.uint8)
+    return unpack(weight._data._data).view(rows, columns), scale, zero_point, 4, weight._group_size or columns
+
+
 @torch.no_grad()
 def sampled_codes(weight: torch.Tensor) -> torch.Tensor:
     """A few codes of one of our quantized weights, whatever form its kernel has it in."""
@@ -225,46 +241,65 @@ def sampled_codes(weight: torch.Tensor) -> torch.Tensor:
 
 
 class PrecisionGuard:
-    """Refuses to change the precision of a model with quantized weights, which quanto would do by half."""
+    """Refuses to change the precision of a model with quantized weights, which quanto would do by half.
+
+    A cast to the precision that it has changes nothing, not even what is in float32 on purpose.
+    """
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """`nn.Module.to`; `ValueError` for another dtype."""
-        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
-        if dtype is not None:
-            self._refuse_cast(dtype)
-        return super().to(*args, **kwargs)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is None or not self._keeps_precision(dtype):
+            return super().to(*args, **kwargs)
+        return self if device is None else super().to(device, non_blocking=non_blocking)
+
+    def type(self, dst_type: Any) -> Any:
+        """As `to(dst_type)`."""
+        return self if self._keeps_precision(dst_type) else super().type(dst_type)
 
     def half(self, *args: Any) -> Any:
         """As `to(torch.float16)`."""
-        self._refuse_cast(torch.float16)
-        return super().half(*args)
+        return self if self._keeps_precision(torch.float16) else super().half(*args)
 
     def float(self, *args: Any) -> Any:
         """As `to(torch.float32)`."""
-        self._refuse_cast(torch.float32)
-        return super().float(*args)
+        return self if self._keeps_precision(torch.float32) else super().float(*args)
 
     def bfloat16(self, *args: Any) -> Any:
         """As `to(torch.bfloat16)`."""
-        self._refuse_cast(torch.bfloat16)
-        return super().bfloat16(*args)
+        return self if self._keeps_precision(torch.bfloat16) else super().bfloat16(*args)
 
     def double(self, *args: Any) -> Any:
         """As `to(torch.float64)`."""
-        self._refuse_cast(torch.float64)
-        return super().double(*args)
+        return self if self._keeps_precision(torch.float64) else super().double(*args)
 
-    def _refuse_cast(self, dtype: torch.dtype) -> None:
+    def _keeps_precision(self, dtype: Any) -> bool:
+        """Whether there are quantized weights here, of this very precision; `ValueError` if of another."""
         frozen = next(filter(is_frozen, self.modules()), None)
         if frozen is not None and frozen.weight.dtype != dtype:
             raise ValueError(
                 f"The weights are quantized for activations in {frozen.weight.dtype}; they cannot be turned into "
                 f"{dtype}. Load the model again with `dtype={dtype}`."
             )
+        return frozen is not None
 
 
-def _quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: tuple[int, int]) -> torch.Tensor:
-    """quanto's tensor from its stored parts, in the form that the kernel of its device wants."""
+_GUARDED: dict[tuple[type, type], type] = {}
+
+
+def guard_precision(module: nn.Module, guard: type = PrecisionGuard) -> None:
+    """Puts a `PrecisionGuard` over a module of any class, whose name and place stay as they are."""
+    key = (guard, type(module))
+    if key not in _GUARDED:
+        members = {"__module__": type(module).__module__, "__doc__": type(module).__doc__}
+        _GUARDED[key] = type(type(module).__name__, (guard, type(module)), members)
+    module.__class__ = _GUARDED[key]
+
+
+def _quanto_weight(
+    parts: dict[str, torch.Tensor], kind: str, shape: tuple[int, int], *, for_kernel: bool
+) -> torch.Tensor:
+    """quanto's tensor from its stored parts; `for_kernel` in the form that the 4-bit kernel of its device wants."""
     out_features, in_features = shape
     size, stride = torch.Size(shape), (in_features, 1)
     if kind == "qint8":
@@ -276,10 +311,11 @@ def _quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: tuple[int, 
     group_size = group_size_of(in_features)
     grouped = unpack(parts["_data._data"])
     cpu_kernel = scale.device.type == "cpu" and scale.dtype == torch.bfloat16 and group_size in KERNEL_GROUPS
-    if not cpu_kernel:
+    if not cpu_kernel or not for_kernel:
         group = None if group_size == in_features else group_size
+        make = WeightQBitsTensor.create if for_kernel else WeightQBitsTensor
         # quanto's GPU kernels take the shift as a number of the weight's dtype.
-        return WeightQBitsTensor.create(qint4, 0, group, size, stride, grouped, scale, shift * scale)
+        return make(qint4, 0, group, size, stride, grouped, scale, shift * scale)
     # The kernel counts from the middle of the range. Built here, because quanto's own way rounds twice.
     middle = ((8 - shift.float()) * scale.float()).to(scale.dtype)
     scale_shift = torch.cat([scale, middle], 1).view(out_features, -1, 2).transpose(0, 1).contiguous()
@@ -308,10 +344,14 @@ def stored_layout(name: str, kind: str, out_features: int, in_features: int) -> 
 
 
 class QuantizedFile:
-    """Safetensors files with quantized weights, read by name; whatever is not asked for must not be there."""
+    """Safetensors files with quantized weights, read by name; whatever is not asked for must not be there.
 
-    def __init__(self, paths: Iterable[str | os.PathLike], qmap: str | os.PathLike):
+    `for_kernel` says whether weights are packed for quanto's kernels, or kept as codes for another backend to take.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike], qmap: str | os.PathLike, *, for_kernel: bool = True):
         require_quanto()
+        self.for_kernel = for_kernel
         self.paths = [Path(path) for path in paths]
         self.qmap = read_qmap(qmap)
         self._where: dict[str, Any] = {}
@@ -347,7 +387,7 @@ class QuantizedFile:
     def weight(self, name: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, device: Any) -> torch.Tensor:
         """quanto's tensor of the weight of module `name`."""
         parts = {part: self.tensor(f"{name}.weight.{part}", dtype, device) for part in _PARTS[kind]}
-        return _quanto_weight(parts, kind, shape)
+        return _quanto_weight(parts, kind, shape, for_kernel=self.for_kernel)
 
 
 

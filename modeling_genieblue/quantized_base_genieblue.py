@@ -21,6 +21,7 @@ from .quantization_genieblue import (
     PrecisionGuard,
     QuantizedFile,
     fill_from_quantized_file,
+    guard_precision,
     require_quanto,
 )
 
@@ -30,6 +31,11 @@ except ImportError:  # only needed where something is quantized
     init_empty_weights = None
 
 QUANT_METHOD = "genieblue_quanto"
+# What `AutoModel` hands on, or what has no meaning where weights are read from safetensors onto one device.
+OTHER_OPTIONS = (
+    "quantization_config", "torch_dtype", "use_safetensors", "low_cpu_mem_usage", "max_memory", "offload_folder",
+    "offload_buffers", "adapter_kwargs", "trust_remote_code", "dtype", "device_map", "attn_implementation",
+)  # fmt: skip
 HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
@@ -80,14 +86,18 @@ def load_quantized_base(
     device_map: Any = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    for_kernel: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The base of its own class, with quantized linears, from a folder or a Hub id.
+
+    With `for_kernel=False` 4-bit weights stay codes, for a backend other than quanto's.
 
     Raises `OSError` for missing or damaged files, `ValueError` for tensors that are missing or not expected and for a
     `quantization_config` on top.
     """
     require_quanto()
+    refuse_unknown_options(kwargs)
     if kwargs.get("quantization_config") is not None:
         raise ValueError(
             f"{location} is quantized already; `quantization_config` would quantize it again. Leave it out, or load "
@@ -103,12 +113,12 @@ def load_quantized_base(
     model_class = _own_class(location, own_config, settings, trust_remote_code, hub_kwargs)
     for name in ("auto_map", "quantization_config"):
         delattr(own_config, name)
-    dtype = _dtype(dtype, settings)
+    dtype = _dtype(dtype or kwargs.get("torch_dtype"), settings)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     base = on_meta_device(lambda: model_class._from_config(own_config, dtype=dtype, **attention))
     files = {name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)}
     device = one_device(device_map)
-    file = QuantizedFile([files[QUANTIZED_WEIGHTS_NAME]], files[QMAP_NAME])
+    file = QuantizedFile([files[QUANTIZED_WEIGHTS_NAME]], files[QMAP_NAME], for_kernel=for_kernel)
     fill_from_quantized_file(base, file, dtype=dtype, device=device, tied=_tied(base))
     for buffer_owner in base.modules():
         for name, buffer in buffer_owner._buffers.items():
@@ -121,8 +131,14 @@ def load_quantized_base(
         base.generation_config = GenerationConfig.from_pretrained(location, **hub_kwargs)
     base.config.name_or_path = location
     base.config.quantization_config = settings
-    base.__class__ = _guarded(type(base))
+    guard_precision(base, _QuantizedBase)
     return base.requires_grad_(False).eval()
+
+
+def refuse_unknown_options(options: dict[str, Any]) -> None:
+    """`TypeError` for keyword arguments that mean nothing when a quantized model is loaded."""
+    if unknown := sorted(set(options) - set(HUB_KEYS) - set(OTHER_OPTIONS)):
+        raise TypeError(f"{', '.join(unknown)}: not known when a quantized model is loaded.")
 
 
 def _own_class(location: str, config: Any, settings: dict[str, Any], trust: bool, hub_kwargs: dict[str, Any]) -> type:
@@ -164,16 +180,6 @@ class _QuantizedBase(PrecisionGuard):
             f"A quantized base is not saved from memory: copy its folder or repository ({self.config.name_or_path}) "
             f"to {save_directory}."
         )
-
-
-_GUARDED: dict[type, type] = {}
-
-
-def _guarded(model_class: type) -> type:
-    if model_class not in _GUARDED:
-        members = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
-        _GUARDED[model_class] = type(model_class.__name__, (_QuantizedBase, model_class), members)
-    return _GUARDED[model_class]
 
 
 class QuantizedBaseForCausalLM:

@@ -1,5 +1,7 @@
 """What GenieBlue adds to a base, in a quantized folder: vision tower and projector, copied blocks, LoRA."""
 
+import copy
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,25 +15,29 @@ from .base_identity_genieblue import WEIGHTS_NAME
 from .configuration_genieblue import GenieBlueConfig
 from .language_views_genieblue import (
     ADAPTER_FOLDER,
+    QUANTIZED_ADAPTER_NAME,
     adapter_dtype,
     adapter_parameters,
     parameter_device,
     set_parameter,
 )
 from .loading_genieblue import LoadRequest, is_inner_folder
+from .onnxruntime_linears_genieblue import require_onnxruntime, use_onnxruntime
 from .quantization_genieblue import (
     FLOATING,
     QMAP_NAME,
     FrozenLinear,
     QuantizedFile,
     fill_from_quantized_file,
+    guard_precision,
     is_frozen,
+    stored_codes,
     stored_layout,
 )
-from .quantized_base_genieblue import on_meta_device, one_device
+from .quantized_base_genieblue import on_meta_device, one_device, refuse_unknown_options
 
-# Not PEFT's name: stock PEFT would take the file, find none of its keys in it, and go on with random LoRA.
-QUANTIZED_ADAPTER_NAME = "quantized_adapter.safetensors"
+logger = logging.getLogger(__name__)
+
 QUANTIZED_FILES = (
     WEIGHTS_NAME, QMAP_NAME, f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
 )  # fmt: skip
@@ -46,6 +52,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     `quantization_config` on top, and for a device map that spreads the model.
     """
     kwargs = dict(request.own_kwargs)
+    refuse_unknown_options({key: value for key, value in kwargs.items() if key != "config"})
     if request.base_kwargs.get("quantization_config") is not None:
         raise ValueError(
             f"{request.path} is quantized already; `quantization_config` would quantize it again. Leave it out, or "
@@ -54,6 +61,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     config = kwargs.pop("config", None)
     if config is None:
         config = GenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
+    config = copy.deepcopy(config)
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
     if dtype in (None, "auto"):
         dtype = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
@@ -71,8 +79,39 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+    for module in (model.vision_tower, model.multi_modal_projector):
+        guard_precision(module)
     model.config.name_or_path = request.path
     return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+
+
+def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_model: Any) -> bool:
+    """Whether 4-bit weights are to be packed for quanto's kernels; tells the loading of the base, too.
+
+    Raises `ValueError` for an unknown backend, and where ONNX Runtime cannot run: a model that is not quantized, a
+    GPU, a base that is packed already.
+    """
+    if backend not in ("quanto", "onnxruntime"):
+        raise ValueError(f"`backend` is {backend!r}: choose quanto or onnxruntime.")
+    if backend == "quanto":
+        return True
+    require_onnxruntime()
+    if not is_quantized:
+        raise ValueError(f"{request.path} is not quantized, as the ONNX Runtime backend needs: leave `backend` out.")
+    if isinstance(base_model, nn.Module):
+        raise ValueError("ONNX Runtime takes the base's codes at load: give `base_model` as a folder or Hub id.")
+    for device_map in (request.own_kwargs.get("device_map"), request.base_kwargs.get("device_map")):
+        if one_device(device_map).type != "cpu":
+            raise ValueError("ONNX Runtime runs on the CPU: load with `device_map='cpu'`, or leave `backend` out.")
+    request.base_kwargs["for_kernel"] = False
+    return False
+
+
+def run_on_onnxruntime(model: Any) -> None:
+    """Replaces the 4-bit linears of both views by ones that ONNX Runtime runs; both share those of the base."""
+    # At once, so that what both views share stays one, and each original is freed in turn.
+    count = use_onnxruntime(nn.ModuleList([model.language_model, model.multimodal_language_model]), stored_codes)
+    logger.info("ONNX Runtime runs %d linears, with activations rounded to 8 bits.", count)
 
 
 def refuse_unquantized_base(base: nn.Module, config: GenieBlueConfig, path: str) -> None:
@@ -98,13 +137,15 @@ def lora_layout(name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple, tup
     return {f"{name}.weight._data": (tuple(shape), ("I8",)), f"{name}.weight._scale": (scales, FLOATING)}
 
 
-def load_quantized_adapter(view: nn.Module, request: LoadRequest, base_dtype: torch.dtype) -> None:
+def load_quantized_adapter(
+    view: nn.Module, weights_file: str, request: LoadRequest, base_dtype: torch.dtype, *, for_kernel: bool = True
+) -> None:
     """Fills the adapter of `view`: copied blocks stay quantized, LoRA is expanded (in memory it is float32).
 
     Raises `ValueError` for missing, unexpected or differently shaped tensors, `OSError` for a damaged file.
     """
     qmap = request.file(QMAP_NAME, folder=ADAPTER_FOLDER)
-    file = QuantizedFile([request.file(QUANTIZED_ADAPTER_NAME, folder=ADAPTER_FOLDER)], qmap)
+    file = QuantizedFile([weights_file], qmap, for_kernel=for_kernel)
     linears = {stock: (name, parameter) for name, stock, parameter in quantized_adapter_entries(view)}
     if unknown := sorted(set(file.qmap) - set(linears)):
         raise ValueError(f"{qmap} names {unknown[0]!r}, which is no linear of this adapter.")

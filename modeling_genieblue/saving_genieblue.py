@@ -32,11 +32,11 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
 }
-RECIPE_NAME = "training_recipe.json"
+RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_NAMES = (
     "model.safetensors.index.json", "model-*-of-*.safetensors", "adapter_config.json", RECIPE_NAME,
-    "measurements.json", "adapter_model.safetensors", "quantized_adapter.safetensors", "quanto_qmap.json",
+    MEASUREMENTS_NAME, "adapter_model.safetensors", "quantized_adapter.safetensors", "quanto_qmap.json",
 )  # fmt: skip
 STALE_PROCESSOR_NAMES = (
     "processor_config.json", "preprocessor_config.json", "chat_template.*", "tokenizer*", "special_tokens_map.json",
@@ -133,7 +133,7 @@ def _write_files(
     processor = processor or _own_processor(model)
     if processor is not None:
         processor.save_pretrained(staging)
-    for name, content in {**_own_recipe(model), **(facts or {})}.items():
+    for name, content in {**_own_facts(model), **(facts or {})}.items():
         (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _write_card(staging, target)
     return processor is not None
@@ -200,15 +200,22 @@ def _own_processor(model: Any) -> Any:
     return None
 
 
-def _own_recipe(model: Any) -> dict[str, Any]:
-    """How the model was trained before it was loaded; what was measured then may no longer hold, and is left out."""
+def _own_facts(model: Any) -> dict[str, Any]:
+    """How the model was trained before it was loaded; what was measured then holds as long as it is quantized.
+
+    Other weights may have been trained since; quantized ones cannot.
+    """
     request = getattr(model, "_source", None)
-    try:
-        path = None if request is None else request.file(RECIPE_NAME, required=False)
-    except (OSError, ValueError) as error:  # the folder it was loaded from may be gone
-        logger.info("No recipe of %s: %s", request.path, error)
-        return {}
-    return {} if path is None else {RECIPE_NAME: json.loads(Path(path).read_text(encoding="utf-8"))}
+    facts = {}
+    for name in (RECIPE_NAME, MEASUREMENTS_NAME) if model.config.quantization is not None else (RECIPE_NAME,):
+        try:
+            path = None if request is None else request.file(name, required=False)
+        except (OSError, ValueError) as error:  # the folder it was loaded from may be gone
+            logger.info("No %s of %s: %s", name, request.path, error)
+            continue
+        if path is not None:
+            facts[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return facts
 
 
 def _write_card(folder: Path, target: Path) -> None:
