@@ -9,7 +9,8 @@ from torch import nn
 
 from conversion.rounding import ROUNDING_METHODS
 from modeling_genieblue.language_views_genieblue import find_blocks
-from modeling_genieblue.quantization_genieblue import reason_against
+from modeling_genieblue.quantization_genieblue import is_frozen, reason_against
+from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
 
 PRECISIONS = ("w4a16", "w8a16", "w16a16")
 KINDS = {"w4a16": "qint4", "w8a16": "qint8"}
@@ -95,8 +96,13 @@ class LayerPlan:
 
 
 def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linears of `tree` that are no more than that: a subclass (a router, attention's own) may be used otherwise."""
-    return ((name, module) for name, module in tree.named_modules() if type(module) is nn.Linear)
+    """Linears of `tree` that are no more than that: a subclass (a router, attention's own) may be used otherwise.
+
+    Those that are quantized count too, so that the plan of a quantized model can be made again.
+    """
+    return (
+        (name, module) for name, module in tree.named_modules() if type(module) is nn.Linear or is_frozen(module)
+    )
 
 
 def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
@@ -135,6 +141,17 @@ def plan_own_parts(model: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
     return plan
 
 
+def plan_adapter(view: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
+    """LoRA and the copied blocks of a multimodal view, by their names in the adapter's file."""
+    plan = LayerPlan()
+    for name, stock, weight in quantized_adapter_entries(view):
+        if ".lora_" not in name:
+            plan.add(stock, tuple(weight.shape), recipe.replicated_blocks)
+        elif recipe.lora != "w16a16":
+            plan.kinds[stock] = KINDS[recipe.lora]  # expanded in memory, so that no kernel limits its shape
+    return plan
+
+
 def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, Any]:
     """What stands in config.json for a reader."""
     kept: dict[str, str] = {}
@@ -146,4 +163,4 @@ def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, An
     }  # fmt: skip
 
 
-__all__ = ["LayerPlan", "QuantizationRecipe", "describe", "plan_base", "plan_own_parts"]
+__all__ = ["LayerPlan", "QuantizationRecipe", "describe", "plan_adapter", "plan_base", "plan_own_parts"]

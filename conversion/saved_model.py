@@ -1,18 +1,21 @@
 """A saved GenieBlue as `verify` looks at it: its files, the base that it names, both loaded when first needed."""
 
 import os
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hub_cards.model_folder import ADAPTER_FOLDER, read_model_config
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
-from modeling_genieblue.loading_genieblue import is_local_reference
+from modeling_genieblue.loading_genieblue import is_inner_folder, is_local_reference
+from modeling_genieblue.quantized_base_genieblue import HUB_KEYS, load_quantized_base, read_base_quantization
 
 OWN_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.safetensors"]
 PROMPTS = (
@@ -20,10 +23,30 @@ PROMPTS = (
     "Question: a train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nAnswer:",
     "def add(a, b):\n    return",
 )
+# Of an adapter's configuration, what decides which weights it has and how they are computed.
+ADAPTER_SETTINGS = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
+    "lora_bias", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules",
+    "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "layer_replication",
+    "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
 
 
 class CheckFailed(Exception):
     """A check that came to its end with a bad result; its text is the detail."""
+
+
+def fail_on(problems: Iterable[str]) -> None:
+    """`CheckFailed` with the first few problems, if there are any."""
+    problems = list(problems)
+    if problems:
+        rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckFailed("; ".join(problems[:4]) + rest)
+
+
+def some(names: list[str]) -> str:
+    """The first three of a list of names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def logits_of(model: nn.Module, input_ids: torch.Tensor, *, gradients: bool = False, **inputs: Any) -> torch.Tensor:
@@ -49,7 +72,11 @@ class SavedModel:
             self.folder = Path(snapshot_download(name, revision=revision, **own_files, **hub))
             self.revision = self.folder.name  # a snapshot's folder is named by its commit
             snapshot_download(name, revision=self.revision, allow_patterns=f"{ADAPTER_FOLDER}/*", **hub)
-        read_model_config(self.folder)
+        recorded = read_model_config(self.folder)
+        self.is_quantized = recorded.get("quantization") is not None
+        inner_base = recorded.get("base_model_name_or_path")
+        if not self.is_local and is_inner_folder(inner_base):
+            snapshot_download(name, revision=self.revision, allow_patterns=f"{inner_base[2:]}/*", **hub)
         self.base_override = None if base is None else os.fspath(base)
 
     def root_files(self) -> list[str]:
@@ -95,9 +122,17 @@ class SavedModel:
         return name, options
 
     @cached_property
-    def plain(self) -> PreTrainedModel:
-        """The base, loaded by nothing but transformers."""
+    def base_quantization(self) -> dict[str, Any] | None:
+        """What the plain base's own config.json says of its precision; `None` if it is not quantized by GenieBlue."""
         name, options = self.base
+        return read_base_quantization(name, **{key: options[key] for key in HUB_KEYS if key in options})
+
+    @cached_property
+    def plain(self) -> PreTrainedModel:
+        """The base alone: by nothing but transformers, or, if it is quantized, as `AutoModelForCausalLM` gives it."""
+        name, options = self.base
+        if self.base_quantization is not None:
+            return load_quantized_base(name, dtype=self.dtype, device_map=self.device, **options)
         base = AutoModelForCausalLM.from_pretrained(name, dtype=self.dtype, use_safetensors=True, **options)
         return base.to(self.device) if self.device is not None else base
 
@@ -105,6 +140,8 @@ class SavedModel:
     def model(self) -> GenieBlueForConditionalGeneration:
         """The GenieBlue with a base of its own, by the installed package's classes."""
         options = {"trust_remote_code": self.trust, "dtype": self.dtype, "base_model": self.base_override}
+        if self.is_quantized:  # packed for the device's kernels as they are read
+            options["device_map"] = self.device
         model = GenieBlueForConditionalGeneration.from_pretrained(self.name, **options, **self.source)
         return model.to(self.device) if self.device is not None else model
 
@@ -123,10 +160,24 @@ class SavedModel:
         """What the plain base says to each prompt, (1, length, vocabulary); taken before PEFT gets hold of it."""
         return [logits_of(self.plain, ids) for ids in self.prompts]
 
-    def release(self) -> None:
-        """Lets go of everything that holds weights."""
-        for name in ("plain", "model", "plain_logits"):
+    def different_settings(self, lora_config: PeftConfig) -> Iterator[str]:
+        """How the adapter's saved settings differ from those that config.json means, one sentence each."""
+        saved = PeftConfig.from_pretrained(self.folder / ADAPTER_FOLDER)
+        # A local base is written as a path relative to the folder, in both files.
+        lora_config.base_model_name_or_path = read_model_config(self.folder).get("base_model_name_or_path")
+        for name in ADAPTER_SETTINGS:
+            here, there = (_comparable(getattr(config, name, None)) for config in (saved, lora_config))
+            if here != there:
+                yield f"adapter_config.json has {name} {here!r}, config.json means {there!r}"
+
+    def release(self, *names: str) -> None:
+        """Lets go of what holds weights: all of it, or what is named."""
+        for name in names or ("plain", "model", "plain_logits"):
             self.__dict__.pop(name, None)
 
 
-__all__ = ["CheckFailed", "SavedModel", "logits_of"]
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set) else value
+
+
+__all__ = ["CheckFailed", "SavedModel", "fail_on", "logits_of", "some"]

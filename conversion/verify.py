@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
 import modeling_genieblue
 from conversion import answer_in_clean_process
-from conversion.saved_model import PROMPTS, CheckFailed, SavedModel, logits_of
+from conversion.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of, some
+from conversion.verify_quantized import check_quantization, check_quantized_adapter
 from hub_cards.model_folder import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
@@ -41,6 +42,8 @@ from modeling_genieblue.base_identity_genieblue import (
     file_sha256,
 )
 from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
+from modeling_genieblue.loading_genieblue import is_inner_folder
+from modeling_genieblue.quantization_genieblue import QUANTIZED_WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +59,6 @@ NEW_TOKENS = 16
 # bits every block rounds that anew. A missing or foreign adapter moves the logits by far more.
 SAME_ARITHMETIC = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 OTHER_ORDER = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Of an adapter's configuration, what decides which weights it has and how they are computed.
-ADAPTER_SETTINGS = (
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
-    "lora_bias", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules",
-    "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "layer_replication",
-    "modules_to_save", "trainable_token_indices",
-)  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 CLEAN_PROCESS_SECONDS = 3600
 
@@ -107,6 +103,7 @@ def verify_model(
     subject = SavedModel(os.fspath(model), base, revision, hub, trust_remote_code, dtype, device)
     checks = []
     for name, function in CHECKS.items():
+        name, function = QUANTIZED_CHECKS.get(name, (name, function)) if subject.is_quantized else (name, function)
         try:
             check = Check(name, True, function(subject))
         except CheckFailed as failure:
@@ -134,12 +131,14 @@ def check_folder(subject: SavedModel) -> str:
     names = {name for file in files for name in read_tensor_sizes(folder / file)}
     foreign = sorted(name for name in names if name.split(".", 1)[0] not in OUR_MODULES)
     if foreign:
-        problems.append(f"{', '.join(files)} hold {_some(foreign)}, expected only {' and '.join(OUR_MODULES)}")
+        problems.append(f"{', '.join(files)} hold {some(foreign)}, expected only {' and '.join(OUR_MODULES)}")
     others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
     if others:
-        problems.append(f"weight files of other origin lie in it: {_some(sorted(others))}")
-    _fail_on(problems)
-    return f"{len(names)} tensors of {' and '.join(OUR_MODULES)}; no weight of the base, no adapter in the root"
+        problems.append(f"weight files of other origin lie in it: {some(sorted(others))}")
+    fail_on(problems)
+    base = read_model_config(folder).get("base_model_name_or_path")
+    of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
+    return f"{len(names)} tensors of {' and '.join(OUR_MODULES)}; {of_base}, no adapter in the root"
 
 
 def check_base_files(subject: SavedModel) -> str:
@@ -150,20 +149,21 @@ def check_base_files(subject: SavedModel) -> str:
         raise CheckFailed(
             "config.json records no sha256 of the base's files: load the base from its folder or the Hub, and save."
         )
-    found = {file: file_sha256(path) for file, path in _base_weight_files(name, options).items()}
+    is_quantized = subject.base_quantization is not None
+    found = {file: file_sha256(path) for file, path in _base_weight_files(name, options, is_quantized).items()}
     problems = [
         f"{file} is missing" if file not in found else f"{file} is not recorded" if file not in recorded
         else f"sha256 of {file} is {found[file]}, recorded is {recorded[file]}"
         for file in sorted(recorded.keys() | found.keys())
         if found.get(file) != recorded.get(file)
     ]  # fmt: skip
-    _fail_on(problems)
+    fail_on(problems)
     samples = read_json(subject.folder / BASE_FINGERPRINT_NAME)
-    _fail_on(compare_with_samples(subject.plain, samples))
+    fail_on(compare_with_samples(subject.plain, samples))
     return f"sha256 of {len(found)} file(s) and samples of {len(samples)} tensors are those of {name}"
 
 
-def _base_weight_files(name: str, options: dict[str, Any]) -> dict[str, str]:
+def _base_weight_files(name: str, options: dict[str, Any], is_quantized: bool) -> dict[str, str]:
     """Path by name of each weight file of the base; what is not there yet is downloaded."""
     hub = {key: value for key, value in options.items() if key != "trust_remote_code"}
 
@@ -176,6 +176,9 @@ def _base_weight_files(name: str, options: dict[str, Any]) -> dict[str, str]:
         except EntryNotFoundError:  # also where there is no network and no such file in the cache
             return None
 
+    if is_quantized:
+        path = find(QUANTIZED_WEIGHTS_NAME)
+        return {} if path is None else {QUANTIZED_WEIGHTS_NAME: path}
     # transformers takes the single file where there are both.
     index = None if find(WEIGHTS_NAME) is not None else find(INDEX_NAME)
     files = [WEIGHTS_NAME] if index is None else sorted(set(read_json(Path(index))["weight_map"].values()))
@@ -194,8 +197,8 @@ def check_language_adapter(subject: SavedModel) -> str:
     count = 0
     with safe_open(subject.folder / ADAPTER_WEIGHTS, framework="pt") as file:
         found = set(file.keys())
-        problems += [f"missing: {_some(names)}" for names in [sorted(expected.keys() - found)] if names]
-        problems += [f"unexpected: {_some(names)}" for names in [sorted(found - expected.keys())] if names]
+        problems += [f"missing: {some(names)}" for names in [sorted(expected.keys() - found)] if names]
+        problems += [f"unexpected: {some(names)}" for names in [sorted(found - expected.keys())] if names]
         for name in sorted(found & expected.keys()):
             tensor = file.get_tensor(name)
             count += tensor.numel()
@@ -203,28 +206,13 @@ def check_language_adapter(subject: SavedModel) -> str:
                 problems.append(f"{name} has shape {list(tensor.shape)}, expected {expected[name]}")
             elif not tensor.isfinite().all():
                 problems.append(f"{name} holds NaN or infinity")
-    problems += _different_settings(subject, lora_config)
-    _fail_on(problems)
+    problems += subject.different_settings(lora_config)
+    fail_on(problems)
     layers = ", ".join(map(str, subject.config.replicated_layers))
     return (
         f"{len(expected)} tensors, {count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the "
         f"blocks {layers}, as config.json says"
     )
-
-
-def _different_settings(subject: SavedModel, lora_config: PeftConfig) -> Iterator[str]:
-    saved = PeftConfig.from_pretrained(subject.folder / ADAPTER_FOLDER)
-    # A local base is written as a path relative to the folder, in both files.
-    recorded = read_model_config(subject.folder)
-    lora_config.base_model_name_or_path = recorded.get("base_model_name_or_path")
-    for name in ADAPTER_SETTINGS:
-        here, there = (_comparable(getattr(config, name, None)) for config in (saved, lora_config))
-        if here != there:
-            yield f"adapter_config.json has {name} {here!r}, config.json means {there!r}"
-
-
-def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list | tuple | set) else value
 
 
 def check_tokenizer(subject: SavedModel) -> str:
@@ -254,7 +242,7 @@ def check_tokenizer(subject: SavedModel) -> str:
             ids = processor.apply_chat_template(CONVERSATION, **settings)["input_ids"]
             if ids != own.apply_chat_template(CONVERSATION, **settings)["input_ids"]:
                 problems.append(f"a conversation is formatted in another way ({settings})")
-    _fail_on(problems)
+    fail_on(problems)
     return f"{len(own)} tokens, {len(texts)} texts {formatted}: equal to the base's own"
 
 
@@ -279,7 +267,7 @@ def check_text_view(subject: SavedModel) -> str:
         if not torch.equal(generated, expected):
             ours, plain = (ids[:, -NEW_TOKENS:].tolist() for ids in (generated, expected))
             problems.append(f"generated {ours}, the base {plain}")
-    _fail_on(problems)
+    fail_on(problems)
     return (
         f"logits of {len(PROMPTS)} prompts and of their batch, and {tokens} generated tokens equal the plain base's "
         f"bit for bit ({_name(base.dtype)}, {base.device.type})"
@@ -315,7 +303,7 @@ def check_stock_peft(subject: SavedModel) -> str:
             for ids, expected in zip(subject.prompts, base_logits, strict=True)
         ):
             problems.append("with the adapter disabled, the logits of stock PEFT are not the base's")
-    _fail_on(problems)
+    fail_on(problems)
     moved = max(_relative_difference(*pair) for pair in zip(serving, base_logits, strict=True))
     measured = ", ".join(f"{difference:.1g} {name}" for name, difference in worst.items())
     return (
@@ -334,7 +322,7 @@ def check_remote_code(subject: SavedModel) -> str:
     base_name, _ = subject.base  # refuses a base whose code may not run: here it would
     if not subject.is_local and not subject.trust and (foreign := _code_of_others(subject.folder)):
         raise CheckFailed(
-            f"{_some(foreign)} differ from the installed package's files, and were not run: look at them, then allow "
+            f"{some(foreign)} differ from the installed package's files, and were not run: look at them, then allow "
             "it with trust_remote_code (--trust-remote-code)"
         )
     subject.release()
@@ -356,7 +344,7 @@ def check_remote_code(subject: SavedModel) -> str:
     others = _code_of_others(subject.folder)
     return (
         f"{', '.join(report['modules'])} run the repository's own files "
-        f"({f'{_some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
+        f"({f'{some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
         f"process; it answered about an image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
     )
 
@@ -403,6 +391,11 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "stock_peft": check_stock_peft,
     "remote_code": check_remote_code,
 }
+# What takes the place of a check if the GenieBlue is quantized.
+QUANTIZED_CHECKS = {
+    "language_adapter": ("language_adapter", check_quantized_adapter),
+    "stock_peft": ("quantization", check_quantization),
+}
 
 
 def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
@@ -411,16 +404,6 @@ def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tenso
     padded = [nn.functional.pad(row, (length - row.shape[1], 0), value=pad) for row in rows]
     mask = [nn.functional.pad(torch.ones_like(row), (length - row.shape[1], 0)) for row in rows]
     return {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}
-
-
-def _fail_on(problems: list[str]) -> None:
-    if problems:
-        rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckFailed("; ".join(problems[:4]) + rest)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _one_line(error: Exception) -> str:
