@@ -106,26 +106,44 @@ def stored_tensors(
     }
 
 
-class RowQuantizedWeight(WeightQBytesTensor):
-    """An 8-bit embedding: only the rows that are looked up are expanded, whatever module holds the weight."""
+class FrozenWeight:
+    """What all quantized weights here have in common: they are looked up row by row, and never added to.
+
+    An embedding, whatever module holds it, then expands only the rows that it looks up. PEFT's merging, which quanto
+    would let pass without an effect, is refused.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is functional.embedding:
+        if func is functional.embedding and isinstance(args[1], WeightQBytesTensor):
             ids, weight = args[0], args[1]
             scale = weight._scale[ids, 0].unsqueeze(-1)
             return functional.embedding(ids, weight._data).to(scale.dtype) * scale
+        is_set = func == torch.Tensor.data.__set__ and not isinstance(args[1], FrozenWeight)
+        if (is_set or getattr(func, "__name__", "") in CHANGING_OPERATIONS) and isinstance(args[0], FrozenWeight):
+            raise ValueError(
+                "Quantized weights cannot be changed in place, as a merge of LoRA would: merge it in 16 bits, then "
+                "quantize."
+            )
         return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: tuple, kwargs: dict | None = None) -> Any:
-        result = super().__torch_dispatch__(op, types, args, kwargs)
-        return cls.of(result) if type(result) is WeightQBytesTensor else result  # detached, or on another device
+        return frozen(super().__torch_dispatch__(op, types, args, kwargs))  # detached, or on another device
 
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> "RowQuantizedWeight":
-        """The same codes and scales as an embedding's weight."""
-        return cls(weight.qtype, weight.axis, weight.size(), weight.stride(), weight._data, weight._scale, None)
+
+CHANGING_OPERATIONS = ("__iadd__", "add_", "__isub__", "sub_", "__imul__", "mul_", "copy_")
+_FROZEN: dict[type, type] = {}
+if quanto_cpp is not None:
+    for _kind in (WeightQBytesTensor, WeightQBitsTensor, TinyGemmWeightQBitsTensor):
+        _FROZEN[_kind] = type(f"Frozen{_kind.__name__}", (FrozenWeight, _kind), {"__module__": __name__})
+
+
+def frozen(value: Any) -> Any:
+    """quanto's tensor as a `FrozenWeight`; anything else as it is."""
+    if type(value) in _FROZEN:
+        value.__class__ = _FROZEN[type(value)]
+    return value
 
 
 class FrozenLinear(QLinear):
@@ -187,14 +205,15 @@ def _copied(weight: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, TinyGemmWeightQBitsTensor):
         codes = TinyGemmPackedTensor(weight._data._data.clone(), weight.size(), weight.stride())
         group = (weight._qtype, weight._axis, weight._group_size)
-        return TinyGemmWeightQBitsTensor(*group, weight.size(), weight.stride(), codes, weight._scale_shift.clone())
+        shape = (weight.size(), weight.stride())
+        return frozen(TinyGemmWeightQBitsTensor(*group, *shape, codes, weight._scale_shift.clone()))
     parts, settings = weight.__tensor_flatten__()
     copies = {name: getattr(weight, name).detach() for name in parts}
     copies = {
         name: part.pack(part.unpack(), part.bits) if hasattr(part, "unpack") else part.clone()
         for name, part in copies.items()
     }
-    return type(weight).__tensor_unflatten__(copies, settings, weight.size(), weight.stride())
+    return frozen(type(weight).__tensor_unflatten__(copies, settings, weight.size(), weight.stride()))
 
 
 def scales_of(weight: torch.Tensor) -> torch.Tensor | None:
@@ -387,7 +406,7 @@ class QuantizedFile:
     def weight(self, name: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, device: Any) -> torch.Tensor:
         """quanto's tensor of the weight of module `name`."""
         parts = {part: self.tensor(f"{name}.weight.{part}", dtype, device) for part in _PARTS[kind]}
-        return _quanto_weight(parts, kind, shape, for_kernel=self.for_kernel)
+        return frozen(_quanto_weight(parts, kind, shape, for_kernel=self.for_kernel))
 
 
 
@@ -461,12 +480,12 @@ def fill_from_quantized_file(
             continue
         weight = file.weight(name, kind, tuple(module.weight.shape), dtype, device)
         if isinstance(module, nn.Embedding):
-            module.weight = nn.Parameter(RowQuantizedWeight.of(weight), requires_grad=False)
+            module.weight = nn.Parameter(weight, requires_grad=False)
         else:
             tree.set_submodule(name, FrozenLinear(weight, module.bias, kind))
     if tied:
         head, embedding = tree.get_submodule(tied[0]), tree.get_submodule(tied[1])
-        if isinstance(embedding.weight, RowQuantizedWeight):
+        if isinstance(embedding.weight, FrozenWeight):
             head = FrozenLinear(embedding.weight, head.bias, "qint8")
             tree.set_submodule(tied[0], head)
         head.weight = embedding.weight

@@ -30,7 +30,7 @@ from .quantization_genieblue import (
     QuantizedFile,
     fill_from_quantized_file,
     guard_precision,
-    is_frozen,
+    scales_of,
     stored_codes,
     stored_layout,
 )
@@ -117,7 +117,7 @@ def run_on_onnxruntime(model: Any) -> None:
 def refuse_unquantized_base(base: nn.Module, config: GenieBlueConfig, path: str) -> None:
     """`ValueError` for a 16-bit base under an adapter that was made for a quantized one."""
     needs_quantized = any(config.quantization[part] != "w16a16" for part in ("llm", "lm_head", "embeddings"))
-    if needs_quantized and not any(map(is_frozen, base.modules())):
+    if needs_quantized and all(scales_of(parameter) is None for parameter in base.parameters()):
         raise ValueError(
             f"{path} is for a base quantized to {config.quantization['llm']}, and was given one that is not: load it "
             f"onto {config.base_model_name_or_path}, or use the unquantized GenieBlue."
