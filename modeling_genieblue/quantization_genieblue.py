@@ -131,6 +131,11 @@ class FrozenWeight:
     def __torch_dispatch__(cls, op: Any, types: Any, args: tuple, kwargs: dict | None = None) -> Any:
         return frozen(super().__torch_dispatch__(op, types, args, kwargs))  # detached, or on another device
 
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(_copied(self), requires_grad=False)
+        return memo[id(self)]
+
 
 CHANGING_OPERATIONS = ("__iadd__", "add_", "__isub__", "sub_", "__imul__", "mul_", "copy_")
 _FROZEN: dict[type, type] = {}
@@ -163,7 +168,6 @@ class FrozenLinear(QLinear):
     def __deepcopy__(self, memo: dict) -> "FrozenLinear":
         if memo.get(id(self.weight)) is self.weight:
             return self  # a second view over the same weights has the same module
-        memo.setdefault(id(self.weight), nn.Parameter(_copied(self.weight.data), requires_grad=False))
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
