@@ -132,7 +132,7 @@ def write_quantized_base(
     if base.is_remote_code():
         config["quantization_config"]["base_auto_map"] = own_map
     write_json(folder / "config.json", config)
-    write_quantized_base_card(folder, settings)
+    write_quantized_base_card(folder, source)
 
 
 def plain_state(tree: nn.Module, kinds: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hub_cards.model_folder import PartSize, count_parts, is_hub_id, read_json, read_model_config
+from hub_cards.model_folder import (
+    BASE_PARTS,
+    PartSize,
+    count_parts,
+    is_hub_id,
+    is_inner_folder,
+    read_json,
+    read_model_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +56,29 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a GenieBlue was quantized."""
+
+    precisions: dict[str, str]  # by part, as in `ModelCardInfo.parts` and `BASE_PARTS`
+    rounding: str
+    activations: str
+    other_precision: dict[str, str] = field(default_factory=dict)  # layer -> which one, and why
+    source: str | None = None  # Hub id of the unquantized GenieBlue
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base that it runs on is quantized as well."""
+        return any(self.precisions.get(part) != "w16a16" for part in BASE_PARTS)
+
+
+@dataclass(frozen=True)
 class ModelCardInfo:
     """What is known about a model. Whatever is `None` or empty is left out of its card."""
 
     repo_name: str  # what `from_pretrained` takes: a Hub id, or a folder's name
     base_model: str | None = None  # Hub id, or a path from the folder in which `repo_name` lies
     base_is_on_hub: bool = False
+    base_is_inside: bool = False  # in a folder of the repository itself
     base_revision: str | None = None
     base_needs_remote_code: bool = False
     base_license: License | None = None
@@ -71,15 +96,21 @@ class ModelCardInfo:
     measurements: list[Measurement] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    quantization: Quantization | None = None
 
 
 def render_model_card(info: ModelCardInfo) -> str:
     """Markdown of the card: YAML front matter for the Hub, then the body."""
     body = card_environment().get_template("model_card_template.md").render(
-        info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB
+        info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB, base_parts=BASE_PARTS
     )
+    return assemble_card(_metadata(info), body)
+
+
+def assemble_card(metadata: ModelCardData, body: str) -> str:
+    """A whole card, with the mark by which an edited one is told from one that may be rendered anew."""
     body = re.sub(r"\n{3,}", "\n\n", body).strip()  # sections that are left out leave empty lines behind
-    text = f"---\n{_metadata(info).to_yaml()}\n---\n\n{body}\n"
+    text = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
     return f"{text}\n<!-- genieblue card, as generated: {_digest(text)} -->\n"
 
 
@@ -95,6 +126,7 @@ def card_environment() -> Environment:
     environment.filters |= {
         "cell": _cell,
         "quoted": _python_string,
+        "bits_each": _bits_each,
         "short_count": _short_count,
         "short_bytes": _short_bytes,
     }
@@ -105,6 +137,15 @@ def base_facts(base: str, revision: str | None) -> tuple[License | None, list[st
     """Licence and languages of a base on the Hub, as far as the Hub can be asked."""
     metadata = _hub_metadata(base, revision)
     return _license(metadata, f"{HUB}/{base}/blob/{revision or 'main'}"), _as_list(metadata.get("language"))
+
+
+def folder_facts(folder: Path) -> tuple[License | None, list[str]]:
+    """Licence and languages that the README of a model's folder names; a link may be to a file of that folder."""
+    metadata = _local_metadata(folder)
+    licence = _license(metadata, None)
+    if licence is not None:
+        licence = replace(licence, link=metadata.get("license_link"))
+    return licence, _as_list(metadata.get("language"))
 
 
 def is_as_generated(card: str) -> bool:
@@ -131,9 +172,12 @@ def write_model_card(folder: str | Path, info: ModelCardInfo) -> bool:
     return True
 
 
-def card_info_from_folder(folder: str | Path, repo_name: str | None = None) -> ModelCardInfo:
+def card_info_from_folder(
+    folder: str | Path, repo_name: str | None = None, config: dict[str, Any] | None = None
+) -> ModelCardInfo:
     """Collects what the folder of a saved GenieBlue says about itself; `repo_name` is the folder's name by default.
 
+    `config` takes the place of its `config.json`, for a card that is published with another base's name.
     Beside the model's own files it reads, where they lie there, `training_recipe.json` (`{stage: {setting: value}}`)
     and `measurements.json` (`[{"name", "value", "how"}]`). The licence and languages come from the base: its README
     if it is a folder, else the Hub; if that cannot be asked they stay unknown, which is logged.
@@ -141,7 +185,7 @@ def card_info_from_folder(folder: str | Path, repo_name: str | None = None) -> M
     Raises `OSError` for a missing or damaged file, `ValueError` for one that holds something else than expected.
     """
     folder = Path(folder).resolve()
-    config = read_model_config(folder)
+    config = config or read_model_config(folder)
     base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
     text_config = config.get("text_config") or {}
     vision_name = (config.get("vision_config") or {}).get("_name_or_path")
@@ -153,6 +197,7 @@ def card_info_from_folder(folder: str | Path, repo_name: str | None = None) -> M
         repo_name=repo_name or folder.name,
         base_model=_path_beside(folder, base) if base_is_local else base,
         base_is_on_hub=on_hub,
+        base_is_inside=is_inner_folder(base),
         base_revision=revision,
         base_needs_remote_code="auto_map" in text_config,
         base_license=_license(base_card, f"{HUB}/{base}/blob/{revision or 'main'}" if on_hub else None),
@@ -170,22 +215,42 @@ def card_info_from_folder(folder: str | Path, repo_name: str | None = None) -> M
         recipe=_read_recipe(folder / RECIPE),
         measurements=_read_measurements(folder / MEASUREMENTS),
         languages=_as_list(base_card.get("language")),
+        quantization=_quantization(config.get("quantization"), folder),
+    )
+
+
+def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization | None:
+    if recorded is None:
+        return None
+    source = (recorded.get("source") or {}).get("name")
+    return Quantization(
+        precisions={part: value for part, value in recorded.items() if isinstance(value, str) and value[0] == "w"},
+        rounding=recorded["rounding"],
+        activations=recorded["activations"],
+        other_precision=recorded.get("other_precision") or {},
+        source=source if is_hub_id(source, folder) and "/" in source else None,
     )
 
 
 def _metadata(info: ModelCardInfo) -> ModelCardData:
-    licence = info.base_license
+    licence, quantization = info.base_license, info.quantization
+    # The Hub accepts only its own ids here.
+    made_from, relation, tags = info.base_model if info.base_is_on_hub else None, "adapter", [*TAGS, *info.tags]
+    if quantization is not None:
+        made_from, relation = quantization.source or made_from, "quantized"
+        precisions = [name for name in quantization.precisions.values() if name != "w16a16"]
+        # Stock PEFT does not load it.
+        tags = [tag for tag in tags if tag != "peft"] + ["quantized", "optimum-quanto", *precisions]
     return ModelCardData(
-        # The Hub accepts only its own ids here.
-        base_model=info.base_model if info.base_is_on_hub else None,
-        base_model_relation="adapter" if info.base_is_on_hub else None,
+        base_model=made_from,
+        base_model_relation=relation if made_from else None,
         license=licence.id if licence else None,
         license_name=licence.name if licence else None,
         license_link=licence.link if licence else None,
         language=info.languages or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=list(dict.fromkeys([*TAGS, *info.tags])),
+        tags=list(dict.fromkeys(tags)),
     )
 
 
@@ -279,6 +344,11 @@ def _cell(value: Any) -> str:
 
 def _python_string(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _bits_each(size: PartSize) -> str:
+    """Bits on disk for each parameter, scales included."""
+    return f"{8 * size.bytes / size.parameters:.2f}" if size.parameters else ""
 
 
 def _short_count(number: int) -> str:

@@ -14,8 +14,12 @@ ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 QUANTIZED_ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/quantized_adapter.safetensors"
-QMAPS = ("quanto_qmap.json", f"{ADAPTER_FOLDER}/quanto_qmap.json")
+QMAP = "quanto_qmap.json"
+QMAPS = (QMAP, f"{ADAPTER_FOLDER}/{QMAP}")
 WEIGHTS = "model.safetensors"
+QUANTIZED_BASE_WEIGHTS = "quantized_model.safetensors"
+QUANT_METHOD = "genieblue_quanto"  # of a base that GenieBlue quantized
+BASE_PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings": "embeddings"}
 WEIGHTS_INDEX = "model.safetensors.index.json"
 OUR_MODULES = ("vision_tower", "multi_modal_projector")  # the language parts lie in the adapter
 
@@ -48,6 +52,23 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if model_type != "genieblue":
         raise ValueError(f"{path} has model_type {model_type!r}, expected 'genieblue': this is another kind of model.")
     return config
+
+
+def read_base_quantization(folder: Path) -> dict[str, Any] | None:
+    """How the base in a folder was quantized by GenieBlue; `None` for any other folder.
+
+    Raises `ValueError` for a `config.json` that is not JSON.
+    """
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    is_ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return quantization if is_ours else None
+
+
+def is_inner_folder(name: Any) -> bool:
+    """Whether a base lies in a subfolder of the GenieBlue that names it."""
+    return isinstance(name, str) and name.startswith("./") and ".." not in name.split("/")
 
 
 def is_hub_id(name: Any, folder: Path) -> bool:

@@ -1,32 +1,59 @@
 """The card of a quantized base: what it was made from, at which precision, and how it is loaded."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hub_cards.model_card import CARD, HUB, base_facts, card_environment
-from hub_cards.model_folder import is_hub_id
+from hub_cards.model_card import CARD, HUB, License, assemble_card, base_facts, card_environment, folder_facts
+from hub_cards.model_folder import (
+    BASE_PARTS,
+    QUANTIZED_BASE_WEIGHTS,
+    PartSize,
+    is_hub_id,
+    parameter_sizes,
+    read_base_quantization,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
 
-PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings": "embeddings"}
+
+def write_quantized_base_card(folder: Path, source: Path | None = None) -> None:
+    """Writes `README.md` into the folder of a quantized base; see `render_quantized_base_card`."""
+    (folder / CARD).write_text(render_quantized_base_card(folder, folder.name, source), encoding="utf-8", newline="\n")
 
 
-def write_quantized_base_card(folder: Path, settings: dict[str, Any], repo_name: str | None = None) -> None:
-    """Writes `README.md` into the folder of a quantized base, from its `quantization_config`."""
+def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None = None) -> str:
+    """The card of the quantized base in `folder`, whose `config.json` and weights are there.
+
+    Args:
+        repo_name: what `from_pretrained` takes.
+        source: folder of the unquantized base. Its README names licence and languages, unless that base is on the
+            Hub; without it they are those of the card that the folder has already.
+    """
+    settings = read_base_quantization(folder)
+    if settings is None:
+        raise ValueError(f"{folder} holds no base that GenieBlue quantized.")
     origin = settings["source"]
     on_hub = is_hub_id(origin["name"], folder) and "/" in origin["name"]
-    licence, languages = base_facts(origin["name"], origin["revision"]) if on_hub else (None, [])
+    licence, languages = _facts(folder, origin if on_hub else None, source)
+    sizes = parameter_sizes(folder / QUANTIZED_BASE_WEIGHTS).values()
+    auto_map = read_json(folder / "config.json").get("auto_map") or {}
     info = {
-        "repo_name": repo_name or folder.name,
+        "repo_name": repo_name,
         "base_link": f"[`{origin['name']}`]({HUB}/{origin['name']})" if on_hub else f"`{origin['name']}`",
-        "precisions": {title: settings[part] for part, title in PARTS.items()},
+        "precisions": {title: settings[part] for part, title in BASE_PARTS.items()},
+        "size": PartSize(sum(size.parameters for size in sizes), sum(size.bytes for size in sizes)),
         "rounding": settings["rounding"],
         "activations": settings["activations"],
         "other_precision": settings["other_precision"],
+        "tokenizer_needs_code": "AutoTokenizer" in auto_map,
+        "licence": licence,
     }
+    precisions = [settings[part] for part in BASE_PARTS if settings[part] != "w16a16"]
     metadata = ModelCardData(
         base_model=origin["name"] if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
@@ -36,10 +63,20 @@ def write_quantized_base_card(folder: Path, settings: dict[str, Any], repo_name:
         language=languages or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["genieblue", "quantized", "optimum-quanto", settings["llm"]],
+        tags=list(dict.fromkeys(["genieblue", "quantized", "optimum-quanto", *precisions])),
     )
     body = card_environment().get_template("quantized_base_card_template.md").render(info=info)
-    (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n", encoding="utf-8")
+    return assemble_card(metadata, body)
 
 
-__all__ = ["write_quantized_base_card"]
+def _facts(folder: Path, origin: dict[str, Any] | None, source: Path | None) -> tuple[License | None, list[str]]:
+    licence, languages = base_facts(origin["name"], origin["revision"]) if origin is not None else (None, [])
+    for other in (source, folder):
+        if licence is None and other is not None:
+            licence, languages = folder_facts(other)
+    if licence is not None and licence.link and "://" not in licence.link and not (folder / licence.link).is_file():
+        licence = replace(licence, link=None)
+    return licence, languages
+
+
+__all__ = ["render_quantized_base_card", "write_quantized_base_card"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_genieblue import train_a_little
 from tiny_models import save_tiny_base, tiny_vision_tower
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +35,7 @@ def test_card_code_runs_as_printed(hub, tmp_path, family):
         base, tiny_vision_tower(), base_model_name_or_path=BASE, base_model_revision=sha
     )
     model.save_pretrained(tmp_path / "saved")
+    train_a_little(tmp_path / "saved")
     publish_folder(tmp_path / "saved", REPO)
 
     card = hub.files(REPO)["README.md"].decode()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_genieblue import change_adapter, save_tiny_pair
+from tiny_genieblue import change_adapter, save_tiny_pair, train_a_little
 from tiny_models import save_tiny_base, tiny_vision_tower
 from transformers import AutoTokenizer
 
@@ -84,6 +84,7 @@ def test_a_model_on_the_hub_is_verified_at_its_commit(hub, tmp_path):
     hub.commit_folder("maker/base", tmp_path / "base")
     tiny_vision_tower().save_pretrained(tmp_path / "vision")
     create_genieblue("maker/base", tmp_path / "vision", tmp_path / "reader")
+    train_a_little(tmp_path / "reader")
     commit = publish_folder(tmp_path / "reader", "you/reader").oid
     hub.commit("you/reader", {"adapter_config.json": b"{}", "config.json": b"{}"})
     checks = verify_model("you/reader", revision=commit)
