@@ -1,16 +1,20 @@
 """QDQ graphs → context binaries of the NPU: strict, and either whole or not there at all."""
 
+import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
-import onnxruntime
 
-from conversion.qnn.npu import npu_session
+import conversion
+from conversion.qnn.compile_worker import FAILED
 from conversion.qnn.soc import Soc
 
 logger = logging.getLogger(__name__)
@@ -32,32 +36,53 @@ def staged_folder(target: Path):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def compile_graphs(
-    graphs: Mapping[str, Path], soc: Soc, output: Path, binary: str
-) -> dict[str, onnxruntime.InferenceSession]:
-    """Compiles `graphs` (QDQ files by name) into one binary that holds the weights they share once.
+def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: str) -> None:
+    """Compiles `graphs` (QDQ files of one folder, by name) into one binary that holds the weights they share once.
 
     The new folder `output` gets the file `binary` and for each graph `<name>_ctx.onnx`, with which ONNX Runtime runs
-    it from that binary. Returns the sessions by graph, alive, to check numbers with: the emulator cannot load a shared
-    binary again.
+    it from that binary. The compiler works in a process of its own, since what it has compiled before would change
+    the bytes, and its death would be ours.
 
     Raises `RuntimeError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails.
     """
-    sessions: dict[str, onnxruntime.InferenceSession] = {}
-    with staged_folder(output) as folder:
-        last = list(graphs)[-1]
-        for name, path in graphs.items():
-            several = len(graphs) > 1
-            sessions[name] = npu_session(
-                path,
-                soc,
-                context=folder / f"{name}_ctx.onnx",
-                shares_weights=several,
-                is_last=several and name == last,
-            )
-            logger.info("Compiled %s for %s.", name, soc.name)
+    sources = {path.resolve().parent for path in graphs.values()}
+    if len(sources) != 1:
+        raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")
+    roots = [os.fspath(Path(conversion.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    source = sources.pop()
+    # The length of this folder's path decides where things lie in the compiler's memory, and so some of its choices.
+    with staged_folder(output) as folder, TemporaryDirectory(prefix="qnn-") as work:
+        links = [Path(work) / path.name for path in source.iterdir() if path.is_file()]
+        for link in links:
+            link.symlink_to(source / link.name)
+        job = {"graphs": {name: path.name for name, path in graphs.items()}, "soc": soc.name}
+        done = subprocess.run(
+            [sys.executable, "-m", "conversion.qnn.compile_worker"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "PYTHONHASHSEED": "0"},
+        )
+        for link in links:
+            link.unlink()
+        if done.returncode:
+            raise RuntimeError(_reason(done, list(graphs)))
+        for path in Path(work).iterdir():
+            shutil.move(path, folder / path.name)
+        logger.info("Compiled %s for %s.", ", ".join(graphs), soc.name)
         _check_contexts(folder, list(graphs), binary)
-    return sessions
+
+
+def _reason(done: subprocess.CompletedProcess, names: list[str]) -> str:
+    """Why a compilation ended without a result."""
+    told = [line.removeprefix(FAILED) for line in done.stdout.splitlines() if line.startswith(FAILED)]
+    if told:
+        return told[-1]
+    cause = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    last = "\n".join(done.stderr.splitlines()[-3:])
+    hint = " It was probably out of memory: divide the blocks into more parts." if done.returncode == -9 else ""
+    return f"The compiler died of {cause} on {', '.join(names)}.{hint}\n{last}"
 
 
 def _check_contexts(folder: Path, names: list[str], binary: str) -> None:

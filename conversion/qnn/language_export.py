@@ -7,7 +7,7 @@ part, so that only the blocks of one part are ever in memory in full precision.
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -99,10 +99,10 @@ def quantize_part(
             encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
             for stage, model in models.items():
                 as_input = is_lora if settings.lora == "inputs" else lambda _name: False
-                quantized, codes = quantize_graph(
-                    model, encodings, weight_bits, rounding=rounding, weights_as_inputs=as_input
-                )
                 key = f"{view}_{stage}"
+                quantized, codes = quantize_graph(
+                    model, encodings, weight_bits, name=f"{name}_{key}", rounding=rounding, weights_as_inputs=as_input
+                )
                 result.graphs[key] = store.save(quantized, folder / f"{name}_{key}.onnx")
             boundary = [value.name for value in (*model.graph.input, *model.graph.output)]
             result.boundary[view] = {tensor: encodings[tensor] for tensor in boundary}
@@ -171,9 +171,14 @@ def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
     return digest.hexdigest()
 
 
-def encodings_to_json(encodings: Mapping[str, Encoding]) -> dict[str, dict]:
-    """Plain dictionaries of encodings."""
-    return {name: asdict(encoding) for name, encoding in encodings.items()}
+def base_codes(base: Any, shape: DecoderShape, blocks: range) -> dict[str, WeightCodes]:
+    """The codes that the base alone gives for the matrices of a part: no graph, no calibration, no adapter."""
+    weights = TextGraph(base, shape, blocks.start, blocks.stop).named_buffers()
+    return {
+        name: round_to_nearest(name, value.cpu().numpy(), weight_bits(name), axis=1)
+        for name, value in weights
+        if value.ndim == 2
+    }
 
 
-__all__ = ["STAGES", "VIEWS", "LanguageSettings", "PartResult", "codes_digest", "quantize_part"]
+__all__ = ["STAGES", "VIEWS", "LanguageSettings", "PartResult", "base_codes", "codes_digest", "quantize_part"]

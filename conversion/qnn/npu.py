@@ -4,7 +4,6 @@ import functools
 import os
 import platform
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime
@@ -97,23 +96,11 @@ def npu_session(
     backend = {"backend_type": "htp", "soc_model": str(soc.model), "htp_arch": str(soc.arch)}
     options.add_provider_for_devices(list(npu_devices()), backend)
     try:
-        with _one_cpu():
-            return onnxruntime.InferenceSession(os.fspath(model), options)
+        return onnxruntime.InferenceSession(os.fspath(model), options)
     except Exception as error:  # ONNX Runtime's own kinds of error have no common base
         raise RuntimeError(
             f"{Path(model).name} could not be compiled for {soc.name} with every node on the NPU: {error}"
         ) from error
-
-
-@contextmanager
-def _one_cpu():
-    """Keeps the compiler on one processor: on several, its threads race, and now and then the binary differs."""
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 def cpu_session(model: str | os.PathLike) -> onnxruntime.InferenceSession:

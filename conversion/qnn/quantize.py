@@ -169,6 +169,7 @@ def quantize_graph(
     encodings: Mapping[str, Encoding],
     bits_of: Callable[[str], int],
     *,
+    name: str,
     rounding: Rounding = round_to_nearest,
     weights_as_inputs: Callable[[str], bool] = lambda _name: False,
 ) -> tuple[onnx.ModelProto, dict[str, WeightCodes]]:
@@ -177,19 +178,21 @@ def quantize_graph(
     Args:
         encodings: of every activation, as `encodings_of` gives them.
         bits_of: 4 or 8 for the name of a weight.
+        name: of the graph. It is part of its tensors' names, from which the compiler makes a name of its own: two
+            graphs in one binary must not have the same.
         weights_as_inputs: which weights become inputs of the graph (int8, one scale) instead of constants.
     """
-    return _Quantizer(model, encodings, bits_of, rounding, weights_as_inputs).run()
+    return _Quantizer(model, encodings, bits_of, name, rounding, weights_as_inputs).run()
 
 
 class _Quantizer:
-    def __init__(self, model, encodings, bits_of, rounding, weights_as_inputs):
+    def __init__(self, model, encodings, bits_of, name, rounding, weights_as_inputs):
         self.source, self.encodings = model.graph, dict(encodings)
         self.bits_of, self.rounding, self.weights_as_inputs = bits_of, rounding, weights_as_inputs
         self.model = onnx.ModelProto(ir_version=model.ir_version, producer_name="genieblue")
         self.model.opset_import.extend(model.opset_import)
         self.graph = self.model.graph
-        self.graph.name = "genieblue"
+        self.graph.name = name
         self.constants = {tensor.name: tensor for tensor in self.source.initializer}
         self.codes: dict[str, WeightCodes] = {}
         self.decoded: dict[str, str] = {}  # float tensor → name of the DequantizeLinear output that stands for it
@@ -204,13 +207,16 @@ class _Quantizer:
             copied = self.graph.node.add()
             copied.CopyFrom(node)
             copied.input[:] = inputs
-            copied.output[:] = [f"{name}/float" for name in node.output]
+            copied.output[:] = [self._float(name) for name in node.output]
             for name in node.output:
                 self._encode_result(node, name, name if name in outputs else f"{name}/codes")
         self.graph.output.extend(self._coded(value) for value in self.source.output)
         self._drop_unused_decoders()
         onnx.checker.check_model(self.model)
         return self.model, self.codes
+
+    def _float(self, name: str) -> str:
+        return f"{self.graph.name}/{name}"
 
     def _coded(self, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
         dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -239,7 +245,7 @@ class _Quantizer:
     def _encode_result(self, node: onnx.NodeProto, name: str, codes: str) -> None:
         encoding = self.encodings[name]
         joins = node.op_type == "Concat" and all(self.encodings[part].dtype == encoding.dtype for part in node.input)
-        value = f"{name}/float"
+        value = self._float(name)
         if encoding.dtype != "uint16" and not joins:
             # Operators compute in 16 bits; a conversion of its own makes 8 of them.
             wide = f"{name}/wide"

@@ -47,7 +47,7 @@ def quantize_vision(
             probe = probe or {"pixel_values": pixels, **outputs}
         ranges = meter.ranges
     encodings = encodings_of(float_graph, ranges)
-    quantized, _ = quantize_graph(float_graph, encodings, lambda _name: VISION_BITS, rounding=rounding)
+    quantized, _ = quantize_graph(float_graph, encodings, lambda _name: VISION_BITS, name="vision", rounding=rounding)
     with ConstantStore(folder / "vision.data") as store:
         path = store.save(quantized, folder / "vision.onnx")
     boundary = {name: encodings[name] for name in (*VisionGraph.input_names, *VisionGraph.output_names)}

@@ -1,0 +1,210 @@
+"""Proof that a bundle computes what it should: its files, its weights, and the numbers of every graph."""
+
+import filecmp
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from conversion.qnn.agreement import Agreement, agreement, worst
+from conversion.qnn.bundle import Bundle
+from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
+from conversion.qnn.compile import compile_graphs
+from conversion.qnn.language_export import STAGES, VIEWS, base_codes, codes_digest, is_lora, probe_lengths
+from conversion.qnn.npu import cpu_session, npu_session
+from conversion.qnn.quantize import WeightCodes
+from conversion.qnn.runner import CodedGraph, ViewGraphs
+from conversion.qnn.soc import find_soc
+from conversion.verify import Check
+
+SIZE_TOLERANCE = 0.02
+EMULATOR, FLOAT = "emulator against CPU", "CPU against float"
+Measured = dict[tuple[str, str, str], list[Agreement]]  # (graph, tensor, what was compared) → call by call
+
+
+def verify_bundle(
+    path: str | os.PathLike, *, base: Any = None, on_check: Callable[[Check], None] | None = None
+) -> list[Check]:
+    """Runs every check on a bundle; what raises is a failed check, and the others go on.
+
+    The binaries are compiled again and compared byte by byte. The emulator cannot load a binary of several graphs, so
+    the numbers are those of each graph compiled by itself.
+
+    Args:
+        base: the loaded base, to compare the text graphs' weights with what it alone gives.
+        on_check: called with each check as it is done.
+
+    Raises `OSError` or `ValueError` only if there is no bundle at `path` at all.
+    """
+    bundle = Bundle(path)
+    checks = []
+
+    def done(check: Check) -> None:
+        checks.append(check)
+        if on_check is not None:
+            on_check(check)
+
+    problems = bundle.changed_files()
+    detail = "; ".join(problems) or f"{len(bundle.metadata['files'])} files are as exported"
+    done(Check("files", not problems, detail))
+    for name, function in (("vision", _check_vision), ("weights", _check_weights), ("language", _check_language)):
+        try:
+            for check in function(bundle, base):
+                done(check)
+        except Exception as error:  # whatever is wrong with a bundle is a result
+            done(Check(name, False, f"{type(error).__name__}: {error}"))
+    return checks
+
+
+def _check_vision(bundle: Bundle, _base: Any) -> Iterator[Check]:
+    record = bundle.metadata["vision"]
+    measured: Measured = defaultdict(list)
+    yield _compile_again(bundle, record["binary"], {"vision": record["graph"]})
+    with np.load(bundle.path("probe.npz")) as probe:
+        soc = find_soc(bundle.metadata["soc"]["name"])
+        path = bundle.path(record["graph"]["qdq"])
+        feeds = {"pixel_values": probe["vision/pixel_values"]}
+        emulated = CodedGraph(record["graph"], npu_session(path, soc), {}).run(feeds)
+        on_cpu = CodedGraph(record["graph"], cpu_session(path), {})
+        for name, codes in on_cpu.run(feeds).items():
+            decode = on_cpu.outputs[name].decode
+            measured["vision", name, EMULATOR].append(agreement(decode(emulated[name]), decode(codes)))
+            measured["vision", name, FLOAT].append(agreement(decode(codes), probe[f"vision/{name}"]))
+    yield from _report(measured)
+
+
+def _compile_again(bundle: Bundle, binary: str, graphs: Mapping[str, Mapping[str, Any]]) -> Check:
+    """Whether the QDQ graphs of the bundle give its binary, with every node on the NPU."""
+    paths = {name: bundle.path(graph["qdq"]) for name, graph in graphs.items()}
+    with TemporaryDirectory() as folder:
+        output = Path(folder) / "again"
+        compile_graphs(paths, find_soc(bundle.metadata["soc"]["name"]), output, Path(binary).name)
+        same = filecmp.cmp(bundle.path(binary), output / Path(binary).name, shallow=False)
+        sizes = [path.stat().st_size for path in (bundle.path(binary), output / Path(binary).name)]
+    if same:
+        return Check(binary, True, "every node on the NPU; compiled again, the bytes are the same")
+    # The compiler does not always put things into the same order; the amount of them is always the same.
+    ok = abs(sizes[0] - sizes[1]) <= SIZE_TOLERANCE * sizes[0]
+    detail = f"compiled again, it has other bytes ({sizes[0]} before, {sizes[1]} now)"
+    return Check(binary, ok, f"every node on the NPU; {detail}; made with {bundle.metadata['compiler']}")
+
+
+def _report(measured: Measured) -> Iterator[Check]:
+    """One check by graph and comparison; that with the float model is told, not judged: it is the price of 4 bits."""
+    for graph in dict.fromkeys(key[0] for key in measured):
+        for kind in (EMULATOR, FLOAT):
+            found = {key[1]: worst(values) for key, values in measured.items() if (key[0], key[2]) == (graph, kind)}
+            if not found:
+                continue
+            failed = [name for name, value in found.items() if not value.is_close]
+            first = next(iter(found))
+            detail = f"{first} {found[first]}; worst of {len(found)} tensors {worst(found.values())}"
+            if failed and kind == EMULATOR:
+                detail += f"; beyond the gates: {', '.join(failed)}"
+            yield Check(f"{graph}: {kind}", not failed or kind == FLOAT, detail)
+
+
+def read_codes(path: Path) -> dict[str, WeightCodes]:
+    """Codes by name of the matrices of a QDQ graph that are constants."""
+    model = onnx.load(path)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        name = node.input[0] if node.op_type == "DequantizeLinear" else None
+        if name not in tensors or name.endswith("/codes"):
+            continue
+        codes = numpy_helper.to_array(tensors[name]).astype(np.int8)
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
+        bits = 4 if tensors[name].data_type == onnx.TensorProto.INT4 else 8
+        found[name] = WeightCodes(codes, numpy_helper.to_array(tensors[node.input[1]]), bits, axis)
+    return found
+
+
+def _check_weights(bundle: Bundle, base: Any) -> Iterator[Check]:
+    """The text graphs hold the base's matrices and nothing of the adapter."""
+    problems = []
+    for number, part in enumerate(bundle.metadata["parts"]):
+        graphs = {stage: read_codes(bundle.path(part["graphs"][f"text_{stage}"]["qdq"])) for stage in STAGES}
+        if any(is_lora(name) for codes in graphs.values() for name in codes):
+            problems.append(f"the text graphs of part {number} hold LoRA")
+        digests = {codes_digest(codes) for codes in graphs.values()}
+        if digests != {part["base_weight_codes"]}:
+            problems.append(f"the text graphs of part {number} hold other weights than were exported")
+        if base is not None:
+            expected = base_codes(base, bundle.decoder, range(*part["blocks"]))
+            if codes_digest(expected) != part["base_weight_codes"]:
+                problems.append(f"the weights of part {number} are not those that the base alone gives")
+    against = "what the base alone gives" if base is not None else "what was exported (not compared with a base)"
+    detail = "; ".join(problems) or f"equal, code by code, to {against}"
+    yield Check("weights of the text graphs", not problems, detail)
+
+
+def _check_language(bundle: Bundle, _base: Any) -> Iterator[Check]:
+    """Part by part the four graphs, each fed with what the CPU's graphs give."""
+    with np.load(bundle.path("probe.npz")) as probe:
+        streams = {view: probe[f"request/{view}"] for view in VIEWS}
+        for number, part in enumerate(bundle.metadata["parts"]):
+            measured: Measured = defaultdict(list)
+            yield _compile_again(bundle, part["binary"], part["graphs"])
+            for view in VIEWS:
+                streams[view] = _run_probe(bundle, number, view, streams[view], probe, measured)
+            yield from _report(measured)
+
+
+def _run_probe(
+    bundle: Bundle,
+    number: int,
+    view: str,
+    stream: np.ndarray,
+    probe: Mapping[str, np.ndarray],
+    measured: Measured,
+) -> np.ndarray:
+    """Reads a request in one part on the CPU, every call on the emulator too; returns what the next part reads."""
+    facts = bundle.metadata
+    part = facts["parts"][number]
+    blocks = range(*part["blocks"])
+    first_output = boundary_names(bundle.decoder, blocks)[1]
+    soc = find_soc(facts["soc"]["name"])
+    graphs = ViewGraphs(bundle, view, lambda record: cpu_session(bundle.path(record["qdq"])))
+    emulator = ViewGraphs(bundle, view, lambda record: npu_session(bundle.path(record["qdq"]), soc))
+
+    def run(tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        name = f"{view}_{'decode' if tokens == 1 else 'prefill'}"
+        on_cpu = graphs.part(number, tokens)
+        emulated = emulator.part(number, tokens).run(feeds)
+        outputs = on_cpu.run(feeds)
+        for tensor, codes in outputs.items():
+            decode = on_cpu.outputs[tensor].decode
+            label = f"part {number} {name}"
+            measured[label, tensor, EMULATOR].append(agreement(decode(emulated[tensor]), decode(codes)))
+        outputs[first_output] = on_cpu.outputs[first_output].decode(outputs[first_output])
+        return outputs
+
+    decoder = ChunkedDecoder(
+        bundle.decoder,
+        run,
+        facts["chunk_length"],
+        facts["context_length"],
+        empty=graphs.empty_caches(),
+        blocks=blocks,
+    )
+    prompt, decoded = probe_lengths(facts["chunk_length"], len(stream))
+    outputs = [decoder.read(stream[:prompt])]
+    outputs += [decoder.read(stream[place : place + 1]) for place in range(prompt, prompt + decoded)]
+    found = {first_output: np.concatenate(outputs)}
+    encodings = graphs.part(number, 1).outputs
+    for name, codes in decoder.cache.items():
+        found[name] = encodings[name.removesuffix("_in") + "_out"].decode(codes)
+    for name, value in found.items():
+        expected = probe[f"language_{number}/{view}/{name}"]
+        measured[f"part {number} {view}", name, FLOAT].append(agreement(value, expected))
+    return found[first_output]
+
+
+__all__ = ["read_codes", "verify_bundle"]

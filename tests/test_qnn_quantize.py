@@ -1,0 +1,243 @@
+"""QDQ graphs: what codes mean, which tensors share them, and what the NPU's emulator makes of them."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tiny_genieblue import tiles
+from tiny_qnn import (
+    CHUNK,
+    CONTEXT,
+    VARIANTS,
+    embeddings_and_logits,
+    tiny_model,
+    view_of,
+)
+
+from conversion.qnn.agreement import agreement
+from conversion.qnn.chunked_decoder import ChunkedDecoder, cache_names
+from conversion.qnn.float_onnx import OPSET, save_onnx, structure, to_float_onnx
+from conversion.qnn.npu import cpu_session, npu_session
+from conversion.qnn.quantize import (
+    Encoding,
+    encodings_of,
+    pack_int4,
+    quantize_graph,
+    round_to_nearest,
+    tensor_groups,
+)
+from conversion.qnn.ranges import RangeMeter, measure_ranges
+from conversion.qnn.soc import find_soc
+from conversion.qnn.text_graphs import TextGraph, make_decoder_shape
+from conversion.qnn.vision_graph import VisionGraph
+
+SM8750 = find_soc("sm8750")
+VIEWS = ("text", "multimodal")
+
+
+def float_graph(graph, tokens):
+    return to_float_onnx(graph, graph.example_inputs(tokens, CONTEXT), graph.input_names, graph.output_names)
+
+
+class CodedView:
+    """Both quantized graphs of a view, calibrated on four requests, run by a session of `open_session`."""
+
+    def __init__(self, model, view, folder, *, bits=4, cache_bits=16):
+        self.shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
+        graph = TextGraph(view_of(model, view), self.shape)
+        models = {tokens: float_graph(graph, tokens) for tokens in (CHUNK, 1)}
+        meter = RangeMeter(models[CHUNK], folder)
+        for seed in range(4):
+            embeddings, _ = embeddings_and_logits(model, view, CONTEXT - CHUNK, seed)
+            decoder = ChunkedDecoder(self.shape, lambda _tokens, feeds: meter.run(feeds), CHUNK, CONTEXT)
+            decoder.read(embeddings, only_chunks=True)
+        blocks = range(self.shape.num_blocks)
+        tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
+        self.encodings = encodings_of(models[CHUNK], meter.ranges, tied, cache_bits=cache_bits)
+        self.paths, self.codes = {}, {}
+        for tokens, model_ in models.items():
+            quantized, self.codes[tokens] = quantize_graph(
+                model_, self.encodings, lambda name: 8 if "lora" in name else bits, name=f"{view}_{tokens}"
+            )
+            self.paths[tokens] = save_onnx(quantized, folder / f"{view}_{tokens}.onnx")
+
+    def decoder(self, open_session):
+        sessions = {tokens: open_session(path) for tokens, path in self.paths.items()}
+
+        def run(tokens, feeds):
+            session = sessions[tokens]
+            feeds = {
+                name: self.encodings[name].encode(value) if value.dtype == np.float32 else value
+                for name, value in feeds.items()
+            }
+            outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
+            return {**outputs, "logits": self.encodings["logits"].decode(outputs["logits"])}
+
+        empty = {name: self.encodings[name].zero for name in cache_names(range(self.shape.num_blocks), "in")}
+        return ChunkedDecoder(self.shape, run, CHUNK, CONTEXT, empty=empty)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-wide-heads", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_float_onnx_gives_the_logits_of_the_model_over_chunks_and_tokens(variant, view, tmp_path):
+    model = tiny_model(variant)
+    shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
+    graph = TextGraph(view_of(model, view), shape)
+    models = {tokens: float_graph(graph, tokens) for tokens in (CHUNK, 1)}
+    assert structure(models[CHUNK]) == structure(models[1])
+    sessions = {tokens: cpu_session(save_onnx(one, tmp_path / f"{tokens}.onnx")) for tokens, one in models.items()}
+
+    def run(tokens, feeds):
+        session = sessions[tokens]
+        return dict(zip([value.name for value in session.get_outputs()], session.run(None, dict(feeds)), strict=True))
+
+    embeddings, logits = embeddings_and_logits(model, view, 3 * CHUNK + 5)
+    decoder = ChunkedDecoder(shape, run, CHUNK, CONTEXT)
+    found = [decoder.read(embeddings[: 2 * CHUNK + 3])]
+    found += [decoder.read(embeddings[place : place + 1]) for place in range(2 * CHUNK + 3, len(embeddings))]
+    np.testing.assert_allclose(np.concatenate(found), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_vision_graph_gives_the_features_of_the_model(count, tmp_path):
+    model = tiny_model()
+    graph = VisionGraph(model)
+    exported = to_float_onnx(graph, graph.example_inputs(count), graph.input_names, graph.output_names)
+    pixels = tiles(count)
+    expected = model.get_image_features(pixels).detach().numpy()
+    session = cpu_session(save_onnx(exported, tmp_path / "vision.onnx"))
+    found = session.run(None, {"pixel_values": pixels.numpy()})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+    ranges = measure_ranges(exported, [{"pixel_values": pixels.numpy()}], tmp_path)
+    encodings = encodings_of(exported, ranges)
+    quantized, _ = quantize_graph(exported, encodings, lambda _name: 8, name="vision")
+    path = save_onnx(quantized, tmp_path / "quantized.onnx")
+    feeds = {"pixel_values": encodings["pixel_values"].encode(pixels.numpy())}
+    on_cpu, on_npu = (
+        encodings["image_features"].decode(open_session(path).run(None, feeds)[0])
+        for open_session in (cpu_session, lambda path: npu_session(path, SM8750))
+    )
+    assert agreement(on_npu, on_cpu).largest_error < 0.005
+    assert agreement(on_cpu, expected).cosine > 0.999
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_emulator_gives_what_the_quantized_graphs_give_on_the_cpu(variant, view, tmp_path):
+    model = tiny_model(variant)
+    coded = CodedView(model, view, tmp_path, bits=8)
+    embeddings, logits = embeddings_and_logits(model, view, 2 * CHUNK + 5, seed=99)
+    found = {}
+    for name, open_session in (("cpu", cpu_session), ("npu", lambda path: npu_session(path, SM8750))):
+        decoder = coded.decoder(open_session)
+        pieces = [decoder.read(embeddings[: 2 * CHUNK + 3])]
+        pieces += [decoder.read(embeddings[place : place + 1]) for place in range(2 * CHUNK + 3, len(embeddings))]
+        found[name] = np.concatenate(pieces)
+    result = agreement(found["npu"], found["cpu"])
+    assert result.is_close and result.cosine > 0.9999, result
+    assert agreement(found["cpu"], logits).cosine > 0.98
+
+
+def test_keys_and_values_of_unsigned_16_bits_would_be_rounded_and_those_of_8_bits_are_half_as_large(tmp_path):
+    coded = CodedView(tiny_model(), "text", tmp_path, cache_bits=8)
+    decoder = coded.decoder(cpu_session)
+    embeddings, _ = embeddings_and_logits(tiny_model(), "text", CHUNK)
+    decoder.read(embeddings)
+    assert {array.dtype for array in decoder.cache.values()} == {np.dtype("uint8")}
+    assert {coded.encodings[name].dtype for name in cache_names(range(4), "out")} == {"uint8"}
+    npu_session(coded.paths[1], SM8750)
+
+
+def test_matrices_have_4_bits_and_lora_8(tmp_path):
+    codes = CodedView(tiny_model(), "multimodal", tmp_path).codes[1]
+    bits = {name.rsplit(".", 1)[-1]: weight.bits for name, weight in codes.items()}
+    assert bits == {"weight": 4, "lora_a": 8, "lora_b": 8}
+    assert all(np.abs(weight.codes).max() == 7 for weight in codes.values() if weight.bits == 4)
+
+
+def test_rounding_keeps_every_value_within_half_a_step_of_its_channel():
+    weight = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32) * [1, 10, 0.1, 3, 1e-12]
+    found = round_to_nearest("", weight.astype(np.float32), 4, 1)
+    assert found.scales.shape == (5,)
+    assert (np.abs(found.decode() - weight) <= found.scales / 2 + 1e-6).all()
+
+
+def test_four_bit_codes_are_packed_low_half_first():
+    codes = np.array([[-7, 7, 1]], np.int8)
+    assert pack_int4(codes) == bytes([0x79, 0x01])
+    tensor = helper.make_tensor("w", TensorProto.INT4, codes.shape, pack_int4(codes), raw=True)
+    assert numpy_helper.to_array(tensor).astype(np.int8).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "uint8"])
+def test_codes_give_values_back_within_half_a_step_and_zero_exactly(dtype):
+    encoding = Encoding.of((-1.5, 4.0), dtype)
+    values = np.linspace(-1.5, 4.0, 1001, dtype=np.float32)
+    assert np.abs(encoding.decode(encoding.encode(values)) - values).max() <= encoding.scale * 0.501 + 1e-6
+    assert encoding.decode(encoding.encode(np.zeros(1))) == 0.0
+    assert encoding.encode(np.zeros(1)) == encoding.zero
+
+
+def test_a_range_that_lies_beside_zero_is_widened_to_it():
+    assert Encoding.of((2.0, 4.0)).zero_point == 0
+    assert Encoding.of((-4.0, -2.0)).zero_point == 65535
+    assert Encoding.of((0.0, 0.0)).encode(np.zeros(3)).tolist() == [0, 0, 0]
+
+
+def toy_graph():
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["y"]),
+        helper.make_node("Concat", ["y", "z"], ["joined"], axis=0),
+        helper.make_node("Softmax", ["joined"], ["out"], axis=-1),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        [info("x", TensorProto.FLOAT, [4]), info("z", TensorProto.FLOAT, [1, 4])],
+        [info("out", TensorProto.FLOAT, [2, 4])],
+        [numpy_helper.from_array(np.array([1, 4]), "shape")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def test_values_that_are_only_moved_keep_their_encoding(tmp_path):
+    feeds = {"x": np.array([1, 2, 3, 4], np.float32), "z": np.array([[-8, 0, 0, 1]], np.float32)}
+    model = toy_graph()
+    ranges = measure_ranges(model, [feeds], tmp_path)
+    assert ranges["x"] == (1.0, 4.0) and ranges["joined"] == (-8.0, 4.0)
+    encodings = encodings_of(model, ranges)
+    assert encodings["x"] == encodings["z"] == encodings["joined"] == Encoding.of((-8.0, 4.0))
+    assert encodings["out"] == Encoding.of((0.0, 1.0))
+    assert set(tensor_groups(model, {"x": "out"}).values()) == {tensor_groups(model, {"x": "out"})["out"]}
+
+
+def test_ranges_of_another_graph_are_refused():
+    with pytest.raises(ValueError, match="no range for 3 tensors.*another structure"):
+        encodings_of(toy_graph(), {"x": (0.0, 1.0), "z": (0.0, 1.0)})
+
+
+def test_calibration_without_samples_or_with_broken_numbers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one request"):
+        measure_ranges(toy_graph(), [], tmp_path)
+    broken = {"x": np.full(4, np.nan, np.float32), "z": np.zeros((1, 4), np.float32)}
+    with pytest.raises(ValueError, match="no number in x"):
+        measure_ranges(toy_graph(), [broken], tmp_path)
+
+
+def test_every_variant_has_a_graph_that_the_compiler_takes_whole(tmp_path):
+    for variant in VARIANTS:
+        folder = tmp_path / variant
+        folder.mkdir()
+        npu_session(CodedView(tiny_model(variant), "multimodal", folder).paths[1], SM8750)
+
+
+def test_a_model_that_is_damaged_is_told_from_one_that_is_not(tmp_path):
+    path = tmp_path / "broken.onnx"
+    onnx.save(toy_graph(), path)  # a float graph: nothing of it can run on the NPU in 16 bits
+    with pytest.raises(RuntimeError, match="broken.onnx could not be compiled for sm8750"):
+        graph = onnx.load(path)
+        graph.graph.node[2].op_type = "Hardmax"
+        onnx.save(graph, path)
+        npu_session(path, SM8750)
