@@ -243,7 +243,8 @@ class FusedOnnxRuntimeLinears:
             self._session.run_with_iobinding(memory.binding)
             result = memory.y.to(x.dtype, copy=True)
             self._idle.append(memory)
-            return [part.view(*shape, -1) for part in result.split(self.out_features, dim=-1)]
+            parts = (result,) if len(self.out_features) == 1 else result.split(self.out_features, dim=-1)
+            return [part.view(*shape, -1) for part in parts]
         result = torch.empty(tokens, sum(self.out_features))
         if tokens:
             flat = x.detach().reshape(tokens, -1).to(torch.float32).contiguous()
