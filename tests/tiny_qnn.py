@@ -48,6 +48,14 @@ def tiny_model(variant: str = "llama", **options):
     return tiny_genieblue(base=tiny_base(family, **{**SHAPE, **overrides}), **options)
 
 
+def two_blocks(variant: str = "llama"):
+    """The same with two blocks, the second one replicated: everything there is, exported in half the time."""
+    family, overrides = VARIANTS[variant]
+    return tiny_genieblue(
+        base=tiny_base(family, **{**SHAPE, **overrides}, num_hidden_layers=2), replicated_layers=[1]
+    )
+
+
 def view_of(model, name: str):
     """The `text` or `multimodal` view."""
     return model.language_model if name == "text" else model.multimodal_language_model
