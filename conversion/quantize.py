@@ -31,15 +31,9 @@ from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneratio
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
 from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
 from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
-from modeling_genieblue.quantization_genieblue import (
-    BITS,
-    QMAP_NAME,
-    group_size_of,
-    qmap_content,
-    scales_of,
-    stored_tensors,
-)
+from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, scales_of, stored_tensors
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
+from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_parts_genieblue import QUANTIZED_ADAPTER_NAME, quantized_adapter_entries
 from modeling_genieblue.saving_genieblue import save_model
 

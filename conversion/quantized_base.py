@@ -20,8 +20,9 @@ import modeling_genieblue
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.loading_genieblue import is_local_reference
-from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, QUANTIZED_WEIGHTS_NAME, qmap_content
+from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, QUANTIZED_WEIGHTS_NAME
 from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, read_base_quantization
+from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.saving_genieblue import refuse_foreign_folder
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-CODE_FILES = ("quantization_genieblue.py", "quantized_base_genieblue.py")
+CODE_FILES = (
+    "quantization_genieblue.py", "quantized_files_genieblue.py", "quantized_base_genieblue.py",
+    "precision_guard_genieblue.py", "settings_files_genieblue.py",
+)  # fmt: skip
 
 
 def refuse_unfit_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
@@ -57,6 +61,8 @@ def refuse_taken_places(
     for folder in (output, base_output):
         if folder is None:
             continue
+        if folder.is_file():
+            raise OSError(f"{folder} is a file: give a folder.")
         for other in read:
             if folder == other or folder in other.parents or other in folder.parents:
                 raise ValueError(f"{folder} overlaps {other}, which is only read: give another folder.")
@@ -147,10 +153,10 @@ def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file whose codes lie where the 8-bit kernel can use them straight from the mapped file.
 
     safetensors puts wider numbers first, so that all codes follow the first one in multiples of 16 bytes, and its
-    header is only aligned to 8 bytes: a word more of metadata moves the rest.
+    header is only aligned to 8 bytes: blanks behind its one word of metadata move the rest.
     """
-    metadata = {"format": "pt"}
-    for _attempt in range(2):
+    for format_name in ("pt", "pt" + 8 * " "):
+        metadata = {"format": format_name}
         save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata)
         header = parse_local_safetensors_file_metadata(path).tensors.values()
         with path.open("rb") as file:
@@ -158,7 +164,6 @@ def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
         first = min((tensor.data_offsets[0] for tensor in header if tensor.dtype in ("I8", "U8")), default=0)
         if (data + first) % CODE_ALIGNMENT == 0:
             return
-        metadata["shift"] = "8" * 8
     logger.debug("%s: codes are not aligned, they will be copied at load.", path)
 
 

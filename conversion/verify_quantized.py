@@ -25,7 +25,8 @@ from hub_cards.model_folder import (
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
 from modeling_genieblue.loading_genieblue import LoadRequest
-from modeling_genieblue.quantization_genieblue import QMAP_NAME, is_frozen, read_qmap
+from modeling_genieblue.quantization_genieblue import QMAP_NAME, is_frozen
+from modeling_genieblue.quantized_files_genieblue import read_qmap
 from modeling_genieblue.quantized_parts_genieblue import load_quantized_adapter
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .settings_files_genieblue import check_quantization
+
 PLACEMENTS = ("skip", "pre", "post")
 
 
@@ -98,6 +100,8 @@ class GenieBlueConfig(PreTrainedConfig):
         for name in ("image_token_id", "image_seq_length"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        if self.quantization is not None:
+            check_quantization(self.quantization)
         num_layers = getattr(self.text_config, "num_hidden_layers", None)
         if self.replicated_layers is None and num_layers is not None and self.placement is not None:
             self.replicated_layers = select_replicated_layers(num_layers, self.placement)

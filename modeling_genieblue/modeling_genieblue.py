@@ -27,8 +27,8 @@ from .language_views_genieblue import (
     make_lora_config,
 )
 from .loading_genieblue import ACCESS_KEYS, LoadRequest, is_inner_folder
+from .precision_guard_genieblue import PrecisionGuard
 from .projector_genieblue import GenieBlueMultiModalProjector
-from .quantization_genieblue import PrecisionGuard
 from .quantized_parts_genieblue import (
     check_backend,
     load_quantized_adapter,

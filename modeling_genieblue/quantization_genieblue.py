@@ -6,16 +6,11 @@ compiled on the user's machine, and tensors are read by name, strictly.
 """
 
 import copy
-import json
 import logging
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 
@@ -38,7 +33,6 @@ BITS = {"qint4": 4, "qint8": 8}
 KERNEL_GROUPS = (32, 64, 128, 256)
 KERNEL_ALIGNMENT = 32  # bytes, for activations of the 8-bit CPU kernel
 CODE_ALIGNMENT = 16  # bytes, for its codes
-FLOATING = ("BF16", "F16", "F32")  # as safetensors calls them
 
 
 def require_quanto() -> None:
@@ -263,63 +257,7 @@ def sampled_codes(weight: torch.Tensor) -> torch.Tensor:
     return ((values + shift) / scale).round()
 
 
-class PrecisionGuard:
-    """Refuses to change the precision of a model with quantized weights, which quanto would do by half.
-
-    A cast to the precision that it has changes nothing, not even what is in float32 on purpose.
-    """
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """`nn.Module.to`; `ValueError` for another dtype."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is None or not self._keeps_precision(dtype):
-            return super().to(*args, **kwargs)
-        return self if device is None else super().to(device, non_blocking=non_blocking)
-
-    def type(self, dst_type: Any) -> Any:
-        """As `to(dst_type)`."""
-        return self if self._keeps_precision(dst_type) else super().type(dst_type)
-
-    def half(self, *args: Any) -> Any:
-        """As `to(torch.float16)`."""
-        return self if self._keeps_precision(torch.float16) else super().half(*args)
-
-    def float(self, *args: Any) -> Any:
-        """As `to(torch.float32)`."""
-        return self if self._keeps_precision(torch.float32) else super().float(*args)
-
-    def bfloat16(self, *args: Any) -> Any:
-        """As `to(torch.bfloat16)`."""
-        return self if self._keeps_precision(torch.bfloat16) else super().bfloat16(*args)
-
-    def double(self, *args: Any) -> Any:
-        """As `to(torch.float64)`."""
-        return self if self._keeps_precision(torch.float64) else super().double(*args)
-
-    def _keeps_precision(self, dtype: Any) -> bool:
-        """Whether there are quantized weights here, of this very precision; `ValueError` if of another."""
-        frozen = next(filter(is_frozen, self.modules()), None)
-        if frozen is not None and frozen.weight.dtype != dtype:
-            raise ValueError(
-                f"The weights are quantized for activations in {frozen.weight.dtype}; they cannot be turned into "
-                f"{dtype}. Load the model again with `dtype={dtype}`."
-            )
-        return frozen is not None
-
-
-_GUARDED: dict[tuple[type, type], type] = {}
-
-
-def guard_precision(module: nn.Module, guard: type = PrecisionGuard) -> None:
-    """Puts a `PrecisionGuard` over a module of any class, whose name and place stay as they are."""
-    key = (guard, type(module))
-    if key not in _GUARDED:
-        members = {"__module__": type(module).__module__, "__doc__": type(module).__doc__}
-        _GUARDED[key] = type(type(module).__name__, (guard, type(module)), members)
-    module.__class__ = _GUARDED[key]
-
-
-def _quanto_weight(
+def quanto_weight(
     parts: dict[str, torch.Tensor], kind: str, shape: tuple[int, int], *, for_kernel: bool
 ) -> torch.Tensor:
     """quanto's tensor from its stored parts; `for_kernel` in the form that the 4-bit kernel of its device wants."""
@@ -346,162 +284,4 @@ def _quanto_weight(
     return TinyGemmWeightQBitsTensor(qint4, 0, group_size, size, stride, codes, scale_shift)
 
 
-_PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}
-
-
-def stored_layout(name: str, kind: str, out_features: int, in_features: int) -> dict[str, tuple[tuple, tuple]]:
-    """`{key: (shape, dtypes that are accepted)}` of what a file must hold for the weight of module `name`."""
-    if problem := reason_against(out_features, in_features, BITS[kind]):
-        raise ValueError(f"{name} cannot be of {BITS[kind]} bits: {problem}. The quantization map is damaged.")
-    layout = {f"{name}.input_scale": ((), FLOATING), f"{name}.output_scale": ((), FLOATING)}
-    if kind == "qint8":
-        codes, rows = {f"{name}.weight._data": ((out_features, in_features), ("I8",))}, out_features
-    else:
-        group_size = group_size_of(in_features)
-        rows = out_features * in_features // group_size
-        codes = {
-            f"{name}.weight._data._data": ((rows // 2, group_size), ("U8",)),
-            f"{name}.weight._shift": ((rows, 1), ("U8",)),
-        }
-    return {**layout, **codes, f"{name}.weight._scale": ((rows, 1), FLOATING)}
-
-
-class QuantizedFile:
-    """Safetensors files with quantized weights, read by name; whatever is not asked for must not be there.
-
-    `for_kernel` says whether weights are packed for quanto's kernels, or kept as codes for another backend to take.
-    """
-
-    def __init__(self, paths: Iterable[str | os.PathLike], qmap: str | os.PathLike, *, for_kernel: bool = True):
-        require_quanto()
-        self.for_kernel = for_kernel
-        self.paths = [Path(path) for path in paths]
-        self.qmap = read_qmap(qmap)
-        self._where: dict[str, Any] = {}
-        for path in self.paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors raises its own type, which is no OSError
-                raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
-            self._where |= dict.fromkeys(file.keys(), file)
-
-    def check(self, layout: dict[str, tuple[tuple, tuple]]) -> None:
-        """`ValueError` unless the files hold exactly the tensors of `layout`, by name, shape and kind of number."""
-        problems = [f"{name} is missing" for name in sorted(set(layout) - set(self._where))]
-        problems += [f"{name} is not expected" for name in sorted(set(self._where) - set(layout))]
-        for name in sorted(set(layout) & set(self._where)):
-            part = self._where[name].get_slice(name)
-            shape, kinds = layout[name]
-            kind, found = part.get_dtype(), list(part.get_shape())
-            if found != list(shape) or kind not in kinds:
-                problems.append(f"{name} is {kind} {found}, expected {' or '.join(kinds)} {list(shape)}")
-        if problems:
-            rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(
-                f"{self.paths[0]} does not fit its configuration: {'; '.join(problems[:4])}{rest}. Load the files "
-                "that belong together (same repository, same revision)."
-            )
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
-        """A stored tensor; floating-point ones in `dtype`."""
-        value = self._where[name].get_tensor(name)
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-
-    def weight(self, name: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, device: Any) -> torch.Tensor:
-        """quanto's tensor of the weight of module `name`."""
-        parts = {part: self.tensor(f"{name}.weight.{part}", dtype, device) for part in _PARTS[kind]}
-        return frozen(_quanto_weight(parts, kind, shape, for_kernel=self.for_kernel))
-
-
-
-def read_qmap(path: str | os.PathLike) -> dict[str, str]:
-    """`{module: "qint4" | "qint8"}` of quanto's quantization map; `OSError` for a damaged one."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        kinds = {name: entry["weights"] for name, entry in content.items()}
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise OSError(f"{path} cannot be read ({error!r}): it is damaged; fetch it again.") from error
-    unknown = [f"{name}: {kind!r}" for name, kind in kinds.items() if not isinstance(kind, str) or kind not in BITS]
-    if unknown:
-        raise ValueError(f"{path} names an unknown precision ({unknown[0]}): expected {' or '.join(BITS)}.")
-    return kinds
-
-
-def qmap_content(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
-    """The quantization map in quanto's form."""
-    return {name: {"weights": kind, "activations": "none"} for name, kind in kinds.items()}
-
-
-def quantized_modules(tree: nn.Module, qmap: dict[str, str]) -> Iterator[tuple[str, str, nn.Module]]:
-    """`(name, kind, module)` for each entry of a map; `ValueError` if a name is no linear or embedding of `tree`."""
-    for name, kind in qmap.items():
-        try:
-            module = tree.get_submodule(name)
-        except AttributeError:
-            module = None
-        if not isinstance(module, nn.Linear) and not (isinstance(module, nn.Embedding) and kind == "qint8"):
-            raise ValueError(
-                f"The quantization map names {name!r} ({kind}), which is no such layer of {type(tree).__name__}: the "
-                "map belongs to another model, or is damaged."
-            )
-        yield name, kind, module
-
-
-def fill_from_quantized_file(
-    tree: nn.Module,
-    file: QuantizedFile,
-    *,
-    dtype: torch.dtype,
-    device: Any = "cpu",
-    tied: tuple[str, str] | None = None,
-) -> None:
-    """Gives `tree`, built on the meta device, all its weights, quantized where the file's map says so.
-
-    `tied` names an LM head and the embedding whose weight it shares, which is stored once. Raises `ValueError` unless
-    the file holds exactly what the tree and the map need.
-    """
-    found = list(quantized_modules(tree, file.qmap))
-    quantized_names = {f"{name}.weight" for name, _, _ in found}
-    head_weight = f"{tied[0]}.weight" if tied else None
-    layout: dict[str, tuple[tuple, tuple]] = {}
-    plain = {
-        name: tuple(parameter.shape)
-        for name, parameter in tree.named_parameters(remove_duplicate=False)
-        if name not in quantized_names and name != head_weight
-    }
-    stored_buffers = {name: value for name, value in tree.state_dict().items() if name not in plain}
-    buffers = {name: buffer for name, buffer in tree.named_buffers() if name in stored_buffers}
-    layout |= {name: (shape, FLOATING) for name, shape in plain.items()}
-    layout |= {name: (tuple(buffer.shape), (*FLOATING, "I64", "I32", "BOOL")) for name, buffer in buffers.items()}
-    for name, kind, module in found:
-        if f"{name}.weight" != head_weight:
-            layout |= stored_layout(name, kind, *module.weight.shape)
-    file.check(layout)
-    for name in (*plain, *buffers):
-        _assign(tree, name, file.tensor(name, dtype, device), is_buffer=name in buffers)
-    for name, kind, module in found:
-        if f"{name}.weight" == head_weight:
-            continue
-        weight = file.weight(name, kind, tuple(module.weight.shape), dtype, device)
-        if isinstance(module, nn.Embedding):
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        else:
-            tree.set_submodule(name, FrozenLinear(weight, module.bias, kind))
-    if tied:
-        head, embedding = tree.get_submodule(tied[0]), tree.get_submodule(tied[1])
-        if isinstance(embedding.weight, FrozenWeight):
-            head = FrozenLinear(embedding.weight, head.bias, "qint8")
-            tree.set_submodule(tied[0], head)
-        head.weight = embedding.weight
-
-
-def _assign(tree: nn.Module, name: str, value: torch.Tensor, *, is_buffer: bool) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = tree.get_submodule(path)
-    if is_buffer:
-        module._buffers[leaf] = value
-    else:
-        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-
-
-__all__ = ["FrozenLinear", "PrecisionGuard", "QuantizedFile", "fill_from_quantized_file", "require_quanto"]
+__all__ = ["FrozenLinear", "FrozenWeight", "quanto_weight", "require_quanto"]

@@ -15,15 +15,10 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from .quantization_genieblue import (
-    QMAP_NAME,
-    QUANTIZED_WEIGHTS_NAME,
-    PrecisionGuard,
-    QuantizedFile,
-    fill_from_quantized_file,
-    guard_precision,
-    require_quanto,
-)
+from .precision_guard_genieblue import PrecisionGuard, guard_precision
+from .quantization_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, require_quanto
+from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
+from .settings_files_genieblue import BASE_PARTS, check_quantization
 
 try:
     from accelerate import init_empty_weights
@@ -110,6 +105,7 @@ def load_quantized_base(
     settings = getattr(own_config, "quantization_config", None)
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{location} is no base that GenieBlue quantized: load it without this class.")
+    check_quantization(settings, BASE_PARTS, f"`quantization_config` of {location}")
     model_class = _own_class(location, own_config, settings, trust_remote_code, hub_kwargs)
     for name in ("auto_map", "quantization_config"):
         delattr(own_config, name)
@@ -145,7 +141,11 @@ def _own_class(location: str, config: Any, settings: dict[str, Any], trust: bool
     """The class that the unquantized base has: transformers' own, or that of the base's code."""
     own_map = settings.get("base_auto_map")
     if own_map is None:
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"{location} has model_type {config.model_type!r}, for which transformers has no model.")
         return AutoModelForCausalLM._model_mapping[type(config)]
+    if not isinstance(own_map, dict) or not isinstance(own_map.get("AutoModelForCausalLM"), str):
+        raise ValueError(f"`base_auto_map` of {location} names no class of the base: the file is damaged.")
     if not trust:
         raise ValueError(
             f"{location} needs Python code of its own repository; if you trust that code, pass "

@@ -23,18 +23,15 @@ from .language_views_genieblue import (
 )
 from .loading_genieblue import LoadRequest, is_inner_folder
 from .onnxruntime_linears_genieblue import require_onnxruntime, use_onnxruntime
-from .quantization_genieblue import (
+from .precision_guard_genieblue import guard_precision
+from .quantization_genieblue import QMAP_NAME, FrozenLinear, scales_of, stored_codes
+from .quantized_base_genieblue import on_meta_device, one_device, refuse_unknown_options
+from .quantized_files_genieblue import (
     FLOATING,
-    QMAP_NAME,
-    FrozenLinear,
     QuantizedFile,
     fill_from_quantized_file,
-    guard_precision,
-    scales_of,
-    stored_codes,
     stored_layout,
 )
-from .quantized_base_genieblue import on_meta_device, one_device, refuse_unknown_options
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +63,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     if dtype in (None, "auto"):
         dtype = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    request.base_kwargs["dtype"] = dtype  # a base that is not quantized may be stored in another one
     attention = {} if kwargs.get("attn_implementation") is None else {
         "attn_implementation": kwargs["attn_implementation"]
     }  # fmt: skip
@@ -149,6 +147,8 @@ def load_quantized_adapter(
     linears = {stock: (name, parameter) for name, stock, parameter in quantized_adapter_entries(view)}
     if unknown := sorted(set(file.qmap) - set(linears)):
         raise ValueError(f"{qmap} names {unknown[0]!r}, which is no linear of this adapter.")
+    if other := [name for name, kind in file.qmap.items() if ".lora_" in name and kind != "qint8"]:
+        raise ValueError(f"{qmap} gives {other[0]} {file.qmap[other[0]]}: LoRA has 8 bits or 16.")
     layout: dict[str, tuple[tuple, tuple]] = {}
     plain = {}
     for name, stock, parameter in adapter_parameters(view):

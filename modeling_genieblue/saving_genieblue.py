@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
 from .language_views_genieblue import ADAPTER_FOLDER, save_adapter, save_adapter_config
-from .loading_genieblue import is_local_reference
+from .loading_genieblue import is_inner_folder, is_local_reference
 from .processing_genieblue import GenieBlueProcessor
 
 logger = logging.getLogger(__name__)
@@ -275,7 +275,8 @@ def push_model(
 ) -> Any:
     """Saves into a temporary folder and uploads it as one commit; see `push_to_hub` of the model."""
     name = model.config.base_model_name_or_path
-    if name is None or is_local_reference(name) or model.config.base_model_revision is None:
+    goes_along = model.config.quantization is not None and is_inner_folder(name)
+    if not goes_along and (name is None or is_local_reference(name) or model.config.base_model_revision is None):
         raise ValueError(
             f"The base is recorded as {name!r} at {model.config.base_model_revision!r}; others can only load this "
             "GenieBlue if its base is on the Hub: make it with `base_model_name_or_path` (Hub id) and "

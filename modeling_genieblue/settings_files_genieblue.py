@@ -8,6 +8,9 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
+# What a precision is recorded for: in a quantized base, and in a quantized GenieBlue.
+BASE_PARTS = ("llm", "lm_head", "embeddings")
+QUANTIZED_PARTS = (*BASE_PARTS, "replicated_blocks", "lora", "vision_tower", "multi_modal_projector")
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision", "subfolder")
 # By file, a setting without which it is not what its name says.
 PROCESSOR_FILES = {"processor_config.json": "image_token_id", "tokenizer_config.json": None, "tokenizer.json": "model"}
@@ -37,4 +40,23 @@ def refuse_broken_settings(source: str | os.PathLike, files: dict[str, str | Non
             read_settings(path, [needed] if needed else [])
 
 
-__all__ = ["read_settings", "refuse_broken_settings"]
+def check_quantization(
+    quantization: Any, parts: tuple[str, ...] = QUANTIZED_PARTS, where: str = "`quantization`"
+) -> None:
+    """`ValueError` unless every part has one of the precisions, and the activations have one of the number formats."""
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{where} is {quantization!r}: expected a precision for each of {', '.join(parts)}.")
+    for part in parts:
+        if quantization.get(part) not in ("w4a16", "w8a16", "w16a16"):
+            raise ValueError(
+                f"{where} has {quantization.get(part)!r} for {part}: expected w4a16, w8a16 or w16a16. The file is "
+                "damaged; fetch it again."
+            )
+    if quantization.get("activations") not in ("bfloat16", "float16", "float32"):
+        raise ValueError(
+            f"{where} has {quantization.get('activations')!r} for activations: expected bfloat16, float16 or float32. "
+            "The file is damaged; fetch it again."
+        )
+
+
+__all__ = ["check_quantization", "read_settings", "refuse_broken_settings"]
