@@ -1,20 +1,19 @@
 """Publishing the folder of a saved GenieBlue: checked first, then sent to the Hub as one commit."""
 
-import ast
+import json
 import logging
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo
 
+from hub_cards.code_files import PROCESSOR_CONFIGS, code_files, code_problems
 from hub_cards.model_card import (
     CARD,
     MEASUREMENTS,
     RECIPE,
     card_info_from_folder,
-    is_as_generated,
     render_model_card,
     write_model_card,
 )
@@ -24,16 +23,26 @@ from hub_cards.model_folder import (
     COMMIT_SHA,
     OUR_MODULES,
     QMAPS,
+    QUANTIZED_BASE_WEIGHTS,
     WEIGHTS,
     WEIGHTS_INDEX,
     adapter_weights,
     are_zero,
     is_hub_id,
+    is_inner_folder,
     read_json,
     read_model_config,
     read_tensor_sizes,
     read_weight_map,
     weight_files,
+)
+from hub_cards.one_commit import Upload, matches, refuse_problems, send
+from hub_cards.publish_base import (
+    base_files_to_publish,
+    file_sha256,
+    find_base_problems,
+    map_problems,
+    published_base,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,8 +74,6 @@ PUBLISHED_NAMES = (
     "*.jpg",
 )
 TOKENIZER_VOCABULARIES = ("tokenizer.json", "tokenizer*.model", "spiece.model", "vocab.json", "vocab.txt")
-PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
-CONFIGS_THAT_NAME_CODE = ("config.json", *PROCESSOR_CONFIGS, "tokenizer_config.json")
 
 # Files of an earlier push that would disagree with this one if they stayed. Patterns match within one folder.
 STALE_PATTERNS = (
@@ -88,6 +95,7 @@ def publish_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    base: str | None = None,
 ) -> CommitInfo:
     """Checks the folder of a saved GenieBlue and pushes it to the Hub as one commit; creates the repo if need be.
 
@@ -95,73 +103,91 @@ def publish_folder(
     and gives way to a card that somebody edited on the Hub. Files of an earlier push that are no longer there are
     deleted in the same commit, files of other origin are left alone.
 
+    `base` (`you/base` or `you/base@commit`) says where on the Hub the base is, if the folder names a local one: its
+    weight files must have the recorded sha256. What is sent names it at its commit; the folder stays as it is.
+
     Raises `ValueError` with every problem found, before anything is sent; the Hub's own errors pass through.
     """
     folder = Path(folder)
-    problems = find_problems(folder)
-    if problems:
-        listed = "\n".join(f"- {problem}" for problem in problems)
-        raise ValueError(f"{folder} was not published, nothing was sent:\n{listed}")
+    config = _config_with_base(folder, base, token)
+    refuse_problems(folder, find_problems(folder, config))
 
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and revision != "main" and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    remote = set(api.list_repo_files(repo_id, revision=revision))
+    def card(name: str) -> str:
+        return render_model_card(card_info_from_folder(folder, name, config))
 
-    additions = [CommitOperationAdd(path, folder / path) for path in files_to_publish(folder) if path != CARD]
-    card = _card_to_send(api, folder, repo_id, revision, remote)
-    if card is not None:
-        additions.append(CommitOperationAdd(CARD, card.encode()))
-    sent = {addition.path_in_repo for addition in additions}
-    deletions = [CommitOperationDelete(path) for path in sorted(remote - sent) if _matches(path, STALE_PATTERNS)]
-    if deletions:
-        names = ", ".join(deletion.path_in_repo for deletion in deletions)
-        logger.warning("Deleting files of an earlier push from %s: %s", repo_id, names)
-
-    # Not `upload_folder`: with Xet it splits an upload of more than five minutes into several commits, and between
-    # them the repo would hold new code with old weights.
-    return api.create_commit(
+    files: dict[str, Path | bytes] = {name: folder / name for name in files_to_publish(folder, config)}
+    if base is not None:
+        adapter = read_json(folder / ADAPTER_CONFIG)
+        names = {"base_model_name_or_path": config["base_model_name_or_path"]}
+        files["config.json"] = _json_bytes(config)
+        files[ADAPTER_CONFIG] = _json_bytes(adapter | names | {"revision": config["base_model_revision"]})
+    elif not (folder / CARD).exists():
+        write_model_card(folder, card_info_from_folder(folder, repo_id))
+    own_card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else None
+    return send(
+        Upload(files, own_card, card, stale=STALE_PATTERNS),
         repo_id,
-        operations=[*deletions, *additions],
-        commit_message=commit_message or "Upload GenieBlue",
+        private=private,
+        token=token,
         revision=revision,
+        commit_message=commit_message or "Upload GenieBlue",
         create_pr=create_pr,
     )
 
 
-def find_problems(folder: str | Path) -> list[str]:
+def _config_with_base(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
+    """`config.json` as it is to be published."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give the one that the model was saved into.")
+    config = read_model_config(folder)
+    if base is None:
+        return config
+    name, commit = published_base(base, config.get("base_model_fingerprint"), token)
+    return config | {"base_model_name_or_path": name, "base_model_revision": commit}
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def find_problems(folder: str | Path, config: dict[str, Any] | None = None) -> list[str]:
     """Why a folder cannot be published, one sentence each; empty if it can.
+
+    `config` takes the place of its `config.json`, where another name of the base is to be published.
 
     Raises `OSError` or `ValueError` if it is not the folder of a GenieBlue at all.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the one that the model was saved into.")
-    config = read_model_config(folder)
+    recorded = read_model_config(folder)
+    config = config or recorded
     return [
         *_base_problems(folder, config),
-        *_weight_problems(folder),
-        *_adapter_problems(folder, config),
+        *_weight_problems(folder, config),
+        *_adapter_problems(folder, recorded),
         *_code_problems(folder, config),
         *_processor_problems(folder),
     ]
 
 
-def files_to_publish(folder: str | Path) -> list[str]:
-    """Paths, relative to the folder, that belong to its GenieBlue; what is left out is logged."""
+def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -> list[str]:
+    """Paths, relative to the folder, that belong to its GenieBlue; what is left out is logged.
+
+    With `config` in place of its `config.json`, for a base that is named otherwise there.
+    """
     folder = Path(folder)
-    config = read_model_config(folder)
-    chosen = {ADAPTER_CONFIG, adapter_weights(config), *weight_files(folder), *_code_files(folder)}
+    config = config or read_model_config(folder)
+    chosen = {ADAPTER_CONFIG, adapter_weights(config), *weight_files(folder), *code_files(folder)}
     if config.get("quantization") is not None:
         chosen |= set(QMAPS)
-    inner_base = config.get("base_model_name_or_path") or ""
-    if inner_base.startswith("./"):
-        chosen |= {f"{inner_base[2:]}/{path.name}" for path in (folder / inner_base).iterdir() if path.is_file()}
+    inner_base = config.get("base_model_name_or_path")
+    if is_inner_folder(inner_base):
+        chosen |= {f"{inner_base[2:]}/{name}" for name in base_files_to_publish(folder / inner_base)}
     if WEIGHTS not in chosen:
         chosen.add(WEIGHTS_INDEX)
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    chosen |= {name for name in names if _matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
+    chosen |= {name for name in names if matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
@@ -174,10 +200,12 @@ def _base_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
     if base is None:
         yield "Its base is not recorded, so nobody could load it: save the model with the Hub id of its base."
+    elif is_inner_folder(base) and config.get("quantization") is not None:
+        yield from _inner_base_problems(folder / base, config)
     elif not is_hub_id(base, folder):
         yield (
-            f"Its base is {base!r}, a local path, which nobody else has: publish the base first, then save the model "
-            "with the Hub id as its base."
+            f"Its base is {base!r}, a local path, which nobody else has: say where the same files are on the Hub "
+            "(`--base you/base`, `base=` in Python); publish the base first if they are not."
         )
     elif not isinstance(revision, str) or not COMMIT_SHA.fullmatch(revision):
         yield (
@@ -191,7 +219,23 @@ def _base_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _weight_problems(folder: Path) -> Iterator[str]:
+def _inner_base_problems(inner: Path, config: dict[str, Any]) -> Iterator[str]:
+    try:
+        problems = find_base_problems(inner)
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
+    yield from (f"Its base in {inner.name}/: {problem}" for problem in problems)
+    if problems:
+        return
+    recorded = config.get("base_model_fingerprint") or {}
+    if recorded.get(QUANTIZED_BASE_WEIGHTS) != file_sha256(inner / QUANTIZED_BASE_WEIGHTS):
+        yield (
+            f"{inner.name}/{QUANTIZED_BASE_WEIGHTS} does not have the recorded sha256: it was changed, or is another "
+            "base's; quantize the model again."
+        )
+
+
+def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     try:
         files = weight_files(folder)
         found: dict[str, str] = {}
@@ -203,6 +247,8 @@ def _weight_problems(folder: Path) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield str(error)
         return
+    if config.get("quantization") is not None:
+        yield from map_problems(folder / QMAPS[0], set(found))
     foreign = sorted(name for name in found if name.split(".", 1)[0] not in OUR_MODULES)
     if foreign:
         yield (
@@ -235,7 +281,9 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
             )
     if not tensors:
         yield f"{weights} holds no tensor: save the model again."
-    lora_b = [name for name in tensors if ".lora_B." in name]
+    if config.get("quantization") is not None:
+        yield from map_problems(folder / QMAPS[1], set(tensors))
+    lora_b = [name for name in tensors if ".lora_B." in name and not name.endswith("._scale")]
     if lora_b and are_zero(folder / weights, lora_b):
         yield (
             "Nothing has been trained in the language model (all of LoRA B is zero), so the copied blocks are the "
@@ -248,82 +296,15 @@ def _code_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     for auto_class in ("AutoConfig", "AutoModel"):
         if auto_class not in auto_map:
             yield f"config.json has no auto_map entry for {auto_class}, so nobody could load it: save the model again."
-    try:
-        missing = [name for name in _code_files(folder) if not (folder / name).is_file()]
-    except SyntaxError as error:
-        yield f"{error.filename} is not valid Python ({error.msg}, line {error.lineno}): save the model again."
-        return
-    except (OSError, ValueError) as error:
-        yield str(error)
-        return
-    if missing:
-        yield f"Code files are missing: {', '.join(missing)}: save the model again."
+    yield from code_problems(folder)
 
 
 def _processor_problems(folder: Path) -> Iterator[str]:
     names = [path.name for path in folder.iterdir()]
     if not any(name in names for name in PROCESSOR_CONFIGS):
         yield f"The processor is missing ({' or '.join(PROCESSOR_CONFIGS)}): save the model with its processor."
-    if "tokenizer_config.json" not in names or not any(_matches(name, TOKENIZER_VOCABULARIES) for name in names):
+    if "tokenizer_config.json" not in names or not any(matches(name, TOKENIZER_VOCABULARIES) for name in names):
         yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): save the model with its processor."
-
-
-def _code_files(folder: Path) -> list[str]:
-    """Python files that the auto classes load: those that any `auto_map` names, and what they import from siblings."""
-    waiting: list[str] = []
-    for config_name in CONFIGS_THAT_NAME_CODE:
-        if (folder / config_name).is_file():
-            waiting += _auto_map_files(read_json(folder / config_name))
-    files: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name not in files:
-            files.add(name)
-            waiting += _sibling_imports(folder / name)
-    return sorted(files)
-
-
-def _auto_map_files(config: Any) -> list[str]:
-    """Files named by the `auto_map` of a configuration and of the image processor's inside of a processor's."""
-    if not isinstance(config, dict):
-        return []
-    references: list[Any] = []
-    for holder in (config, config.get("image_processor")):
-        if isinstance(holder, dict):
-            references += (holder.get("auto_map") or {}).values()
-    flat = [item for entry in references for item in (entry if isinstance(entry, list | tuple) else [entry])]
-    # `repo--module.Class` is code of another repo, None the absent half of a tokenizer's pair.
-    return [f"{item.split('.')[0]}.py" for item in flat if isinstance(item, str) and "--" not in item]
-
-
-def _sibling_imports(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-    return [f"{node.module.split('.')[0]}.py" for node in imports if node.module]
-
-
-def _card_to_send(api: HfApi, folder: Path, repo_id: str, revision: str | None, remote: set[str]) -> str | None:
-    """Text of the card for this push; None to keep the one on the Hub."""
-    path = folder / CARD
-    if not path.exists():
-        write_model_card(folder, card_info_from_folder(folder, repo_id))
-    card = path.read_text(encoding="utf-8")
-    if not is_as_generated(card):
-        return card
-    if CARD in remote:
-        published = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
-        if not is_as_generated(published):
-            logger.warning("The card of %s was edited on the Hub and is kept.", repo_id)
-            return None
-    # The one in the folder was rendered at a save, when the repo's name was not known yet.
-    return render_model_card(card_info_from_folder(folder, repo_id))
-
-
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    # `fnmatch` alone lets a star reach into subfolders.
-    return any(path.count("/") == pattern.count("/") and fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _some(names: list[str]) -> str:

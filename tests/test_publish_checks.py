@@ -8,7 +8,7 @@ import pytest
 from handmade_folder import change_json, write_handmade_folder, write_json
 from safetensors.numpy import load_file, save_file
 
-from hub_cards import publish
+from hub_cards import one_commit
 from hub_cards.publish import files_to_publish, find_problems, publish_folder
 
 WHOLE = [
@@ -229,7 +229,7 @@ def test_nothing_is_sent_or_written_when_there_is_a_problem(folder, monkeypatch)
     def no_hub(*args, **kwargs):
         raise AssertionError("The Hub was asked before the folder was checked.")
 
-    monkeypatch.setattr(publish, "HfApi", no_hub)
+    monkeypatch.setattr(one_commit, "HfApi", no_hub)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="nothing was sent"):
         publish_folder(folder, "you/reader")

@@ -1,0 +1,60 @@
+"""The Python files that the auto classes of transformers load from a model's folder."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from hub_cards.model_folder import read_json
+
+PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
+CONFIGS_THAT_NAME_CODE = ("config.json", *PROCESSOR_CONFIGS, "tokenizer_config.json")
+
+
+def code_files(folder: Path) -> list[str]:
+    """Files that any `auto_map` names, and what they import from siblings, whether they are there or not.
+
+    Raises `SyntaxError` for a file that is not valid Python, `ValueError` for a configuration that is not JSON.
+    """
+    waiting: list[str] = []
+    for config_name in CONFIGS_THAT_NAME_CODE:
+        if (folder / config_name).is_file():
+            waiting += _auto_map_files(read_json(folder / config_name))
+    files: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in files:
+            files.add(name)
+            waiting += _sibling_imports(folder / name)
+    return sorted(files)
+
+
+def _auto_map_files(config: Any) -> list[str]:
+    """Files named by the `auto_map` of a configuration, of an image processor's and of a quantized base's inside."""
+    if not isinstance(config, dict):
+        return []
+    references: list[Any] = []
+    for holder in (config, config.get("image_processor"), config.get("quantization_config")):
+        if isinstance(holder, dict):
+            references += (holder.get("auto_map") or holder.get("base_auto_map") or {}).values()
+    flat = [item for entry in references for item in (entry if isinstance(entry, list | tuple) else [entry])]
+    # `repo--module.Class` is code of another repo, None the absent half of a tokenizer's pair.
+    return [f"{item.split('.')[0]}.py" for item in flat if isinstance(item, str) and "--" not in item]
+
+
+def code_problems(folder: Path) -> list[str]:
+    """Why the code of a folder would not load, one sentence each."""
+    try:
+        missing = [name for name in code_files(folder) if not (folder / name).is_file()]
+    except SyntaxError as error:
+        return [f"{error.filename} is not valid Python ({error.msg}, line {error.lineno}): save the model again."]
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return [f"Code files are missing: {', '.join(missing)}: save the model again."] if missing else []
+
+
+def _sibling_imports(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return [f"{node.module.split('.')[0]}.py" for node in imports if node.module]

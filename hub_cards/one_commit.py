@@ -1,0 +1,104 @@
+"""Sending the files of a model to the Hub as one commit, with respect for what somebody else put there."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+
+from hub_cards.model_card import CARD, is_as_generated
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is to be sent.
+
+    Attributes:
+        files: path in the repository -> the file, or its content.
+        card: text of the folder's own README, `None` if it has none.
+        render_card: makes the card for a repository's name.
+        stale: patterns of files of an earlier push that would disagree with this one; a star stays in its folder.
+        foreign: patterns of files of another model, beside which these would not be loaded.
+    """
+
+    files: dict[str, Path | bytes]
+    card: str | None
+    render_card: Callable[[str], str]
+    stale: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+
+def send(
+    upload: Upload,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> CommitInfo:
+    """Makes the commit, and the repository if need be; `ValueError` where another model's weights lie.
+
+    A card that was generated and not edited is rendered anew for `repo_id`, and gives way to one that somebody edited
+    on the Hub.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and revision != "main" and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    remote = set(api.list_repo_files(repo_id, revision=revision))
+    if foreign := sorted(path for path in remote if matches(path, upload.foreign)):
+        raise ValueError(f"{repo_id} holds another model ({', '.join(foreign[:3])}): give a repository of its own.")
+
+    additions = [CommitOperationAdd(path, content) for path, content in sorted(upload.files.items()) if path != CARD]
+    card = _card_to_send(api, upload, repo_id, revision, remote)
+    if card is not None:
+        additions.append(CommitOperationAdd(CARD, card.encode()))
+    sent = {addition.path_in_repo for addition in additions}
+    deletions = [CommitOperationDelete(path) for path in sorted(remote - sent) if matches(path, upload.stale)]
+    if deletions:
+        names = ", ".join(deletion.path_in_repo for deletion in deletions)
+        logger.warning("Deleting files of an earlier push from %s: %s", repo_id, names)
+
+    # Not `upload_folder`: with Xet it splits an upload of more than five minutes into several commits, and between
+    # them the repo would hold new code with old weights.
+    return api.create_commit(
+        repo_id,
+        operations=[*deletions, *additions],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def _card_to_send(api: HfApi, upload: Upload, repo_id: str, revision: str | None, remote: set[str]) -> str | None:
+    """Text of the card for this push; None to keep the one on the Hub."""
+    if upload.card is not None and not is_as_generated(upload.card):
+        return upload.card
+    if CARD in remote:
+        published = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
+        if not is_as_generated(published):
+            logger.warning("The card of %s was edited on the Hub and is kept.", repo_id)
+            return None
+    # One in the folder was rendered at a save, when the repo's name was not known yet.
+    return upload.render_card(repo_id)
+
+
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a path fits a pattern; `fnmatch` alone lets a star reach into subfolders."""
+    return any(path.count("/") == pattern.count("/") and fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def refuse_problems(folder: Path, problems: list[str]) -> None:
+    """`ValueError` that lists the problems, if there are any."""
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ValueError(f"{folder} was not published, nothing was sent:\n{listed}")
+
+
+__all__ = ["Upload", "matches", "refuse_problems", "send"]

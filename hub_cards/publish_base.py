@@ -1,0 +1,173 @@
+"""Publishing a quantized base, and finding one that is published: the same bytes, at a commit."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+
+from hub_cards.code_files import code_files, code_problems
+from hub_cards.model_card import CARD
+from hub_cards.model_folder import (
+    QMAP,
+    QUANTIZED_BASE_WEIGHTS,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    is_hub_id,
+    read_base_quantization,
+    read_json,
+    read_tensor_sizes,
+)
+from hub_cards.one_commit import Upload, matches, refuse_problems, send
+from hub_cards.quantized_base_card import render_quantized_base_card
+
+logger = logging.getLogger(__name__)
+
+CODE_CLASS = "AutoModelForCausalLM"
+PUBLISHED_NAMES = (
+    "config.json", QUANTIZED_BASE_WEIGHTS, QMAP, "generation_config.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "spiece.model", "*.tiktoken", CARD, "LICENSE*", "NOTICE*",
+)  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "tokenizer*.model", "spiece.model", "vocab.*", "*.tiktoken")
+# Where they lie, transformers and the base's fingerprint take them instead of the quantized ones.
+FOREIGN_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors")
+
+
+def publish_quantized_base(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Checks the folder of a quantized base and pushes it to the Hub as one commit; creates the repo if need be.
+
+    Raises `ValueError` with every problem found, before anything is sent; the Hub's own errors pass through.
+    """
+    folder = Path(folder)
+    refuse_problems(folder, find_base_problems(folder))
+    upload = Upload(
+        files={name: folder / name for name in base_files_to_publish(folder)},
+        card=(folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None,
+        render_card=lambda name: render_quantized_base_card(folder, name),
+        stale=("*_genieblue.py",),
+        foreign=FOREIGN_WEIGHTS,
+    )
+    return send(
+        upload,
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        commit_message=commit_message or "Upload quantized base",
+        create_pr=create_pr,
+    )
+
+
+def find_base_problems(folder: Path) -> list[str]:
+    """Why the folder of a quantized base cannot be published, one sentence each; empty if it can.
+
+    Raises `ValueError` if it is no such folder at all.
+    """
+    settings = read_base_quantization(folder)
+    if settings is None:
+        raise ValueError(f"{folder} holds no base that GenieBlue quantized: expected what `genieblue quantize` wrote.")
+    return [*_weight_problems(folder), *_loading_problems(folder)]
+
+
+def base_files_to_publish(folder: Path) -> list[str]:
+    """Names of the files that belong to a quantized base; what is left out is logged."""
+    names = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+    chosen = {name for name in names if matches(name, PUBLISHED_NAMES)} | set(code_files(folder))
+    if left_out := sorted(names - chosen):
+        logger.warning("Not published, as no part of a quantized base: %s", ", ".join(left_out))
+    return sorted(chosen)
+
+
+def _weight_problems(folder: Path) -> Iterator[str]:
+    try:
+        found = read_tensor_sizes(folder / QUANTIZED_BASE_WEIGHTS)
+    except OSError as error:
+        yield str(error) if (folder / QUANTIZED_BASE_WEIGHTS).exists() else f"{QUANTIZED_BASE_WEIGHTS} is missing."
+        return
+    tied = bool(read_json(folder / "config.json").get("tie_word_embeddings"))
+    yield from map_problems(folder / QMAP, set(found), allowed_without_tensors=1 if tied else 0)
+    for name in sorted(path.name for path in folder.iterdir() if matches(path.name, FOREIGN_WEIGHTS)):
+        yield f"{name} lies beside the quantized weights and would be loaded in their place: remove it."
+
+
+def map_problems(path: Path, tensors: set[str], allowed_without_tensors: int = 0) -> list[str]:
+    """How a quantization map and the names of the stored tensors disagree, one sentence each."""
+    if not path.is_file():
+        return [f"{path.name} is missing, so nobody could read the quantized weights: quantize the model again."]
+    try:
+        kinds = {name: entry["weights"] for name, entry in read_json(path).items()}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        return [f"{path} is damaged ({error}): quantize the model again."]
+    ending = {"qint8": ".weight._data", "qint4": ".weight._data._data"}
+    unknown = sorted(name for name, kind in kinds.items() if kind not in ending)
+    if unknown:
+        return [f"{path} gives {unknown[0]} the precision {kinds[unknown[0]]!r}: quantize the model again."]
+    meant = {f"{name}{ending[kind]}" for name, kind in kinds.items()}
+    stored = {name for name in tensors if name.endswith("._data")}
+    missing, extra = sorted(meant - stored), sorted(stored - meant)
+    if extra or len(missing) > allowed_without_tensors:
+        return [f"{path} and the weights disagree about {(extra or missing)[0]}: quantize the model again."]
+    return []
+
+
+def _loading_problems(folder: Path) -> Iterator[str]:
+    if CODE_CLASS not in (read_json(folder / "config.json").get("auto_map") or {}):
+        yield f"config.json has no auto_map entry for {CODE_CLASS}, so nobody could load it: quantize the model again."
+    yield from code_problems(folder)
+    names = [path.name for path in folder.iterdir()]
+    if "tokenizer_config.json" not in names or not any(matches(name, VOCABULARIES) for name in names):
+        yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): copy the base's own into it."
+
+
+def published_base(reference: str, recorded: dict[str, str] | None, token: str | bool | None) -> tuple[str, str]:
+    """Hub id and commit of `you/base` or `you/base@commit`, if its weight files are those whose sha256 is recorded.
+
+    Raises `ValueError` if they are others; the Hub's own errors pass through.
+    """
+    name, _, revision = reference.partition("@")
+    if not is_hub_id(name, Path()) or "/" not in name:
+        raise ValueError(f"The base {reference!r} is no Hub id: give you/base or you/base@commit.")
+    if not recorded:
+        raise ValueError("The sha256 of the base's files is not recorded, so no other base can be told from it.")
+    info = HfApi(token=token).model_info(name, revision=revision or None, files_metadata=True)
+    names = {file.rfilename for file in info.siblings}
+    # As transformers chooses: one file, else the shards.
+    taken = {WEIGHTS} if WEIGHTS in names else set(recorded)
+    found = {file.rfilename: _sha256(file, info, token) for file in info.siblings if file.rfilename in taken}
+    for file in sorted(recorded.keys() | found.keys()):
+        if found.get(file) != recorded.get(file):
+            raise ValueError(
+                f"{name} at {info.sha} is not the base that this model was made on: sha256 of {file} there is "
+                f"{found.get(file, 'that of no file')}, recorded is {recorded.get(file, 'no such file')}."
+            )
+    if "config.json" not in names:
+        raise ValueError(f"{name} at {info.sha} has no config.json, so nobody could load it: publish the whole base.")
+    return info.id, info.sha
+
+
+def _sha256(file: Any, info: Any, token: str | bool | None) -> str:
+    if file.lfs is not None:
+        return file.lfs.sha256
+    path = HfApi(token=token).hf_hub_download(info.id, file.rfilename, revision=info.sha)
+    return file_sha256(Path(path))
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+__all__ = ["base_files_to_publish", "find_base_problems", "publish_quantized_base", "published_base"]
