@@ -1,9 +1,12 @@
 """Tiny models in the shapes that QNN graphs are tested with: chunks of 8 tokens in a context of 64."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from tiny_genieblue import tiny_genieblue
-from tiny_models import tiny_base
+from tiny_models import save_tiny_base, tiny_base
+from transformers import AutoModelForCausalLM
 
 from conversion.qnn.chunked_decoder import ChunkedDecoder
 from conversion.qnn.text_graphs import TextGraph, make_decoder_shape
@@ -85,3 +88,12 @@ def embeddings_and_logits(model, view: str, length: int, seed: int = 11) -> tupl
     embeddings = model.language_model.get_input_embeddings()(ids)
     logits = view_of(model, view)(inputs_embeds=embeddings, use_cache=False).logits
     return embeddings[0].numpy(), logits[0].numpy()
+
+
+def save_pair(folder: Path, variant: str = "llama") -> Path:
+    """Saves a base of two blocks as `folder/base` and a trained GenieBlue on it as `folder/genieblue`."""
+    family, overrides = VARIANTS[variant]
+    save_tiny_base(family, folder / "base", **{**SHAPE, **overrides}, num_hidden_layers=2)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tiny_genieblue(base=base, replicated_layers=[1]).save_pretrained(folder / "genieblue")
+    return folder / "genieblue"

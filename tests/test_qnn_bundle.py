@@ -1,0 +1,321 @@
+"""Bundles: exported whole or in parts, stopped and continued, run, verified, and damaged."""
+
+import json
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
+
+from tiny_genieblue import IMAGE, prompt, row, tiles
+from tiny_qnn import CHUNK, CONTEXT, save_pair
+
+from conversion.qnn import compile as compile_module
+from conversion.qnn import export as export_module
+from conversion.qnn import npu
+from conversion.qnn import verify as verify_module
+from conversion.qnn.agreement import agreement
+from conversion.qnn.bundle import Bundle
+from conversion.qnn.compile import compile_graphs
+from conversion.qnn.export import divide_blocks, export_bundle
+from conversion.qnn.runner import QnnRunner
+from conversion.qnn.soc import find_soc
+from conversion.qnn.verify import read_codes, verify_bundle
+from modeling_genieblue import GenieBlueForConditionalGeneration
+
+SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
+
+
+def requests(count=3):
+    """Encoded requests, each once as a text and once with an image."""
+    found = []
+    for seed in range(count):
+        words = prompt(24, seed=seed)[0].tolist()
+        found.append({"input_ids": words})
+        found.append({"input_ids": row(words[:5], IMAGE, words[5:])[0], "pixel_values": tiles(1, seed=seed)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def bundle(pair, tmp_path_factory):
+    """One bundle of two parts, to be read only."""
+    return export_bundle(pair, tmp_path_factory.mktemp("out") / "bundle", calibration=requests(), parts=2, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def with_inputs(pair, tmp_path_factory):
+    """One bundle whose LoRA are inputs, to be read only."""
+    folder = tmp_path_factory.mktemp("inputs") / "bundle"
+    return export_bundle(pair, folder, calibration=requests(), lora="inputs", **SETTINGS)
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def test_a_bundle_holds_what_a_runtime_needs(bundle):
+    facts = Bundle(bundle).metadata
+    names = set(facts["files"])
+    assert {"embeddings.raw", "README.md", "genie_config.json", "processor/tokenizer.json"} <= names
+    assert {"vision/vision.bin", "language_0/language_0.bin", "language_1/language_1.bin"} <= names
+    assert set(facts["parts"][0]["graphs"]) == {
+        "text_prefill", "text_decode", "multimodal_prefill", "multimodal_decode",
+    }  # fmt: skip
+    inputs = {tensor["name"]: tensor for tensor in facts["parts"][0]["graphs"]["text_prefill"]["inputs"]}
+    assert inputs["inputs_embeds"]["shape"] == [1, CHUNK, 64]
+    assert inputs["past_key_0_in"]["shape"][-1] == CONTEXT - CHUNK
+    assert inputs["inputs_embeds"]["scale"] == facts["embeddings"]["scale"]
+    assert not list(bundle.parent.glob("*unfinished*"))
+    extensions = json.loads((bundle / "htp_backend_ext_config.json").read_text())
+    assert extensions["devices"][0]["soc_model"] == 69 and extensions["devices"][0]["dsp_arch"] == "v79"
+    assert "Not checked" in (bundle / "README.md").read_text()
+
+
+def test_what_one_part_gives_the_next_one_takes_code_by_code(bundle):
+    first, second = (part["graphs"] for part in Bundle(bundle).metadata["parts"])
+    for key in first:
+        given = {tensor["name"]: tensor for tensor in first[key]["outputs"]}["hidden_states_out"]
+        taken = {tensor["name"]: tensor for tensor in second[key]["inputs"]}["hidden_states_in"]
+        assert {**given, "name": ""} == {**taken, "name": ""}
+
+
+def test_caches_have_one_encoding_in_all_graphs_of_a_view(bundle):
+    for part in Bundle(bundle).metadata["parts"]:
+        for view in ("text", "multimodal"):
+            found = set()
+            for stage in ("prefill", "decode"):
+                graph = part["graphs"][f"{view}_{stage}"]
+                for tensor in (*graph["inputs"], *graph["outputs"]):
+                    if tensor["name"].startswith(f"past_value_{part['blocks'][0]}"):
+                        found.add((tensor["scale"], tensor["offset"], tensor["dtype"]))
+            assert len(found) == 1
+
+
+def test_a_bundle_passes_its_verification_against_the_base(bundle, pair):
+    base = GenieBlueForConditionalGeneration.from_pretrained(pair).language_model
+    checks = verify_bundle(bundle, base=base)
+    assert [check for check in checks if not check.ok] == []
+    names = {check.name for check in checks}
+    assert {"files", "vision/vision.bin", "language_1/language_1.bin", "weights of the text graphs"} <= names
+    stages = [f"{view}_{stage}" for view in ("text", "multimodal") for stage in ("prefill", "decode")]
+    assert {f"part {part} {stage}: emulator against CPU" for part in (0, 1) for stage in stages} <= names
+
+
+def test_weights_of_another_base_are_told(bundle, pair):
+    base = GenieBlueForConditionalGeneration.from_pretrained(pair).language_model
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight[0].mul_(-1)
+    (check,) = [check for check in verify_bundle(bundle, base=base) if check.name == "weights of the text graphs"]
+    assert not check.ok and "part 0 are not those that the base alone gives" in check.detail
+
+
+def test_views_share_the_base_s_codes_and_differ_in_the_replicated_block(bundle):
+    text, multimodal = (read_codes(bundle / f"qdq/language_1_{view}_decode.onnx") for view in ("text", "multimodal"))
+    replicated = Bundle(bundle).metadata["adapter"]["replicated_layers"]
+    assert replicated == [1]  # the only block of this part
+    assert not np.array_equal(text["blocks.0.up_proj.weight"].codes, multimodal["blocks.0.up_proj.weight"].codes)
+    assert np.array_equal(text["head.weight"].codes, multimodal["head.weight"].codes)
+    shared, with_lora = (read_codes(bundle / f"qdq/language_0_{view}_decode.onnx") for view in ("text", "multimodal"))
+    assert all(np.array_equal(weight.codes, with_lora[name].codes) for name, weight in shared.items())
+    assert "blocks.0.up_proj.lora_a" in with_lora and "blocks.0.up_proj.lora_a" not in shared
+
+
+def test_changed_missing_and_swapped_files_are_told(copy):
+    path = copy / "embeddings.raw"
+    path.write_bytes(bytes(1) + path.read_bytes()[1:])
+    (copy / "genie_config.json").unlink()
+    check = verify_bundle(copy)[0]
+    assert not check.ok
+    assert "embeddings.raw has other contents" in check.detail and "genie_config.json is missing" in check.detail
+    with pytest.raises(ValueError, match="embeddings.raw has other contents"):
+        QnnRunner(copy)
+
+
+class Shifted:
+    """A session whose outputs are off by `codes`, all by the same: their cosine hardly moves."""
+
+    def __init__(self, session, codes):
+        self.session, self.codes = session, codes
+
+    def run(self, names, feeds):
+        return [(value.astype(np.int64) + self.codes).astype(value.dtype) for value in self.session.run(names, feeds)]
+
+
+def test_numbers_that_are_off_miss_the_gates(bundle, monkeypatch):
+    real = verify_module.npu_session
+    monkeypatch.setattr(verify_module, "npu_session", lambda *arguments: Shifted(real(*arguments), 3000))
+    failed = [check for check in verify_bundle(bundle) if not check.ok]
+    assert {check.name.rpartition(": ")[2] for check in failed} == {"emulator against CPU"}
+    assert len(failed) == 1 + 2 * 4  # vision, and four graphs of each part
+    assert all("beyond the gates" in check.detail for check in failed)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "emulator"])
+def test_a_runner_says_nearly_what_the_model_says(bundle, pair, backend):
+    runner = QnnRunner(bundle, backend)
+    model = GenieBlueForConditionalGeneration.from_pretrained(pair)
+    request = requests(1)[1]
+    with torch.no_grad():
+        expected = model(input_ids=request["input_ids"][None], pixel_values=request["pixel_values"]).logits[0].numpy()
+    found = runner.logits(request["input_ids"], request["pixel_values"].numpy())
+    assert agreement(found, expected).cosine > 0.7  # of 4 bits in 64 dimensions no more is left
+    text = runner.logits(request["input_ids"][:5])
+    assert agreement(text, runner.logits(request["input_ids"][:5], view="multimodal")).cosine < 0.999
+
+
+def test_the_two_backends_agree(bundle):
+    request = requests(1)[1]
+    found = [
+        QnnRunner(bundle, backend).logits(request["input_ids"], request["pixel_values"].numpy())
+        for backend in ("emulator", "cpu")
+    ]
+    assert agreement(*found).is_close
+
+
+def test_a_runner_chats_and_stops_at_the_end_of_the_context(bundle):
+    runner = QnnRunner(bundle)
+    assert isinstance(runner.chat([{"role": "user", "content": "hi"}], max_new_tokens=3), str)
+    runner.bundle.metadata["generation"]["eos_token_ids"] = []
+    assert len(list(runner.generate(prompt(CONTEXT - 3)[0], max_new_tokens=100))) == 4
+    with pytest.raises(ValueError, match="tokens: 0, features: 4"):
+        runner.embed([1, 2], tiles(1).numpy())
+    with pytest.raises(ValueError, match="context of 64"):
+        runner.logits(prompt(CONTEXT + 1)[0])
+
+
+def test_adapters_are_swapped_by_the_caller_of_a_bundle_with_inputs(with_inputs, bundle):
+    request = requests(1)[1]
+    runner = QnnRunner(with_inputs)
+    logits = runner.logits(request["input_ids"], request["pixel_values"].numpy())
+    constants = QnnRunner(bundle).logits(request["input_ids"], request["pixel_values"].numpy())
+    assert agreement(logits, constants).cosine > 0.99
+    for tokens in (CHUNK, 1):
+        graph = runner.views["multimodal"].part(0, tokens)
+        assert len(graph.fixed) == 14
+        graph.fixed = {name: np.zeros_like(value) for name, value in graph.fixed.items()}
+    assert not np.allclose(runner.logits(request["input_ids"], request["pixel_values"].numpy()), logits, atol=0.1)
+    checks = verify_bundle(with_inputs)
+    assert [check for check in checks if not check.ok] == []
+
+
+def test_a_stopped_export_goes_on_with_the_next_part(bundle, pair, tmp_path, monkeypatch):
+    real, compiled = export_module.compile_graphs, []
+
+    def dies_at_the_second_part(graphs, soc, output, binary):
+        compiled.append(binary)
+        if binary == "language_1.bin" and compiled.count(binary) == 1:
+            raise KeyboardInterrupt
+        real(graphs, soc, output, binary)
+
+    monkeypatch.setattr(export_module, "compile_graphs", dies_at_the_second_part)
+    out = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(pair, out, calibration=requests(), parts=2, **SETTINGS)
+    assert not out.exists()
+    export_bundle(pair, out, calibration=requests(), parts=2, **SETTINGS)
+    assert compiled == ["vision.bin", "language_0.bin", "language_1.bin", "language_1.bin"]
+    stable = [name for name in Bundle(bundle).metadata["files"] if name.startswith(("qdq/", "embeddings"))]
+    files = Bundle(out).metadata["files"]
+    assert all(files[name] == Bundle(bundle).metadata["files"][name] for name in stable)
+    assert Bundle(out).changed_files() == []
+
+
+@pytest.mark.parametrize(("count", "is_kept"), [(1, True), (2, False)])
+def test_only_the_same_calibration_goes_on(pair, tmp_path, monkeypatch, count, is_kept):
+    def dies(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "quantize_vision", dies)
+    marker = tmp_path / "bundle.unfinished" / "marker"
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(pair, tmp_path / "bundle", calibration=requests(1), **SETTINGS)
+    marker.touch()
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(pair, tmp_path / "bundle", calibration=requests(count), **SETTINGS)
+    assert marker.exists() == is_kept
+
+
+def test_a_compiler_that_dies_leaves_nothing_and_says_of_what(bundle, tmp_path, monkeypatch):
+    def killed(*_arguments, **_options):
+        return subprocess.CompletedProcess([], -signal.SIGKILL, "", "last words")
+
+    graphs = {"text_decode": bundle / "qdq/language_0_text_decode.onnx"}
+    with monkeypatch.context() as patched:
+        patched.setattr(compile_module.subprocess, "run", killed)
+        with pytest.raises(RuntimeError, match="(?s)signal 9.*more parts.*last words"):
+            compile_graphs(graphs, find_soc("sm8750"), tmp_path / "out", "out.bin")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.unfinished").mkdir()  # of a process that was killed outright
+    compile_graphs(graphs, find_soc("sm8750"), tmp_path / "out", "out.bin")
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["out.bin", "text_decode_ctx.onnx"]
+    with pytest.raises(FileExistsError, match="exists already"):
+        compile_graphs(graphs, find_soc("sm8750"), tmp_path / "out", "out.bin")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"soc": "sm9999"}, "Unknown SoC 'sm9999'.*sm8750"),
+        ({"context_length": CHUNK}, "longer than a chunk"),
+        ({"context_length": 4096}, "at most 1024"),
+        ({"parts": 3}, "3 parts were asked for, but the base has 2 blocks"),
+        ({"parts": 0}, "`parts` is 0"),
+        ({"lora": "merged"}, "`lora` is 'merged'"),
+        ({"cache_bits": 4}, "`cache_bits` is 4"),
+        ({"vision_tiles": 0}, "`vision_tiles` is 0"),
+        ({"calibration": [{"input_ids": [5, 6, 7]}]}, "no images"),
+        ({"calibration": []}, "no requests with text"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_and_leave_nothing(pair, tmp_path, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        export_bundle(pair, tmp_path / "out", **{**SETTINGS, "calibration": requests(1), **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_output_and_a_folder_that_is_no_bundle_are_refused(pair, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="is taken"):
+        export_bundle(pair, tmp_path / "out", calibration=requests(1), **SETTINGS)
+    with pytest.raises(FileNotFoundError, match="no QNN bundle"):
+        verify_bundle(tmp_path)
+    with pytest.raises(ValueError, match="Unknown backend 'gpu'"):
+        QnnRunner(tmp_path, "gpu")
+
+
+def test_a_computer_on_which_the_compiler_does_not_run_is_told_why(monkeypatch):
+    monkeypatch.setattr(npu.platform, "libc_ver", lambda: ("glibc", "2.31"))
+    with pytest.raises(OSError, match="glibc 2.31 is too old.*2.35"):
+        npu.check_platform()
+    monkeypatch.setattr(npu.platform, "machine", lambda: "aarch64")
+    with pytest.raises(OSError, match="Linux on x86-64 only"):
+        npu.check_platform()
+    monkeypatch.setattr(npu.sys, "version_info", (3, 10, 1))
+    with pytest.raises(OSError, match="too old for onnxruntime-qnn: 3.11"):
+        npu.check_platform()
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime_qnn", None)
+    npu.npu_devices.cache_clear()
+    try:
+        with pytest.raises(OSError, match=r"pip install 'genieblue\[qnn\]'"):
+            npu.npu_devices()
+    finally:
+        monkeypatch.undo()
+
+
+def test_blocks_are_divided_evenly_and_without_gaps():
+    assert divide_blocks(7, 3) == [range(0, 2), range(2, 4), range(4, 7)]
+    assert divide_blocks(4, 1) == [range(0, 4)]
