@@ -30,7 +30,7 @@ from conversion.rounding import round_weight
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
 from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
-from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
+from modeling_genieblue.loading_genieblue import ACCESS_KEYS, OWN_HUB_KEYS
 from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, scales_of, stored_tensors
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
 from modeling_genieblue.quantized_files_genieblue import qmap_content
@@ -126,10 +126,10 @@ def quantize_genieblue(
         files |= _round_adapter(model, recipe, plans[0], rounder, workplace)
         model._quantized_files = files
         model.config.quantization = describe(recipe, plans) | {"source": origin}
-        trust = {"trust_remote_code": True} if load_kwargs.get("trust_remote_code") else {}
+        access = {key: load_kwargs[key] for key in (*ACCESS_KEYS, "trust_remote_code") if key in load_kwargs}
         # Saved once in passing, to measure what a user will load.
         save_model(model, workplace / "trial")
-        quantized = GenieBlueForConditionalGeneration.from_pretrained(workplace / "trial", **trust)
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(workplace / "trial", **access)
         errors, measurements = measured_errors(before, view_logits(quantized), recipe)
         if target is not None:
             quantized.config.base_model_name_or_path = str(target)
