@@ -13,6 +13,7 @@ from genieblue.options import (
     Dtype,
     Json,
     Model,
+    NpuBackend,
     Placement,
     PlacementOption,
     Precision,
@@ -20,6 +21,7 @@ from genieblue.options import (
     Structure,
     View,
 )
+from genieblue.qnn_commands import answer_from_bundle, export_app, is_bundle, verify_qnn_bundle
 from genieblue.quantize_command import quantize
 from genieblue.terminal import (
     ReportingGroup,
@@ -189,7 +191,7 @@ def _data_source(data: Path) -> Any:
 
 @app.command()
 def chat(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)] = None,
     image: Annotated[
         list[str] | None,
         typer.Option("--image", "-i", help="Image file or address; may be repeated.", show_default=False),
@@ -203,6 +205,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likelier tokens of this share.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.", show_default=False)] = None,
+    qnn: Annotated[
+        str | None, typer.Option(help="Bundle of `export qnn` to ask, instead of a model.", show_default=False)
+    ] = None,
+    npu: Annotated[NpuBackend, typer.Option(help="What runs the bundle's graphs.")] = NpuBackend.cpu,
     backend: Annotated[
         Backend, typer.Option(help="What multiplies 4-bit weights; onnxruntime: faster, with 8-bit activations.")
     ] = Backend.quanto,
@@ -215,6 +221,11 @@ def chat(
     """Ask one question, or hold a conversation with images at any turn."""
     if json_output and prompt is None:
         raise typer.BadParameter("--json answers one request: give it as --prompt.", param_hint="--json")
+    if (model is None) == (qnn is None):
+        raise typer.BadParameter("Give a model, or a bundle as --qnn.", param_hint="MODEL")
+    if qnn is not None:
+        answer_from_bundle(qnn, prompt, image or [], max_new_tokens, npu.value, json_output)
+        return
     with stdout_for_json(json_output):
         quiet_transformers()
         from transformers import set_seed
@@ -337,7 +348,7 @@ def verify(
     device: Device = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Prove that a GenieBlue is what it says.
+    """Prove that a GenieBlue, or a bundle of `export qnn`, is what it says.
 
     The exit code is 1 if any check fails. The last check runs the Python files of the model's own repository, in a
     process of its own.
@@ -351,7 +362,7 @@ def verify(
         quiet_transformers()
         from conversion.verify import verify_model
 
-        checks = verify_model(
+        checks = verify_qnn_bundle(model, base, show_check, trust_remote_code) if is_bundle(model) else verify_model(
             model,
             base=base,
             revision=revision,
@@ -371,6 +382,7 @@ def verify(
 
 
 app.command()(quantize)
+app.add_typer(export_app, name="export")
 
 
 @app.command()

@@ -70,6 +70,20 @@ class Activations(StrEnum):
     float32 = "float32"
 
 
+class LoraMode(StrEnum):
+    """How LoRA enters the graphs of an NPU."""
+
+    constants = "constants"
+    inputs = "inputs"
+
+
+class NpuBackend(StrEnum):
+    """What runs the graphs of a bundle on this computer."""
+
+    cpu = "cpu"
+    emulator = "emulator"
+
+
 class Backend(StrEnum):
     """What multiplies the weights of a quantized model."""
 

@@ -1,0 +1,133 @@
+"""`genieblue export qnn`, and what `chat` and `verify` do with a bundle for a phone's NPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from genieblue.options import BaseCode, Json, LoraMode, Revision
+from genieblue.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
+
+export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@export_app.callback()
+def export() -> None:
+    """Export a GenieBlue for a device."""
+
+
+@export_app.command()
+def qnn(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.", show_default=False)],
+    soc: Annotated[str, typer.Option(help="Chip, such as sm8750.", show_default=False)],
+    calibration: Annotated[
+        Path, typer.Option(help="JSONL of chats, some with images, as for training.", show_default=False)
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where image paths of the JSONL begin.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Chats to calibrate on.")] = 16,
+    chunk_length: Annotated[int, typer.Option(min=1, help="Tokens that prefill takes at a time.")] = 128,
+    context_length: Annotated[int, typer.Option(min=1, help="Tokens that a conversation may have.")] = 2048,
+    parts: Annotated[int, typer.Option(min=1, help="Binaries that hold the blocks; more need less memory.")] = 1,
+    lora: Annotated[
+        LoraMode, typer.Option(help="constants, or inputs, so that one binary serves several adapters.")
+    ] = LoraMode.constants,
+    cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
+    vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+    json_output: Json = False,
+) -> None:
+    """Compile a bundle of context binaries for a Snapdragon NPU.
+
+    One vision graph, and text and multimodal prefill and decode that share their weights in one binary. An export that
+    was stopped goes on where it was when it is started again.
+    """
+    from conversion.qnn.npu import check_platform
+    from conversion.qnn.soc import find_soc
+
+    find_soc(soc)
+    check_platform()
+    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    with stdout_for_json(json_output), looking_for(model):
+        quiet_transformers()
+        from conversion.qnn.export import export_bundle
+        from genieblue.collation import ChatCollator
+        from genieblue.data import ChatDataset
+        from modeling_genieblue import GenieBlueProcessor
+
+        chats = ChatDataset(calibration, image_folder=image_folder)
+        encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
+        bundle = export_bundle(
+            model,
+            out.expanduser(),
+            soc=soc,
+            calibration=[encode(chats[index]) for index in range(min(samples, len(chats)))],
+            chunk_length=chunk_length,
+            context_length=context_length,
+            parts=parts,
+            lora=lora.value,
+            cache_bits=cache_bits,
+            vision_tiles=vision_tiles,
+            **options,
+        )
+    files = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
+    if json_output:
+        print_json({"bundle": str(bundle), "files": files})
+        return
+    for name, size in sorted(files.items(), key=lambda item: -item[1])[:12]:
+        typer.echo(f"{short_bytes(size):>12}  {name}")
+    typer.echo(f"{bundle}: {short_bytes(sum(files.values()))} in {len(files)} files, for {soc}.")
+    note(f"Next: genieblue verify {bundle}; genieblue chat --qnn {bundle} --image photo.jpg --prompt …")
+
+
+def is_bundle(path: str) -> bool:
+    """Whether `path` is the folder of an exported bundle, and not of a model."""
+    folder = Path(path)
+    return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
+
+
+def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:
+    """The checks of a bundle; with `base` its text graphs are compared with what the base alone gives."""
+    from conversion.qnn.verify import verify_bundle
+
+    loaded = None
+    if base is not None:
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
+    return verify_bundle(path, base=loaded, on_check=on_check)
+
+
+def answer_from_bundle(
+    bundle: str, prompt: str | None, sources: list[str], max_new_tokens: int, backend: str, as_json: bool
+) -> None:
+    """Prints one answer by a bundle's graphs, or `{"text", "view", "prompt_tokens", "generated_tokens"}`."""
+    if prompt is None:
+        raise typer.BadParameter("A bundle answers one request: give it as --prompt.", param_hint="--qnn")
+    from conversion.qnn.runner import QnnRunner
+    from modeling_genieblue.image_processing_genieblue import read_image
+
+    with stdout_for_json(True):
+        images = [read_image(source, index) for index, source in enumerate(sources)]
+        runner = QnnRunner(bundle, backend=backend)
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+        inputs = runner.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="np",
+        )  # fmt: skip
+        ids = inputs["input_ids"].reshape(-1)
+        answer = list(runner.generate(ids, inputs.get("pixel_values"), max_new_tokens=max_new_tokens))
+        text = runner.processor.tokenizer.decode(answer, skip_special_tokens=True)
+    view = "multimodal" if images else "text"
+    if as_json:
+        print_json({"text": text, "view": view, "prompt_tokens": len(ids), "generated_tokens": len(answer)})
+        return
+    typer.echo(text)
+    note(f"[{view} graphs on the {backend}, {len(ids)} tokens read, {len(answer)} written]")
+
+
+__all__ = ["answer_from_bundle", "export_app", "is_bundle", "verify_qnn_bundle"]
