@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.11",
     # An editable install puts this folder on the path as a whole, so that a new file needs no new install.
     package_dir={"": "."},
-    packages=find_packages(include=["modeling_genieblue", "hub_cards", "conversion", "genieblue", "genieblue.*"]),
+    packages=find_packages(include=["modeling_genieblue", "hub_cards", "conversion*", "genieblue*"]),
     package_data={"hub_cards": ["*.md"]},
     install_requires=[
         "torch>=2.13",

@@ -29,6 +29,7 @@ from conversion.quantized_base import (
 from conversion.rounding import round_weight
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
+from modeling_genieblue.base_loading_genieblue import hub_commit
 from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
 from modeling_genieblue.loading_genieblue import ACCESS_KEYS, OWN_HUB_KEYS
 from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, scales_of, stored_tensors
@@ -142,7 +143,7 @@ def _origin(model: Any, source: Any, output: Path) -> dict[str, Any]:
     """Where the unquantized GenieBlue is, for a reader and for `verify`."""
     if os.path.isdir(source):
         return {"name": os.path.relpath(os.path.realpath(source), output), "revision": None}
-    return {"name": str(source), "revision": model._source.hub_kwargs.get("revision")}
+    return {"name": str(source), "revision": hub_commit(str(source), model._source.hub_kwargs.get("revision"))}
 
 
 class _Rounder:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .base_identity_genieblue import cached_commits, compare_with_samples, weight_file_hashes
-from .loading_genieblue import LoadRequest, is_inner_folder, is_local_reference
+from .loading_genieblue import LoadRequest, is_local_reference
 from .quantized_base_genieblue import HUB_KEYS, load_quantized_base, read_base_quantization
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def resolve_base(
     if revision is not None and len(revision) == 40:
         return name, revision
     hub_kwargs = hub_kwargs or {}
-    wanted = _hub_commit(name, revision, **hub_kwargs)
+    wanted = hub_commit(name, revision, **hub_kwargs)
     commits = {} if revision is not None else cached_commits(base, name, hub_kwargs.get("cache_dir"))
     if wanted is not None and commits.get(wanted, not commits):
         return name, wanted
@@ -40,7 +40,7 @@ def resolve_base(
     return name, None
 
 
-def _hub_commit(
+def hub_commit(
     name: str, revision: str | None, *, local_files_only: bool | None = None, **access: Any
 ) -> str | None:
     """The commit that a revision points to, from the local cache if it is there."""
@@ -68,8 +68,6 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
                 f"The base of {request.path} should be in {location}, but there is no such folder. Put it there, or "
                 "pass `base_model=` (a loaded model, a folder or a Hub id)."
             )
-    elif override is None and is_inner_folder(config.base_model_name_or_path):
-        kwargs |= {"revision": request.hub_kwargs["revision"], "subfolder": config.base_model_name_or_path[2:]}
     elif is_recorded and config.base_model_revision is not None:
         kwargs["revision"] = config.base_model_revision
     try:
@@ -90,7 +88,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
             "can be given as `base_model=`."
         ) from error
     refuse_incomplete_base(location, info)
-    if "revision" in kwargs and "subfolder" not in kwargs:
+    if "revision" in kwargs:
         _refuse_other_files(location, config, kwargs)
     return base
 

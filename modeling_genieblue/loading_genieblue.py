@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -163,7 +164,7 @@ class LoadRequest:
     def base_location(self, config: Any) -> str | None:
         """Hub id or absolute path of the base that `config` names; a path is relative to our own folder.
 
-        For a base in a subfolder of our own repository on the Hub it is that repository; see `base_source`.
+        A base in a subfolder of our own repository on the Hub is downloaded, and loaded from there as from a folder.
         """
         name = config.base_model_name_or_path
         if name is None or not is_local_reference(name):
@@ -172,7 +173,8 @@ class LoadRequest:
             return name
         if not os.path.isdir(self.path):
             if is_inner_folder(name):
-                return self.path
+                options = {key: self.hub_kwargs[key] for key in (*ACCESS_KEYS, "revision") if key in self.hub_kwargs}
+                return os.path.join(snapshot_download(self.path, allow_patterns=f"{name[2:]}/*", **options), name[2:])
             raise ValueError(
                 f"{self.path} names its base by a path on another computer, {name!r}: pass `base_model=` (a loaded "
                 "model, a folder or a Hub id)."

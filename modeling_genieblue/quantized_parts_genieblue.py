@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from .base_identity_genieblue import WEIGHTS_NAME
@@ -38,8 +37,6 @@ logger = logging.getLogger(__name__)
 QUANTIZED_FILES = (
     WEIGHTS_NAME, QMAP_NAME, f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
 )  # fmt: skip
-
-OPTIONS_OF_SNAPSHOTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 def load_quantized_parts(model_class: type, request: LoadRequest, base_model: Any) -> tuple[Any, dict]:
@@ -181,12 +178,8 @@ def quantized_files(request: LoadRequest, config: GenieBlueConfig) -> dict[str, 
     places = {name: os.path.split(name) for name in QUANTIZED_FILES}
     files = {name: Path(request.file(file, folder=folder)) for name, (folder, file) in places.items()}
     if is_inner_folder(config.base_model_name_or_path):
-        inner = config.base_model_name_or_path[2:]
-        folder = Path(request.path, inner)
-        if not folder.is_dir():
-            options = {key: value for key, value in request.hub_kwargs.items() if key in OPTIONS_OF_SNAPSHOTS}
-            folder = Path(snapshot_download(request.path, allow_patterns=f"{inner}/*", **options), inner)
-        files |= {f"{inner}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
+        folder = Path(request.base_location(config))
+        files |= {f"{folder.name}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
     return files
 
 
