@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
+import onnx
+from onnx import numpy_helper
 from tiny_genieblue import IMAGE, prompt, row, tiles
 from tiny_qnn import CHUNK, CONTEXT, save_pair
 
@@ -141,8 +143,19 @@ def test_changed_missing_and_swapped_files_are_told(copy):
         QnnRunner(copy)
 
 
+def test_a_graph_with_a_wrong_scale_is_told_from_the_price_of_4_bits(copy):
+    path = copy / "qdq/language_1_text_prefill.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    scale = next(tensor for tensor in graph.graph.initializer if tensor.name == "logits/scale")
+    doubled = 2 * numpy_helper.to_array(scale)
+    scale.CopyFrom(numpy_helper.from_array(doubled, "logits/scale"))
+    path.write_bytes(graph.SerializeToString())
+    failed = {check.name for check in verify_bundle(copy) if not check.ok}
+    assert {"files", "part 1 text: CPU against float with rounded weights"} <= failed
+
+
 class Shifted:
-    """A session whose outputs are off by `codes`, all by the same: their cosine hardly moves."""
+    """A session whose outputs are off, all by the same number of codes: their cosine hardly moves."""
 
     def __init__(self, session, codes):
         self.session, self.codes = session, codes

@@ -28,6 +28,7 @@ from conversion.qnn.quantize import (
     pack_int4,
     quantize_graph,
     round_to_nearest,
+    round_weights,
     tensor_groups,
 )
 from conversion.qnn.ranges import RangeMeter, measure_ranges
@@ -85,11 +86,10 @@ class CodedView:
         blocks = range(self.shape.num_blocks)
         tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
         self.encodings = encodings_of(source.models[CHUNK], source.ranges, tied, cache_bits=cache_bits)
-        self.paths, self.codes = {}, {}
+        self.codes = round_weights(source.models[1], lambda name: 8 if "lora" in name else bits)
+        self.paths = {}
         for tokens, model in source.models.items():
-            quantized, self.codes[tokens] = quantize_graph(
-                model, self.encodings, lambda name: 8 if "lora" in name else bits, name=f"{source.view}_{tokens}"
-            )
+            quantized = quantize_graph(model, self.encodings, self.codes, name=f"{source.view}_{tokens}")
             self.paths[tokens] = save_onnx(quantized, folder / f"{source.view}_{tokens}.onnx")
 
     def decoder(self, open_session):
@@ -139,7 +139,8 @@ def test_the_vision_graph_gives_the_features_of_the_model(count, tmp_path):
 
     ranges = measure_ranges(exported, [{"pixel_values": pixels.numpy()}], tmp_path)
     encodings = encodings_of(exported, ranges)
-    quantized, _ = quantize_graph(exported, encodings, lambda _name: 8, name="vision")
+    codes = round_weights(exported, lambda _name: 8)
+    quantized = quantize_graph(exported, encodings, codes, name="vision")
     path = save_onnx(quantized, tmp_path / "quantized.onnx")
     feeds = {"pixel_values": encodings["pixel_values"].encode(pixels.numpy())}
     on_cpu, on_npu = (
@@ -187,7 +188,7 @@ def test_keys_and_values_are_not_rounded_to_8_bits_by_the_compiler(float_view, t
 
 
 def test_matrices_have_4_bits_and_lora_8(float_view, tmp_path):
-    codes = CodedView(float_view("llama", "multimodal"), tmp_path).codes[1]
+    codes = CodedView(float_view("llama", "multimodal"), tmp_path).codes
     bits = {name.rsplit(".", 1)[-1]: weight.bits for name, weight in codes.items()}
     assert bits == {"weight": 4, "lora_a": 8, "lora_b": 8}
     assert all(np.abs(weight.codes).max() == 7 for weight in codes.values() if weight.bits == 4)

@@ -316,8 +316,10 @@ def _flatten(streams: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _unflatten(file: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
-    counts = {view: sum(key.startswith(f"{view}/") for key in file) for view in VIEWS}
-    return {view: [file[f"{view}/{number}"] for number in range(count)] for view, count in counts.items()}
+    streams: dict[str, list[np.ndarray]] = {view: [] for view in VIEWS}
+    for key in sorted(file, key=lambda key: int(key.rpartition("/")[2])):
+        streams.setdefault(key.rpartition("/")[0], []).append(file[key])
+    return streams
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:

@@ -16,8 +16,18 @@ import numpy as np
 import onnx
 
 from conversion.qnn.chunked_decoder import MASKED, ChunkedDecoder, DecoderShape, boundary_names, cache_names
-from conversion.qnn.float_onnx import structure, to_float_onnx
-from conversion.qnn.quantize import Encoding, Rounding, WeightCodes, encodings_of, quantize_graph, round_to_nearest
+from conversion.qnn.float_onnx import save_onnx, structure, to_float_onnx
+from conversion.qnn.npu import cpu_session
+from conversion.qnn.quantize import (
+    Encoding,
+    Rounding,
+    WeightCodes,
+    encodings_of,
+    quantize_graph,
+    round_to_nearest,
+    round_weights,
+    with_codes,
+)
 from conversion.qnn.ranges import Range, RangeMeter
 from conversion.qnn.stored_graphs import ConstantStore
 from conversion.qnn.text_graphs import TextGraph
@@ -43,6 +53,8 @@ class LanguageSettings:
 
 
 STAGES = ("prefill", "decode")
+# In the names of what the float graph says: with its own weights, and with those that the codes stand for.
+EXACT, ROUNDED = "exact", "rounded"
 
 
 def is_lora(name: str) -> bool:
@@ -93,21 +105,27 @@ def quantize_part(
             if structure(models["prefill"]) != structure(models["decode"]):
                 raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
             del graph
-            meter, outputs, probe = _calibrate(models["prefill"], shape, blocks, streams[view], settings)
+            as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
+            codes = round_weights(models["prefill"], weight_bits, rounding=rounding, as_inputs=as_inputs)
+            exact = streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0]
+            exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
+            # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
+            rounded = with_codes(models["prefill"], codes)
+            meter, outputs, values = _calibrate(rounded, shape, blocks, streams[view], settings)
+            del rounded
             ranges = {**meter, **_fixed_ranges(shape, blocks, input_ranges[view])}
             tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
             encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
             for stage, model in models.items():
-                as_input = is_lora if settings.lora == "inputs" else lambda _name: False
                 key = f"{view}_{stage}"
-                quantized, codes = quantize_graph(
-                    model, encodings, weight_bits, name=f"{name}_{key}", rounding=rounding, weights_as_inputs=as_input
-                )
+                quantized = quantize_graph(model, encodings, codes, name=f"{name}_{key}")
                 result.graphs[key] = store.save(quantized, folder / f"{name}_{key}.onnx")
             boundary = [value.name for value in (*model.graph.input, *model.graph.output)]
             result.boundary[view] = {tensor: encodings[tensor] for tensor in boundary}
             result.codes[view], result.streams[view] = codes, outputs
-            result.probe.update({f"{view}/{tensor}": value for tensor, value in probe.items()})
+            result.streams[f"{view}/{EXACT}"] = [exact_values[boundary_names(shape, blocks)[1]]]
+            for kind, found in ((EXACT, exact_values), (ROUNDED, values)):
+                result.probe.update({f"{view}/{kind}/{tensor}": value for tensor, value in found.items()})
             logger.info("Quantized blocks %d to %d of the %s view.", blocks.start, blocks.stop - 1, view)
     return result
 
@@ -134,6 +152,25 @@ def probe_lengths(chunk_length: int, available: int) -> tuple[int, int]:
     return min(2 * chunk_length + chunk_length // 2, available - decoded), decoded
 
 
+def _probe_of(requests: list[np.ndarray], settings: LanguageSettings) -> np.ndarray:
+    return requests[0][: sum(probe_lengths(settings.chunk_length, len(requests[0])))]
+
+
+def _read_float(
+    model: onnx.ModelProto, shape: DecoderShape, blocks: range, stream: np.ndarray, settings: LanguageSettings
+) -> dict[str, np.ndarray]:
+    """What a float graph gives for one request: its first output, and the caches."""
+    with TemporaryDirectory() as folder:
+        session = cpu_session(save_onnx(model, Path(folder) / "float.onnx"))
+        names = [value.name for value in session.get_outputs()]
+
+        def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+        decoder = ChunkedDecoder(shape, run, settings.chunk_length, settings.context_length, blocks=blocks)
+        return {boundary_names(shape, blocks)[1]: decoder.read(stream, only_chunks=True), **decoder.cache}
+
+
 def _calibrate(
     model: onnx.ModelProto,
     shape: DecoderShape,
@@ -153,7 +190,7 @@ def _calibrate(
         for request in requests:
             decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
             outputs.append(decoder.read(request, only_chunks=True))
-        probe = requests[0][: sum(probe_lengths(chunk, len(requests[0])))]
+        probe = _probe_of(requests, settings)
         decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
         values = {boundary_names(shape, blocks)[1]: decoder.read(probe, only_chunks=True), **decoder.cache}
     is_last = blocks.stop == shape.num_blocks

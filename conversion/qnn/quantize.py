@@ -164,40 +164,60 @@ def _second_factors(model: onnx.ModelProto) -> set[str]:
     return found
 
 
-def quantize_graph(
+def round_weights(
     model: onnx.ModelProto,
-    encodings: Mapping[str, Encoding],
     bits_of: Callable[[str], int],
     *,
-    name: str,
     rounding: Rounding = round_to_nearest,
-    weights_as_inputs: Callable[[str], bool] = lambda _name: False,
-) -> tuple[onnx.ModelProto, dict[str, WeightCodes]]:
-    """The QDQ graph, and by name the codes of its matrices.
+    as_inputs: Callable[[str], bool] = lambda _name: False,
+) -> dict[str, WeightCodes]:
+    """Codes by name of every matrix and kernel in a float graph.
+
+    Args:
+        bits_of: 4 or 8 for the name of a weight.
+        as_inputs: which weights will be inputs of the graph instead of constants. They get one scale for all of
+            their channels, since the NPU takes more only for constants.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    codes = {}
+    for node in model.graph.node:
+        if node.op_type in WEIGHT_OPERATORS and node.input[1] in constants:
+            name = node.input[1]
+            axis = None if as_inputs(name) else WEIGHT_OPERATORS[node.op_type]
+            codes[name] = rounding(name, numpy_helper.to_array(constants[name]), bits_of(name), axis)
+    return codes
+
+
+def quantize_graph(
+    model: onnx.ModelProto, encodings: Mapping[str, Encoding], codes: Mapping[str, WeightCodes], *, name: str
+) -> onnx.ModelProto:
+    """The QDQ graph of a float graph.
 
     Args:
         encodings: of every activation, as `encodings_of` gives them.
-        bits_of: 4 or 8 for the name of a weight.
-        name: of the graph. It is part of its tensors' names, from which the compiler makes a name of its own: two
-            graphs in one binary must not have the same.
-        weights_as_inputs: which weights become inputs of the graph (int8, one scale) instead of constants.
+        codes: of every matrix, as `round_weights` gives them; those with one scale become inputs of the graph.
+        name: of the graph, for whoever looks at it.
     """
-    return _Quantizer(model, encodings, bits_of, name, rounding, weights_as_inputs).run()
+    return _Quantizer(model, encodings, codes, name).run()
 
 
 class _Quantizer:
-    def __init__(self, model, encodings, bits_of, name, rounding, weights_as_inputs):
-        self.source, self.encodings = model.graph, dict(encodings)
-        self.bits_of, self.rounding, self.weights_as_inputs = bits_of, rounding, weights_as_inputs
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        encodings: Mapping[str, Encoding],
+        codes: Mapping[str, WeightCodes],
+        name: str,
+    ):
+        self.source, self.encodings, self.codes = model.graph, dict(encodings), codes
         self.model = onnx.ModelProto(ir_version=model.ir_version, producer_name="genieblue")
         self.model.opset_import.extend(model.opset_import)
         self.graph = self.model.graph
         self.graph.name = name
         self.constants = {tensor.name: tensor for tensor in self.source.initializer}
-        self.codes: dict[str, WeightCodes] = {}
         self.decoded: dict[str, str] = {}  # float tensor → name of the DequantizeLinear output that stands for it
 
-    def run(self) -> tuple[onnx.ModelProto, dict[str, WeightCodes]]:
+    def run(self) -> onnx.ModelProto:
         outputs = {value.name for value in self.source.output}
         for value in self.source.input:
             self.graph.input.append(self._coded(value))
@@ -213,7 +233,7 @@ class _Quantizer:
         self.graph.output.extend(self._coded(value) for value in self.source.output)
         self._drop_unused_decoders()
         onnx.checker.check_model(self.model)
-        return self.model, self.codes
+        return self.model
 
     def _float(self, name: str) -> str:
         return f"{self.graph.name}/{name}"
@@ -267,19 +287,15 @@ class _Quantizer:
             if name not in {constant.name for constant in self.graph.initializer}:
                 self.graph.initializer.append(tensor)
             return name
-        values = numpy_helper.to_array(tensor)
-        if node.op_type in WEIGHT_OPERATORS and place == 1:
-            self._decode_weight(name, values, WEIGHT_OPERATORS[node.op_type])
+        if name in self.codes:
+            self._decode_weight(name, self.codes[name])
         else:
-            self._decode_constant(name, values)
+            self._decode_constant(name, numpy_helper.to_array(tensor))
         return self.decoded[name]
 
-    def _decode_weight(self, name: str, values: np.ndarray, axis: int) -> None:
-        as_input = self.weights_as_inputs(name)
-        weight = self.rounding(name, values, self.bits_of(name), None if as_input else axis)
-        self.codes[name] = weight
+    def _decode_weight(self, name: str, weight: WeightCodes) -> None:
         kind = TensorProto.INT4 if weight.bits == 4 else TensorProto.INT8
-        if as_input:
+        if weight.axis is None:
             self.graph.input.append(helper.make_tensor_value_info(name, kind, weight.codes.shape))
         else:
             raw = pack_int4(weight.codes) if weight.bits == 4 else np.ascontiguousarray(weight.codes).tobytes()
@@ -310,6 +326,16 @@ class _Quantizer:
         self.graph.node.extend(kept)
 
 
+def with_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> onnx.ModelProto:
+    """The float graph with its matrices as their codes stand for: what is left to differ is the activations."""
+    rounded = onnx.ModelProto()
+    rounded.CopyFrom(model)
+    for tensor in rounded.graph.initializer:
+        if tensor.name in codes:
+            tensor.CopyFrom(numpy_helper.from_array(codes[tensor.name].decode().astype(np.float32), tensor.name))
+    return rounded
+
+
 def pack_int4(codes: np.ndarray) -> bytes:
     """Two codes to a byte, the first in the low half, as ONNX stores them."""
     flat = codes.astype(np.int8).reshape(-1).view(np.uint8) & 15
@@ -317,4 +343,4 @@ def pack_int4(codes: np.ndarray) -> bytes:
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
 
 
-__all__ = ["Encoding", "WeightCodes", "encodings_of", "pack_int4", "quantize_graph", "round_to_nearest"]
+__all__ = ["Encoding", "WeightCodes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "with_codes"]

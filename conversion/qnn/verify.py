@@ -16,7 +16,16 @@ from conversion.qnn.agreement import Agreement, agreement, worst
 from conversion.qnn.bundle import Bundle
 from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.compile import compile_graphs
-from conversion.qnn.language_export import STAGES, VIEWS, base_codes, codes_digest, is_lora, probe_lengths
+from conversion.qnn.language_export import (
+    EXACT,
+    ROUNDED,
+    STAGES,
+    VIEWS,
+    base_codes,
+    codes_digest,
+    is_lora,
+    probe_lengths,
+)
 from conversion.qnn.npu import cpu_session, npu_session
 from conversion.qnn.quantize import WeightCodes
 from conversion.qnn.runner import CodedGraph, ViewGraphs
@@ -25,6 +34,7 @@ from conversion.verify import Check
 
 SIZE_TOLERANCE = 0.02
 EMULATOR, FLOAT = "emulator against CPU", "CPU against float"
+ACTIVATIONS = "CPU against float with rounded weights"
 Measured = dict[tuple[str, str, str], list[Agreement]]  # (graph, tensor, what was compared) → call by call
 
 
@@ -98,7 +108,7 @@ def _compile_again(bundle: Bundle, binary: str, graphs: Mapping[str, Mapping[str
 def _report(measured: Measured) -> Iterator[Check]:
     """One check by graph and comparison; that with the float model is told, not judged: it is the price of 4 bits."""
     for graph in dict.fromkeys(key[0] for key in measured):
-        for kind in (EMULATOR, FLOAT):
+        for kind in (EMULATOR, ACTIVATIONS, FLOAT):
             found = {key[1]: worst(values) for key, values in measured.items() if (key[0], key[2]) == (graph, kind)}
             if not found:
                 continue
@@ -202,8 +212,9 @@ def _run_probe(
     for name, codes in decoder.cache.items():
         found[name] = encodings[name.removesuffix("_in") + "_out"].decode(codes)
     for name, value in found.items():
-        expected = probe[f"language_{number}/{view}/{name}"]
-        measured[f"part {number} {view}", name, FLOAT].append(agreement(value, expected))
+        for kind, prefix in ((ACTIVATIONS, ROUNDED), (FLOAT, EXACT)):
+            expected = probe[f"language_{number}/{view}/{prefix}/{name}"]
+            measured[f"part {number} {view}", name, kind].append(agreement(value, expected))
     return found[first_output]
 
 

@@ -1,6 +1,5 @@
 """The vision tower and the projector → a calibrated W8A16 graph."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,9 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from conversion.qnn.float_onnx import to_float_onnx
-from conversion.qnn.quantize import Encoding, Rounding, encodings_of, quantize_graph, round_to_nearest
-from conversion.qnn.ranges import RangeMeter
+from conversion.qnn.float_onnx import save_onnx, to_float_onnx
+from conversion.qnn.npu import cpu_session
+from conversion.qnn.quantize import (
+    Encoding,
+    Rounding,
+    encodings_of,
+    quantize_graph,
+    round_to_nearest,
+    round_weights,
+    with_codes,
+)
+from conversion.qnn.ranges import measure_ranges
 from conversion.qnn.stored_graphs import ConstantStore
 from conversion.qnn.vision_graph import VisionGraph
 
@@ -39,19 +47,22 @@ def quantize_vision(
     graph = VisionGraph(model)
     float_graph = to_float_onnx(graph, graph.example_inputs(batch), graph.input_names, graph.output_names)
     del graph
-    probe: Mapping[str, np.ndarray] = {}
+    codes = round_weights(float_graph, lambda _name: VISION_BITS, rounding=rounding)
+    batches = batches_of(tiles, batch)
     with TemporaryDirectory() as work:
-        meter = RangeMeter(float_graph, Path(work))
-        for pixels in batches_of(tiles, batch):
-            outputs = meter.run({"pixel_values": pixels})
-            probe = probe or {"pixel_values": pixels, **outputs}
-        ranges = meter.ranges
+        session = cpu_session(save_onnx(float_graph, Path(work) / "vision.onnx"))
+        features = session.run(["image_features"], {"pixel_values": batches[0]})[0]
+        del session
+        ranges = measure_ranges(
+            with_codes(float_graph, codes), ({"pixel_values": pixels} for pixels in batches), Path(work)
+        )
+    probe = {"pixel_values": batches[0], "image_features": features}
     encodings = encodings_of(float_graph, ranges)
-    quantized, _ = quantize_graph(float_graph, encodings, lambda _name: VISION_BITS, name="vision", rounding=rounding)
+    quantized = quantize_graph(float_graph, encodings, codes, name="vision")
     with ConstantStore(folder / "vision.data") as store:
         path = store.save(quantized, folder / "vision.onnx")
     boundary = {name: encodings[name] for name in (*VisionGraph.input_names, *VisionGraph.output_names)}
-    return VisionResult(path, boundary, dict(probe))
+    return VisionResult(path, boundary, probe)
 
 
 __all__ = ["batches_of", "quantize_vision"]
