@@ -8,6 +8,8 @@ EXTRAS = {
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
     "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7,<0.3", "accelerate>=1.15"],
     "onnxruntime": ["onnxruntime>=1.31,<2", "onnx>=1.23"],
+    # Linux on x86-64 with glibc 2.35.
+    "qnn": ["onnxruntime>=1.31,<2", "onnxruntime-qnn>=2.7", "onnx>=1.23", "onnxscript>=0.7"],
     "dev": ["pytest>=9.0", "ruff>=0.17"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
