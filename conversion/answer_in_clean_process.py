@@ -22,12 +22,16 @@ class BarPackages(importlib.abc.MetaPathFinder):
 
 
 def main() -> None:
-    """Loads configuration, processor and model through the auto classes, and answers one request with an image."""
+    """Loads configuration, processor and model through the auto classes, and answers one request with an image.
+
+    A quantized base is loaded by itself too, as its plain users do, and must give the text view's logits.
+    """
     sys.meta_path.insert(0, BarPackages())
     settings = json.load(sys.stdin)
 
+    import torch
     from PIL import Image
-    from transformers import AutoConfig, AutoModel, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
     source, hub = settings["model"], {**settings["hub"], "trust_remote_code": True}
     config = AutoConfig.from_pretrained(source, **hub)
@@ -49,7 +53,17 @@ def main() -> None:
                     (("AutoConfig", config), ("AutoProcessor", processor), ("AutoModel", model))},
         "tiles": len(inputs["pixel_values"]),
         "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1],
+        "base_class": None,
     }  # fmt: skip
+    if settings["quantized_base"] is not None:
+        base = AutoModelForCausalLM.from_pretrained(
+            settings["quantized_base"], dtype=settings["dtype"], device_map=settings["device"],
+            trust_remote_code=True, **settings["base_hub"],
+        )  # fmt: skip
+        text = processor(text=settings["prompt"], return_tensors="pt")["input_ids"].to(model.device)
+        with torch.no_grad():
+            report["base_is_equal"] = torch.equal(base(input_ids=text).logits, model(input_ids=text).logits)
+        report["base_class"] = type(base).__name__
     print("\n" + json.dumps(report))
 
 

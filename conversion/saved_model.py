@@ -131,9 +131,12 @@ class SavedModel:
     def plain(self) -> PreTrainedModel:
         """The base alone: by nothing but transformers, or, if it is quantized, as `AutoModelForCausalLM` gives it."""
         name, options = self.base
+        dtype = self.dtype
+        if self.is_quantized and dtype == "auto":  # also of a base that is not quantized itself
+            dtype = self.config.quantization["activations"]
         if self.base_quantization is not None:
-            return load_quantized_base(name, dtype=self.dtype, device_map=self.device, **options)
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=self.dtype, use_safetensors=True, **options)
+            return load_quantized_base(name, dtype=dtype, device_map=self.device, **options)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
         return base.to(self.device) if self.device is not None else base
 
     @cached_property

@@ -23,7 +23,7 @@ from torch import nn
 import modeling_genieblue
 from conversion import answer_in_clean_process
 from conversion.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of, some
-from conversion.verify_quantized import check_quantization, check_quantized_adapter
+from conversion.verify_quantized import check_quantization, check_quantized_adapter, may_run_code_of_base
 from hub_cards.model_folder import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
@@ -319,17 +319,19 @@ def _relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_remote_code(subject: SavedModel) -> str:
     """The repository's own code files load, where the package cannot be imported, and answer about an image."""
-    base_name, _ = subject.base  # refuses a base whose code may not run: here it would
+    base_name, base_options = subject.base  # refuses a base whose code may not run: here it would
     if not subject.is_local and not subject.trust and (foreign := _code_of_others(subject.folder)):
         raise CheckFailed(
             f"{some(foreign)} differ from the installed package's files, and were not run: look at them, then allow "
             "it with trust_remote_code (--trust-remote-code)"
         )
+    alone = subject.base_quantization is not None and may_run_code_of_base(subject)
     subject.release()
-    hub = {key: value for key, value in subject.source.items() if key != "token"}
     settings = {
         "model": str(subject.folder) if subject.is_local else subject.name,
-        "hub": {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in hub.items()},
+        "hub": _as_json(subject.source),
+        "quantized_base": base_name if alone else None,
+        "base_hub": _as_json(base_options),
         "base": {} if subject.base_override is None else {"base_model": os.path.abspath(base_name)
                                                   if os.path.isdir(base_name) else base_name},
         "dtype": subject.dtype if isinstance(subject.dtype, str) else _name(subject.dtype),
@@ -341,12 +343,22 @@ def check_remote_code(subject: SavedModel) -> str:
     installed = {name: module for name, module in report["modules"].items() if "transformers_modules" not in module}
     if installed:
         raise CheckFailed(f"not taken from the repository: {installed}; config.json lacks their `auto_map` entries")
+    if report["base_class"] is not None and not report["base_is_equal"]:
+        raise CheckFailed(f"the base {base_name}, loaded by its own code files, gives other logits than the text view")
+    of_base = f"; its base alone, a {report['base_class']}, gives the text view's logits" if alone else ""
     others = _code_of_others(subject.folder)
     return (
         f"{', '.join(report['modules'])} run the repository's own files "
         f"({f'{some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
         f"process; it answered about an image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
+        f"{of_base}"
     )
+
+
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    """Hub options for another process, which gets the token and its consent in other ways."""
+    kept = {key: value for key, value in options.items() if key not in ("token", "trust_remote_code")}
+    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in kept.items()}
 
 
 def _code_of_others(folder: Path) -> list[str]:

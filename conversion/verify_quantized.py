@@ -3,12 +3,15 @@
 import logging
 import os
 from collections.abc import Iterator
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+import modeling_genieblue
 from conversion.precision import LayerPlan, QuantizationRecipe, describe, plan_adapter, plan_base, plan_own_parts
 from conversion.quantization_error import ViewLogits, measured_errors, view_logits
 from conversion.rounding import TOP_CODE
@@ -57,6 +60,19 @@ def check_quantized_adapter(subject: SavedModel) -> str:
         f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as "
         "config.json says; codes and zero points in range, scales positive and finite"
     )
+
+
+def may_run_code_of_base(subject: SavedModel) -> bool:
+    """Whether the code files in a quantized base's repository may run: the user's own, or ours byte for byte."""
+    name, options = subject.base
+    is_folder = os.path.isdir(name)
+    if subject.trust or is_folder and (subject.is_local or subject.base_override is not None):
+        return True
+    hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+    # A folder is that of a self-contained model here, which was downloaded.
+    folder = Path(name) if is_folder else Path(snapshot_download(name, allow_patterns="*.py", **hub))
+    own = Path(modeling_genieblue.__file__).parent
+    return all((own / path.name).is_file() and cmp(path, own / path.name, False) for path in folder.glob("*.py"))
 
 
 def impossible_numbers(path: Path) -> Iterator[str]:
@@ -191,4 +207,4 @@ def _recorded_errors(subject: SavedModel, reason: Exception) -> str:
     return f"as recorded, not measured again ({why}): " + ", ".join(f"{row['name']} {row['value']}" for row in rows)
 
 
-__all__ = ["check_quantization", "check_quantized_adapter"]
+__all__ = ["check_quantization", "check_quantized_adapter", "may_run_code_of_base"]
