@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_base, tiny_vision_tower
 from tiny_quantized import (
     ADAPTER,
@@ -344,9 +344,78 @@ def test_embeddings_of_8_bits_are_looked_up_by_row(model):
 
 
 def test_file_written_by_stock_safetensors_loads(tmp_path):
-    from safetensors.torch import load_file
-
     folder = own_copy(quantized_pair(), tmp_path)
     for name in (OWN_WEIGHTS, ADAPTER, BASE_WEIGHTS):
         save_file(load_file(folder / name), folder / name)
     assert same(answers(load(folder / "genieblue")), answers(load(quantized_pair() / "genieblue")))
+
+
+# What tools do with any model
+
+
+@pytest.mark.parametrize("mix", [{}, W8, {"lm_head": "w8a16", "embeddings": "w8a16"}, {"activations": "float32"}],
+                         ids=str)  # fmt: skip
+def test_state_dict_holds_what_the_file_holds(mix):
+    folder = quantized_pair(**mix)
+    model = load(folder / "genieblue")
+    state, stored = model.language_model.state_dict(), load_file(folder / BASE_WEIGHTS)
+    codes = [name for name in stored if name.endswith(("._data", "._scale"))]
+    assert codes and all(torch.equal(state[name].view(stored[name].shape), stored[name]) for name in codes)
+    assert model.state_dict().keys() >= {f"language_model.{name}" for name in codes}
+
+
+@pytest.mark.parametrize("mix", [{}, W8, {"activations": "float32"}], ids=str)
+def test_state_dict_that_is_loaded_back_changes_nothing_or_is_refused(mix):
+    model = load(quantized_pair(**mix) / "genieblue")
+    before = answers(model)
+    try:
+        model.language_model.load_state_dict(model.language_model.state_dict())
+    except (ValueError, RuntimeError):
+        pass
+    assert same(answers(model), before)
+
+
+@pytest.mark.parametrize("mix", [{}, W8, {"activations": "float32"}], ids=str)
+@torch.no_grad()
+def test_compiled_model_answers_as_itself(mix):
+    model = load(quantized_pair(**mix) / "genieblue")
+    expected = model(TEXT).logits
+    torch._dynamo.reset()
+    found = torch.compile(model.language_model, backend="eager")(TEXT).logits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@torch.no_grad()
+def test_runs_under_autocast(dtype, autocast):
+    model = load(quantized_pair() / "genieblue", dtype=dtype)
+    expected = model(REQUEST, pixel_values=PIXELS).logits.float()
+    with torch.autocast("cpu", dtype=autocast):
+        found = model(REQUEST, pixel_values=PIXELS).logits.float()
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_changed_adapter_is_not_lost_by_a_save(model, tmp_path):
+    """The files are copied as they are: what was trained since would be gone in silence."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.add_(1)
+    expected = answers(model)
+    try:
+        model.save_pretrained(tmp_path / "changed")
+    except ValueError as error:
+        assert "train" in str(error) or "changed" in str(error)
+        assert not list(tmp_path.iterdir())
+    else:
+        loaded = load(tmp_path / "changed", base_model=quantized_pair() / "base")
+        assert (answers(loaded)[1] - expected[1]).norm() < 0.05 * expected[1].norm()
+
+
+@pytest.mark.parametrize("name", ["variant", "generation_config", "key_mapping", "gguf_file", "quantization_config"])
+def test_option_of_none_is_none_given(name):
+    folder = quantized_pair()
+    assert same(answers(load(folder / "genieblue", **{name: None})), answers(load(folder / "genieblue")))
+    base = load_base(folder / "base", **{name: None})
+    assert torch.equal(base(TEXT).logits, load_base(folder / "base")(TEXT).logits)
