@@ -61,19 +61,22 @@ def qnn(
 
         chats = ChatDataset(calibration, image_folder=image_folder)
         encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
-        bundle = export_bundle(
-            model,
-            out.expanduser(),
-            soc=soc,
-            calibration=[encode(chats[index]) for index in range(min(samples, len(chats)))],
-            chunk_length=chunk_length,
-            context_length=context_length,
-            parts=parts,
-            lora=lora.value,
-            cache_bits=cache_bits,
-            vision_tiles=vision_tiles,
-            **options,
-        )
+        try:
+            bundle = export_bundle(
+                model,
+                out.expanduser(),
+                soc=soc,
+                calibration=[encode(chats[index]) for index in range(min(samples, len(chats)))],
+                chunk_length=chunk_length,
+                context_length=context_length,
+                parts=parts,
+                lora=lora.value,
+                cache_bits=cache_bits,
+                vision_tiles=vision_tiles,
+                **options,
+            )
+        except RuntimeError as error:  # the compiler's refusals, which the user can do something about
+            raise OSError(f"The compiler failed: {error}") from error
     files = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
     if json_output:
         print_json({"bundle": str(bundle), "files": files})
