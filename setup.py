@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PACKAGES = ["modeling_genieblue", "hub_cards", "conversion", "conversion.*", "genieblue", "genieblue.*"]
+OPTIMUM_COMMANDS = "optimum.commands.register"
 EXTRAS = {
     "train": ["datasets>=5.0", "accelerate>=1.15", "filelock>=3.20"],
     "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22"],
@@ -23,9 +25,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # An editable install puts this folder on the path as a whole, so that a new file needs no new install.
-    package_dir={"": "."},
-    packages=find_packages(include=["modeling_genieblue", "hub_cards", "conversion*", "genieblue*"]),
+    # optimum-cli looks for commands in a namespace of its own, which a folder of that name here would hide in tests.
+    package_dir={"": ".", OPTIMUM_COMMANDS: "optimum_cli"},
+    packages=[*find_packages(include=PACKAGES), OPTIMUM_COMMANDS],
     package_data={"hub_cards": ["*.md"]},
     install_requires=[
         "torch>=2.13",

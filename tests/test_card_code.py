@@ -18,6 +18,7 @@ REPO, BASE = "you/reader", "maker/base-llm"
 # Takes an editable install, or the checkout itself, off the path.
 WITHOUT_PACKAGE = f"""import sys
 sys.path[:] = [entry for entry in sys.path if entry != {str(Path(__file__).parents[1])!r}]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable___genieblue" not in finder.__module__]
 try:
     import hub_cards
 except ImportError:

@@ -1,0 +1,80 @@
+"""Commands of GenieBlue under `optimum-cli`, which finds this file as `optimum.commands.register.register_genieblue`.
+
+`setup.py` installs this folder into that namespace, to which no package may add an `__init__.py`. optimum-cli imports
+it at every start, so nothing heavy is imported here.
+"""
+
+from argparse import ArgumentParser
+from enum import StrEnum
+from typing import Any, get_args, get_type_hints
+
+import typer
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from genieblue.cli import app
+
+
+class GenieBlueCommand(BaseOptimumCLICommand):
+    """A command of `genieblue` under another roof: its options are read off that command, which is then run."""
+
+    NAME: str
+
+    @classmethod
+    def parse_args(cls, parser: ArgumentParser) -> None:
+        """Gives the parser the options that the command has."""
+        command = _command(cls.NAME)
+        hints = get_type_hints(command.callback)
+        parser.description = command.help
+        for parameter in command.params:
+            text = (getattr(parameter, "help", None) or "").replace("%", "%%")
+            if parameter.param_type_name == "argument":
+                parser.add_argument(parameter.name, help=text)
+            elif parameter.is_flag:
+                parser.add_argument(*parameter.opts, dest=parameter.name, action="store_true", help=text)
+            else:
+                default = getattr(parameter.default, "value", parameter.default)
+                parser.add_argument(
+                    *parameter.opts,
+                    dest=parameter.name,
+                    required=parameter.required,
+                    choices=_choices(hints[parameter.name]),
+                    action="append" if parameter.multiple else "store",
+                    help=text if default is None else f"{text} (default: {default})",
+                )
+
+    def run(self) -> None:
+        """Runs the command with what was given, as `genieblue` does, and ends with its exit code."""
+        app(args=[self.NAME, *self._given()], prog_name="genieblue")
+
+    def _given(self) -> list[str]:
+        options, arguments = [], []
+        for parameter in _command(self.NAME).params:
+            value = getattr(self.args, parameter.name)
+            if parameter.param_type_name == "argument":
+                arguments.append(value)
+            elif value is True:
+                options.append(parameter.opts[0])
+            elif value:
+                options += [f"{parameter.opts[0]}={item}" for item in (value if parameter.multiple else [value])]
+        return [*options, "--", *arguments]
+
+
+def _command(name: str) -> Any:
+    return typer.main.get_command(app).commands[name]
+
+
+def _choices(hint: Any) -> list[str] | None:
+    """What an option with this annotation takes, if that is one of a few words."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, StrEnum)]
+    return [member.value for kind in kinds for member in kind] or None
+
+
+class GenieBlueQuantizeCommand(GenieBlueCommand):
+    """`optimum-cli genieblue-quantize`."""
+
+    NAME = "quantize"
+    COMMAND = CommandInfo(name="genieblue-quantize", help="Quantize a GenieBlue and its base with optimum-quanto.")
+
+
+# Each entry is a command, or `(command, parent command)` for one under `export`.
+REGISTER_COMMANDS = [GenieBlueQuantizeCommand]

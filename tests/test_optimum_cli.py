@@ -1,0 +1,95 @@
+"""`optimum-cli genieblue-quantize`: there once our wheel is installed, the same command as `genieblue quantize`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import typer
+from tiny_quantized import contents, large_pair
+
+from genieblue.cli import app
+from hub_cards.model_folder import QUANTIZED_BASE_WEIGHTS
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("modeling_genieblue", "hub_cards", "conversion", "genieblue", "optimum_cli")
+pytestmark = pytest.mark.skipif(
+    int(version("setuptools").split(".")[0]) < 77, reason="pyproject.toml asks for setuptools 77 to build a wheel"
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what is packaged: a build leaves traces beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def site(request, source, tmp_path_factory) -> Path:
+    """A site-packages folder in which the package is installed."""
+    target = tmp_path_factory.mktemp(request.param)
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--target", str(target)]
+    editable = ["--editable"] if request.param == "editable" else []
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *editable, str(source)], check=True)
+    return target
+
+
+def optimum_cli(site: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Runs the command in a process that has `site` before what is installed already."""
+    start = (
+        "from optimum.commands.optimum_cli import main; "
+        "sys.argv[0] = 'optimum-cli'; main()"
+    )
+    prepare = f"import site, sys; site.addsitedir({str(site)!r}); "
+    paths = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])
+    return subprocess.run(
+        [sys.executable, "-c", prepare + start, *map(str, arguments)],
+        cwd=site.parent,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_is_listed_and_ours_prints_no_error(site):
+    result = optimum_cli(site, "--help")
+    assert result.returncode == 0 and "genieblue-quantize" in result.stdout
+    assert "genieblue" not in result.stderr
+
+
+def test_its_options_are_those_of_genieblue_quantize(site):
+    result = optimum_cli(site, "genieblue-quantize", "--help")
+    assert result.returncode == 0, result.stderr
+    names = [name for parameter in typer.main.get_command(app).commands["quantize"].params for name in parameter.opts]
+    assert len(names) > 15 and [name for name in names if name not in result.stdout] == []
+    assert "{w4a16,w8a16,w16a16}" in result.stdout and "(default: w4a16)" in result.stdout
+
+
+def test_it_writes_what_genieblue_quantize_writes(site, tmp_path):
+    options = ["--llm", "w8a16", "--replicated=w4a16", "--rounding", "rtn", "--self-contained", "--json"]
+    result = optimum_cli(site, "genieblue-quantize", large_pair(), "--out", tmp_path / "one", *options)
+    assert result.returncode == 0, result.stderr
+    parts = json.loads(result.stdout)["parts"]
+    assert {part: entry["precision"] for part, entry in parts.items()}["replicated_blocks"] == "w4a16"
+    arguments = ["quantize", str(large_pair()), "--out", str(tmp_path / "other"), *options]
+    subprocess.run([sys.executable, "-m", "genieblue", *arguments], check=True, capture_output=True, cwd=ROOT)
+    one, other = contents(tmp_path / "one"), contents(tmp_path / "other")
+    assert one.keys() == other.keys()
+    for name in ("model.safetensors", f"base/{QUANTIZED_BASE_WEIGHTS}", "config.json"):
+        assert one[name] == other[name]
+
+
+def test_errors_are_one_sentence_and_exit_codes_those_of_the_command(site, tmp_path):
+    result = optimum_cli(site, "genieblue-quantize", large_pair(), "--out", large_pair())
+    assert result.returncode == 1 and "Error: " in result.stderr and "Traceback" not in result.stderr
+    refused = optimum_cli(site, "genieblue-quantize", large_pair(), "--out", tmp_path / "x", "--llm", "w3")
+    assert refused.returncode == 2
