@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from genieblue.info_command import print_info
 from genieblue.options import (
     Backend,
     Base,
@@ -31,7 +32,6 @@ from genieblue.terminal import (
     print_json,
     print_table,
     quiet_transformers,
-    short_bytes,
     speak_plainly,
     stdout_for_json,
 )
@@ -287,33 +287,6 @@ def info(model: Model, json_output: Json = False, base: Base = None, revision: R
     with stdout_for_json(True), looking_for(model):
         found = model_info(model, base=base, revision=revision)
     print_json(found.as_json())
-
-
-def print_info(model: str, base: str | None, revision: str | None) -> None:
-    """Prints what a GenieBlue is and a table of its parts."""
-    from genieblue.info import LANGUAGE_MODEL, model_info
-
-    with looking_for(model):
-        found = model_info(model, base=base, revision=revision)
-    config = found.config
-    commit = config.get("base_model_revision")
-    typer.echo(f"{model}: GenieBlue on {config.get('base_model_name_or_path')}{f' at {commit}' if commit else ''}")
-    layers = ", ".join(map(str, config.get("replicated_layers") or []))
-    typer.echo(
-        f"blocks {layers} of {(config.get('text_config') or {}).get('num_hidden_layers')} replicated "
-        f"({config.get('placement') or 'chosen by hand'}), LoRA rank {config.get('lora_rank')} alpha "
-        f"{config.get('lora_alpha')}, {config.get('image_seq_length')} tokens a tile\n"
-    )
-    rows = [
-        (name, "unknown", "") if size is None else (name, f"{size.parameters:,}", short_bytes(size.bytes))
-        for name, size in found.parts.items()
-    ]
-    own = [size for name, size in found.parts.items() if size is not None and name != LANGUAGE_MODEL]
-    total = (sum(size.parameters for size in own), sum(size.bytes for size in own))
-    print_table(
-        ("part", "parameters", "on disk"), [*rows, ("all but the base", f"{total[0]:,}", short_bytes(total[1]))]
-    )
-    note("language_model is the base, whose files are its own: none of its weights lies in a GenieBlue.")
 
 
 @app.command()

@@ -10,12 +10,15 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, SafetensorsParsingError
 
 from hub_cards.model_folder import (
+    QUANTIZED_BASE_WEIGHTS,
     WEIGHTS,
     WEIGHTS_INDEX,
     PartSize,
     adapter_weights,
     as_parameters,
+    is_inner_folder,
     parameter_sizes,
+    read_base_quantization,
     read_json,
 )
 
@@ -36,10 +39,24 @@ class ModelInfo:
     config: dict[str, Any]
     parts: dict[str, PartSize | None]
 
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Precision by part of a quantized GenieBlue, nothing for another; that of the base is that of its blocks."""
+        quantization = self.config.get("quantization")
+        if quantization is None:
+            return {}
+        return {name: quantization["llm" if name == LANGUAGE_MODEL else name] for name in self.parts}
+
     def as_json(self) -> dict[str, Any]:
-        """`{"parts": {name: {"parameters": int, "bytes": int}}}`; both numbers of an unknown part are None."""
+        """`{"parts": {name: {"parameters": int, "bytes": int}}}`; both numbers of an unknown part are None.
+
+        Parts of a quantized GenieBlue have their `precision` as well.
+        """
         unknown = {"parameters": None, "bytes": None}
-        return {"parts": {name: unknown if size is None else asdict(size) for name, size in self.parts.items()}}
+        parts = {name: unknown if size is None else asdict(size) for name, size in self.parts.items()}
+        for name, precision in self.precisions.items():
+            parts[name] = {"precision": precision, **parts[name]}
+        return {"parts": parts}
 
 
 def model_info(
@@ -79,11 +96,14 @@ def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> Par
     if name is None:
         logger.warning("The model does not say what its base is.")
         return None
-    if base is None and name.startswith("."):  # relative to the model's own folder
+    subfolder = ""
+    if base is None and files.folder is None and is_inner_folder(name):
+        name, revision, subfolder = files.name, files.revision, f"{name[2:]}/"
+    elif base is None and name.startswith("."):  # relative to the model's own folder
         name = os.path.normpath(os.path.join(os.path.realpath(files.name), name))
     parts: dict[str, PartSize | None] = {}
     try:
-        base_files = _Files(name, None if base is not None else revision, files.token, files.cache_dir)
+        base_files = _Files(name, None if base is not None else revision, files.token, files.cache_dir, subfolder)
         for file in base_files.weight_files():
             for size in base_files.tensor_sizes(file).values():
                 _add(parts, LANGUAGE_MODEL, size)
@@ -105,8 +125,11 @@ def _stored_size(tensor: Any) -> PartSize:
 class _Files:
     """Files of a model in a folder or on the Hub, of which the large ones are not downloaded."""
 
-    def __init__(self, name: str, revision: str | None, token: str | bool | None, cache_dir: Any):
+    def __init__(
+        self, name: str, revision: str | None, token: str | bool | None, cache_dir: Any, subfolder: str = ""
+    ):
         self.name, self.revision, self.token, self.cache_dir = name, revision, token, cache_dir
+        self.subfolder = subfolder  # of a repository, with a slash at its end
         self.folder = Path(name) if os.path.isdir(name) else None
         if self.folder is None and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
             raise FileNotFoundError(f"{name} is no folder: give a folder or a Hub id.")
@@ -118,7 +141,7 @@ class _Files:
             return path if path.is_file() else None
         hub = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
         try:
-            return Path(hf_hub_download(self.name, file, **hub, **options))
+            return Path(hf_hub_download(self.name, self.subfolder + file, **hub, **options))
         except LocalEntryNotFoundError:  # not in the cache, and the Hub was not asked or does not answer
             if not options:
                 raise
@@ -128,6 +151,9 @@ class _Files:
 
     def weight_files(self) -> list[str]:
         """The one file of weights, or the shards that the index names."""
+        config = self.find("config.json")
+        if config is not None and read_base_quantization(config.parent) is not None:
+            return [QUANTIZED_BASE_WEIGHTS]
         index = self.find(WEIGHTS_INDEX)
         if index is None:
             return [WEIGHTS]
@@ -142,7 +168,9 @@ class _Files:
             raise FileNotFoundError(f"{self.folder} has no {file}: save or download the model again.")
         try:
             api = HfApi(token=self.token)
-            metadata = api.parse_safetensors_file_metadata(self.name, file, revision=self.revision)
+            metadata = api.parse_safetensors_file_metadata(
+                self.name, self.subfolder + file, revision=self.revision
+            )
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
         return {

@@ -241,6 +241,28 @@ def test_a_quantized_adapter_that_was_never_trained_is_refused(whole, tmp_path):
     assert ["Nothing has been trained" in problem for problem in find_problems(folder)] == [True]
 
 
+# Sizes
+
+
+def test_info_tells_precisions_and_sizes_of_a_folder_and_of_the_hub_alike(hub, pair, whole):
+    publish_quantized_base(pair / "base", BASE)
+    publish_folder(pair / "genieblue", REPO, base=BASE)
+    publish_folder(whole, "you/whole")
+    found = [json.loads(CliRunner().invoke(app, ["info", str(model), "--json"]).stdout)["parts"]
+             for model in (pair / "genieblue", REPO, whole, "you/whole")]  # fmt: skip
+    assert found[0] == found[1] == found[2] == found[3]
+    assert {name: part["precision"] for name, part in found[0].items()} == {
+        "language_model": "w4a16", "vision_tower": "w8a16", "multi_modal_projector": "w8a16",
+        "replicated_blocks": "w4a16", "lora": "w8a16",
+    }  # fmt: skip
+    plain = json.loads(CliRunner().invoke(app, ["info", str(large_pair()), "--json"]).stdout)["parts"]
+    assert {name: part["parameters"] for name, part in plain.items()} == {
+        name: part["parameters"] for name, part in found[0].items()
+    }
+    table = CliRunner().invoke(app, ["info", str(whole)]).output
+    assert re.search(r"part +precision +parameters", table) and "lies in a folder of this GenieBlue" in table
+
+
 # Cards
 
 
