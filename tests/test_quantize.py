@@ -325,6 +325,14 @@ def test_gptq_with_text_alone_rounds_copies_on_it(tmp_path, caplog):
     assert not changed(tmp_path, quantized_pair(rounding="gptq"), BASE_WEIGHTS, "")
 
 
+def test_what_comes_later_is_calibrated_behind_what_is_rounded_already(tmp_path):
+    """The copied block reads what the rounded base puts out, so its codes depend on the base's precision."""
+    for llm in ("w4a16", "w8a16"):
+        quantize(large_pair(), tmp_path / llm, rounding="gptq", llm=llm, replicated_blocks="w8a16")
+    assert changed(tmp_path / "w4a16", tmp_path / "w8a16", ADAPTER, "._data")
+    assert not changed(tmp_path / "w4a16", tmp_path / "w8a16", OWN_WEIGHTS, "")
+
+
 def test_samples_are_left_alone_by_other_methods(tmp_path):
     quantize(large_pair(), tmp_path, {"samples": calibration_samples()}, rounding="rtn")
     for name in (OWN_WEIGHTS, ADAPTER, BASE_WEIGHTS):

@@ -134,13 +134,15 @@ def test_lora_has_one_scale_for_each_rank():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @torch.no_grad()
 def test_every_quantized_linear_computes_with_its_own_weight(dtype):
-    model = load(quantized_pair(llm="w4a16", vision_tower="w8a16") / "genieblue", dtype=dtype)
-    for name, module in frozen(model).items():
+    """Against the weights in float32, which no kernel has packed."""
+    folder = quantized_pair(vision_tower="w4a16") / "genieblue"
+    exact = frozen(load(folder, dtype=torch.float32))
+    for name, module in frozen(load(folder, dtype=dtype)).items():
+        weight = exact[name].weight.dequantize()
         for rows in (1, 5):
             inputs = torch.randn(2, rows, module.in_features, dtype=dtype)
-            expected = inputs.float() @ module.weight.dequantize().float().T
-            expected += 0 if module.bias is None else module.bias.float()
-            assert relative_error(module(inputs), expected) < 0.02, name
+            expected = inputs.float() @ weight.T + (0 if module.bias is None else module.bias.float())
+            assert relative_error(module(inputs), expected) < 0.01, name
 
 
 @torch.no_grad()
