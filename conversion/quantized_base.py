@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 # What a base has beside its weights and its configuration, and a user of it needs.
 COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "spiece.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*", "NOTICE*",
+    "generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "chat_template*", "*.py", "*LICENSE*",
+    "*NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 CODE_FILES = (
     "quantization_genieblue.py", "quantized_files_genieblue.py", "quantized_base_genieblue.py",

@@ -179,6 +179,8 @@ def train(
         raise ValueError("Training needs the library accelerate: pip install 'genieblue[train]'.")
     if model.language_model is None:
         raise ValueError("This GenieBlue has no base: make it with `from_base` or load it with `from_pretrained`.")
+    if model.config.quantization is not None:
+        raise ValueError("Quantized weights are not trained: train the 16-bit GenieBlue, then quantize it again.")
     chats = dataset if isinstance(dataset, ChatDataset) else ChatDataset(dataset)
     if settings.stage == 1:
         chats = chats.with_images()

@@ -167,11 +167,21 @@ class FrozenLinear(QLinear):
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
+    # As it is, not in the stored form: 4-bit codes in memory are packed for a kernel, and cannot be unpacked exactly.
+    def _save_to_state_dict(self, *args: Any) -> None:
+        nn.Module._save_to_state_dict(self, *args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` (..., in_features) → (..., out_features)."""
+        """`input` (..., in_features) → (..., out_features), in the precision of the scales."""
+        if torch.compiler.is_compiling():
+            return _multiply_outside_of_graphs(self, input)
         weight = self.weight
-        on_cpu_kernels = input.dtype == torch.bfloat16 and input.device.type == "cpu"
-        if not on_cpu_kernels or torch.compiler.is_compiling():
+        if input.dtype != weight.dtype:  # under autocast
+            input = input.to(weight.dtype)
+        if input.dtype != torch.bfloat16 or input.device.type != "cpu":
             return functional.linear(input.contiguous(), weight, self.bias)
         # The kernels refuse a strided input, and crash on one that lies at an odd place in memory.
         input = input.contiguous()
@@ -191,6 +201,11 @@ class FrozenLinear(QLinear):
         if self.bias is not None:
             result += self.bias
         return result.view(*input.shape[:-1], self.out_features)
+
+
+@torch.compiler.disable
+def _multiply_outside_of_graphs(linear: FrozenLinear, input: torch.Tensor) -> torch.Tensor:
+    return linear(input)
 
 
 def is_frozen(module: nn.Module) -> bool:

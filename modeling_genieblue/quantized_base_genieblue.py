@@ -30,7 +30,10 @@ QUANT_METHOD = "genieblue_quanto"
 OTHER_OPTIONS = (
     "quantization_config", "torch_dtype", "use_safetensors", "low_cpu_mem_usage", "max_memory", "offload_folder",
     "offload_buffers", "adapter_kwargs", "trust_remote_code", "dtype", "device_map", "attn_implementation",
+    "output_loading_info", "weights_only", "ignore_mismatched_sizes",
 )  # fmt: skip
+# What transformers reports of a load, which here has been an error already.
+NOTHING_MISSING = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
@@ -102,13 +105,13 @@ def load_quantized_base(
     hub_kwargs = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
     own_config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **hub_kwargs) \
         if config is None else copy.deepcopy(config)
-    settings = getattr(own_config, "quantization_config", None)
+    settings = getattr(own_config, "quantization_config", None) or read_base_quantization(location, **hub_kwargs)
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{location} is no base that GenieBlue quantized: load it without this class.")
     check_quantization(settings, BASE_PARTS, f"`quantization_config` of {location}")
     model_class = _own_class(location, own_config, settings, trust_remote_code, hub_kwargs)
     for name in ("auto_map", "quantization_config"):
-        delattr(own_config, name)
+        own_config.__dict__.pop(name, None)
     dtype = _dtype(dtype or kwargs.get("torch_dtype"), settings)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     base = on_meta_device(lambda: model_class._from_config(own_config, dtype=dtype, **attention))
@@ -128,12 +131,14 @@ def load_quantized_base(
     base.config.name_or_path = location
     base.config.quantization_config = settings
     guard_precision(base, _QuantizedBase)
-    return base.requires_grad_(False).eval()
+    base.requires_grad_(False).eval()
+    return (base, dict(NOTHING_MISSING)) if kwargs.get("output_loading_info") else base
 
 
 def refuse_unknown_options(options: dict[str, Any]) -> None:
     """`TypeError` for keyword arguments that mean nothing when a quantized model is loaded."""
-    if unknown := sorted(set(options) - set(HUB_KEYS) - set(OTHER_OPTIONS)):
+    given = {name for name, value in options.items() if value is not None}
+    if unknown := sorted(given - set(HUB_KEYS) - set(OTHER_OPTIONS)):
         raise TypeError(f"{', '.join(unknown)}: not known when a quantized model is loaded.")
 
 

@@ -24,7 +24,7 @@ from .loading_genieblue import LoadRequest, is_inner_folder
 from .onnxruntime_linears_genieblue import require_onnxruntime, use_onnxruntime
 from .precision_guard_genieblue import guard_precision
 from .quantization_genieblue import QMAP_NAME, FrozenLinear, scales_of, stored_codes
-from .quantized_base_genieblue import on_meta_device, one_device, refuse_unknown_options
+from .quantized_base_genieblue import NOTHING_MISSING, on_meta_device, one_device, refuse_unknown_options
 from .quantized_files_genieblue import (
     FLOATING,
     QuantizedFile,
@@ -77,7 +77,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     for module in (model.vision_tower, model.multi_modal_projector):
         guard_precision(module)
     model.config.name_or_path = request.path
-    return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return model, dict(NOTHING_MISSING)
 
 
 def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_model: Any) -> bool:
@@ -171,6 +171,8 @@ def load_quantized_adapter(
         else:
             weight = file.weight(stock, kind, tuple(parameter.shape), base_dtype, device)
             view.set_submodule(name, FrozenLinear(weight, view.get_submodule(name).bias, kind))
+    for _, _, parameter in adapter_parameters(view):
+        parameter.requires_grad_(False)  # what is saved is the files: training would be lost
 
 
 def quantized_files(request: LoadRequest, config: GenieBlueConfig) -> dict[str, Path]:
