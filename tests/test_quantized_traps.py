@@ -286,6 +286,8 @@ def test_stock_lora_runs_on_a_quantized_base_and_is_not_dropped_by_merging(mix):
                          ids=str)  # fmt: skip
 def test_gradients_reach_lora_and_no_quantized_weight(mix):
     model = load(quantized_pair(**mix) / "genieblue")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    train_lora(model)
     before = answers(model)
     model.train()
     model(REQUEST, pixel_values=PIXELS, labels=REQUEST).loss.backward()
@@ -298,8 +300,16 @@ def test_gradients_reach_lora_and_no_quantized_weight(mix):
     assert same(answers(model), before)
 
 
+def train_lora(model):
+    """What a user does by hand who wants gradients all the same; nothing of it is ever saved."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(True)
+
+
 def test_gradients_are_those_of_the_dequantized_model():
     model = load(quantized_pair(activations="float32", **W8) / "genieblue")
+    train_lora(model)
     plain = load(large_pair())
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
