@@ -171,6 +171,19 @@ def test_the_error_is_measured_against_the_16_bit_model(pair, run):
     assert f"text view {values['text']}, multimodal view {values['multimodal']}" in details
 
 
+def test_the_error_is_measured_against_a_16_bit_model_on_the_hub(hub, pair, tmp_path):
+    publish_base = hub.commit_folder("maker/base-llm", pair / "source/base-llm")
+    publish_folder(pair / "source/genieblue", "you/reader", base=f"maker/base-llm@{publish_base}")
+    quantize_genieblue("you/reader", tmp_path / "whole", self_contained=True)
+    hub.commit("you/reader", {"config.json": b"{}"})
+    publish_folder(tmp_path / "whole", "you/whole")
+    for model in (tmp_path / "whole", "you/whole"):
+        details = {check.name: (check.ok, check.detail) for check in verify_model(model)}
+        assert details["quantization"][0] and "measured again against you/reader:" in details["quantization"][1]
+    card = (tmp_path / "whole/README.md").read_text()
+    assert "base_model: you/reader" in card and "base_model_relation: quantized" in card
+
+
 def test_without_the_16_bit_model_the_recorded_error_is_told_as_such(pair, run):
     shutil.rmtree(pair / "source")
     failed, details = run(pair / "genieblue", "stock_peft")
