@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 PACKAGES = ["modeling_genieblue", "hub_cards", "conversion", "conversion.*", "genieblue", "genieblue.*"]
 OPTIMUM_COMMANDS = "optimum.commands.register"
+QNN_COMPILER = "onnxruntime-qnn>=2.7; platform_system == 'Linux' and platform_machine == 'x86_64'"
 EXTRAS = {
     "train": ["datasets>=5.0", "accelerate>=1.15", "filelock>=3.20"],
     "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22"],
@@ -11,8 +12,8 @@ EXTRAS = {
     "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7,<0.3", "accelerate>=1.15"],
     "onnxruntime": ["onnxruntime>=1.31,<2", "onnx>=1.23"],
     # Linux on x86-64 with glibc 2.35.
-    "qnn": ["onnxruntime>=1.31,<2", "onnxruntime-qnn>=2.7", "onnx>=1.23", "onnxscript>=0.7"],
-    "dev": ["pytest>=9.0", "ruff>=0.17"],
+    "qnn": ["onnxruntime>=1.31,<2", QNN_COMPILER, "onnx>=1.23", "onnxscript>=0.7"],
+    "dev": ["pytest>=9.0", "ruff>=0.17", "setuptools>=77"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import typer
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
 
 from genieblue.cli import app
 
@@ -44,7 +45,7 @@ class GenieBlueCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Runs the command with what was given, as `genieblue` does, and ends with its exit code."""
-        app(args=[self.NAME, *self._given()], prog_name="genieblue")
+        app(args=[*self.NAME.split(), *self._given()], prog_name="genieblue")
 
     def _given(self) -> list[str]:
         options, arguments = [], []
@@ -60,7 +61,11 @@ class GenieBlueCommand(BaseOptimumCLICommand):
 
 
 def _command(name: str) -> Any:
-    return typer.main.get_command(app).commands[name]
+    """The command of `genieblue` with this name; `export qnn` is one in a group."""
+    command = typer.main.get_command(app)
+    for part in name.split():
+        command = command.commands[part]
+    return command
 
 
 def _choices(hint: Any) -> list[str] | None:
@@ -76,5 +81,12 @@ class GenieBlueQuantizeCommand(GenieBlueCommand):
     COMMAND = CommandInfo(name="genieblue-quantize", help="Quantize a GenieBlue and its base with optimum-quanto.")
 
 
+class GenieBlueQnnCommand(GenieBlueCommand):
+    """`optimum-cli export genieblue-qnn`."""
+
+    NAME = "export qnn"
+    COMMAND = CommandInfo(name="genieblue-qnn", help="Export a GenieBlue to context binaries for a Snapdragon NPU.")
+
+
 # Each entry is a command, or `(command, parent command)` for one under `export`.
-REGISTER_COMMANDS = [GenieBlueQuantizeCommand]
+REGISTER_COMMANDS = [GenieBlueQuantizeCommand, (GenieBlueQnnCommand, ExportCommand)]
