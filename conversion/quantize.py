@@ -14,7 +14,14 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from conversion.calibration import linear_hessians, walk_blocks
-from conversion.precision import LayerPlan, QuantizationRecipe, describe, plan_base, plan_own_parts
+from conversion.precision import (
+    LayerPlan,
+    QuantizationRecipe,
+    describe,
+    plan_adapter,
+    plan_base,
+    plan_own_parts,
+)
 from conversion.quantization_error import measured_errors, view_logits
 from conversion.quantized_base import (
     base_folder,
@@ -321,32 +328,30 @@ def _round_adapter(
 ) -> dict[str, Path]:
     """LoRA and the copied blocks as files of the new folder; LoRA first, which the blocks after it run with."""
     view = model.multimodal_language_model
-    kinds: dict[str, str] = {}
+    adapter = plan_adapter(view, recipe)
+    plan.kept |= adapter.kept
     tensors: dict[str, torch.Tensor] = {}
-    copies = LayerPlan()
-    stock_names = {}
+    copies: dict[str, str] = {}  # by their names in the view, which the blocks are walked by
     for name, stock, weight in list(quantized_adapter_entries(view)):
-        if ".lora_" not in name:
-            copies.add(name, tuple(weight.shape), recipe.replicated_blocks)
-            stock_names[name] = stock
-        elif recipe.lora != "w16a16":
-            kinds[stock] = "qint8"
+        if stock not in adapter.kinds:
+            continue
+        if ".lora_" in name:
             tensors |= _round_lora(view, name, stock, weight, recipe.dtype)
+        else:
+            copies[name] = stock
     path, _ = find_blocks(view)
-    rounded = rounder.round_blocks(view, path, copies.kinds, _embedded(model, rounder), "replicated blocks")
-    for name, kind in copies.kinds.items():
-        stock = stock_names[name]
-        kinds[stock] = kind
+    kinds = {name: adapter.kinds[stock] for name, stock in copies.items()}
+    rounded = rounder.round_blocks(view, path, kinds, _embedded(model, rounder), "replicated blocks")
+    for name, stock in copies.items():
         own = {key: value for key, value in rounded.items() if key.startswith(f"{name}.")}
         tensors |= {stock + key.removeprefix(name): value for key, value in own.items()}
-    plan.kept |= {stock_names[name]: reason for name, reason in copies.kept.items()}
     state = {
         stock: parameter.detach().cpu().to(recipe.dtype).contiguous()
         for _, stock, parameter in adapter_parameters(view)
-        if stock.removesuffix(".weight") not in kinds
+        if stock.removesuffix(".weight") not in adapter.kinds
     }
     weights, qmap = f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
-    return _write(workplace, weights, qmap, state | tensors, kinds)
+    return _write(workplace, weights, qmap, state | tensors, adapter.kinds)
 
 
 @torch.no_grad()
