@@ -1,5 +1,7 @@
 """Quantized models that are loaded: the stored values, equal answers in every mix and family, options."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -161,16 +163,26 @@ def test_answers_are_those_of_an_unquantized_model_with_the_rounded_weights():
 # Round trip
 
 
+@pytest.fixture
+def beside():
+    """Folders that a test writes beside what others read, for a base with the same relative path."""
+    written = []
+    yield written.append
+    for folder in written:
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("mix", MIXES)
-def test_saved_loaded_and_saved_again_in_every_mix(mix, tmp_path):
+def test_saved_loaded_and_saved_again_in_every_mix(mix, beside):
     folder = quantized_pair(**MIXES[mix])
     model = load(folder / "genieblue")
     expected = answers(model)
     assert not any(torch.isnan(part.float()).any() for part in expected)
     assert model.dtype == getattr(torch, model.config.quantization["activations"])
     assert same(answers(load(folder / "genieblue")), expected)
-    again = folder / "again"  # beside it, so that the base has the same relative path
+    again = folder / "again"
     model.save_pretrained(again)
+    beside(again)
     first, second = contents(folder / "genieblue"), contents(again)
     assert first.keys() - second.keys() <= {"measurements.json"} and second.keys() <= first.keys()
     assert {name for name in second if first[name] != second[name]} <= {"README.md"}
