@@ -115,6 +115,7 @@ def quantize_genieblue(
     refuse_taken_places(source, config, output, target, overwrite)
 
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    model.requires_grad_(False)
     rounder = _Rounder(recipe, samples, progress)
     plans = [plan_own_parts(model, recipe), plan_base(model.language_model, recipe)]
     before = view_logits(model)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
-from .language_views_genieblue import ADAPTER_FOLDER, save_adapter, save_adapter_config
+from .language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, save_adapter, save_adapter_config
 from .loading_genieblue import is_inner_folder, is_local_reference
 from .processing_genieblue import GenieBlueProcessor
 
@@ -61,6 +61,9 @@ def save_model(
             f"This GenieBlue is quantized for {quantized['activations']} and cannot be saved in {dtype}: quantize the "
             "16-bit one again."
         )
+    trained = (value.requires_grad for _, _, value in adapter_parameters(model.multimodal_language_model))
+    if quantized is not None and any(trained):
+        raise ValueError("A quantized GenieBlue is saved as it was loaded, and training lost: train in 16 bits.")
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise OSError(f"{target} is a file: give a folder to save into.")

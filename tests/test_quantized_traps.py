@@ -418,3 +418,11 @@ def test_option_of_none_is_none_given(name):
     assert same(answers(load(folder / "genieblue", **{name: None})), answers(load(folder / "genieblue")))
     base = load_base(folder / "base", **{name: None})
     assert torch.equal(base(TEXT).logits, load_base(folder / "base")(TEXT).logits)
+
+
+def test_training_by_hand_is_not_saved_as_if_it_were(tmp_path):
+    model = load(quantized_pair() / "genieblue")
+    train_lora(model)
+    with pytest.raises(ValueError, match="train in 16 bits"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
