@@ -115,7 +115,6 @@ def quantize_genieblue(
     refuse_taken_places(source, config, output, target, overwrite)
 
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
-    model.requires_grad_(False)
     rounder = _Rounder(recipe, samples, progress)
     plans = [plan_own_parts(model, recipe), plan_base(model.language_model, recipe)]
     before = view_logits(model)
@@ -135,6 +134,7 @@ def quantize_genieblue(
         files |= _round_adapter(model, recipe, plans[0], rounder, workplace)
         model._quantized_files = files
         model.config.quantization = describe(recipe, plans) | {"source": origin}
+        model.requires_grad_(False)
         access = {key: load_kwargs[key] for key in (*ACCESS_KEYS, "trust_remote_code") if key in load_kwargs}
         # Saved once in passing, to measure what a user will load.
         save_model(model, workplace / "trial")
