@@ -125,6 +125,10 @@ def write_quantized_base(
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
             shutil.copyfile(path, folder / path.name)
+            if path.suffix == ".py":
+                # transformers knows code by its content: classes of the same code would be taken for the base's own.
+                with (folder / path.name).open("a", encoding="utf-8") as file:
+                    file.write("\n# Copied from the base by GenieBlue, which quantized it.\n")
     for name in CODE_FILES:
         shutil.copyfile(Path(modeling_genieblue.__file__).with_name(name), folder / name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

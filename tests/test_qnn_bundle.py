@@ -31,6 +31,8 @@ from modeling_genieblue import GenieBlueForConditionalGeneration
 
 SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
 
+pytestmark = pytest.mark.slow  # the compiler and its emulator take minutes
+
 
 def requests(count=3):
     """Encoded requests, each once as a text and once with an image."""

@@ -57,6 +57,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_by_bit(stop_at, base, tmp_p
     assert same_weights(model, whole_model)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one_with_accumulation_in_bfloat16(base, tmp_path):
     options = {"gradient_accumulation": 2, "bf16": True, "batch_size": 1}
     whole_model, whole = start(base, tmp_path / "whole", **options)

@@ -46,11 +46,17 @@ def npu_devices() -> tuple:
         import onnxruntime_qnn
     except ImportError as error:
         raise OSError(f"Qualcomm's compiler is not installed ({error}): {EXTRA}") from error
-    onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
-    devices = tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER)
+    devices = _listed_devices()
+    if not devices:  # else registered already in this process, by somebody else perhaps
+        onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+        devices = _listed_devices()
     if not devices:
         raise OSError(f"onnxruntime-qnn {onnxruntime_qnn.__version__} offers no device: install it again, {EXTRA}")
     return devices
+
+
+def _listed_devices() -> tuple:
+    return tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER)
 
 
 def compiler_version() -> str:
