@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 
 from conversion.calibration import linear_hessians, walk_blocks
@@ -295,15 +294,12 @@ def _use_existing_base(model: Any, name: str, recipe: QuantizationRecipe) -> Non
     base = load_quantized_base(name, trust_remote_code=trust, **model._hub_kwargs)
     _copy_rounded_values(base, model.language_model, name)
     model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else name
-    model.config.base_model_revision = None if os.path.isdir(name) else _commit_of(name, model._hub_kwargs)
+    # The one that was just loaded, which the cache knows.
+    model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **model._hub_kwargs)
     model.config.base_model_fingerprint = weight_file_hashes(
         name, model.config.base_model_revision, **model._hub_kwargs
     )
     model._base_samples = tensor_samples(base)
-
-
-def _commit_of(name: str, hub_kwargs: dict[str, Any]) -> str:
-    return HfApi(token=hub_kwargs.get("token")).model_info(name).sha
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import modeling_genieblue
+from hub_cards.code_files import with_siblings
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.loading_genieblue import is_local_reference
@@ -33,10 +34,7 @@ COMPANIONS = (
     "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "chat_template*", "*.py", "*LICENSE*",
     "*NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-CODE_FILES = (
-    "quantization_genieblue.py", "quantized_files_genieblue.py", "quantized_base_genieblue.py",
-    "precision_guard_genieblue.py", "settings_files_genieblue.py",
-)  # fmt: skip
+BASE_CODE = "quantized_base_genieblue.py"
 
 
 def refuse_unfit_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
@@ -129,15 +127,17 @@ def write_quantized_base(
                 # transformers knows code by its content: classes of the same code would be taken for the base's own.
                 with (folder / path.name).open("a", encoding="utf-8") as file:
                     file.write("\n# Copied from the base by GenieBlue, which quantized it.\n")
-    for name in CODE_FILES:
-        shutil.copyfile(Path(modeling_genieblue.__file__).with_name(name), folder / name)
+    runtime = Path(modeling_genieblue.__file__).parent
+    for name in with_siblings(runtime, [BASE_CODE]):
+        shutil.copyfile(runtime / name, folder / name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     own_map = config.get("auto_map") or {}
     config["auto_map"] = {name: own_map[name] for name in ("AutoConfig", "AutoTokenizer") if name in own_map}
-    config["auto_map"]["AutoModelForCausalLM"] = "quantized_base_genieblue.QuantizedBaseForCausalLM"
+    config["auto_map"]["AutoModelForCausalLM"] = f"{Path(BASE_CODE).stem}.QuantizedBaseForCausalLM"
     config.pop("torch_dtype", None)
     config["dtype"] = settings["activations"]
-    # A method that transformers does not know: it refuses the folder, where it would otherwise make random weights.
+    # Only a mark: of a method that it does not know transformers warns, and goes on. What keeps its own classes from
+    # making random weights is the name of the weight file.
     config["quantization_config"] = {"quant_method": QUANT_METHOD, **settings}
     # The base's own class is only needed where transformers has none.
     if base.is_remote_code():

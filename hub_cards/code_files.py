@@ -19,7 +19,12 @@ def code_files(folder: Path) -> list[str]:
     for config_name in CONFIGS_THAT_NAME_CODE:
         if (folder / config_name).is_file():
             waiting += _auto_map_files(read_json(folder / config_name))
-    files: set[str] = set()
+    return with_siblings(folder, waiting)
+
+
+def with_siblings(folder: Path, names: list[str]) -> list[str]:
+    """`names` of Python files in a folder, and what they import from siblings, directly or not."""
+    waiting, files = list(names), set()
     while waiting:
         name = waiting.pop()
         if name not in files:

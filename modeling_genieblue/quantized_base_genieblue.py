@@ -1,10 +1,8 @@
 """A quantized base LLM in a repository of its own, which plain users of the base can load too."""
 
 import copy
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from transformers.utils.hub import cached_file
 from .precision_guard_genieblue import PrecisionGuard, guard_precision
 from .quantization_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, require_quanto
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
-from .settings_files_genieblue import BASE_PARTS, check_quantization
+from .settings_files_genieblue import BASE_PARTS, check_quantization, read_settings
 
 try:
     from accelerate import init_empty_weights
@@ -32,22 +30,26 @@ OTHER_OPTIONS = (
     "offload_buffers", "adapter_kwargs", "trust_remote_code", "dtype", "device_map", "attn_implementation",
     "output_loading_info", "weights_only", "ignore_mismatched_sizes",
 )  # fmt: skip
-# What transformers reports of a load, which here has been an error already.
-NOTHING_MISSING = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 def read_base_quantization(location: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any] | None:
     """How the base at `location` (folder or Hub id) was quantized by GenieBlue; `None` if it was not."""
     path = cached_file(str(location), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if path is None:
-        return None
-    try:
-        quantization = json.loads(Path(path).read_text(encoding="utf-8")).get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+    quantization = None if path is None else read_settings(path).get("quantization_config")
     is_ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
     return quantization if is_ours else None
+
+
+def nothing_missing() -> dict[str, Any]:
+    """What transformers reports of a complete load; anything else has been an error here already."""
+    return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+
+
+def chosen_dtype(asked: torch.dtype | str | None, own: torch.dtype | str) -> torch.dtype:
+    """The precision that was asked for, or the model's own if none was (or `auto`)."""
+    dtype = own if asked in (None, "auto") else asked
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def on_meta_device(make: Callable[[], nn.Module]) -> nn.Module:
@@ -112,17 +114,12 @@ def load_quantized_base(
     model_class = _own_class(location, own_config, settings, trust_remote_code, hub_kwargs)
     for name in ("auto_map", "quantization_config"):
         own_config.__dict__.pop(name, None)
-    dtype = _dtype(dtype or kwargs.get("torch_dtype"), settings)
+    dtype = chosen_dtype(dtype or kwargs.get("torch_dtype"), settings["activations"])
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     base = on_meta_device(lambda: model_class._from_config(own_config, dtype=dtype, **attention))
     files = {name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)}
-    device = one_device(device_map)
-    file = QuantizedFile([files[QUANTIZED_WEIGHTS_NAME]], files[QMAP_NAME], for_kernel=for_kernel)
-    fill_from_quantized_file(base, file, dtype=dtype, device=device, tied=_tied(base))
-    for buffer_owner in base.modules():
-        for name, buffer in buffer_owner._buffers.items():
-            if buffer is not None:
-                buffer_owner._buffers[name] = buffer.to(device)
+    file = QuantizedFile(files[QUANTIZED_WEIGHTS_NAME], files[QMAP_NAME], for_kernel=for_kernel)
+    fill_from_quantized_file(base, file, dtype=dtype, device=one_device(device_map), tied=_tied(base))
     generation = cached_file(
         location, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
@@ -132,7 +129,7 @@ def load_quantized_base(
     base.config.quantization_config = settings
     guard_precision(base, _QuantizedBase)
     base.requires_grad_(False).eval()
-    return (base, dict(NOTHING_MISSING)) if kwargs.get("output_loading_info") else base
+    return (base, nothing_missing()) if kwargs.get("output_loading_info") else base
 
 
 def refuse_unknown_options(options: dict[str, Any]) -> None:
@@ -160,12 +157,6 @@ def _own_class(location: str, config: Any, settings: dict[str, Any], trust: bool
     model_class = get_class_from_dynamic_module(own_map["AutoModelForCausalLM"], location, **hub_kwargs)
     model_class.register_for_auto_class("AutoModelForCausalLM")
     return add_generation_mixin_to_remote_model(model_class)
-
-
-def _dtype(asked: Any, settings: dict[str, Any]) -> torch.dtype:
-    if asked is None or asked == "auto":
-        asked = settings["activations"]
-    return getattr(torch, asked) if isinstance(asked, str) else asked
 
 
 def _tied(base: PreTrainedModel) -> tuple[str, str] | None:

@@ -1,8 +1,7 @@
 """Files of quantized weights: the quantization map, what must be in them, and trees that are filled from them."""
 
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,30 +42,28 @@ def stored_layout(name: str, kind: str, out_features: int, in_features: int) -> 
 
 
 class QuantizedFile:
-    """Safetensors files with quantized weights, read by name; whatever is not asked for must not be there.
+    """A safetensors file with quantized weights, read by name; whatever is not asked for must not be there.
 
     `for_kernel` says whether weights are packed for quanto's kernels, or kept as codes for another backend to take.
     """
 
-    def __init__(self, paths: Iterable[str | os.PathLike], qmap: str | os.PathLike, *, for_kernel: bool = True):
+    def __init__(self, path: str | os.PathLike, qmap: str | os.PathLike, *, for_kernel: bool = True):
         require_quanto()
         self.for_kernel = for_kernel
-        self.paths = [Path(path) for path in paths]
+        self.path = path
         self.qmap = read_qmap(qmap)
-        self._where: dict[str, Any] = {}
-        for path in self.paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors raises its own type, which is no OSError
-                raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
-            self._where |= dict.fromkeys(file.keys(), file)
+        try:
+            self._file = safe_open(path, framework="pt")
+        except Exception as error:  # safetensors raises its own type, which is no OSError
+            raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
 
     def check(self, layout: dict[str, tuple[tuple, tuple]]) -> None:
-        """`ValueError` unless the files hold exactly the tensors of `layout`, by name, shape and kind of number."""
-        problems = [f"{name} is missing" for name in sorted(set(layout) - set(self._where))]
-        problems += [f"{name} is not expected" for name in sorted(set(self._where) - set(layout))]
-        for name in sorted(set(layout) & set(self._where)):
-            part = self._where[name].get_slice(name)
+        """`ValueError` unless the file holds exactly the tensors of `layout`, by name, shape and kind of number."""
+        stored = set(self._file.keys())
+        problems = [f"{name} is missing" for name in sorted(set(layout) - stored)]
+        problems += [f"{name} is not expected" for name in sorted(stored - set(layout))]
+        for name in sorted(set(layout) & stored):
+            part = self._file.get_slice(name)
             shape, kinds = layout[name]
             kind, found = part.get_dtype(), list(part.get_shape())
             if found != list(shape) or kind not in kinds:
@@ -74,20 +71,19 @@ class QuantizedFile:
         if problems:
             rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             raise ValueError(
-                f"{self.paths[0]} does not fit its configuration: {'; '.join(problems[:4])}{rest}. Load the files "
+                f"{self.path} does not fit its configuration: {'; '.join(problems[:4])}{rest}. Load the files "
                 "that belong together (same repository, same revision)."
             )
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
         """A stored tensor; floating-point ones in `dtype`."""
-        value = self._where[name].get_tensor(name)
+        value = self._file.get_tensor(name)
         return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
 
     def weight(self, name: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, device: Any) -> torch.Tensor:
         """quanto's tensor of the weight of module `name`."""
         parts = {part: self.tensor(f"{name}.weight.{part}", dtype, device) for part in _PARTS[kind]}
         return frozen(quanto_weight(parts, kind, shape, for_kernel=self.for_kernel))
-
 
 
 def read_qmap(path: str | os.PathLike) -> dict[str, str]:
@@ -142,8 +138,8 @@ def fill_from_quantized_file(
         for name, parameter in tree.named_parameters(remove_duplicate=False)
         if name not in quantized_names and name != head_weight
     }
-    stored_buffers = {name: value for name, value in tree.state_dict().items() if name not in plain}
-    buffers = {name: buffer for name, buffer in tree.named_buffers() if name in stored_buffers}
+    stored = tree.state_dict().keys()  # without the buffers that are no part of a checkpoint
+    buffers = {name: buffer for name, buffer in tree.named_buffers() if name in stored}
     layout |= {name: (shape, FLOATING) for name, shape in plain.items()}
     layout |= {name: (tuple(buffer.shape), (*FLOATING, "I64", "I32", "BOOL")) for name, buffer in buffers.items()}
     for name, kind, module in found:
@@ -166,6 +162,9 @@ def fill_from_quantized_file(
             head = FrozenLinear(embedding.weight, head.bias, "qint8")
             tree.set_submodule(tied[0], head)
         head.weight = embedding.weight
+    for module in tree.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def _assign(tree: nn.Module, name: str, value: torch.Tensor, *, is_buffer: bool) -> None:

@@ -21,10 +21,15 @@ from .language_views_genieblue import (
     set_parameter,
 )
 from .loading_genieblue import LoadRequest, is_inner_folder
-from .onnxruntime_linears_genieblue import require_onnxruntime, use_onnxruntime
 from .precision_guard_genieblue import guard_precision
 from .quantization_genieblue import QMAP_NAME, FrozenLinear, scales_of, stored_codes
-from .quantized_base_genieblue import NOTHING_MISSING, on_meta_device, one_device, refuse_unknown_options
+from .quantized_base_genieblue import (
+    chosen_dtype,
+    nothing_missing,
+    on_meta_device,
+    one_device,
+    refuse_unknown_options,
+)
 from .quantized_files_genieblue import (
     FLOATING,
     QuantizedFile,
@@ -56,10 +61,8 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     if config is None:
         config = GenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
     config = copy.deepcopy(config)
-    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-    if dtype in (None, "auto"):
-        dtype = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    own = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
+    dtype = chosen_dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), own)
     request.base_kwargs["dtype"] = dtype  # a base that is not quantized may be stored in another one
     attention = {} if kwargs.get("attn_implementation") is None else {
         "attn_implementation": kwargs["attn_implementation"]
@@ -68,16 +71,12 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     if device_map is None and isinstance(base_model, nn.Module):
         device_map = base_model.device
     model = on_meta_device(lambda: model_class._from_config(config, dtype=dtype, **attention))
-    file = QuantizedFile([request.file(WEIGHTS_NAME)], request.file(QMAP_NAME))
-    device = one_device(device_map)
-    fill_from_quantized_file(model, file, dtype=dtype, device=device)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+    file = QuantizedFile(request.file(WEIGHTS_NAME), request.file(QMAP_NAME))
+    fill_from_quantized_file(model, file, dtype=dtype, device=one_device(device_map))
     for module in (model.vision_tower, model.multi_modal_projector):
         guard_precision(module)
     model.config.name_or_path = request.path
-    return model, dict(NOTHING_MISSING)
+    return model, nothing_missing()
 
 
 def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_model: Any) -> bool:
@@ -90,6 +89,8 @@ def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_m
         raise ValueError(f"`backend` is {backend!r}: choose quanto or onnxruntime.")
     if backend == "quanto":
         return True
+    from .onnxruntime_linears_genieblue import require_onnxruntime  # imports ONNX Runtime, which few need
+
     require_onnxruntime()
     if not is_quantized:
         raise ValueError(f"{request.path} is not quantized, as the ONNX Runtime backend needs: leave `backend` out.")
@@ -104,6 +105,8 @@ def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_m
 
 def run_on_onnxruntime(model: Any) -> None:
     """Replaces the 4-bit linears of both views by ones that ONNX Runtime runs; both share those of the base."""
+    from .onnxruntime_linears_genieblue import use_onnxruntime
+
     # At once, so that what both views share stays one, and each original is freed in turn.
     count = use_onnxruntime(nn.ModuleList([model.language_model, model.multimodal_language_model]), stored_codes)
     logger.info("ONNX Runtime runs %d linears, with activations rounded to 8 bits.", count)
@@ -140,7 +143,7 @@ def load_quantized_adapter(
     Raises `ValueError` for missing, unexpected or differently shaped tensors, `OSError` for a damaged file.
     """
     qmap = request.file(QMAP_NAME, folder=ADAPTER_FOLDER)
-    file = QuantizedFile([weights_file], qmap, for_kernel=for_kernel)
+    file = QuantizedFile(weights_file, qmap, for_kernel=for_kernel)
     linears = {stock: (name, parameter) for name, stock, parameter in quantized_adapter_entries(view)}
     if unknown := sorted(set(file.qmap) - set(linears)):
         raise ValueError(f"{qmap} names {unknown[0]!r}, which is no linear of this adapter.")

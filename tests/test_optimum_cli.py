@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,6 @@ from hub_cards.model_folder import QUANTIZED_BASE_WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("modeling_genieblue", "hub_cards", "conversion", "genieblue", "optimum_cli")
-pytestmark = pytest.mark.skipif(
-    int(version("setuptools").split(".")[0]) < 77, reason="pyproject.toml asks for setuptools 77 to build a wheel"
-)
 
 
 @pytest.fixture(scope="module")
