@@ -70,6 +70,13 @@ class Activations(StrEnum):
     float32 = "float32"
 
 
+class QnnRounding(StrEnum):
+    """How the decoder's matrices become codes of an NPU."""
+
+    rtn = "rtn"
+    seqmse = "seqmse"
+
+
 class LoraMode(StrEnum):
     """How LoRA enters the graphs of an NPU."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from genieblue.options import BaseCode, Json, LoraMode, Revision
+from genieblue.options import BaseCode, Json, LoraMode, QnnRounding, Revision
 from genieblue.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
 
 export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
@@ -37,6 +37,12 @@ def qnn(
     ] = LoraMode.constants,
     cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
     vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
+    rounding: Annotated[
+        QnnRounding, typer.Option(help="rtn, to nearest, or seqmse (extra aimet): slower, by what is lost.")
+    ] = QnnRounding.rtn,
+    encodings: Annotated[
+        bool, typer.Option("--encodings", help="Write float graphs with AIMET .encodings too, for qairt-converter.")
+    ] = False,
     revision: Revision = None,
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
@@ -73,6 +79,9 @@ def qnn(
                 lora=lora.value,
                 cache_bits=cache_bits,
                 vision_tiles=vision_tiles,
+                rounding=rounding.value,
+                encodings=encodings,
+                on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
                 **options,
             )
         except RuntimeError as error:  # the compiler's refusals, which the user can do something about

@@ -20,6 +20,7 @@ from tiny_qnn import (
 
 from conversion.qnn.agreement import agreement
 from conversion.qnn.chunked_decoder import ChunkedDecoder, cache_names
+from conversion.qnn.decoder_shape import make_decoder_shape
 from conversion.qnn.float_onnx import OPSET, save_onnx, structure, to_float_onnx
 from conversion.qnn.npu import cpu_session, npu_session
 from conversion.qnn.quantize import (
@@ -33,7 +34,7 @@ from conversion.qnn.quantize import (
 )
 from conversion.qnn.ranges import RangeMeter, measure_ranges
 from conversion.qnn.soc import find_soc
-from conversion.qnn.text_graphs import TextGraph, make_decoder_shape
+from conversion.qnn.text_graphs import TextGraph
 from conversion.qnn.vision_graph import VisionGraph
 
 SM8750 = find_soc("sm8750")

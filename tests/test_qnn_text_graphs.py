@@ -16,7 +16,8 @@ from tiny_qnn import (
 )
 
 from conversion.qnn.chunked_decoder import causal_mask
-from conversion.qnn.text_graphs import TextGraph, make_decoder_shape
+from conversion.qnn.decoder_shape import make_decoder_shape
+from conversion.qnn.text_graphs import TextGraph
 
 TOLERANCE = 1e-4
 VIEWS = ("text", "multimodal")
@@ -103,17 +104,41 @@ def test_weights_of_the_text_graph_are_the_base_s(models):
         ("gemma3_text", "pre_feedforward_layernorm"),
         ("olmo2", "post_feedforward_layernorm"),
         ("stablelm", "(?i)partial|stablelm"),
-        ("granite", "type 'granite', whose arithmetic was never compared"),
-        ("smollm3", "type 'smollm3'"),
+        ("granite", "changes the embeddings that it is given"),
+        ("smollm3", r"block \d \(SmolLM3DecoderLayer\) computes something else"),
         ("cohere", "lack post_attention_layernorm"),
         ("starcoder2", "MLP have act, c_fc, c_proj"),
-        ("bluelm", "."),
+        ("bluelm-outside", "changes the embeddings that it is given"),
         ("mistral-sliding", "sliding window of 6 tokens only, shorter than the context of 64"),
     ],
 )
 def test_a_base_of_another_kind_is_refused_with_what_is_unsupported(family, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_decoder_shape(tiny_base(family), CHUNK, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        # What a base does on the quiet, in blocks that look like Llama's.
+        (lambda base: base.model.layers[2].register_forward_hook(lambda _m, _i, out: out * 1.01), "its block 2 "),
+        (lambda base: base.lm_head.register_forward_hook(lambda _m, _i, out: out / 3), "behind its blocks"),
+        (lambda base: setattr(base.model.layers[1].self_attn, "scaling", 0.5), "its block 1 "),
+    ],
+)
+def test_a_base_that_only_looks_like_llama_is_refused(changes, sentence):
+    base = tiny_base("llama")
+    changes(base)
+    with pytest.raises(ValueError, match=sentence):
+        make_decoder_shape(base, CHUNK, CONTEXT)
+
+
+def test_the_comparison_leaves_nothing_on_the_base():
+    base = tiny_base("llama")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    make_decoder_shape(base, CHUNK, CONTEXT)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in base.modules())
 
 
 def test_a_window_as_long_as_the_context_is_no_window():

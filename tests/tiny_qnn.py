@@ -9,7 +9,8 @@ from tiny_models import save_tiny_base, tiny_base
 from transformers import AutoModelForCausalLM
 
 from conversion.qnn.chunked_decoder import ChunkedDecoder
-from conversion.qnn.text_graphs import TextGraph, make_decoder_shape
+from conversion.qnn.decoder_shape import make_decoder_shape
+from conversion.qnn.text_graphs import TextGraph
 
 CHUNK, CONTEXT = 8, 64
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}
@@ -42,6 +43,7 @@ VARIANTS = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral", {}),
+    "bluelm": ("bluelm", {}),
 }
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from conversion.qnn.aimet_rounding import require_aimet
 from conversion.qnn.bundle import FORMAT_VERSION, METADATA, describe_boundary, list_files
 from conversion.qnn.calibration import embedding_rows, prepare_calibration
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.compile import compile_graphs
+from conversion.qnn.decoder_shape import make_decoder_shape
 from conversion.qnn.language_export import (
     LORA_MODES,
+    ROUNDINGS,
     STAGES,
     VIEWS,
     LanguageSettings,
@@ -31,7 +34,6 @@ from conversion.qnn.quantize import CACHE_DTYPES, LEVELS, Encoding
 from conversion.qnn.ranges import Range
 from conversion.qnn.runtime_files import write_runtime_files
 from conversion.qnn.soc import Soc, find_soc
-from conversion.qnn.text_graphs import make_decoder_shape
 from conversion.qnn.vision_export import quantize_vision
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.language_views_genieblue import adapter_parameters
@@ -53,6 +55,9 @@ def export_bundle(
     lora: str = "constants",
     cache_bits: int = 16,
     vision_tiles: int = 1,
+    rounding: str = "rtn",
+    encodings: bool = False,
+    on_step: Callable[[str, int, int], None] | None = None,
     **load_options: Any,
 ) -> Path:
     """Writes the bundle of a saved GenieBlue into the new folder `out`; returns that folder.
@@ -69,6 +74,9 @@ def export_bundle(
         lora: `constants`, or `inputs` of the graphs, so that one binary serves several adapters.
         cache_bits: 16, or 8 for half the cache.
         vision_tiles: image tiles per call of the vision graph.
+        rounding: of the decoder's matrices: `rtn`, to nearest, or `seqmse` of the `aimet` extra.
+        encodings: write `qairt/` as well: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
+        on_step: called with what begins next, the number of steps done, and of all steps.
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
     Raises `ValueError` or `OSError`, before any weights are read, for settings that cannot be, an output that is
@@ -76,26 +84,27 @@ def export_bundle(
     """
     out = Path(out)
     chip = find_soc(soc)
-    _check_arguments(out, parts, lora, cache_bits, vision_tiles)
+    settings = LanguageSettings(chunk_length, context_length, cache_bits, lora, rounding, encodings)
+    _check_arguments(out, settings, parts, vision_tiles)
     npu_devices()
     model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
     hub = {key: load_options[key] for key in ("revision", "token", "cache_dir") if key in load_options}
     processor = GenieBlueProcessor.from_pretrained(model_folder, **hub)
-    settings = LanguageSettings(chunk_length, context_length, cache_bits, lora)
-    export = _Export(model, processor, chip, settings, vision_tiles)
+    export = _Export(model, processor, chip, settings, vision_tiles, on_step)
     return export.run(out, calibration, parts)
 
 
-def _check_arguments(out: Path, parts: int, lora: str, cache_bits: int, vision_tiles: int) -> None:
+def _check_arguments(out: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is taken: give a new folder for the bundle.")
-    if lora not in LORA_MODES:
-        raise ValueError(f"`lora` is {lora!r}: expected {' or '.join(LORA_MODES)}.")
-    if cache_bits not in CACHE_DTYPES:
-        raise ValueError(f"`cache_bits` is {cache_bits!r}: expected 16 or 8.")
+    for name, allowed in (("lora", LORA_MODES), ("rounding", ROUNDINGS), ("cache_bits", CACHE_DTYPES)):
+        if (value := getattr(settings, name)) not in allowed:
+            raise ValueError(f"`{name}` is {value!r}: expected {' or '.join(map(str, allowed))}.")
     for name, value in (("parts", parts), ("vision_tiles", vision_tiles)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
+    if settings.rounding == "seqmse":
+        require_aimet()
 
 
 def divide_blocks(count: int, parts: int) -> list[range]:
@@ -107,9 +116,11 @@ def divide_blocks(count: int, parts: int) -> list[range]:
 
 
 class _Export:
-    def __init__(self, model: Any, processor: Any, soc: Soc, settings: LanguageSettings, vision_tiles: int):
+    def __init__(
+        self, model: Any, processor: Any, soc: Soc, settings: LanguageSettings, vision_tiles: int, on_step: Any
+    ):
         self.model, self.processor, self.soc = model, processor, soc
-        self.settings, self.vision_tiles = settings, vision_tiles
+        self.settings, self.vision_tiles, self._on_step = settings, vision_tiles, on_step
         lengths = (settings.chunk_length, settings.context_length)
         self.shape: DecoderShape = make_decoder_shape(model.language_model, *lengths)
         self.views = {"text": model.language_model, "multimodal": model.multimodal_language_model}
@@ -123,14 +134,18 @@ class _Export:
         work = out.with_name(out.name + UNFINISHED)
         self._begin_or_go_on(work, calibration, parts)
         (work / "qdq").mkdir(exist_ok=True)
+        steps = len(blocks) + 2
+        self._tell("vision tower", 0, steps)
         vision = self._vision(work, calibration.tiles)
         embeddings = Encoding.of(calibration.embedding_range)
         streams: Mapping[str, list[np.ndarray]] = calibration.requests
         ranges: dict[str, Range] = dict.fromkeys(VIEWS, calibration.embedding_range)
         records = []
         for number, part in enumerate(blocks):
+            self._tell(f"blocks {part.start} to {part.stop - 1}", number + 1, steps)
             record, streams, ranges = self._part(work, number, part, streams, ranges)
             records.append(record)
+        self._tell("embeddings", steps - 1, steps)
         self._write_embeddings(work, embeddings)
         probes = {f"request/{view}": calibration.requests[view][0] for view in VIEWS}
         np.savez(work / "probe.npz", **probes)
@@ -141,6 +156,11 @@ class _Export:
             out.rmdir()
         os.rename(work, out)
         return out
+
+    def _tell(self, title: str, done: int, steps: int) -> None:
+        logger.info("Exporting: %s (%d of %d).", title, done + 1, steps)
+        if self._on_step is not None:
+            self._on_step(title, done, steps)
 
     def _begin_or_go_on(self, work: Path, calibration: Any, parts: int) -> None:
         """Keeps what a stopped export of the same model with the same settings has finished; clears anything else."""
@@ -170,7 +190,8 @@ class _Export:
         folder = work / "vision"
         if (record := _finished(folder)) is not None:
             return record
-        result = quantize_vision(self.model, list(tiles), self.vision_tiles, work / "qdq")
+        float_folder = work / "qairt" if self.settings.encodings else None
+        result = quantize_vision(self.model, list(tiles), self.vision_tiles, work / "qdq", float_folder)
         shutil.rmtree(folder, ignore_errors=True)
         compile_graphs({"vision": result.graph}, self.soc, folder, "vision.bin")
         np.savez(folder / "probe.npz", **result.probe)
@@ -195,7 +216,7 @@ class _Export:
         record = _finished(folder)
         if record is None:
             part = quantize_part(
-                self.views, self.shape, blocks, streams, ranges, self.settings, work / "qdq", name
+                self.views, self.shape, blocks, streams, ranges, self.settings, work / "qdq", name, work / "qairt"
             )
             shutil.rmtree(folder, ignore_errors=True)
             compile_graphs(part.graphs, self.soc, folder, f"{name}.bin")
@@ -258,6 +279,7 @@ class _Export:
             "chunk_length": self.settings.chunk_length,
             "context_length": self.settings.context_length,
             "cache_bits": self.settings.cache_bits,
+            "rounding": self.settings.rounding,
             "decoder": asdict(self.shape),
             "image_token_id": config.image_token_id,
             "image_seq_length": config.image_seq_length,

@@ -7,6 +7,7 @@ part, so that only the blocks of one part are ever in memory in full precision.
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,17 +16,19 @@ from typing import Any
 import numpy as np
 import onnx
 
+from conversion.qnn.aimet_encodings import save_with_encodings
+from conversion.qnn.aimet_rounding import SeqMse
 from conversion.qnn.chunked_decoder import MASKED, ChunkedDecoder, DecoderShape, boundary_names, cache_names
 from conversion.qnn.float_onnx import save_onnx, structure, to_float_onnx
 from conversion.qnn.npu import cpu_session
 from conversion.qnn.quantize import (
     Encoding,
-    Rounding,
     WeightCodes,
     encodings_of,
     quantize_graph,
     round_to_nearest,
     round_weights,
+    round_with_scales,
     with_codes,
 )
 from conversion.qnn.ranges import Range, RangeMeter
@@ -35,6 +38,8 @@ from conversion.qnn.text_graphs import TextGraph
 logger = logging.getLogger(__name__)
 VIEWS = ("text", "multimodal")
 LORA_MODES = ("constants", "inputs")
+ROUNDINGS = ("rtn", "seqmse")
+SEQMSE_REQUESTS = 4
 BASE_BITS, LORA_BITS = 4, 8
 
 
@@ -46,6 +51,8 @@ class LanguageSettings:
     context_length: int
     cache_bits: int
     lora: str
+    rounding: str = "rtn"
+    encodings: bool = False  # write float graphs with AIMET encodings as well
 
     def tokens(self, stage: str) -> int:
         """Tokens per call of the `prefill` or the `decode` graph."""
@@ -87,8 +94,7 @@ def quantize_part(
     settings: LanguageSettings,
     folder: Path,
     name: str,
-    *,
-    rounding: Rounding = round_to_nearest,
+    float_folder: Path,
 ) -> PartResult:
     """Writes the four QDQ graphs of `blocks` as `<name>_<view>_<stage>.onnx` and `<name>.data` into `folder`.
 
@@ -96,9 +102,15 @@ def quantize_part(
         views: the modules of the text and the multimodal view.
         streams: by view what the blocks read in each request, (tokens, hidden_size).
         input_ranges: by view the range of that, as the part before encodes it.
+        float_folder: where the float graphs with their encodings go, if the settings want them.
     """
     result = PartResult({}, {}, {}, {}, {})
-    with ConstantStore(folder / f"{name}.data") as store:
+    seqmse = SeqMse() if settings.rounding == "seqmse" else None
+    with ExitStack() as stack:
+        store = stack.enter_context(ConstantStore(folder / f"{name}.data"))
+        if settings.encodings:
+            float_folder.mkdir(exist_ok=True)
+            float_store = stack.enter_context(ConstantStore(float_folder / f"{name}.data"))
         for view in VIEWS:
             graph = TextGraph(views[view], shape, blocks.start, blocks.stop)
             models = {stage: _float_graph(graph, settings, stage) for stage in STAGES}
@@ -106,6 +118,10 @@ def quantize_part(
                 raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
             del graph
             as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
+            if seqmse is not None:
+                feeds = _calls(models["prefill"], shape, blocks, streams[view][:SEQMSE_REQUESTS], settings)
+                seqmse.fit(models["prefill"], feeds, weight_bits)
+            rounding = seqmse or round_to_nearest
             codes = round_weights(models["prefill"], weight_bits, rounding=rounding, as_inputs=as_inputs)
             exact = streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0]
             exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
@@ -116,11 +132,14 @@ def quantize_part(
             ranges = {**meter, **_fixed_ranges(shape, blocks, input_ranges[view])}
             tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
             encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
+            boundary = [value.name for value in (*models["decode"].graph.input, *models["decode"].graph.output)]
             for stage, model in models.items():
                 key = f"{view}_{stage}"
                 quantized = quantize_graph(model, encodings, codes, name=f"{name}_{key}")
                 result.graphs[key] = store.save(quantized, folder / f"{name}_{key}.onnx")
-            boundary = [value.name for value in (*model.graph.input, *model.graph.output)]
+                if settings.encodings:
+                    path = float_folder / f"{name}_{key}.onnx"
+                    save_with_encodings(model, encodings, codes, float_store, path)
             result.boundary[view] = {tensor: encodings[tensor] for tensor in boundary}
             result.codes[view], result.streams[view] = codes, outputs
             result.streams[f"{view}/{EXACT}"] = [exact_values[boundary_names(shape, blocks)[1]]]
@@ -171,6 +190,25 @@ def _read_float(
         return {boundary_names(shape, blocks)[1]: decoder.read(stream, only_chunks=True), **decoder.cache}
 
 
+def _calls(
+    model: onnx.ModelProto, shape: DecoderShape, blocks: range, requests: list[np.ndarray], settings: LanguageSettings
+) -> list[dict[str, np.ndarray]]:
+    """The inputs of every call that a float graph for chunks gets in some requests."""
+    with TemporaryDirectory() as folder:
+        session = cpu_session(save_onnx(model, Path(folder) / "float.onnx"))
+        names = [value.name for value in session.get_outputs()]
+        calls: list[dict[str, np.ndarray]] = []
+
+        def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            calls.append(dict(feeds))
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+        for request in requests:
+            decoder = ChunkedDecoder(shape, run, settings.chunk_length, settings.context_length, blocks=blocks)
+            decoder.read(request, only_chunks=True)
+    return calls
+
+
 def _calibrate(
     model: onnx.ModelProto,
     shape: DecoderShape,
@@ -208,14 +246,22 @@ def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
     return digest.hexdigest()
 
 
-def base_codes(base: Any, shape: DecoderShape, blocks: range) -> dict[str, WeightCodes]:
-    """The codes that the base alone gives for the matrices of a part: no graph, no calibration, no adapter."""
-    weights = TextGraph(base, shape, blocks.start, blocks.stop).named_buffers()
-    return {
-        name: round_to_nearest(name, value.cpu().numpy(), weight_bits(name), axis=1)
-        for name, value in weights
-        if value.ndim == 2
-    }
+def base_codes(
+    base: Any, shape: DecoderShape, blocks: range, scales: Mapping[str, np.ndarray] | None = None
+) -> dict[str, WeightCodes]:
+    """The codes that the base alone gives for the matrices of a part: no graph, no calibration, no adapter.
+
+    With `scales` by name, as SeqMSE has chosen them, else with those of rounding to nearest.
+    """
+    codes = {}
+    for name, value in TextGraph(base, shape, blocks.start, blocks.stop).named_buffers():
+        if value.ndim == 2:
+            weight, bits = value.cpu().numpy(), weight_bits(name)
+            chosen = scales is not None and name in scales
+            codes[name] = (
+                round_with_scales(weight, scales[name], bits, 1) if chosen else round_to_nearest(name, weight, bits, 1)
+            )
+    return codes
 
 
 __all__ = ["STAGES", "VIEWS", "LanguageSettings", "PartResult", "base_codes", "codes_digest", "quantize_part"]

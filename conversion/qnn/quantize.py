@@ -77,12 +77,23 @@ Rounding = Callable[[str, np.ndarray, int, int | None], WeightCodes]
 
 def round_to_nearest(_name: str, weight: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
     """Symmetric codes with the largest magnitude of a channel at the end of the range."""
-    largest_code = 2 ** (bits - 1) - 1
     others = tuple(index for index in range(weight.ndim) if index != axis) if axis is not None else None
-    largest = np.abs(weight).max(axis=others, keepdims=axis is not None)
-    scales = (np.maximum(largest, 1e-8) / largest_code).astype(np.float32)
-    codes = np.clip(np.rint(weight / scales), -largest_code, largest_code).astype(np.int8)
-    return WeightCodes(codes, scales.reshape(-1) if axis is not None else scales.reshape(()), bits, axis)
+    largest = np.abs(weight).max(axis=others)
+    return round_with_scales(weight, np.maximum(largest, 1e-8) / (2 ** (bits - 1) - 1), bits, axis)
+
+
+def round_with_scales(weight: np.ndarray, scales: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
+    """Symmetric codes for given scales, (channels,) or (); what lies beyond the range is cut to its end."""
+    largest_code = 2 ** (bits - 1) - 1
+    scales = np.asarray(scales, np.float32)
+    steps = scales if axis is None else scales.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
+    codes = np.clip(np.rint(weight / steps), -largest_code, largest_code).astype(np.int8)
+    return WeightCodes(codes, scales, bits, axis)
+
+
+def constant_encoding(values: np.ndarray) -> Encoding:
+    """The 16 bits of a bias, of a norm's weight, or of a single number."""
+    return Encoding.of((float(values.min()), float(values.max())))
 
 
 def tensor_groups(model: onnx.ModelProto, tied: Mapping[str, str]) -> dict[str, str]:
@@ -178,14 +189,20 @@ def round_weights(
         as_inputs: which weights will be inputs of the graph instead of constants. They get one scale for all of
             their channels, since the NPU takes more only for constants.
     """
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     codes = {}
-    for node in model.graph.node:
-        if node.op_type in WEIGHT_OPERATORS and node.input[1] in constants:
-            name = node.input[1]
-            axis = None if as_inputs(name) else WEIGHT_OPERATORS[node.op_type]
-            codes[name] = rounding(name, numpy_helper.to_array(constants[name]), bits_of(name), axis)
+    for name, (weight, axis) in weights_of(model).items():
+        codes[name] = rounding(name, weight, bits_of(name), None if as_inputs(name) else axis)
     return codes
+
+
+def weights_of(model: onnx.ModelProto) -> dict[str, tuple[np.ndarray, int]]:
+    """By name every matrix and kernel of a float graph, and the axis of its output channels."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {
+        node.input[1]: (numpy_helper.to_array(constants[node.input[1]]), WEIGHT_OPERATORS[node.op_type])
+        for node in model.graph.node
+        if node.op_type in WEIGHT_OPERATORS and node.input[1] in constants
+    }
 
 
 def quantize_graph(
@@ -311,7 +328,7 @@ class _Quantizer:
 
     def _decode_constant(self, name: str, values: np.ndarray) -> None:
         """Biases, norm weights and single numbers: 16 bits."""
-        encoding = Encoding.of((float(values.min()), float(values.max())))
+        encoding = constant_encoding(values)
         self._constant(f"{name}/codes", encoding.encode(values))
         self._constant(f"{name}/scale", np.float32(encoding.scale))
         self._constant(f"{name}/zero_point", encoding.zero)
@@ -343,4 +360,7 @@ def pack_int4(codes: np.ndarray) -> bytes:
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
 
 
-__all__ = ["Encoding", "WeightCodes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "with_codes"]
+__all__ = [
+    "Encoding", "WeightCodes", "constant_encoding", "encodings_of", "pack_int4", "quantize_graph", "round_weights",
+    "round_with_scales", "weights_of", "with_codes",
+]  # fmt: skip

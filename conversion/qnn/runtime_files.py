@@ -19,12 +19,12 @@ set of weights: prefill ({chunk} tokens) and decode (1 token) of the text and th
 | `metadata.json` | every input and output: shape, dtype, scale, offset; which graph serves which view; sha256 |
 | `processor/` | tokenizer and image processor |
 | `genie_config.json`, `htp_backend_ext_config.json` | for Qualcomm's Genie and QNN runtimes |
-| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on the phone |
+{qairt}| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on the phone |
 
-A code means `value = (code + offset) * scale`. The caches and the hidden states between parts go from call to call as
-they are. A request with images runs the multimodal graphs from its first token, any other request the text graphs; a
-cache belongs to the view that filled it. How a prompt is cut, masked and cached is `conversion/qnn/chunked_decoder.py`
-and `runner.py` of GenieBlue, in NumPy.
+Matrices were rounded by {rounding}. A code means `value = (code + offset) * scale`. The caches and the hidden states
+between parts go from call to call as they are. A request with images runs the multimodal graphs from its first token,
+any other request the text graphs; a cache belongs to the view that filled it. How a prompt is cut, masked and cached
+is `conversion/qnn/chunked_decoder.py` and `runner.py` of GenieBlue, in NumPy.
 
 ## To a phone
 
@@ -45,6 +45,10 @@ Checked on an ordinary computer: every node runs on the NPU's side of the compil
 what the same quantized graphs give on a CPU (`genieblue verify` repeats it). Not checked, since it takes the device:
 speed, memory and power; that the silicon gives the numbers of its emulator; loading of the shared binary, which the
 emulator cannot do; `genie_config.json`, which describes the text view alone.
+"""
+
+QAIRT_ROW = """| `qairt/` | the float graphs with AIMET `.encodings`, for `qairt-converter --input_network X.onnx \
+--quantization_overrides X.encodings`; never converted here, not needed on the phone |
 """
 
 
@@ -116,6 +120,8 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         chunk=metadata["chunk_length"],
         embedding_shape="×".join(map(str, embeddings["shape"])),
         embedding_dtype=embeddings["dtype"],
+        rounding="AIMET's SeqMSE" if metadata["rounding"] == "seqmse" else "rounding to nearest",
+        qairt=QAIRT_ROW if (folder / "qairt").is_dir() else "",
         order=", ".join(metadata["parts"][0]["graphs"]),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")

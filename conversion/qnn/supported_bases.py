@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from modeling_genieblue.language_views_genieblue import find_blocks
 
-SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 BLOCK_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -16,16 +15,14 @@ MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 DYNAMIC_ROPE_TYPES = ("dynamic", "longrope")
 
 
-def refuse_unsupported_base(base: nn.Module, context_length: int) -> None:
-    """`ValueError` that names what the QNN graphs cannot reproduce of `base` in a context of `context_length`."""
+def refuse_unsupported_structure(base: nn.Module, context_length: int) -> None:
+    """`ValueError` that names what the QNN graphs have no place for in `base`, for a context of `context_length`."""
     config = base.config.get_text_config(decoder=True)
     reasons = [*_structure_problems(base), *_config_problems(config, context_length)]
-    if not reasons and config.model_type not in SUPPORTED_TYPES:
-        reasons = [f"its blocks are of type {config.model_type!r}, whose arithmetic was never compared"]
     if reasons:
         raise ValueError(
-            f"{type(base).__name__} cannot be exported to QNN: {'; '.join(reasons)}. Supported are decoders of type "
-            f"{', '.join(SUPPORTED_TYPES)}."
+            f"{type(base).__name__} cannot be exported to QNN: {'; '.join(reasons)}. Supported are Llama-style "
+            "decoders, such as Llama, Mistral, Qwen2, Qwen3 and BlueLM."
         )
 
 
@@ -69,10 +66,7 @@ def _config_problems(config, context_length: int) -> Iterator[str]:
 
 
 def rotary_frequencies(base: nn.Module) -> tuple[torch.Tensor, float]:
-    """Angles per position, (head_dim / 2,), and the factor on cosine and sine, as the base itself computes them.
-
-    Raises `ValueError` if the base's own cosines are not those of plain rotary embedding with these numbers.
-    """
+    """Radians per position, (head_dim / 2,), and the factor on cosine and sine; `ValueError` if there are none."""
     config = base.config.get_text_config(decoder=True)
     rotary = next((module for name, module in base.named_modules() if name.endswith("rotary_emb")), None)
     frequencies = getattr(rotary, "inv_freq", None)
@@ -85,15 +79,6 @@ def rotary_frequencies(base: nn.Module) -> tuple[torch.Tensor, float]:
             f"{type(base).__name__} turns {len(frequencies) * 2} of {head_dim} dimensions of a head only (partial "
             "rotary embedding), which the QNN graphs do not do."
         )
-    positions = torch.tensor([[0, 1, 2, 17, 255]], device=rotary.inv_freq.device)
-    cos, sin = rotary(torch.zeros(1, 1, dtype=torch.float32, device=positions.device), positions)
-    angles = positions[0].cpu().float()[:, None] * frequencies
-    for own, expected in ((cos, angles.cos() * scaling), (sin, angles.sin() * scaling)):
-        if not torch.allclose(own[0].cpu().float(), expected.repeat(1, 2), atol=1e-5):
-            raise ValueError(
-                f"{type(base).__name__} has a rotary embedding of another form than two halves of the same angles: it "
-                "cannot be exported to QNN."
-            )
     return frequencies, scaling
 
 
@@ -101,17 +86,20 @@ def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def is_rms_norm(norm: nn.Module) -> bool:
-    """Whether a norm is `x / rms(x) * weight`; found out by trying it (Gemma's multiplies by 1 + weight)."""
-    if getattr(norm, "bias", None) is not None or not hasattr(norm, "variance_epsilon"):
-        return False
-    weight = norm.weight.detach().float()
-    x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device).reshape(1, 1, -1)
-    expected = functional.rms_norm(x, (weight.numel(),), weight, norm.variance_epsilon)
-    with torch.no_grad():
-        found = norm(x.to(norm.weight.dtype)).float()
-    tolerance = 1e-4 if norm.weight.dtype == torch.float32 else 5e-2
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+def norm_epsilon(norm: nn.Module) -> float:
+    """The epsilon of a norm; `ValueError` unless it is `x / rms(x) * weight`, which is found out by trying it."""
+    # Gemma's, for one, multiplies by 1 + weight.
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if epsilon is not None and getattr(norm, "bias", None) is None:
+        weight = norm.weight.detach().float()
+        x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device).reshape(1, 1, -1)
+        expected = functional.rms_norm(x, (weight.numel(),), weight, epsilon)
+        with torch.no_grad():
+            found = norm(x.to(norm.weight.dtype)).float()
+        tolerance = 1e-4 if norm.weight.dtype == torch.float32 else 5e-2
+        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+            return epsilon
+    raise ValueError(f"{type(norm).__name__} is no plain RMSNorm: the base cannot be exported to QNN.")
 
 
-__all__ = ["is_rms_norm", "refuse_unsupported_base", "rotary_frequencies"]
+__all__ = ["norm_epsilon", "refuse_unsupported_structure", "rotary_frequencies"]

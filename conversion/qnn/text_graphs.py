@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names, cache_names
-from conversion.qnn.supported_bases import is_rms_norm, refuse_unsupported_base, rotary_frequencies
+from conversion.qnn.supported_bases import norm_epsilon
 from modeling_genieblue.language_views_genieblue import find_blocks
 
 
@@ -45,10 +45,8 @@ class Norm(nn.Module):
 
     def __init__(self, norm: nn.Module):
         super().__init__()
-        if not is_rms_norm(norm):
-            raise ValueError(f"{type(norm).__name__} is no plain RMSNorm: the base cannot be exported to QNN.")
+        self.eps = norm_epsilon(norm)
         self.register_buffer("weight", norm.weight.detach().float().clone())
-        self.eps = norm.variance_epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -191,36 +189,4 @@ def _active_block(block: nn.Module) -> nn.Module:
     return block if copies is None else copies[block.active_adapters[0]]
 
 
-def check_lengths(chunk_length: int, context_length: int) -> None:
-    """`ValueError` unless a chunk and at least one cached token fit into the context."""
-    if chunk_length < 2:
-        raise ValueError(f"The chunk length is {chunk_length}: expected 2 tokens or more (128 is usual).")
-    if context_length <= chunk_length:
-        raise ValueError(
-            f"The context length is {context_length} and the chunk length {chunk_length}: the context must be longer "
-            "than a chunk."
-        )
-
-
-def make_decoder_shape(base: nn.Module, chunk_length: int, context_length: int) -> DecoderShape:
-    """The shape of `base`, after everything that its graphs could not reproduce has been refused."""
-    check_lengths(chunk_length, context_length)
-    refuse_unsupported_base(base, context_length)
-    limit = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and context_length > limit:
-        raise ValueError(f"The context length is {context_length}, but the base was made for at most {limit} tokens.")
-    config = base.config.get_text_config(decoder=True)
-    frequencies, scaling = rotary_frequencies(base)
-    return DecoderShape(
-        num_blocks=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=2 * len(frequencies),
-        vocab_size=base.get_output_embeddings().weight.shape[0],
-        rotary_frequencies=tuple(frequencies.tolist()),
-        rotary_scaling=scaling,
-    )
-
-
-__all__ = ["TextGraph", "make_decoder_shape"]
+__all__ = ["Block", "TextGraph"]

@@ -147,7 +147,9 @@ def _check_weights(bundle: Bundle, base: Any) -> Iterator[Check]:
         if digests != {part["base_weight_codes"]}:
             problems.append(f"the text graphs of part {number} hold other weights than were exported")
         if base is not None:
-            expected = base_codes(base, bundle.decoder, range(*part["blocks"]))
+            by_calibration = bundle.metadata["rounding"] == "seqmse"
+            scales = {name: found.scales for name, found in graphs["prefill"].items()} if by_calibration else None
+            expected = base_codes(base, bundle.decoder, range(*part["blocks"]), scales)
             if codes_digest(expected) != part["base_weight_codes"]:
                 problems.append(f"the weights of part {number} are not those that the base alone gives")
     against = "what the base alone gives" if base is not None else "what was exported (not compared with a base)"

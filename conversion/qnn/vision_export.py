@@ -7,17 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from conversion.qnn.aimet_encodings import save_with_encodings
 from conversion.qnn.float_onnx import save_onnx, to_float_onnx
 from conversion.qnn.npu import cpu_session
-from conversion.qnn.quantize import (
-    Encoding,
-    Rounding,
-    encodings_of,
-    quantize_graph,
-    round_to_nearest,
-    round_weights,
-    with_codes,
-)
+from conversion.qnn.quantize import Encoding, encodings_of, quantize_graph, round_weights, with_codes
 from conversion.qnn.ranges import measure_ranges
 from conversion.qnn.stored_graphs import ConstantStore
 from conversion.qnn.vision_graph import VisionGraph
@@ -41,13 +34,16 @@ def batches_of(tiles: list[np.ndarray], size: int) -> list[np.ndarray]:
 
 
 def quantize_vision(
-    model: Any, tiles: list[np.ndarray], batch: int, folder: Path, *, rounding: Rounding = round_to_nearest
+    model: Any, tiles: list[np.ndarray], batch: int, folder: Path, float_folder: Path | None = None
 ) -> VisionResult:
-    """Writes `vision.onnx`, for `batch` tiles at a time, and `vision.data` into `folder`."""
+    """Writes `vision.onnx`, for `batch` tiles at a time, and `vision.data` into `folder`.
+
+    The float graph with its encodings goes into `float_folder`, if there is one.
+    """
     graph = VisionGraph(model)
     float_graph = to_float_onnx(graph, graph.example_inputs(batch), graph.input_names, graph.output_names)
     del graph
-    codes = round_weights(float_graph, lambda _name: VISION_BITS, rounding=rounding)
+    codes = round_weights(float_graph, lambda _name: VISION_BITS)
     batches = batches_of(tiles, batch)
     with TemporaryDirectory() as work:
         session = cpu_session(save_onnx(float_graph, Path(work) / "vision.onnx"))
@@ -61,6 +57,10 @@ def quantize_vision(
     quantized = quantize_graph(float_graph, encodings, codes, name="vision")
     with ConstantStore(folder / "vision.data") as store:
         path = store.save(quantized, folder / "vision.onnx")
+    if float_folder is not None:
+        float_folder.mkdir(exist_ok=True)
+        with ConstantStore(float_folder / "vision.data") as store:
+            save_with_encodings(float_graph, encodings, codes, store, float_folder / "vision.onnx")
     boundary = {name: encodings[name] for name in (*VisionGraph.input_names, *VisionGraph.output_names)}
     return VisionResult(path, boundary, probe)
 

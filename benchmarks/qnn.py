@@ -1,0 +1,270 @@
+"""QNN bundles: bytes against their ideal, the export of the real size, and accuracy on the demo's model.
+
+    python -m benchmarks.qnn [--demo demo-out] [--full-size full-size] [--parts 16] [--bundles qnn-bundles] [--json]
+
+Bytes are those of random-weight models of 24 M and 142 M parameters in the matrices of the base, in one part and in
+four. Accuracy is that of the model which `make demo` left in `--demo`: PyTorch in 32 bits, the bundle's QDQ graphs on
+the CPU, and the emulator. The real size is the BlueLM-3B-shaped model which `benchmarks/full_size.py` made in
+`--full-size`, with a vision tower of SigLIP so400m: time, and the highest resident memory of the process and of those
+that it started, taken twice a second. Bundles are kept in `--bundles`, so that a stopped run goes on. Each table
+can be left out: `--skip sizes accuracy full-size`. Nothing here runs on a phone.
+"""
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+from transformers.utils import logging as transformers_logging
+
+from conversion.qnn.export import export_bundle
+from conversion.qnn.language_export import BASE_BITS, LORA_BITS
+from conversion.qnn.runner import QnnRunner
+from genieblue.terminal import short_bytes
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue.language_views_genieblue import adapter_parameters
+
+SOC = "sm8750"
+PAPER_GB = 1.92
+SIZES = {
+    "24 M": {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "142 M": {"hidden_size": 1280, "intermediate_size": 3456, "num_attention_heads": 10, "num_key_value_heads": 2},
+}
+TOY_VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+    "patch_size": 14,
+}  # fmt: skip
+TOY_CHAT = "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %}" \
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"  # fmt: skip
+
+
+def save_processor(folder: Path, config: Any) -> None:
+    """A processor with a tokenizer of a few words, as the weights are random; what exports need of one."""
+    words = {word: index for index, word in enumerate(("<pad>", "<s>", "</s>", "<unk>"))}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+    )  # fmt: skip
+    GenieBlueProcessor(
+        GenieBlueImageProcessor(tile_size=config.vision_config.image_size),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        image_token_id=config.image_token_id,
+        chat_template=TOY_CHAT,
+    ).save_pretrained(folder)
+
+
+def random_requests(config: Any, count: int, tokens: int) -> list[dict[str, torch.Tensor]]:
+    """`count` requests of one image tile and `tokens` random tokens of text around it."""
+    generator = torch.Generator().manual_seed(0)
+    side, requests = config.vision_config.image_size, []
+    for _ in range(count):
+        text = torch.randint(3, 1000, (1, tokens), generator=generator)
+        image = torch.full((1, config.image_seq_length), config.image_token_id)
+        requests.append(
+            {
+                "input_ids": torch.cat([text[:, : tokens // 4], image, text[:, tokens // 4 :]], dim=1),
+                "pixel_values": torch.rand(1, 3, side, side, generator=generator) * 2 - 1,
+            }
+        )
+    return requests
+
+
+def random_model(folder: Path, shape: dict[str, int]) -> Path:
+    """Writes a GenieBlue of 8 blocks, 2 of them copied, with random weights and a toy vision tower, once."""
+    if not (folder / "genieblue" / "config.json").exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(**shape, num_hidden_layers=8, vocab_size=2048, max_position_embeddings=2048,
+                             tie_word_embeddings=False)  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder / "base")
+        base = LlamaForCausalLM.from_pretrained(folder / "base")
+        model = GenieBlueForConditionalGeneration.from_base(base, SiglipVisionModel(SiglipVisionConfig(**TOY_VISION)))
+        with torch.no_grad():
+            for _, _, parameter in adapter_parameters(model.multimodal_language_model):
+                parameter.add_(torch.randn_like(parameter) * 0.01)
+        model.save_pretrained(folder / "genieblue")
+        save_processor(folder / "genieblue", model.config)
+    return folder / "genieblue"
+
+
+def ideal_bytes(model: Any) -> dict[str, float]:
+    """Bytes of the matrices in the decoder graphs without any overhead: base, copies and LoRA."""
+    table = model.language_model.get_input_embeddings().weight
+    head = model.language_model.get_output_embeddings().weight
+    matrices = [p for p in model.language_model.parameters() if p.ndim == 2 and p is not table]
+    sizes = {"base": sum(p.numel() for p in matrices) + (head.numel() if head is table else 0), "copies": 0, "lora": 0}
+    for name, _, parameter in adapter_parameters(model.multimodal_language_model):
+        if parameter.ndim == 2:
+            sizes["lora" if ".lora_" in name else "copies"] += parameter.numel()
+    return {part: count * (LORA_BITS if part == "lora" else BASE_BITS) / 8 for part, count in sizes.items()}
+
+
+class MemoryWatch:
+    """The highest resident memory of this process and its children together while it runs, in bytes."""
+
+    def __enter__(self) -> "MemoryWatch":
+        self.peak, self._running = 0, True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._running = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while self._running:
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak = max(self.peak, total)
+            time.sleep(0.5)
+
+
+def language_bytes(bundle: Path) -> int:
+    """Bytes of the decoder's context binaries."""
+    return sum(path.stat().st_size for path in bundle.glob("language_*/*.bin"))
+
+
+def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Bytes of the shared binaries against the ideal, at two sizes and by number of parts."""
+    for name, shape in SIZES.items():
+        source = random_model(folder / f"random-{shape['hidden_size']}", shape)
+        model = GenieBlueForConditionalGeneration.from_pretrained(source)
+        requests, ideal = random_requests(model.config, 2, 160), sum(ideal_bytes(model).values())
+        del model
+        for parts in (1, 4):
+            bundle = folder / f"{source.parent.name}-in-{parts}"
+            start = time.perf_counter()
+            with MemoryWatch() as memory:
+                if not bundle.exists():
+                    export_bundle(source, bundle, soc=SOC, calibration=requests, context_length=512, parts=parts)
+            stored = language_bytes(bundle)
+            yield f"{name} in {parts} part(s)", {
+                "bytes": stored, "ideal": ideal, "ratio": stored / ideal, "seconds": time.perf_counter() - start,
+                "peak_bytes": memory.peak,
+            }  # fmt: skip
+
+
+def measure_accuracy(demo: Path, folder: Path, scans: int, emulated: int, lora: str) -> dict[str, dict[str, float]]:
+    """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
+    from PIL import Image
+
+    from genieblue.collation import ChatCollator
+    from genieblue.demo.answers import read_scans
+    from genieblue.demo.scans import NumberScans, split_scans
+    from genieblue.demo.text import split_documents, training_stream
+
+    processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
+    numbers = NumberScans(split_scans()[0], 48, seed=99, curriculum=0)
+    text = training_stream(processor.tokenizer, split_documents().train)[: 8 * 120].view(8, 1, 120)
+    calibration = [ChatCollator(processor).encode(sample) for sample in numbers]
+    calibration += [{"input_ids": row} for row in text]
+    lines = [json.loads(line) for line in (demo / "held-out" / "answers.jsonl").read_text().splitlines()][:scans]
+    model = GenieBlueForConditionalGeneration.from_pretrained(demo / "genieblue")
+    said = {"PyTorch, 32 bits": [line["said"] for line in read_scans(model, processor, demo / "held-out", lines)]}
+    bundle = folder / f"demo-{lora}"
+    if not bundle.exists():
+        lengths = {"chunk_length": 32, "context_length": 128}
+        export_bundle(demo / "genieblue", bundle, soc=SOC, calibration=calibration, lora=lora, **lengths)
+    def chat(line: dict[str, str]) -> list[dict[str, Any]]:
+        image = Image.open(demo / "held-out" / line["image"])
+        content = [{"type": "image", "image": image}, {"type": "text", "text": line["question"]}]
+        return [{"role": "user", "content": content}]
+
+    for name, backend, count in (("bundle, CPU-QDQ", "cpu", scans), ("bundle, emulator", "emulator", emulated)):
+        runner = QnnRunner(bundle, backend=backend)
+        said[name] = [runner.chat(chat(line), max_new_tokens=8).strip() for line in lines[:count]]
+    reference, on_cpu = said["PyTorch, 32 bits"], said["bundle, CPU-QDQ"]
+    rows = {}
+    for name, answers in said.items():
+        pairs = list(zip(answers, lines, strict=False))
+        rows[name] = {
+            "scans": len(pairs),
+            "exact_match": sum(answer == line["answer"] for answer, line in pairs) / len(pairs),
+            "as PyTorch": sum(a == b for a, b in zip(answers, reference, strict=False)) / len(pairs),
+            "as CPU-QDQ": sum(a == b for a, b in zip(answers, on_cpu, strict=False)) / len(pairs),
+        }
+    return rows
+
+
+def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> dict[str, Any]:
+    """Exports the BlueLM-3B-shaped model whole: seconds, memory, and the bundle's bytes by kind of file."""
+    model = GenieBlueForConditionalGeneration.from_pretrained(source / "genieblue")
+    if not (source / "genieblue" / "tokenizer.json").exists():
+        save_processor(source / "genieblue", model.config)
+    requests, ideal = random_requests(model.config, samples, 128), ideal_bytes(model)
+    del model
+    bundle = folder / f"full-size-in-{parts}"
+    row: dict[str, Any] = {"parts": parts}
+    if not bundle.exists():
+        start = time.perf_counter()
+        with MemoryWatch() as memory:
+            export_bundle(source / "genieblue", bundle, soc=SOC, calibration=requests, parts=parts)
+        row |= {"seconds": time.perf_counter() - start, "peak_bytes": memory.peak}
+    row |= {
+        "language binaries": language_bytes(bundle),
+        "ideal of those": int(sum(ideal.values())),
+        "vision binary": (bundle / "vision" / "vision.bin").stat().st_size,
+        "embeddings.raw": (bundle / "embeddings.raw").stat().st_size,
+    }
+    on_phone = row["language binaries"] + row["vision binary"] + row["embeddings.raw"]
+    whole = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    return row | {"for the phone": on_phone, "with qdq/ and probe.npz": whole, "the paper's GB": PAPER_GB}
+
+
+def main() -> None:
+    """Prints the tables, or with `--json` the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, default=Path("demo-out"))
+    parser.add_argument("--full-size", type=Path, default=Path("full-size"))
+    parser.add_argument("--bundles", type=Path, default=Path("qnn-bundles"))
+    parser.add_argument("--parts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=4, help="requests that the real size is calibrated on")
+    parser.add_argument("--scans", type=int, default=500)
+    parser.add_argument("--emulated", type=int, default=20)
+    parser.add_argument("--lora", choices=["constants", "inputs"], default="constants")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["sizes", "accuracy", "full-size"])
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(2)
+    bundles = arguments.bundles
+    bundles.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {}
+    if "sizes" not in arguments.skip:
+        report["sizes"] = dict(measure_sizes(bundles))
+    if "accuracy" not in arguments.skip and (arguments.demo / "held-out").is_dir():
+        counts = arguments.scans, arguments.emulated
+        report["accuracy"] = measure_accuracy(arguments.demo, bundles, *counts, arguments.lora)
+    if "full-size" not in arguments.skip and (arguments.full_size / "genieblue").is_dir():
+        report["full-size"] = {"BlueLM-3B shape": measure_full_size(arguments.full_size, bundles, arguments.parts,
+                                                                    arguments.samples)}  # fmt: skip
+    if arguments.json:
+        print(json.dumps(report))
+        return
+    for title, rows in report.items():
+        print(f"\n{title}")
+        for name, row in rows.items():
+            print(f"  {name}")
+            for key, value in row.items():
+                large = isinstance(value, int) and value > 1e4 or key.endswith("bytes")
+                shown = short_bytes(int(value)) if large else f"{value:.4f}".rstrip("0").rstrip(".")
+                print(f"    {key:28}{shown:>14}")
+
+
+if __name__ == "__main__":
+    main()
