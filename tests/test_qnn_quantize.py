@@ -21,7 +21,7 @@ from tiny_qnn import (
 from conversion.qnn.agreement import agreement
 from conversion.qnn.chunked_decoder import ChunkedDecoder, cache_names
 from conversion.qnn.decoder_shape import make_decoder_shape
-from conversion.qnn.float_onnx import OPSET, save_onnx, structure, to_float_onnx
+from conversion.qnn.float_onnx import OPSET, structure, to_float_onnx
 from conversion.qnn.npu import cpu_session, npu_session
 from conversion.qnn.quantize import (
     Encoding,
@@ -34,6 +34,7 @@ from conversion.qnn.quantize import (
 )
 from conversion.qnn.ranges import RangeMeter, measure_ranges
 from conversion.qnn.soc import find_soc
+from conversion.qnn.stored_graphs import save_copy
 from conversion.qnn.text_graphs import TextGraph
 from conversion.qnn.vision_graph import VisionGraph
 
@@ -93,7 +94,7 @@ class CodedView:
         self.paths = {}
         for tokens, model in source.models.items():
             quantized = quantize_graph(model, self.encodings, self.codes, name=f"{source.view}_{tokens}")
-            self.paths[tokens] = save_onnx(quantized, folder / f"{source.view}_{tokens}.onnx")
+            self.paths[tokens] = save_copy(quantized, folder / f"{source.view}_{tokens}.onnx")
 
     def decoder(self, open_session):
         sessions = {tokens: open_session(path) for tokens, path in self.paths.items()}
@@ -116,7 +117,7 @@ def test_float_onnx_gives_the_logits_of_the_model_over_chunks_and_tokens(float_v
     source = float_view(variant, view)
     model, shape, models = source.model, source.shape, source.models
     assert structure(models[CHUNK]) == structure(models[1])
-    sessions = {tokens: cpu_session(save_onnx(one, tmp_path / f"{tokens}.onnx")) for tokens, one in models.items()}
+    sessions = {tokens: cpu_session(save_copy(one, tmp_path / f"{tokens}.onnx")) for tokens, one in models.items()}
 
     def run(tokens, feeds):
         session = sessions[tokens]
@@ -136,7 +137,7 @@ def test_the_vision_graph_gives_the_features_of_the_model(count, tmp_path):
     exported = to_float_onnx(graph, graph.example_inputs(count), graph.input_names, graph.output_names)
     pixels = tiles(count)
     expected = model.get_image_features(pixels).detach().numpy()
-    session = cpu_session(save_onnx(exported, tmp_path / "vision.onnx"))
+    session = cpu_session(save_copy(exported, tmp_path / "vision.onnx"))
     found = session.run(None, {"pixel_values": pixels.numpy()})[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -144,7 +145,7 @@ def test_the_vision_graph_gives_the_features_of_the_model(count, tmp_path):
     encodings = encodings_of(exported, ranges)
     codes = round_weights(exported, lambda _name: 8)
     quantized = quantize_graph(exported, encodings, codes, name="vision")
-    path = save_onnx(quantized, tmp_path / "quantized.onnx")
+    path = save_copy(quantized, tmp_path / "quantized.onnx")
     feeds = {"pixel_values": encodings["pixel_values"].encode(pixels.numpy())}
     on_cpu, on_npu = (
         encodings["image_features"].decode(open_session(path).run(None, feeds)[0])

@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import onnx
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 10
-LARGEST_PROTO = 2**31 - 2**20  # bytes: a protobuf message ends at 2 GiB
 logger = logging.getLogger(__name__)
 
 
@@ -76,13 +74,4 @@ def structure(model: onnx.ModelProto) -> list[tuple[str, ...]]:
     return [(node.op_type, *node.input, *node.output) for node in model.graph.node]
 
 
-def save_onnx(model: onnx.ModelProto, path: Path) -> Path:
-    """Writes `model`, with its weights in a file beside it if they are too large for one; returns `path`."""
-    if model.ByteSize() < LARGEST_PROTO:
-        onnx.save(model, path)
-    else:
-        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data")
-    return path
-
-
-__all__ = ["save_onnx", "structure", "to_float_onnx"]
+__all__ = ["structure", "to_float_onnx"]

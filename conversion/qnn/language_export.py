@@ -19,20 +19,20 @@ import onnx
 from conversion.qnn.aimet_encodings import save_with_encodings
 from conversion.qnn.aimet_rounding import SeqMse
 from conversion.qnn.chunked_decoder import MASKED, ChunkedDecoder, DecoderShape, boundary_names, cache_names
-from conversion.qnn.float_onnx import save_onnx, structure, to_float_onnx
+from conversion.qnn.float_onnx import structure, to_float_onnx
 from conversion.qnn.npu import cpu_session
 from conversion.qnn.quantize import (
     Encoding,
     WeightCodes,
+    apply_codes,
     encodings_of,
     quantize_graph,
     round_to_nearest,
     round_weights,
     round_with_scales,
-    with_codes,
 )
 from conversion.qnn.ranges import Range, RangeMeter
-from conversion.qnn.stored_graphs import ConstantStore
+from conversion.qnn.stored_graphs import ConstantStore, save_copy
 from conversion.qnn.text_graphs import TextGraph
 
 logger = logging.getLogger(__name__)
@@ -126,9 +126,9 @@ def quantize_part(
             exact = streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0]
             exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
             # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
-            rounded = with_codes(models["prefill"], codes)
-            meter, outputs, values = _calibrate(rounded, shape, blocks, streams[view], settings)
-            del rounded
+            for model in models.values():
+                apply_codes(model, codes)
+            meter, outputs, values = _calibrate(models["prefill"], shape, blocks, streams[view], settings)
             ranges = {**meter, **_fixed_ranges(shape, blocks, input_ranges[view])}
             tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
             encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
@@ -180,7 +180,7 @@ def _read_float(
 ) -> dict[str, np.ndarray]:
     """What a float graph gives for one request: its first output, and the caches."""
     with TemporaryDirectory() as folder:
-        session = cpu_session(save_onnx(model, Path(folder) / "float.onnx"))
+        session = cpu_session(save_copy(model, Path(folder) / "float.onnx"))
         names = [value.name for value in session.get_outputs()]
 
         def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -195,7 +195,7 @@ def _calls(
 ) -> list[dict[str, np.ndarray]]:
     """The inputs of every call that a float graph for chunks gets in some requests."""
     with TemporaryDirectory() as folder:
-        session = cpu_session(save_onnx(model, Path(folder) / "float.onnx"))
+        session = cpu_session(save_copy(model, Path(folder) / "float.onnx"))
         names = [value.name for value in session.get_outputs()]
         calls: list[dict[str, np.ndarray]] = []
 

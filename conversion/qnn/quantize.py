@@ -343,14 +343,11 @@ class _Quantizer:
         self.graph.node.extend(kept)
 
 
-def with_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> onnx.ModelProto:
-    """The float graph with its matrices as their codes stand for: what is left to differ is the activations."""
-    rounded = onnx.ModelProto()
-    rounded.CopyFrom(model)
-    for tensor in rounded.graph.initializer:
+def apply_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> None:
+    """Replaces the matrices of a float graph by what their codes stand for: what is left to differ is activations."""
+    for tensor in model.graph.initializer:
         if tensor.name in codes:
             tensor.CopyFrom(numpy_helper.from_array(codes[tensor.name].decode().astype(np.float32), tensor.name))
-    return rounded
 
 
 def pack_int4(codes: np.ndarray) -> bytes:
@@ -361,6 +358,6 @@ def pack_int4(codes: np.ndarray) -> bytes:
 
 
 __all__ = [
-    "Encoding", "WeightCodes", "constant_encoding", "encodings_of", "pack_int4", "quantize_graph", "round_weights",
-    "round_with_scales", "weights_of", "with_codes",
+    "Encoding", "WeightCodes", "apply_codes", "constant_encoding", "encodings_of", "pack_int4", "quantize_graph",
+    "round_weights", "round_with_scales", "weights_of",
 ]  # fmt: skip

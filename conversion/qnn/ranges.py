@@ -8,6 +8,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from conversion.qnn.stored_graphs import ConstantStore
+
 Range = tuple[float, float]
 
 
@@ -34,8 +36,9 @@ class RangeMeter:
         """`folder` is for the graph with its reductions, which ONNX Runtime reads from disk."""
         self.output_names = [value.name for value in model.graph.output]
         self.ranges: dict[str, Range] = {}
-        watched = onnx.ModelProto()
-        watched.CopyFrom(model)
+        path = folder / "watched.onnx"
+        with ConstantStore(path.with_suffix(".data")) as store:
+            watched = store.copy(model)
         graph = watched.graph
         self._watched = [value.name for value in graph.input]
         self._watched += [name for node in model.graph.node for name in node.output]
@@ -44,9 +47,7 @@ class RangeMeter:
                 reduced = f"{name}/{operator}"
                 graph.node.append(helper.make_node(operator, [name], [reduced], keepdims=0))
                 graph.output.append(helper.make_tensor_value_info(reduced, TensorProto.FLOAT, []))
-        path = folder / "watched.onnx"
-        onnx.save(watched, path, save_as_external_data=True, location="watched.data", size_threshold=1024)
-        del watched
+        path.write_bytes(watched.SerializeToString())
         self._session = onnxruntime.InferenceSession(path, cpu_options(), providers=["CPUExecutionProvider"])
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -29,15 +29,35 @@ class ConstantStore:
     def save(self, model: onnx.ModelProto, path: Path) -> Path:
         """Writes `model`, whose large constants it moves to the store, to `path` in the folder of the store."""
         for tensor in model.graph.initializer:
-            if tensor.HasField("raw_data") and len(tensor.raw_data) >= SMALLEST:
-                offset, length = self._place(tensor.raw_data)
+            if _is_large(tensor):
+                self._point(tensor, tensor.raw_data)
                 tensor.ClearField("raw_data")
-                tensor.data_location = TensorProto.EXTERNAL
-                for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
-                    tensor.external_data.add(key=key, value=str(value))
         self._file.flush()
         path.write_bytes(model.SerializeToString(deterministic=True))
         return path
+
+    def copy(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A copy of `model` with its large constants in the store; `model` keeps its own, of which none is doubled."""
+        copied = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+        graph, source = copied.graph, model.graph
+        graph.name = source.name
+        for field in ("node", "input", "output"):
+            getattr(graph, field).extend(getattr(source, field))
+        for tensor in source.initializer:
+            if _is_large(tensor):
+                placed = graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+                self._point(placed, tensor.raw_data)
+            else:
+                graph.initializer.append(tensor)
+        self._file.flush()
+        return copied
+
+    def _point(self, tensor: TensorProto, data: bytes) -> None:
+        """Makes `data` in the store the contents of `tensor`."""
+        offset, length = self._place(data)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
 
     def _place(self, data: bytes) -> tuple[int, int]:
         key = hashlib.sha256(data).digest()
@@ -48,10 +68,21 @@ class ConstantStore:
         return self._places[key]
 
 
+def save_copy(model: onnx.ModelProto, path: Path) -> Path:
+    """Writes a copy of `model` to `path` with its large constants beside it, which are not doubled in memory."""
+    with ConstantStore(path.with_suffix(".data")) as store:
+        path.write_bytes(store.copy(model).SerializeToString(deterministic=True))
+    return path
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    return tensor.HasField("raw_data") and len(tensor.raw_data) >= SMALLEST
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-__all__ = ["ConstantStore", "sha256_of"]
+__all__ = ["ConstantStore", "save_copy", "sha256_of"]

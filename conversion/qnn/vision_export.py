@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from conversion.qnn.aimet_encodings import save_with_encodings
-from conversion.qnn.float_onnx import save_onnx, to_float_onnx
+from conversion.qnn.float_onnx import to_float_onnx
 from conversion.qnn.npu import cpu_session
-from conversion.qnn.quantize import Encoding, encodings_of, quantize_graph, round_weights, with_codes
+from conversion.qnn.quantize import Encoding, apply_codes, encodings_of, quantize_graph, round_weights
 from conversion.qnn.ranges import measure_ranges
-from conversion.qnn.stored_graphs import ConstantStore
+from conversion.qnn.stored_graphs import ConstantStore, save_copy
 from conversion.qnn.vision_graph import VisionGraph
 
 VISION_BITS = 8
@@ -46,12 +46,11 @@ def quantize_vision(
     codes = round_weights(float_graph, lambda _name: VISION_BITS)
     batches = batches_of(tiles, batch)
     with TemporaryDirectory() as work:
-        session = cpu_session(save_onnx(float_graph, Path(work) / "vision.onnx"))
+        session = cpu_session(save_copy(float_graph, Path(work) / "vision.onnx"))
         features = session.run(["image_features"], {"pixel_values": batches[0]})[0]
         del session
-        ranges = measure_ranges(
-            with_codes(float_graph, codes), ({"pixel_values": pixels} for pixels in batches), Path(work)
-        )
+        apply_codes(float_graph, codes)
+        ranges = measure_ranges(float_graph, ({"pixel_values": pixels} for pixels in batches), Path(work))
     probe = {"pixel_values": batches[0], "image_features": features}
     encodings = encodings_of(float_graph, ranges)
     quantized = quantize_graph(float_graph, encodings, codes, name="vision")
