@@ -54,8 +54,8 @@ def make_models(folder: Path) -> None:
     model = GenieBlueForConditionalGeneration.from_base(base, vision)
     with torch.no_grad():
         for name, _, parameter in adapter_parameters(model.multimodal_language_model):
-            if ".lora_B." in name:
-                parameter.normal_(0, 0.02)
+            if ".lora_A." not in name:  # copies begin as the originals, and B as zero
+                parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder / "genieblue")
 
 

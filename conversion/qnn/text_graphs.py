@@ -15,29 +15,55 @@ from modeling_genieblue.language_views_genieblue import find_blocks
 
 
 class Projection(nn.Module):
-    """`x @ weight + bias + (x @ lora_a) @ lora_b`; matrices are (in, out), so that nothing is transposed."""
+    """`x @ weight + bias + low_rank @ lora_b`; matrices are (in, out), so that nothing is transposed."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: nn.Module, lora_b: torch.Tensor | None = None):
         super().__init__()
         base_layer = getattr(linear, "base_layer", linear)
         self.register_buffer("weight", base_layer.weight.detach().float().t().contiguous())
         bias = base_layer.bias
         self.register_buffer("bias", None if bias is None else bias.detach().float())
-        self.register_buffer("lora_a", None)
-        self.register_buffer("lora_b", None)
-        if base_layer is not linear:
-            (adapter,) = linear.active_adapters
-            self.lora_a = linear.lora_A[adapter].weight.detach().float().t().contiguous()
-            scaled = linear.lora_B[adapter].weight.detach().float() * linear.scaling[adapter]
-            self.lora_b = scaled.t().contiguous()
+        self.register_buffer("lora_b", lora_b)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, low_rank: torch.Tensor | None = None) -> torch.Tensor:
         y = x @ self.weight
         if self.bias is not None:
             y = y + self.bias
-        if self.lora_a is not None:
-            y = y + (x @ self.lora_a) @ self.lora_b
-        return y
+        return y if self.lora_b is None else y + low_rank @ self.lora_b
+
+
+class SharedLora(nn.Module):
+    """`x @ lora_a` of linears that read the same `x`: the first factors of their LoRA side by side.
+
+    The NPU fills up each matrix to 32 channels, so one product of rank 3·8 takes a third of the room of three of rank
+    8. The second factors are zero where the rank is another linear's.
+    """
+
+    def __init__(self, linears: list[nn.Module]):
+        super().__init__()
+        pairs = [_lora_pair(linear) for linear in linears]
+        found = [pair for pair in pairs if pair is not None]
+        self.register_buffer("lora_a", torch.cat([first for first, _ in found], dim=1) if found else None)
+        self.second: list[torch.Tensor | None] = []
+        start = 0
+        for pair in pairs:
+            if pair is not None:
+                second = pair[1].new_zeros(self.lora_a.shape[1], pair[1].shape[1])
+                second[start : start + len(pair[1])] = pair[1]
+                start += len(pair[1])
+            self.second.append(None if pair is None else second)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.lora_a is None else x @ self.lora_a
+
+
+def _lora_pair(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(in, rank) and (rank, out) of a linear's LoRA, the scaling in the second."""
+    if not hasattr(linear, "base_layer"):
+        return None
+    (adapter,) = linear.active_adapters
+    second = linear.lora_B[adapter].weight.detach().float() * linear.scaling[adapter]
+    return linear.lora_A[adapter].weight.detach().float().t().contiguous(), second.t().contiguous()
 
 
 class Norm(nn.Module):
@@ -69,10 +95,17 @@ class Block(nn.Module):
         self.input_norm, self.mlp_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
         self.q_norm = Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
         self.k_norm = Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, Projection(getattr(attention, name)))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(self, name, Projection(getattr(mlp, name)))
+        for title, parent, names in (
+            ("qkv", attention, ("q_proj", "k_proj", "v_proj")),
+            ("o", attention, ("o_proj",)),
+            ("gate_up", mlp, ("gate_proj", "up_proj")),
+            ("down", mlp, ("down_proj",)),
+        ):
+            linears = [getattr(parent, name) for name in names]
+            lora = SharedLora(linears)
+            setattr(self, f"{title}_lora", lora)
+            for name, linear, second in zip(names, linears, lora.second, strict=True):
+                setattr(self, name, Projection(linear, second))
 
     def forward(
         self,
@@ -87,14 +120,17 @@ class Block(nn.Module):
         attended, key, value = self.attend(self.input_norm(x), mask, cos, sin, past_key, past_value)
         x = x + attended
         h = self.mlp_norm(x)
-        return x + self.down_proj(functional.silu(self.gate_proj(h)) * self.up_proj(h)), key, value
+        low_rank = self.gate_up_lora(h)
+        h = functional.silu(self.gate_proj(h, low_rank)) * self.up_proj(h, low_rank)
+        return x + self.down_proj(h, self.down_lora(h)), key, value
 
     def attend(self, h, mask, cos, sin, past_key, past_value):
         heads, groups, size = self.shape.num_heads, self.shape.num_key_value_heads, self.shape.head_dim
         tokens = h.shape[1]
-        query = self.split_heads(self.q_proj(h), heads, self.q_norm)
-        key = self.split_heads(self.k_proj(h), groups, self.k_norm)
-        value = self.split_heads(self.v_proj(h), groups, None)
+        low_rank = self.qkv_lora(h)
+        query = self.split_heads(self.q_proj(h, low_rank), heads, self.q_norm)
+        key = self.split_heads(self.k_proj(h, low_rank), groups, self.k_norm)
+        value = self.split_heads(self.v_proj(h, low_rank), groups, None)
         query = rotate(query, cos, sin) * self.scale
         key = rotate(key, cos, sin).transpose(2, 3)  # (1, groups, head_dim, tokens)
         all_keys = torch.cat([past_key, key], dim=3)  # (1, groups, head_dim, context)
@@ -105,7 +141,7 @@ class Block(nn.Module):
         weights = scores.softmax(dim=-1).reshape(1, groups, heads // groups * tokens, -1)
         attended = (weights @ all_values).reshape(1, heads, tokens, size)
         attended = attended.transpose(1, 2).reshape(1, tokens, heads * size)
-        return self.o_proj(attended), key, value
+        return self.o_proj(attended, self.o_lora(attended)), key, value
 
     def split_heads(self, x: torch.Tensor, heads: int, norm: Norm | None) -> torch.Tensor:
         """(1, tokens, heads * head_dim) → (1, heads, tokens, head_dim)."""
