@@ -16,7 +16,7 @@ demo: $(STAMP)  ## make a small GenieBlue from nothing and show that it reads (u
 test: $(STAMP) lint  ## ruff, then the tests that take seconds each
 	$(BIN)/python -m pytest -q
 
-test-slow: $(STAMP)  ## the tests marked slow
+test-slow: $(VENV)/aimet.stamp  ## the tests marked slow, with the extra aimet
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(STAMP)  ## ruff alone
@@ -33,4 +33,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	touch $@
+
+# AIMET asks for torchvision and does without it. The one on PyPI is built for CUDA, and beside a CPU build of torch
+# transformers cannot be imported any more.
+$(VENV)/aimet.stamp: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[aimet]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@

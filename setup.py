@@ -13,9 +13,11 @@ EXTRAS = {
     "onnxruntime": ["onnxruntime>=1.31,<2", "onnx>=1.23"],
     # Linux on x86-64 with glibc 2.35.
     "qnn": ["onnxruntime>=1.31,<2", QNN_COMPILER, "onnx>=1.23", "onnxscript>=0.7"],
+    # SeqMSE. Of its requirements torchvision is not needed, and PyPI's breaks CPU builds of torch: see the Makefile.
+    "aimet": ["aimet-onnx>=2.42,<3"],
     "dev": ["pytest>=9.0", "ruff>=0.17", "setuptools>=77"],
 }
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+EXTRAS["all"] = sorted({each for name, extra in EXTRAS.items() if name != "aimet" for each in extra})
 
 setup(
     name="genieblue",

@@ -108,10 +108,13 @@ def ideal_bytes(model: Any) -> dict[str, float]:
 
 
 class MemoryWatch:
-    """The highest resident memory of this process and its children together while it runs, in bytes."""
+    """The highest resident memory of this process and its children together while it runs, in bytes.
+
+    `own` leaves out what is mapped from files, which the system can drop and read again.
+    """
 
     def __enter__(self) -> "MemoryWatch":
-        self.peak, self._running = 0, True
+        self.peak, self.own, self._running = 0, 0, True
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -123,13 +126,14 @@ class MemoryWatch:
     def _watch(self) -> None:
         own = psutil.Process()
         while self._running:
-            total = 0
+            total = own_bytes = 0
             for process in (own, *own.children(recursive=True)):
                 try:
-                    total += process.memory_info().rss
+                    found = process.memory_info()
+                    total, own_bytes = total + found.rss, own_bytes + found.rss - found.shared
                 except psutil.NoSuchProcess:
                     continue
-            self.peak = max(self.peak, total)
+            self.peak, self.own = max(self.peak, total), max(self.own, own_bytes)
             time.sleep(0.5)
 
 
@@ -213,7 +217,7 @@ def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> d
         start = time.perf_counter()
         with MemoryWatch() as memory:
             export_bundle(source / "genieblue", bundle, soc=SOC, calibration=requests, parts=parts)
-        row |= {"seconds": time.perf_counter() - start, "peak_bytes": memory.peak}
+        row |= {"seconds": time.perf_counter() - start, "peak_bytes": memory.peak, "own_peak_bytes": memory.own}
     row |= {
         "language binaries": language_bytes(bundle),
         "ideal of those": int(sum(ideal.values())),

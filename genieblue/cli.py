@@ -209,8 +209,11 @@ def chat(
         str | None, typer.Option(help="Bundle of `export qnn` to ask, instead of a model.", show_default=False)
     ] = None,
     npu: Annotated[NpuBackend, typer.Option(help="What runs the bundle's graphs.")] = NpuBackend.cpu,
+    adapter: Annotated[
+        Path | None, typer.Option(help="File of `export adapter` for a bundle, instead of its own LoRA.")
+    ] = None,
     backend: Annotated[
-        Backend, typer.Option(help="What multiplies 4-bit weights; onnxruntime: faster, with 8-bit activations.")
+        Backend, typer.Option(help="What multiplies 4-bit weights; onnxruntime: 8-bit activations, fast on one core.")
     ] = Backend.quanto,
     base: Base = None,
     revision: Revision = None,
@@ -224,7 +227,7 @@ def chat(
     if (model is None) == (qnn is None):
         raise typer.BadParameter("Give a model, or a bundle as --qnn.", param_hint="MODEL")
     if qnn is not None:
-        answer_from_bundle(qnn, prompt, image or [], max_new_tokens, npu.value, json_output)
+        answer_from_bundle(qnn, prompt, image or [], max_new_tokens, npu.value, adapter, json_output)
         return
     with stdout_for_json(json_output):
         quiet_transformers()

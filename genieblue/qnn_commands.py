@@ -96,6 +96,25 @@ def qnn(
     note(f"Next: genieblue verify {bundle}; genieblue chat --qnn {bundle} --image photo.jpg --prompt …")
 
 
+@export_app.command()
+def adapter(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
+    bundle: Annotated[Path, typer.Option(help="Bundle of `export qnn --lora inputs`.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write, such as other.npz.", show_default=False)],
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+) -> None:
+    """Write the LoRA of another GenieBlue for the graphs of a bundle, which must share all but LoRA with it."""
+    from conversion.qnn.adapters import export_adapter
+
+    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    with looking_for(model):
+        quiet_transformers()
+        path = export_adapter(model, bundle, out.expanduser(), **options)
+    typer.echo(f"{path}: {short_bytes(path.stat().st_size)}")
+    note(f"Next: genieblue chat --qnn {bundle} --adapter {path} --image photo.jpg --prompt …")
+
+
 def is_bundle(path: str) -> bool:
     """Whether `path` is the folder of an exported bundle, and not of a model."""
     folder = Path(path)
@@ -115,7 +134,13 @@ def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], Non
 
 
 def answer_from_bundle(
-    bundle: str, prompt: str | None, sources: list[str], max_new_tokens: int, backend: str, as_json: bool
+    bundle: str,
+    prompt: str | None,
+    sources: list[str],
+    max_new_tokens: int,
+    backend: str,
+    adapter: Path | None,
+    as_json: bool,
 ) -> None:
     """Prints one answer by a bundle's graphs, or `{"text", "view", "prompt_tokens", "generated_tokens"}`."""
     if prompt is None:
@@ -125,7 +150,7 @@ def answer_from_bundle(
 
     with stdout_for_json(True):
         images = [read_image(source, index) for index, source in enumerate(sources)]
-        runner = QnnRunner(bundle, backend=backend)
+        runner = QnnRunner(bundle, backend=backend, adapter=adapter)
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
         inputs = runner.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,

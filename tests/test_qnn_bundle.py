@@ -13,35 +13,27 @@ pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
 import onnx
 from onnx import numpy_helper
-from tiny_genieblue import IMAGE, prompt, row, tiles
-from tiny_qnn import CHUNK, CONTEXT, save_pair
+from tiny_genieblue import prompt, tiles
+from tiny_qnn import CHUNK, CONTEXT, requests, save_pair
 
 from conversion.qnn import compile as compile_module
 from conversion.qnn import export as export_module
 from conversion.qnn import npu
 from conversion.qnn import verify as verify_module
+from conversion.qnn.adapters import export_adapter
 from conversion.qnn.agreement import agreement
-from conversion.qnn.bundle import Bundle
+from conversion.qnn.bundle import Bundle, read_codes
 from conversion.qnn.compile import compile_graphs
 from conversion.qnn.export import divide_blocks, export_bundle
 from conversion.qnn.runner import QnnRunner
 from conversion.qnn.soc import find_soc
-from conversion.qnn.verify import read_codes, verify_bundle
+from conversion.qnn.verify import verify_bundle
 from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.language_views_genieblue import adapter_parameters
 
 SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
 
 pytestmark = pytest.mark.slow  # the compiler and its emulator take minutes
-
-
-def requests(count=3):
-    """Encoded requests, each once as a text and once with an image."""
-    found = []
-    for seed in range(count):
-        words = prompt(24, seed=seed)[0].tolist()
-        found.append({"input_ids": words})
-        found.append({"input_ids": row(words[:5], IMAGE, words[5:])[0], "pixel_values": tiles(1, seed=seed)})
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -208,19 +200,62 @@ def test_a_runner_chats_and_stops_at_the_end_of_the_context(bundle):
         runner.logits(prompt(CONTEXT + 1)[0])
 
 
-def test_adapters_are_swapped_by_the_caller_of_a_bundle_with_inputs(with_inputs, bundle):
+@pytest.fixture(scope="module")
+def sibling(pair, tmp_path_factory):
+    """A GenieBlue that differs from the one of the pair in its LoRA alone."""
+    model = GenieBlueForConditionalGeneration.from_pretrained(pair)
+    generator = torch.Generator().manual_seed(21)
+    with torch.no_grad():
+        for name, _, parameter in adapter_parameters(model.multimodal_language_model):
+            if ".lora_" in name:
+                shuffled = parameter.flatten()[torch.randperm(parameter.numel(), generator=generator)]
+                parameter.copy_(shuffled.view_as(parameter))
+    folder = tmp_path_factory.mktemp("sibling") / "genieblue"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_one_bundle_serves_several_adapters(with_inputs, bundle, sibling, tmp_path):
     request = requests(1)[1]
-    runner = QnnRunner(with_inputs)
-    logits = runner.logits(request["input_ids"], request["pixel_values"].numpy())
-    constants = QnnRunner(bundle).logits(request["input_ids"], request["pixel_values"].numpy())
-    assert agreement(logits, constants).cosine > 0.99
-    for tokens in (CHUNK, 1):
-        graph = runner.views["multimodal"].part(0, tokens)
-        assert len(graph.fixed) == 14
-        graph.fixed = {name: np.zeros_like(value) for name, value in graph.fixed.items()}
-    assert not np.allclose(runner.logits(request["input_ids"], request["pixel_values"].numpy()), logits, atol=0.1)
-    checks = verify_bundle(with_inputs)
-    assert [check for check in checks if not check.ok] == []
+
+    def logits(path, **options):
+        return QnnRunner(path, **options).logits(request["input_ids"], request["pixel_values"].numpy())
+
+    adapter = export_adapter(sibling, with_inputs, tmp_path / "b")
+    first, second = logits(with_inputs), logits(with_inputs, adapter=adapter)
+    own = export_bundle(sibling, tmp_path / "own", calibration=requests(), **SETTINGS)
+    assert agreement(first, logits(bundle)).cosine > 0.99
+    assert agreement(second, logits(own)).cosine > 0.99
+    assert agreement(second, first).cosine < 0.9
+    text = requests(1)[0]["input_ids"]
+    runners = QnnRunner(with_inputs), QnnRunner(with_inputs, adapter=adapter)
+    assert np.array_equal(*(runner.logits(text) for runner in runners))  # LoRA is nothing to the text view
+    assert [check for check in verify_bundle(with_inputs) if not check.ok] == []
+
+
+def test_adapters_that_do_not_fit_a_bundle_are_refused(with_inputs, bundle, sibling, pair, tmp_path):
+    with pytest.raises(ValueError, match="--lora inputs"):
+        export_adapter(sibling, bundle, tmp_path / "a")
+    with pytest.raises(ValueError, match="takes no other adapter"):
+        QnnRunner(bundle, adapter=tmp_path / "a")
+    with pytest.raises(FileExistsError, match="is taken"):
+        export_adapter(sibling, with_inputs, with_inputs / "adapter.npz")
+    model = GenieBlueForConditionalGeneration.from_pretrained(pair)
+    with torch.no_grad():
+        for name, _, parameter in adapter_parameters(model.multimodal_language_model):
+            parameter.mul_(1.0 if ".lora_" in name else -1.0)
+    model.save_pretrained(tmp_path / "other-copies")
+    with pytest.raises(ValueError, match="other replicated blocks"):
+        export_adapter(tmp_path / "other-copies", with_inputs, tmp_path / "a")
+    with pytest.raises(ValueError, match="another base"):
+        export_adapter(save_pair(tmp_path / "qwen2", "qwen2"), with_inputs, tmp_path / "a")
+    (tmp_path / "broken").write_bytes(b"no archive")
+    np.savez(tmp_path / "strange.npz", **{"0/blocks.0.o_lora.lora_a": np.zeros((3, 3), np.int8)})
+    for name, sentence in (("broken", "no adapter"), ("strange.npz", "does not fit part 0"), ("no", "no adapter")):
+        runner = QnnRunner(with_inputs, adapter=tmp_path / name)
+        with pytest.raises((ValueError, OSError), match=sentence):
+            runner.logits(requests(1)[1]["input_ids"], requests(1)[1]["pixel_values"].numpy())
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_stopped_export_goes_on_with_the_next_part(bundle, pair, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_genieblue import tiny_genieblue
+from tiny_genieblue import IMAGE, prompt, row, tiles, tiny_genieblue
 from tiny_models import save_tiny_base, tiny_base
 from transformers import AutoModelForCausalLM
 
@@ -99,3 +99,13 @@ def save_pair(folder: Path, variant: str = "llama") -> Path:
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     tiny_genieblue(base=base, replicated_layers=[1]).save_pretrained(folder / "genieblue")
     return folder / "genieblue"
+
+
+def requests(count=3):
+    """Encoded requests, each once as a text and once with an image."""
+    found = []
+    for seed in range(count):
+        words = prompt(24, seed=seed)[0].tolist()
+        found.append({"input_ids": words})
+        found.append({"input_ids": row(words[:5], IMAGE, words[5:])[0], "pixel_values": tiles(1, seed=seed)})
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from conversion.qnn.chunked_decoder import DecoderShape
 from conversion.qnn.quantize import Encoding, WeightCodes
@@ -110,4 +110,20 @@ def encoding_of(tensor: Mapping[str, Any]) -> Encoding:
     return Encoding(tensor["scale"], -tensor["offset"], tensor["dtype"])
 
 
-__all__ = ["Bundle", "describe_boundary", "encoding_of", "list_files"]
+def read_codes(path: Path) -> dict[str, WeightCodes]:
+    """Codes by name of the matrices of a QDQ graph that are constants."""
+    model = onnx.load(path)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        name = node.input[0] if node.op_type == "DequantizeLinear" else None
+        if name not in tensors or name.endswith("/codes"):
+            continue
+        codes = numpy_helper.to_array(tensors[name]).astype(np.int8)
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
+        bits = 4 if tensors[name].data_type == onnx.TensorProto.INT4 else 8
+        found[name] = WeightCodes(codes, numpy_helper.to_array(tensors[node.input[1]]), bits, axis)
+    return found
+
+
+__all__ = ["Bundle", "describe_boundary", "encoding_of", "list_files", "read_codes"]

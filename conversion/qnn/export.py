@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from conversion.qnn.adapters import ADAPTER, adapter_entries
 from conversion.qnn.aimet_rounding import require_aimet
 from conversion.qnn.bundle import FORMAT_VERSION, METADATA, describe_boundary, list_files
 from conversion.qnn.calibration import embedding_rows, prepare_calibration
@@ -26,7 +27,6 @@ from conversion.qnn.language_export import (
     VIEWS,
     LanguageSettings,
     codes_digest,
-    is_lora,
     quantize_part,
 )
 from conversion.qnn.npu import compiler_version, npu_devices
@@ -223,7 +223,7 @@ class _Export:
             np.savez(folder / "probe.npz", **part.probe)
             np.savez(folder / "streams.npz", **_flatten(part.streams))
             if self.settings.lora == "inputs":
-                self._write_adapter(folder, part.codes["multimodal"])
+                np.savez(folder / ADAPTER, **adapter_entries(number, part.codes["multimodal"]))
             record = {
                 "blocks": [blocks.start, blocks.stop],
                 "binary": f"{name}/{name}.bin",
@@ -248,10 +248,6 @@ class _Export:
             found = next(x for x in record["graphs"][f"{view}_{STAGES[0]}"]["outputs"] if x["name"] == output)
             next_ranges[view] = (found["offset"] * found["scale"], (LEVELS + found["offset"]) * found["scale"])
         return record, streams, next_ranges
-
-    def _write_adapter(self, folder: Path, codes: Mapping[str, Any]) -> None:
-        """LoRA as the graphs take it: int8 arrays by input name."""
-        np.savez(folder / "adapter.npz", **{name: weight.codes for name, weight in codes.items() if is_lora(name)})
 
     def _write_embeddings(self, work: Path, encoding: Encoding) -> None:
         with (work / "embeddings.raw").open("wb") as file:
@@ -303,14 +299,19 @@ class _Export:
         return {"eos_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends]}
 
     def _finish(self, work: Path, metadata: dict[str, Any]) -> None:
-        """Gathers the probes in one file, drops what only served to go on, and signs every file."""
-        values = dict(np.load(work / "probe.npz"))
+        """Gathers probes and adapters in one file each, drops what only served to go on, and signs every file."""
+        values, adapter = dict(np.load(work / "probe.npz")), {}
         for folder in [work / "vision", *(work / f"language_{number}" for number in range(len(metadata["parts"])))]:
             with np.load(folder / "probe.npz") as file:
                 values.update({f"{folder.name}/{key}": file[key] for key in file})
-            for leftover in ("probe.npz", "streams.npz", DONE):
+            if (folder / ADAPTER).exists():
+                with np.load(folder / ADAPTER) as file:
+                    adapter.update(file)
+            for leftover in ("probe.npz", "streams.npz", ADAPTER, DONE):
                 (folder / leftover).unlink(missing_ok=True)
         np.savez(work / "probe.npz", **values)
+        if adapter:
+            np.savez(work / ADAPTER, **adapter)
         (work / "export.json").unlink()
         _write_json(work / METADATA, {**metadata, "files": list_files(work)})
 

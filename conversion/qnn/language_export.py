@@ -113,13 +113,13 @@ def quantize_part(
             float_store = stack.enter_context(ConstantStore(float_folder / f"{name}.data"))
         for view in VIEWS:
             graph = TextGraph(views[view], shape, blocks.start, blocks.stop)
-            models = {stage: _float_graph(graph, settings, stage) for stage in STAGES}
+            models = {stage: make_float_graph(graph, settings, stage) for stage in STAGES}
             if structure(models["prefill"]) != structure(models["decode"]):
                 raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
             del graph
             as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
             if seqmse is not None:
-                feeds = _calls(models["prefill"], shape, blocks, streams[view][:SEQMSE_REQUESTS], settings)
+                feeds = collect_calls(models["prefill"], shape, blocks, streams[view][:SEQMSE_REQUESTS], settings)
                 seqmse.fit(models["prefill"], feeds, weight_bits)
             rounding = seqmse or round_to_nearest
             codes = round_weights(models["prefill"], weight_bits, rounding=rounding, as_inputs=as_inputs)
@@ -149,7 +149,7 @@ def quantize_part(
     return result
 
 
-def _float_graph(graph: TextGraph, settings: LanguageSettings, stage: str) -> onnx.ModelProto:
+def make_float_graph(graph: TextGraph, settings: LanguageSettings, stage: str) -> onnx.ModelProto:
     inputs = graph.example_inputs(settings.tokens(stage), settings.context_length)
     return to_float_onnx(graph, inputs, graph.input_names, graph.output_names)
 
@@ -190,7 +190,7 @@ def _read_float(
         return {boundary_names(shape, blocks)[1]: decoder.read(stream, only_chunks=True), **decoder.cache}
 
 
-def _calls(
+def collect_calls(
     model: onnx.ModelProto, shape: DecoderShape, blocks: range, requests: list[np.ndarray], settings: LanguageSettings
 ) -> list[dict[str, np.ndarray]]:
     """The inputs of every call that a float graph for chunks gets in some requests."""
@@ -264,4 +264,7 @@ def base_codes(
     return codes
 
 
-__all__ = ["STAGES", "VIEWS", "LanguageSettings", "PartResult", "base_codes", "codes_digest", "quantize_part"]
+__all__ = [
+    "STAGES", "VIEWS", "LanguageSettings", "PartResult", "base_codes", "codes_digest", "collect_calls", "is_lora",
+    "make_float_graph", "quantize_part", "weight_bits",
+]  # fmt: skip

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from conversion.qnn.adapters import ADAPTER, read_adapter
 from conversion.qnn.bundle import Bundle, encoding_of
 from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
+from conversion.qnn.language_export import is_lora
 from conversion.qnn.npu import cpu_session, npu_session
 from conversion.qnn.soc import find_soc
 
@@ -42,8 +44,11 @@ class CodedGraph:
 class ViewGraphs:
     """The graphs of one view, part behind part, for chunks and for single tokens; opened when first called."""
 
-    def __init__(self, bundle: Bundle, view: str, open_session: OpenSession):
+    def __init__(
+        self, bundle: Bundle, view: str, open_session: OpenSession, adapter: str | os.PathLike | None = None
+    ):
         self.bundle, self.view, self._open_session = bundle, view, open_session
+        self.adapter = bundle.path(ADAPTER) if adapter is None else adapter
         self._graphs: dict[tuple[int, int], CodedGraph] = {}
 
     def part(self, number: int, tokens: int) -> CodedGraph:
@@ -53,11 +58,8 @@ class ViewGraphs:
             record = next(
                 graph for graph in part["graphs"].values() if (graph["view"], graph["tokens"]) == (self.view, tokens)
             )
-            fixed = {}
-            if self.bundle.metadata["adapter"]["lora"] == "inputs":
-                with np.load(self.bundle.path(part["binary"]).with_name("adapter.npz")) as file:
-                    names = [tensor["name"] for tensor in record["inputs"]]
-                    fixed = {name: file[name] for name in names if name in file}
+            shapes = {tensor["name"]: tuple(tensor["shape"]) for tensor in record["inputs"] if is_lora(tensor["name"])}
+            fixed = read_adapter(self.adapter, number, shapes) if shapes else {}
             self._graphs[number, tokens] = CodedGraph(record, self._open_session(record), fixed)
         return self._graphs[number, tokens]
 
@@ -93,18 +95,21 @@ class ViewGraphs:
 class QnnRunner:
     """Answers requests with the graphs of a bundle."""
 
-    def __init__(self, path: str | os.PathLike, backend: str = "cpu"):
+    def __init__(self, path: str | os.PathLike, backend: str = "cpu", adapter: str | os.PathLike | None = None):
         """Opens a bundle; `backend` is `cpu` for the QDQ graphs, or `emulator` for the NPU's own arithmetic.
 
-        Raises `ValueError` for a bundle with changed files, `OSError` for a folder that is none.
+        `adapter` is a file of `export_adapter`, for a bundle whose LoRA are inputs; by default its own. Raises
+        `ValueError` for a bundle with changed files or another adapter's file, `OSError` for a folder that is none.
         """
         if backend not in BACKENDS:
             raise ValueError(f"Unknown backend {backend!r}: choose {' or '.join(BACKENDS)}.")
         self.bundle = Bundle(path)
         if problems := self.bundle.changed_files():
             raise ValueError(f"{path} is not what was exported: {'; '.join(problems)}. Export the bundle again.")
+        if adapter is not None and self.bundle.metadata["adapter"]["lora"] != "inputs":
+            raise ValueError(f"The LoRA of {path} is part of its binaries: it takes no other adapter.")
         self.backend = backend
-        self.views = {view: ViewGraphs(self.bundle, view, self._open) for view in ("text", "multimodal")}
+        self.views = {view: ViewGraphs(self.bundle, view, self._open, adapter) for view in ("text", "multimodal")}
         self._vision: CodedGraph | None = None
         self._processor = None
         self._table = self.bundle.embeddings()

@@ -9,11 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
 
 from conversion.qnn.agreement import Agreement, agreement, worst
-from conversion.qnn.bundle import Bundle
+from conversion.qnn.bundle import Bundle, read_codes
 from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.compile import compile_graphs
 from conversion.qnn.language_export import (
@@ -27,7 +25,6 @@ from conversion.qnn.language_export import (
     probe_lengths,
 )
 from conversion.qnn.npu import cpu_session, npu_session
-from conversion.qnn.quantize import WeightCodes
 from conversion.qnn.runner import CodedGraph, ViewGraphs
 from conversion.qnn.soc import find_soc
 from conversion.verify import Check
@@ -120,22 +117,6 @@ def _report(measured: Measured) -> Iterator[Check]:
             yield Check(f"{graph}: {kind}", not failed or kind == FLOAT, detail)
 
 
-def read_codes(path: Path) -> dict[str, WeightCodes]:
-    """Codes by name of the matrices of a QDQ graph that are constants."""
-    model = onnx.load(path)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = {}
-    for node in model.graph.node:
-        name = node.input[0] if node.op_type == "DequantizeLinear" else None
-        if name not in tensors or name.endswith("/codes"):
-            continue
-        codes = numpy_helper.to_array(tensors[name]).astype(np.int8)
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
-        bits = 4 if tensors[name].data_type == onnx.TensorProto.INT4 else 8
-        found[name] = WeightCodes(codes, numpy_helper.to_array(tensors[node.input[1]]), bits, axis)
-    return found
-
-
 def _check_weights(bundle: Bundle, base: Any) -> Iterator[Check]:
     """The text graphs hold the base's matrices and nothing of the adapter."""
     problems = []
@@ -220,4 +201,4 @@ def _run_probe(
     return found[first_output]
 
 
-__all__ = ["read_codes", "verify_bundle"]
+__all__ = ["verify_bundle"]
