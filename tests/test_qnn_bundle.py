@@ -33,9 +33,6 @@ from modeling_genieblue.language_views_genieblue import adapter_parameters
 
 SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
 
-pytestmark = pytest.mark.slow  # the compiler and its emulator take minutes
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("pair"))
@@ -107,6 +104,7 @@ def test_a_bundle_passes_its_verification_against_the_base(bundle, pair):
     assert {f"part {part} {stage}: emulator against CPU" for part in (0, 1) for stage in stages} <= names
 
 
+@pytest.mark.slow
 def test_weights_of_another_base_are_told(bundle, pair):
     base = GenieBlueForConditionalGeneration.from_pretrained(pair).language_model
     with torch.no_grad():
@@ -126,6 +124,7 @@ def test_views_share_the_base_s_codes_and_differ_in_the_replicated_block(bundle)
     assert "blocks.0.gate_up_lora.lora_a" in with_lora and not any("lora" in name for name in shared)
 
 
+@pytest.mark.slow
 def test_changed_missing_and_swapped_files_are_told(copy):
     path = copy / "embeddings.raw"
     path.write_bytes(bytes(1) + path.read_bytes()[1:])
@@ -158,6 +157,7 @@ class Shifted:
         return [(value.astype(np.int64) + self.codes).astype(value.dtype) for value in self.session.run(names, feeds)]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_off_miss_the_gates(bundle, monkeypatch):
     real = verify_module.npu_session
     monkeypatch.setattr(verify_module, "npu_session", lambda *arguments: Shifted(real(*arguments), 3000))
@@ -215,6 +215,7 @@ def sibling(pair, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_one_bundle_serves_several_adapters(with_inputs, bundle, sibling, tmp_path):
     request = requests(1)[1]
 
@@ -233,6 +234,7 @@ def test_one_bundle_serves_several_adapters(with_inputs, bundle, sibling, tmp_pa
     assert [check for check in verify_bundle(with_inputs) if not check.ok] == []
 
 
+@pytest.mark.slow
 def test_adapters_that_do_not_fit_a_bundle_are_refused(with_inputs, bundle, sibling, pair, tmp_path):
     with pytest.raises(ValueError, match="--lora inputs"):
         export_adapter(sibling, bundle, tmp_path / "a")
@@ -258,6 +260,7 @@ def test_adapters_that_do_not_fit_a_bundle_are_refused(with_inputs, bundle, sibl
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_export_goes_on_with_the_next_part(bundle, pair, tmp_path, monkeypatch):
     real, compiled = export_module.compile_graphs, []
 

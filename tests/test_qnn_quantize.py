@@ -45,9 +45,6 @@ SM8750 = find_soc("sm8750")
 # Every family in the view that has everything, and the other view once.
 CASES = [("llama", "text")] + [(variant, "multimodal") for variant in ("llama", "qwen2", "qwen3", "mistral")]
 
-pytestmark = pytest.mark.slow  # the compiler and its emulator take minutes
-
-
 def open_on_npu(path):
     return npu_session(path, SM8750)
 
