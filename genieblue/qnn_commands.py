@@ -63,8 +63,9 @@ def qnn(
         from conversion.qnn.export import export_bundle
         from genieblue.collation import ChatCollator
         from genieblue.data import ChatDataset
-        from modeling_genieblue import GenieBlueProcessor
+        from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 
+        GenieBlueConfig.from_pretrained(model, revision=revision)  # which says best what is no GenieBlue
         chats = ChatDataset(calibration, image_folder=image_folder)
         encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         try:

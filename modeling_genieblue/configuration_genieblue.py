@@ -117,6 +117,18 @@ class GenieBlueConfig(PreTrainedConfig):
         if self.image_token_id is None and self.text_config is not None:
             self.image_token_id = getattr(self.text_config, "vocab_size", None)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """The configuration in a dictionary; `ValueError` for that of another kind of model, such as a base alone."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a model of type {model_type!r}, expected {cls.model_type!r}. A "
+                "GenieBlue is loaded from its own folder or repository, which names its base; `from_base` (`genieblue "
+                "init`) makes one."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def tokens_per_tile(self) -> int:
         """Image tokens of one tile: the patch grid, zero-padded to a multiple of `downsample_factor`, downsampled."""

@@ -22,6 +22,7 @@ from tiny_qnn import (
 
 from conversion.qnn.agreement import agreement
 from conversion.qnn.chunked_decoder import ChunkedDecoder, cache_names
+from conversion.qnn.compile import compile_graphs
 from conversion.qnn.decoder_shape import make_decoder_shape
 from conversion.qnn.float_onnx import OPSET, structure, to_float_onnx
 from conversion.qnn.npu import cpu_session, npu_session
@@ -285,3 +286,12 @@ def test_a_graph_with_an_operator_that_the_npu_lacks_is_refused(tmp_path):
     onnx.save(graph, tmp_path / "odd.onnx")
     with pytest.raises(RuntimeError, match="odd.onnx could not be compiled for sm8750"):
         open_on_npu(tmp_path / "odd.onnx")
+
+
+def test_a_graph_whose_shape_is_open_is_refused_before_it_is_compiled(tmp_path):
+    model = toy_graph()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(model, tmp_path / "open.onnx")
+    with pytest.raises(ValueError, match=r"the shape \(batch.*fixed shapes only"):
+        compile_graphs({"open": tmp_path / "open.onnx"}, SM8750, tmp_path / "out", "open.bin")
+    assert not (tmp_path / "out").exists()

@@ -43,8 +43,11 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
     it from that binary. The compiler works in a process of its own, since what it has compiled before would change
     the bytes, and its death would be ours.
 
-    Raises `RuntimeError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails.
+    Raises `RuntimeError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails;
+    `ValueError` for a graph with a shape that is not fixed.
     """
+    for name, path in graphs.items():
+        _refuse_open_shapes(name, path)
     sources = {path.resolve().parent for path in graphs.values()}
     if len(sources) != 1:
         raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")
@@ -72,6 +75,17 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
             shutil.move(path, folder / path.name)
         logger.info("Compiled %s for %s.", ", ".join(graphs), soc.name)
         _check_contexts(folder, list(graphs), binary)
+
+
+def _refuse_open_shapes(name: str, path: Path) -> None:
+    graph = onnx.load(path, load_external_data=False).graph
+    for value in (*graph.input, *graph.output):
+        dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
+        if not all(isinstance(dim, int) for dim in dims):
+            raise ValueError(
+                f"{value.name} of {name} has the shape ({', '.join(map(str, dims))}): the NPU takes fixed shapes "
+                "only, so export one graph for each length."
+            )
 
 
 def _reason(done: subprocess.CompletedProcess, names: list[str]) -> str:
