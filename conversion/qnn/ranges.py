@@ -41,14 +41,23 @@ class RangeMeter:
             watched = store.copy(model)
         graph = watched.graph
         self._watched = [value.name for value in graph.input]
-        self._watched += [name for node in model.graph.node for name in node.output]
+        nodes = [reduction for name in self._watched for reduction in _reductions(name)]
+        for node in model.graph.node:
+            nodes.append(node)
+            for name in node.output:
+                self._watched.append(name)
+                nodes += _reductions(name)
+        del graph.node[:]
+        graph.node.extend(nodes)
         for name in self._watched:
-            for operator in ("ReduceMin", "ReduceMax"):
-                reduced = f"{name}/{operator}"
-                graph.node.append(helper.make_node(operator, [name], [reduced], keepdims=0))
-                graph.output.append(helper.make_tensor_value_info(reduced, TensorProto.FLOAT, []))
+            for reduction in _reductions(name):
+                graph.output.append(helper.make_tensor_value_info(reduction.output[0], TensorProto.FLOAT, []))
         path.write_bytes(watched.SerializeToString())
-        self._session = onnxruntime.InferenceSession(path, cpu_options(), providers=["CPUExecutionProvider"])
+        options = cpu_options()
+        # In the order of the nodes above: else every tensor would be kept until the reductions come, at the end.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_mem_pattern = False
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name; what was seen on the way is added to `ranges`."""
@@ -61,6 +70,14 @@ class RangeMeter:
             found = (low, high)
             self.ranges[name] = union(self.ranges[name], found) if name in self.ranges else found
         return dict(zip(self.output_names, values[:count], strict=True))
+
+
+def _reductions(name: str) -> list[onnx.NodeProto]:
+    """The nodes that find the least and the greatest value of a tensor."""
+    return [
+        helper.make_node(operator, [name], [f"{name}/{operator}"], keepdims=0)
+        for operator in ("ReduceMin", "ReduceMax")
+    ]
 
 
 def measure_ranges(
