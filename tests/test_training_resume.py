@@ -142,9 +142,16 @@ def test_second_run_to_the_same_output_is_refused_at_once(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6336 vs 6228"),
-              OSError(28, "No space left on device")], ids=["torch", "system"]
-)  # fmt: skip
+    "error",
+    [
+        pytest.param(
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6336 vs 6228"),
+            marks=pytest.mark.slow,
+            id="torch",
+        ),
+        pytest.param(OSError(28, "No space left on device"), id="system"),
+    ],
+)
 def test_full_disk_leaves_the_last_checkpoint_to_go_on_from(error, base, tmp_path, monkeypatch):
     whole_model, whole = start(base, tmp_path / "whole")
     output, save, calls = tmp_path / "out", torch.save, []
