@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.utils import logging as transformers_logging
 
 from conversion.qnn.export import export_bundle
-from conversion.qnn.language_export import BASE_BITS, LORA_BITS
+from conversion.qnn.names import BASE_BITS, LORA_BITS
 from conversion.qnn.runner import QnnRunner
 from genieblue.terminal import short_bytes
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor

@@ -16,20 +16,17 @@ from transformers import AutoModelForCausalLM
 from conversion.qnn.agreement import agreement
 from conversion.qnn.aimet_encodings import save_with_encodings
 from conversion.qnn.aimet_rounding import SeqMse, require_aimet, seqmse_scales
-from conversion.qnn.bundle import Bundle, read_codes
+from conversion.qnn.bundle import Bundle
+from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.decoder_shape import make_decoder_shape
 from conversion.qnn.export import export_bundle
-from conversion.qnn.language_export import (
-    LanguageSettings,
-    collect_calls,
-    make_float_graph,
-    weight_bits,
-)
+from conversion.qnn.language_export import LanguageSettings, collect_calls, make_float_graph
+from conversion.qnn.names import weight_bits
 from conversion.qnn.npu import cpu_session
+from conversion.qnn.qdq_files import read_codes
 from conversion.qnn.quantize import apply_codes, encodings_of, quantize_graph, round_weights
 from conversion.qnn.ranges import measure_ranges
 from conversion.qnn.stored_graphs import ConstantStore, save_copy
-from conversion.qnn.text_graphs import TextGraph
 from conversion.qnn.verify import verify_bundle
 
 SETTINGS = LanguageSettings(CHUNK, CONTEXT, 16, "constants")
@@ -45,7 +42,7 @@ class Float:
 
     def __init__(self, model, view):
         self.shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
-        self.model = make_float_graph(TextGraph(view_of(model, view), self.shape), SETTINGS, "prefill")
+        self.model = make_float_graph(DecoderGraph(view_of(model, view), self.shape), SETTINGS, "prefill")
         self.requests = [embeddings_and_logits(model, view, 2 * CHUNK + 3, seed=seed)[0] for seed in range(4)]
 
     def calls(self, requests):

@@ -22,9 +22,10 @@ from conversion.qnn import npu
 from conversion.qnn import verify as verify_module
 from conversion.qnn.adapters import export_adapter
 from conversion.qnn.agreement import agreement
-from conversion.qnn.bundle import Bundle, read_codes
+from conversion.qnn.bundle import Bundle
 from conversion.qnn.compile import compile_graphs
 from conversion.qnn.export import divide_blocks, export_bundle
+from conversion.qnn.qdq_files import read_codes
 from conversion.qnn.runner import QnnRunner
 from conversion.qnn.soc import find_soc
 from conversion.qnn.verify import verify_bundle

@@ -23,22 +23,15 @@ from tiny_qnn import (
 from conversion.qnn.agreement import agreement
 from conversion.qnn.chunked_decoder import ChunkedDecoder, cache_names
 from conversion.qnn.compile import compile_graphs
+from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.decoder_shape import make_decoder_shape
+from conversion.qnn.encoding import Encoding, round_to_nearest
 from conversion.qnn.float_onnx import OPSET, structure, to_float_onnx
 from conversion.qnn.npu import cpu_session, npu_session
-from conversion.qnn.quantize import (
-    Encoding,
-    encodings_of,
-    pack_int4,
-    quantize_graph,
-    round_to_nearest,
-    round_weights,
-    tensor_groups,
-)
+from conversion.qnn.quantize import encodings_of, pack_int4, quantize_graph, round_weights, tensor_groups
 from conversion.qnn.ranges import RangeMeter, measure_ranges
 from conversion.qnn.soc import find_soc
 from conversion.qnn.stored_graphs import save_copy
-from conversion.qnn.text_graphs import TextGraph
 from conversion.qnn.vision_graph import VisionGraph
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
@@ -56,7 +49,7 @@ class FloatView:
     def __init__(self, model, view, folder):
         self.model, self.view, self.folder = model, view, folder
         self.shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
-        graph = TextGraph(view_of(model, view), self.shape)
+        graph = DecoderGraph(view_of(model, view), self.shape)
         self.models = {
             tokens: to_float_onnx(
                 graph, graph.example_inputs(tokens, CONTEXT), graph.input_names, graph.output_names

@@ -9,8 +9,8 @@ from tiny_models import save_tiny_base, tiny_base
 from transformers import AutoModelForCausalLM
 
 from conversion.qnn.chunked_decoder import ChunkedDecoder
+from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.decoder_shape import make_decoder_shape
-from conversion.qnn.text_graphs import TextGraph
 
 CHUNK, CONTEXT = 8, 64
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}
@@ -66,7 +66,7 @@ def view_of(model, name: str):
     return model.language_model if name == "text" else model.multimodal_language_model
 
 
-def torch_runner(graph: TextGraph):
+def torch_runner(graph: DecoderGraph):
     """Runs `graph` itself, as `ChunkedDecoder` calls it."""
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ def torch_runner(graph: TextGraph):
 def decoder_for(model, view: str, make_run) -> ChunkedDecoder:
     """A `ChunkedDecoder` over the whole `view`, run by `make_run(graph)`."""
     shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
-    return ChunkedDecoder(shape, make_run(TextGraph(view_of(model, view), shape)), CHUNK, CONTEXT)
+    return ChunkedDecoder(shape, make_run(DecoderGraph(view_of(model, view), shape)), CHUNK, CONTEXT)
 
 
 @torch.no_grad()

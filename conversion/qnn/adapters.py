@@ -12,35 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from conversion.qnn.bundle import Bundle, read_codes
-from conversion.qnn.language_export import is_lora, weight_bits
-from conversion.qnn.quantize import WeightCodes, round_with_scales
-from conversion.qnn.text_graphs import TextGraph
+from conversion.qnn.bundle import Bundle
+from conversion.qnn.decoder_graph import DecoderGraph
+from conversion.qnn.encoding import WeightCodes, round_with_scales
+from conversion.qnn.names import is_lora, weight_bits
+from conversion.qnn.qdq_files import read_codes
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
-ADAPTER = "adapter.npz"
 logger = logging.getLogger(__name__)
 
 
 def adapter_entries(part: int, codes: Mapping[str, WeightCodes]) -> dict[str, np.ndarray]:
     """The int8 arrays of a part's LoRA, by the names that they have in an adapter file."""
     return {f"{part}/{name}": weight.codes for name, weight in codes.items() if is_lora(name)}
-
-
-def read_adapter(path: str | os.PathLike, part: int, expected: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The LoRA inputs of a part's graphs by name; `ValueError` unless they have the shapes of `expected`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name.partition("/")[2]: file[name] for name in file if name.startswith(f"{part}/")}
-    except (OSError, ValueError) as error:
-        raise OSError(f"{path} is no adapter of a bundle ({error}): `genieblue export adapter` makes one.") from error
-    shapes = {name: array.shape for name, array in found.items() if array.dtype == np.int8}
-    if shapes != dict(expected):
-        raise ValueError(
-            f"{path} does not fit part {part} of the bundle: it has {len(shapes)} matrices of other names or shapes "
-            f"than the {len(expected)} that the graphs take. Make it again from a GenieBlue of this bundle's base."
-        )
-    return found
 
 
 def export_adapter(
@@ -71,7 +55,7 @@ def export_adapter(
     for number, part in enumerate(facts["parts"]):
         record = part["graphs"]["multimodal_decode"]
         inputs = {tensor["name"]: tensor for tensor in record["inputs"]}
-        graph = TextGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"])
+        graph = DecoderGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"])
         weights = {name: value.cpu().numpy() for name, value in graph.named_buffers() if value.ndim == 2}
         _refuse_other_blocks(bundle.path(record["qdq"]), weights, str(model_folder))
         for name, weight in weights.items():
@@ -105,4 +89,4 @@ def _refuse_other_blocks(qdq: Path, weights: Mapping[str, np.ndarray], name: str
             )
 
 
-__all__ = ["ADAPTER", "adapter_entries", "export_adapter", "read_adapter"]
+__all__ = ["adapter_entries", "export_adapter"]

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from conversion.qnn.quantize import Encoding, WeightCodes, constant_encoding
+from conversion.qnn.encoding import Encoding, WeightCodes, constant_encoding
 from conversion.qnn.stored_graphs import ConstantStore
 
 VERSION = "1.0.0"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx
 
-from conversion.qnn.quantize import WeightCodes, round_to_nearest, round_with_scales, weights_of
+from conversion.qnn.encoding import WeightCodes, round_to_nearest, round_with_scales
+from conversion.qnn.quantize import weights_of
 
 CANDIDATES = 20  # scales that are tried, from a twentieth of the usual one upwards
 EXTRA = "pip install 'genieblue[aimet]'"

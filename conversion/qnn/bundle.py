@@ -1,5 +1,6 @@
 """The files of a bundle: what `metadata.json` says about each graph, and whether they are all what they were."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -7,48 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, numpy_helper
 
 from conversion.qnn.chunked_decoder import DecoderShape
-from conversion.qnn.quantize import Encoding, WeightCodes
-from conversion.qnn.stored_graphs import sha256_of
+from conversion.qnn.encoding import Encoding
 
 METADATA = "metadata.json"
+ADAPTER = "adapter.npz"
 FORMAT_VERSION = 1
-DTYPES = {
-    TensorProto.UINT16: "uint16",
-    TensorProto.INT16: "int16",
-    TensorProto.UINT8: "uint8",
-    TensorProto.INT8: "int8",
-}
-
-
-def describe_boundary(
-    graph: Path, encodings: Mapping[str, Encoding], codes: Mapping[str, WeightCodes] | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """`inputs` and `outputs` of a QDQ graph: name, shape, dtype, and `value = (code + offset) * scale`."""
-    model = onnx.load(graph, load_external_data=False)
-
-    def describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
-        kind = value.type.tensor_type
-        if value.name in encodings:
-            encoding = encodings[value.name]
-            scale, offset = encoding.scale, -encoding.zero_point
-        else:  # a LoRA matrix
-            scale, offset = float(codes[value.name].scales), 0
-        return {
-            "name": value.name,
-            "shape": [dim.dim_value for dim in kind.shape.dim],
-            "dtype": DTYPES[kind.elem_type],
-            "scale": scale,
-            "offset": offset,
-        }
-
-    return {
-        "inputs": [describe(value) for value in model.graph.input],
-        "outputs": [describe(value) for value in model.graph.output],
-    }
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -58,6 +24,12 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in paths
     }
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Bundle:
@@ -105,25 +77,25 @@ class Bundle:
         return np.memmap(self.path(facts["file"]), facts["dtype"], "r", shape=tuple(facts["shape"]))
 
 
+def read_adapter(path: str | os.PathLike, part: int, expected: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The LoRA inputs of a part's graphs by name; `ValueError` unless they have the shapes of `expected`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name.partition("/")[2]: file[name] for name in file if name.startswith(f"{part}/")}
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path} is no adapter of a bundle ({error}): `genieblue export adapter` makes one.") from error
+    shapes = {name: array.shape for name, array in found.items() if array.dtype == np.int8}
+    if shapes != dict(expected):
+        raise ValueError(
+            f"{path} does not fit part {part} of the bundle: it has {len(shapes)} matrices of other names or shapes "
+            f"than the {len(expected)} that the graphs take. Make it again from a GenieBlue of this bundle's base."
+        )
+    return found
+
+
 def encoding_of(tensor: Mapping[str, Any]) -> Encoding:
     """The encoding that a tensor's entry in the metadata describes."""
     return Encoding(tensor["scale"], -tensor["offset"], tensor["dtype"])
 
 
-def read_codes(path: Path) -> dict[str, WeightCodes]:
-    """Codes by name of the matrices of a QDQ graph that are constants."""
-    model = onnx.load(path)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = {}
-    for node in model.graph.node:
-        name = node.input[0] if node.op_type == "DequantizeLinear" else None
-        if name not in tensors or name.endswith("/codes"):
-            continue
-        codes = numpy_helper.to_array(tensors[name]).astype(np.int8)
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
-        bits = 4 if tensors[name].data_type == onnx.TensorProto.INT4 else 8
-        found[name] = WeightCodes(codes, numpy_helper.to_array(tensors[node.input[1]]), bits, axis)
-    return found
-
-
-__all__ = ["Bundle", "describe_boundary", "encoding_of", "list_files", "read_codes"]
+__all__ = ["ADAPTER", "Bundle", "encoding_of", "list_files", "read_adapter", "sha256_of"]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from conversion.qnn.ranges import Range, union
+from conversion.qnn.encoding import Range
+from conversion.qnn.ranges import union
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from conversion.qnn.chunked_decoder import DecoderShape, causal_mask
+from conversion.qnn.decoder_graph import Block, DecoderGraph
 from conversion.qnn.supported_bases import refuse_unsupported_structure, rotary_frequencies
-from conversion.qnn.text_graphs import Block, TextGraph
 from modeling_genieblue.language_views_genieblue import find_blocks
 
 TOKENS = 24  # that blocks are compared on
@@ -79,7 +79,7 @@ def _refuse_other_arithmetic(base: nn.Module, shape: DecoderShape) -> None:
                 f"({type(block).__name__}) computes something else than a Llama-style block with its weights does: "
                 f"it adds up to {size:.3g}, and they differ by up to {error:.3g}."
             )
-    end = TextGraph(base, shape, shape.num_blocks).to(found.device)
+    end = DecoderGraph(base, shape, shape.num_blocks).to(found.device)
     error, size = (end.head(end.final_norm(own)) - logits).abs().max(), logits.abs().max()
     if not error <= LOGITS_TOLERANCE * size:
         raise ValueError(

@@ -13,25 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from conversion.qnn.adapters import ADAPTER, adapter_entries
+from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.aimet_rounding import require_aimet
-from conversion.qnn.bundle import FORMAT_VERSION, METADATA, describe_boundary, list_files
+from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files
 from conversion.qnn.calibration import embedding_rows, prepare_calibration
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.compile import compile_graphs
 from conversion.qnn.decoder_shape import make_decoder_shape
-from conversion.qnn.language_export import (
-    LORA_MODES,
-    ROUNDINGS,
-    STAGES,
-    VIEWS,
-    LanguageSettings,
-    codes_digest,
-    quantize_part,
-)
+from conversion.qnn.encoding import LEVELS, Encoding, Range
+from conversion.qnn.language_export import LanguageSettings, codes_digest, quantize_part
+from conversion.qnn.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
 from conversion.qnn.npu import compiler_version, npu_devices
-from conversion.qnn.quantize import CACHE_DTYPES, LEVELS, Encoding
-from conversion.qnn.ranges import Range
+from conversion.qnn.qdq_files import describe_boundary
+from conversion.qnn.quantize import CACHE_DTYPES
 from conversion.qnn.runtime_files import write_runtime_files
 from conversion.qnn.soc import Soc, find_soc
 from conversion.qnn.vision_export import quantize_vision

@@ -19,28 +19,17 @@ import onnx
 from conversion.qnn.aimet_encodings import save_with_encodings
 from conversion.qnn.aimet_rounding import SeqMse
 from conversion.qnn.chunked_decoder import MASKED, ChunkedDecoder, DecoderShape, boundary_names, cache_names
+from conversion.qnn.decoder_graph import DecoderGraph
+from conversion.qnn.encoding import Encoding, Range, WeightCodes, round_to_nearest, round_with_scales
 from conversion.qnn.float_onnx import structure, to_float_onnx
+from conversion.qnn.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora, weight_bits
 from conversion.qnn.npu import cpu_session
-from conversion.qnn.quantize import (
-    Encoding,
-    WeightCodes,
-    apply_codes,
-    encodings_of,
-    quantize_graph,
-    round_to_nearest,
-    round_weights,
-    round_with_scales,
-)
-from conversion.qnn.ranges import Range, RangeMeter
+from conversion.qnn.quantize import apply_codes, encodings_of, quantize_graph, round_weights
+from conversion.qnn.ranges import RangeMeter
 from conversion.qnn.stored_graphs import ConstantStore, save_copy
-from conversion.qnn.text_graphs import TextGraph
 
 logger = logging.getLogger(__name__)
-VIEWS = ("text", "multimodal")
-LORA_MODES = ("constants", "inputs")
-ROUNDINGS = ("rtn", "seqmse")
 SEQMSE_REQUESTS = 4
-BASE_BITS, LORA_BITS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -57,21 +46,6 @@ class LanguageSettings:
     def tokens(self, stage: str) -> int:
         """Tokens per call of the `prefill` or the `decode` graph."""
         return self.chunk_length if stage == "prefill" else 1
-
-
-STAGES = ("prefill", "decode")
-# In the names of what the float graph says: with its own weights, and with those that the codes stand for.
-EXACT, ROUNDED = "exact", "rounded"
-
-
-def is_lora(name: str) -> bool:
-    """Whether a weight belongs to LoRA."""
-    return name.endswith((".lora_a", ".lora_b"))
-
-
-def weight_bits(name: str) -> int:
-    """Bits of a matrix of a decoder graph by its name."""
-    return LORA_BITS if is_lora(name) else BASE_BITS
 
 
 @dataclass
@@ -112,7 +86,7 @@ def quantize_part(
             float_folder.mkdir(exist_ok=True)
             float_store = stack.enter_context(ConstantStore(float_folder / f"{name}.data"))
         for view in VIEWS:
-            graph = TextGraph(views[view], shape, blocks.start, blocks.stop)
+            graph = DecoderGraph(views[view], shape, blocks.start, blocks.stop)
             models = {stage: make_float_graph(graph, settings, stage) for stage in STAGES}
             if structure(models["prefill"]) != structure(models["decode"]):
                 raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
@@ -149,7 +123,7 @@ def quantize_part(
     return result
 
 
-def make_float_graph(graph: TextGraph, settings: LanguageSettings, stage: str) -> onnx.ModelProto:
+def make_float_graph(graph: DecoderGraph, settings: LanguageSettings, stage: str) -> onnx.ModelProto:
     inputs = graph.example_inputs(settings.tokens(stage), settings.context_length)
     return to_float_onnx(graph, inputs, graph.input_names, graph.output_names)
 
@@ -254,7 +228,7 @@ def base_codes(
     With `scales` by name, as SeqMSE has chosen them, else with those of rounding to nearest.
     """
     codes = {}
-    for name, value in TextGraph(base, shape, blocks.start, blocks.stop).named_buffers():
+    for name, value in DecoderGraph(base, shape, blocks.start, blocks.stop).named_buffers():
         if value.ndim == 2:
             weight, bits = value.cpu().numpy(), weight_bits(name)
             chosen = scales is not None and name in scales
@@ -265,6 +239,6 @@ def base_codes(
 
 
 __all__ = [
-    "STAGES", "VIEWS", "LanguageSettings", "PartResult", "base_codes", "codes_digest", "collect_calls", "is_lora",
-    "make_float_graph", "quantize_part", "weight_bits",
+    "LanguageSettings", "PartResult", "base_codes", "codes_digest", "collect_calls", "make_float_graph",
+    "quantize_part",
 ]  # fmt: skip

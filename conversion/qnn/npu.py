@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnxruntime
 
-from conversion.qnn.ranges import cpu_options
 from conversion.qnn.soc import Soc
 
 PROVIDER = "QNNExecutionProvider"
@@ -107,6 +106,15 @@ def npu_session(
         raise RuntimeError(
             f"{Path(model).name} could not be compiled for {soc.name} with every node on the NPU: {error}"
         ) from error
+
+
+def cpu_options() -> onnxruntime.SessionOptions:
+    """Options of a session that computes what the graph says, no cheaper approximation of it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Level "basic" folds weights and nothing else that changes a number.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options
 
 
 def cpu_session(model: str | os.PathLike) -> onnxruntime.InferenceSession:

@@ -5,15 +5,22 @@ the way from one call to the next.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from conversion.qnn.ranges import Range, union
+from conversion.qnn.encoding import (
+    LEVELS,
+    Encoding,
+    Range,
+    Rounding,
+    WeightCodes,
+    constant_encoding,
+    round_to_nearest,
+)
+from conversion.qnn.ranges import union
 
-LEVELS = 65535  # of an unsigned 16-bit code
 KINDS = {"uint16": TensorProto.UINT16, "int16": TensorProto.INT16, "uint8": TensorProto.UINT8}
 # These move values without changing them, so both sides have one encoding.
 MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Pad")
@@ -21,79 +28,6 @@ MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squee
 FIXED_RANGES = {"Sigmoid": (0.0, LEVELS / 65536), "Softmax": (0.0, 1.0)}
 CACHE_DTYPES = {16: "int16", 8: "uint8"}
 WEIGHT_OPERATORS = {"MatMul": 1, "Conv": 0}  # and the axis of their output channels
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What the codes of a tensor mean: `value = (code - zero_point) * scale`."""
-
-    scale: float
-    zero_point: int
-    dtype: str = "uint16"
-
-    @classmethod
-    def of(cls, found: Range, dtype: str = "uint16") -> "Encoding":
-        """All codes of `dtype` over a range, widened to hold zero, which is met exactly."""
-        low, high = min(found[0], 0.0), max(found[1], 0.0)
-        limits = np.iinfo(dtype)
-        if limits.min < 0:  # symmetric
-            return cls(float(np.float32(max(-low, high, 1e-8) / limits.max)), 0, dtype)
-        scale = np.float32(max(high - low, 1e-8) / limits.max)
-        return cls(float(scale), int(np.clip(np.rint(-low / scale), 0, limits.max)), dtype)
-
-    @property
-    def zero(self) -> np.generic:
-        """The code of zero, in the type of the codes."""
-        return np.dtype(self.dtype).type(self.zero_point)
-
-    def encode(self, values: np.ndarray) -> np.ndarray:
-        codes = np.rint(np.asarray(values, np.float32) / np.float32(self.scale)) + self.zero_point
-        limits = np.iinfo(self.dtype)
-        return np.clip(codes, limits.min, limits.max).astype(self.dtype)
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        return (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
-
-
-@dataclass(frozen=True)
-class WeightCodes:
-    """Symmetric codes of a matrix and their scales: one per channel along `axis`, or one for all (`axis` None)."""
-
-    codes: np.ndarray  # int8; those of 4 bits lie in -7 … 7
-    scales: np.ndarray  # float32, (channels,) or ()
-    bits: int
-    axis: int | None
-
-    def decode(self) -> np.ndarray:
-        """The matrix that the codes stand for."""
-        if self.axis is None:
-            return self.codes * self.scales
-        return self.codes * self.scales.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])
-
-
-# (name of a weight, its values, bits, axis) → codes; how values become codes is a choice of its own.
-Rounding = Callable[[str, np.ndarray, int, int | None], WeightCodes]
-
-
-def round_to_nearest(_name: str, weight: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
-    """Symmetric codes with the largest magnitude of a channel at the end of the range."""
-    others = tuple(index for index in range(weight.ndim) if index != axis) if axis is not None else None
-    largest = np.abs(weight).max(axis=others)
-    return round_with_scales(weight, np.maximum(largest, 1e-8) / (2 ** (bits - 1) - 1), bits, axis)
-
-
-def round_with_scales(weight: np.ndarray, scales: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
-    """Symmetric codes for given scales, (channels,) or (); what lies beyond the range is cut to its end."""
-    largest_code = 2 ** (bits - 1) - 1
-    scales = np.asarray(scales, np.float32)
-    steps = scales if axis is None else scales.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
-    codes = np.clip(np.rint(weight / steps), -largest_code, largest_code).astype(np.int8)
-    return WeightCodes(codes, scales, bits, axis)
-
-
-def constant_encoding(values: np.ndarray) -> Encoding:
-    """The 16 bits of a bias, of a norm's weight, or of a single number."""
-    return Encoding.of((float(values.min()), float(values.max())))
 
 
 def tensor_groups(model: onnx.ModelProto, tied: Mapping[str, str]) -> dict[str, str]:
@@ -357,7 +291,4 @@ def pack_int4(codes: np.ndarray) -> bytes:
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
 
 
-__all__ = [
-    "Encoding", "WeightCodes", "apply_codes", "constant_encoding", "encodings_of", "pack_int4", "quantize_graph",
-    "round_weights", "round_with_scales", "weights_of",
-]  # fmt: skip
+__all__ = ["apply_codes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "weights_of"]

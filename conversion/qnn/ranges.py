@@ -8,22 +8,14 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from conversion.qnn.encoding import Range
+from conversion.qnn.npu import cpu_options
 from conversion.qnn.stored_graphs import ConstantStore
-
-Range = tuple[float, float]
 
 
 def union(*ranges: Range) -> Range:
     """The smallest range that holds all of them."""
     return min(low for low, _ in ranges), max(high for _, high in ranges)
-
-
-def merge_ranges(first: Mapping[str, Range], second: Mapping[str, Range]) -> dict[str, Range]:
-    """By name, the union of what both saw."""
-    merged = dict(first)
-    for name, found in second.items():
-        merged[name] = union(merged[name], found) if name in merged else found
-    return merged
 
 
 class RangeMeter:
@@ -92,13 +84,4 @@ def measure_ranges(
     return meter.ranges
 
 
-def cpu_options() -> onnxruntime.SessionOptions:
-    """Options of a session that computes what the graph says, no cheaper approximation of it."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Level "basic" folds weights and nothing else that changes a number.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    return options
-
-
-__all__ = ["Range", "RangeMeter", "cpu_options", "measure_ranges", "merge_ranges", "union"]
+__all__ = ["RangeMeter", "measure_ranges", "union"]

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from conversion.qnn.adapters import ADAPTER, read_adapter
-from conversion.qnn.bundle import Bundle, encoding_of
+from conversion.qnn.bundle import ADAPTER, Bundle, encoding_of, read_adapter
 from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
-from conversion.qnn.language_export import is_lora
+from conversion.qnn.names import is_lora
 from conversion.qnn.npu import cpu_session, npu_session
 from conversion.qnn.soc import find_soc
 

@@ -1,7 +1,6 @@
 """QDQ graphs on disk: small files over one store of constants, in which what graphs have in common lies once."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import onnx
@@ -79,10 +78,4 @@ def _is_large(tensor: TensorProto) -> bool:
     return tensor.HasField("raw_data") and len(tensor.raw_data) >= SMALLEST
 
 
-def sha256_of(path: str | os.PathLike) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-__all__ = ["ConstantStore", "save_copy", "sha256_of"]
+__all__ = ["ConstantStore", "save_copy"]

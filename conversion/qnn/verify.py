@@ -11,20 +11,13 @@ from typing import Any
 import numpy as np
 
 from conversion.qnn.agreement import Agreement, agreement, worst
-from conversion.qnn.bundle import Bundle, read_codes
+from conversion.qnn.bundle import Bundle
 from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.compile import compile_graphs
-from conversion.qnn.language_export import (
-    EXACT,
-    ROUNDED,
-    STAGES,
-    VIEWS,
-    base_codes,
-    codes_digest,
-    is_lora,
-    probe_lengths,
-)
+from conversion.qnn.language_export import base_codes, codes_digest, probe_lengths
+from conversion.qnn.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora
 from conversion.qnn.npu import cpu_session, npu_session
+from conversion.qnn.qdq_files import read_codes
 from conversion.qnn.runner import CodedGraph, ViewGraphs
 from conversion.qnn.soc import find_soc
 from conversion.verify import Check

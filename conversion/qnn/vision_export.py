@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from conversion.qnn.aimet_encodings import save_with_encodings
+from conversion.qnn.encoding import Encoding
 from conversion.qnn.float_onnx import to_float_onnx
 from conversion.qnn.npu import cpu_session
-from conversion.qnn.quantize import Encoding, apply_codes, encodings_of, quantize_graph, round_weights
+from conversion.qnn.quantize import apply_codes, encodings_of, quantize_graph, round_weights
 from conversion.qnn.ranges import measure_ranges
 from conversion.qnn.stored_graphs import ConstantStore, save_copy
 from conversion.qnn.vision_graph import VisionGraph

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from conversion.qnn.text_graphs import Projection
+from conversion.qnn.decoder_graph import Projection
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
 

@@ -149,7 +149,7 @@ class Block(nn.Module):
         return (x if norm is None else norm(x)).transpose(1, 2)
 
 
-class TextGraph(nn.Module):
+class DecoderGraph(nn.Module):
     """Blocks `first` to `last - 1` of one view, with the final norm and the LM head behind the last of them."""
 
     def __init__(self, view: nn.Module, shape: DecoderShape, first: int = 0, last: int | None = None):
@@ -225,4 +225,4 @@ def _active_block(block: nn.Module) -> nn.Module:
     return block if copies is None else copies[block.active_adapters[0]]
 
 
-__all__ = ["Block", "TextGraph"]
+__all__ = ["Block", "DecoderGraph"]

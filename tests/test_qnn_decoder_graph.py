@@ -16,8 +16,8 @@ from tiny_qnn import (
 )
 
 from conversion.qnn.chunked_decoder import causal_mask
+from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.decoder_shape import make_decoder_shape
-from conversion.qnn.text_graphs import TextGraph
 
 TOLERANCE = 1e-4
 VIEWS = ("text", "multimodal")
@@ -67,7 +67,7 @@ def test_parts_chained_are_the_whole(models):
     model = models("qwen3")
     shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
     view = model.multimodal_language_model
-    parts = [TextGraph(view, shape, 0, 1), TextGraph(view, shape, 1, 3), TextGraph(view, shape, 3, 4)]
+    parts = [DecoderGraph(view, shape, 0, 1), DecoderGraph(view, shape, 1, 3), DecoderGraph(view, shape, 3, 4)]
 
     def chained(_graph):
         def run(tokens, feeds):
@@ -91,7 +91,7 @@ def test_a_mask_shows_each_token_the_cache_and_the_past():
 
 def test_weights_of_the_text_graph_are_the_base_s(models):
     model = models("llama")
-    graph = TextGraph(model.language_model, make_decoder_shape(model.language_model, CHUNK, CONTEXT))
+    graph = DecoderGraph(model.language_model, make_decoder_shape(model.language_model, CHUNK, CONTEXT))
     expected = model.language_model.model.layers[3].mlp.up_proj.weight.t()
     assert torch.equal(graph.blocks[3].up_proj.weight, expected)
     assert not [name for name, _ in graph.named_buffers() if "lora" in name]

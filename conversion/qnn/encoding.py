@@ -1,0 +1,88 @@
+"""What codes mean: encodings of activations, codes of matrices, and how values become codes. NumPy only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Range = tuple[float, float]  # least and greatest value of a tensor
+LEVELS = 65535  # of an unsigned 16-bit code
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the codes of a tensor mean: `value = (code - zero_point) * scale`."""
+
+    scale: float
+    zero_point: int
+    dtype: str = "uint16"
+
+    @classmethod
+    def of(cls, found: Range, dtype: str = "uint16") -> "Encoding":
+        """All codes of `dtype` over a range, widened to hold zero, which is met exactly."""
+        low, high = min(found[0], 0.0), max(found[1], 0.0)
+        limits = np.iinfo(dtype)
+        if limits.min < 0:  # symmetric
+            return cls(float(np.float32(max(-low, high, 1e-8) / limits.max)), 0, dtype)
+        scale = np.float32(max(high - low, 1e-8) / limits.max)
+        return cls(float(scale), int(np.clip(np.rint(-low / scale), 0, limits.max)), dtype)
+
+    @property
+    def zero(self) -> np.generic:
+        """The code of zero, in the type of the codes."""
+        return np.dtype(self.dtype).type(self.zero_point)
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        codes = np.rint(np.asarray(values, np.float32) / np.float32(self.scale)) + self.zero_point
+        limits = np.iinfo(self.dtype)
+        return np.clip(codes, limits.min, limits.max).astype(self.dtype)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """Symmetric codes of a matrix and their scales: one per channel along `axis`, or one for all (`axis` None)."""
+
+    codes: np.ndarray  # int8; those of 4 bits lie in -7 … 7
+    scales: np.ndarray  # float32, (channels,) or ()
+    bits: int
+    axis: int | None
+
+    def decode(self) -> np.ndarray:
+        """The matrix that the codes stand for."""
+        if self.axis is None:
+            return self.codes * self.scales
+        return self.codes * self.scales.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])
+
+
+# (name of a weight, its values, bits, axis) → codes; how values become codes is a choice of its own.
+Rounding = Callable[[str, np.ndarray, int, int | None], WeightCodes]
+
+
+def round_to_nearest(_name: str, weight: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
+    """Symmetric codes with the largest magnitude of a channel at the end of the range."""
+    others = tuple(index for index in range(weight.ndim) if index != axis) if axis is not None else None
+    largest = np.abs(weight).max(axis=others)
+    return round_with_scales(weight, np.maximum(largest, 1e-8) / (2 ** (bits - 1) - 1), bits, axis)
+
+
+def round_with_scales(weight: np.ndarray, scales: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
+    """Symmetric codes for given scales, (channels,) or (); what lies beyond the range is cut to its end."""
+    largest_code = 2 ** (bits - 1) - 1
+    scales = np.asarray(scales, np.float32)
+    steps = scales if axis is None else scales.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
+    codes = np.clip(np.rint(weight / steps), -largest_code, largest_code).astype(np.int8)
+    return WeightCodes(codes, scales, bits, axis)
+
+
+def constant_encoding(values: np.ndarray) -> Encoding:
+    """The 16 bits of a bias, of a norm's weight, or of a single number."""
+    return Encoding.of((float(values.min()), float(values.max())))
+
+
+__all__ = [
+    "LEVELS", "Encoding", "Range", "Rounding", "WeightCodes", "constant_encoding", "round_to_nearest",
+    "round_with_scales",
+]  # fmt: skip

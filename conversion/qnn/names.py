@@ -1,0 +1,25 @@
+"""Words that export, runner and verification share. Plain Python."""
+
+VIEWS = ("text", "multimodal")
+LORA_MODES = ("constants", "inputs")
+ROUNDINGS = ("rtn", "seqmse")
+BASE_BITS, LORA_BITS = 4, 8
+STAGES = ("prefill", "decode")
+# In the names of what the float graph says: with its own weights, and with those that the codes stand for.
+EXACT, ROUNDED = "exact", "rounded"
+
+
+def is_lora(name: str) -> bool:
+    """Whether a weight belongs to LoRA."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def weight_bits(name: str) -> int:
+    """Bits of a matrix of a decoder graph by its name."""
+    return LORA_BITS if is_lora(name) else BASE_BITS
+
+
+__all__ = [
+    "BASE_BITS", "EXACT", "LORA_BITS", "LORA_MODES", "ROUNDED", "ROUNDINGS", "STAGES", "VIEWS", "is_lora",
+    "weight_bits",
+]  # fmt: skip
