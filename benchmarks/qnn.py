@@ -25,14 +25,16 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from conversion.qnn.export import export_bundle
+from conversion.qnn.export import UNFINISHED, export_bundle
 from conversion.qnn.names import BASE_BITS, LORA_BITS
 from conversion.qnn.runner import QnnRunner
+from conversion.qnn.verify import verify_bundle
 from genieblue.terminal import short_bytes
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.language_views_genieblue import adapter_parameters
 
 SOC = "sm8750"
+Rows = dict[str, dict[str, Any]]
 PAPER_GB = 1.92
 SIZES = {
     "24 M": {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2},
@@ -46,20 +48,20 @@ TOY_CHAT = "{% for m in messages %}{% for part in m['content'] %}{% if part['typ
     "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"  # fmt: skip
 
 
-def save_processor(folder: Path, config: Any) -> None:
+def make_processor(config: Any) -> GenieBlueProcessor:
     """A processor with a tokenizer of a few words, as the weights are random; what exports need of one."""
     words = {word: index for index, word in enumerate(("<pad>", "<s>", "</s>", "<unk>"))}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
         bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
     )  # fmt: skip
-    GenieBlueProcessor(
+    return GenieBlueProcessor(
         GenieBlueImageProcessor(tile_size=config.vision_config.image_size),
         tokenizer,
         image_seq_length=config.image_seq_length,
         image_token_id=config.image_token_id,
         chat_template=TOY_CHAT,
-    ).save_pretrained(folder)
+    )
 
 
 def random_requests(config: Any, count: int, tokens: int) -> list[dict[str, torch.Tensor]]:
@@ -90,8 +92,7 @@ def random_model(folder: Path, shape: dict[str, int]) -> Path:
         with torch.no_grad():
             for _, _, parameter in adapter_parameters(model.multimodal_language_model):
                 parameter.add_(torch.randn_like(parameter) * 0.01)
-        model.save_pretrained(folder / "genieblue")
-        save_processor(folder / "genieblue", model.config)
+        model.save_pretrained(folder / "genieblue", processor=make_processor(model.config))
     return folder / "genieblue"
 
 
@@ -142,6 +143,24 @@ def language_bytes(bundle: Path) -> int:
     return sum(path.stat().st_size for path in bundle.glob("language_*/*.bin"))
 
 
+def export_measured(bundle: Path, source: Path, **options: Any) -> dict[str, float]:
+    """Exports a model unless that was done; seconds and memory only of an export that began from nothing."""
+    if bundle.exists():
+        return {}
+    is_new = not bundle.with_name(bundle.name + UNFINISHED).exists()
+    start = time.perf_counter()
+    with MemoryWatch() as memory:
+        export_bundle(source, bundle, soc=SOC, **options)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_bytes": memory.peak, "own_peak_bytes": memory.own} if is_new else {}
+
+
+def measure_agreement(bundle: Path) -> Rows:
+    """What `genieblue verify` says about each graph: emulator against CPU-QDQ, and CPU-QDQ against float."""
+    checks = [check for check in verify_bundle(bundle) if ":" in check.name]
+    return {check.name: {"passed" if check.ok else "FAILED": check.detail} for check in checks}
+
+
 def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Bytes of the shared binaries against the ideal, at two sizes and by number of parts."""
     for name, shape in SIZES.items():
@@ -151,18 +170,12 @@ def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
         del model
         for parts in (1, 4):
             bundle = folder / f"{source.parent.name}-in-{parts}"
-            start = time.perf_counter()
-            with MemoryWatch() as memory:
-                if not bundle.exists():
-                    export_bundle(source, bundle, soc=SOC, calibration=requests, context_length=512, parts=parts)
+            row = export_measured(bundle, source, calibration=requests, context_length=512, parts=parts)
             stored = language_bytes(bundle)
-            yield f"{name} in {parts} part(s)", {
-                "bytes": stored, "ideal": ideal, "ratio": stored / ideal, "seconds": time.perf_counter() - start,
-                "peak_bytes": memory.peak,
-            }  # fmt: skip
+            yield f"{name} in {parts} part(s)", {"bytes": stored, "ideal": ideal, "ratio": stored / ideal, **row}
 
 
-def measure_accuracy(demo: Path, folder: Path, scans: int, emulated: int, lora: str) -> dict[str, dict[str, float]]:
+def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **options: str) -> Rows:
     """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
     from PIL import Image
 
@@ -179,10 +192,8 @@ def measure_accuracy(demo: Path, folder: Path, scans: int, emulated: int, lora: 
     lines = [json.loads(line) for line in (demo / "held-out" / "answers.jsonl").read_text().splitlines()][:scans]
     model = GenieBlueForConditionalGeneration.from_pretrained(demo / "genieblue")
     said = {"PyTorch, 32 bits": [line["said"] for line in read_scans(model, processor, demo / "held-out", lines)]}
-    bundle = folder / f"demo-{lora}"
-    if not bundle.exists():
-        lengths = {"chunk_length": 32, "context_length": 128}
-        export_bundle(demo / "genieblue", bundle, soc=SOC, calibration=calibration, lora=lora, **lengths)
+    lengths = {"chunk_length": 32, "context_length": 128}
+    export_measured(bundle, demo / "genieblue", calibration=calibration, **lengths, **options)
     def chat(line: dict[str, str]) -> list[dict[str, Any]]:
         image = Image.open(demo / "held-out" / line["image"])
         content = [{"type": "image", "image": image}, {"type": "text", "text": line["question"]}]
@@ -208,16 +219,11 @@ def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> d
     """Exports the BlueLM-3B-shaped model whole: seconds, memory, and the bundle's bytes by kind of file."""
     model = GenieBlueForConditionalGeneration.from_pretrained(source / "genieblue")
     if not (source / "genieblue" / "tokenizer.json").exists():
-        save_processor(source / "genieblue", model.config)
+        make_processor(model.config).save_pretrained(source / "genieblue")
     requests, ideal = random_requests(model.config, samples, 128), ideal_bytes(model)
     del model
     bundle = folder / f"full-size-in-{parts}"
-    row: dict[str, Any] = {"parts": parts}
-    if not bundle.exists():
-        start = time.perf_counter()
-        with MemoryWatch() as memory:
-            export_bundle(source / "genieblue", bundle, soc=SOC, calibration=requests, parts=parts)
-        row |= {"seconds": time.perf_counter() - start, "peak_bytes": memory.peak, "own_peak_bytes": memory.own}
+    row = {"parts": parts, **export_measured(bundle, source / "genieblue", calibration=requests, parts=parts)}
     row |= {
         "language binaries": language_bytes(bundle),
         "ideal of those": int(sum(ideal.values())),
@@ -240,6 +246,7 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=500)
     parser.add_argument("--emulated", type=int, default=20)
     parser.add_argument("--lora", choices=["constants", "inputs"], default="constants")
+    parser.add_argument("--rounding", choices=["rtn", "seqmse"], default="rtn")
     parser.add_argument("--skip", nargs="*", default=[], choices=["sizes", "accuracy", "full-size"])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -252,8 +259,10 @@ def main() -> None:
     if "sizes" not in arguments.skip:
         report["sizes"] = dict(measure_sizes(bundles))
     if "accuracy" not in arguments.skip and (arguments.demo / "held-out").is_dir():
-        counts = arguments.scans, arguments.emulated
-        report["accuracy"] = measure_accuracy(arguments.demo, bundles, *counts, arguments.lora)
+        options = {"lora": arguments.lora, "rounding": arguments.rounding}
+        bundle = bundles / "-".join(["demo", *options.values()])
+        report["accuracy"] = measure_accuracy(arguments.demo, bundle, arguments.scans, arguments.emulated, **options)
+        report["agreement"] = measure_agreement(bundle)
     if "full-size" not in arguments.skip and (arguments.full_size / "genieblue").is_dir():
         report["full-size"] = {"BlueLM-3B shape": measure_full_size(arguments.full_size, bundles, arguments.parts,
                                                                     arguments.samples)}  # fmt: skip
@@ -265,6 +274,9 @@ def main() -> None:
         for name, row in rows.items():
             print(f"  {name}")
             for key, value in row.items():
+                if isinstance(value, str):
+                    print(f"    {key}: {value}")
+                    continue
                 large = isinstance(value, int) and value > 1e4 or key.endswith("bytes")
                 shown = short_bytes(int(value)) if large else f"{value:.4f}".rstrip("0").rstrip(".")
                 print(f"    {key:28}{shown:>14}")
