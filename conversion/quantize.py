@@ -23,8 +23,8 @@ from conversion.precision import (
 )
 from conversion.quantization_error import measured_errors, view_logits
 from conversion.quantized_base import (
+    NewFolder,
     base_folder,
-    new_folder,
     plain_state,
     refuse_taken_places,
     refuse_unfit_source,
@@ -120,16 +120,17 @@ def quantize_genieblue(
     origin = _origin(model, source, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        # The base takes its place last, when all else is written: what fails leaves nothing behind.
-        base_staging = stack.enter_context(new_folder(target)) if target is not None else None
         workplace = Path(
             stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.quantizing-"))
         )
+        # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
+        new_base = stack.enter_context(NewFolder(target)) if target is not None else None
         files = _round_own_parts(model, plans[0], rounder, workplace)
         if quantized_base is not None and recipe.changes_base:
             _use_existing_base(model, os.fspath(quantized_base), recipe)
         elif recipe.changes_base:
-            files |= _quantize_base(model, recipe, plans[1], rounder, base_staging or workplace / "base", target)
+            folder = workplace / "base" if new_base is None else new_base.staging
+            files |= _quantize_base(model, recipe, plans[1], rounder, folder, target)
         files |= _round_adapter(model, recipe, plans[0], rounder, workplace)
         model._quantized_files = files
         model.config.quantization = describe(recipe, plans) | {"source": origin}
@@ -139,7 +140,10 @@ def quantize_genieblue(
         save_model(model, workplace / "trial")
         quantized = GenieBlueForConditionalGeneration.from_pretrained(workplace / "trial", **access)
         errors, measurements = measured_errors(before, view_logits(quantized), recipe)
-        if target is not None:
+        if new_base is not None:
+            # Before the GenieBlue, which never points at a base that is not there, and whose card reads the base's.
+            # Should the save fail, the context puts the old base back.
+            new_base.put_in_place()
             quantized.config.base_model_name_or_path = str(target)
         save_model(quantized, output, facts={"measurements.json": measurements})
     name = quantized.config.base_model_name_or_path

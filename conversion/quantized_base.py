@@ -5,8 +5,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -77,17 +75,44 @@ def refuse_taken_places(
             raise ValueError(f"{base_output} holds no quantized base, so it is not replaced: give another folder.")
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target` at the end, or leaves no trace if that is not reached."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.writing-") as parent:
-        staging = Path(parent, target.name)
-        staging.mkdir()
-        yield staging
-        if target.exists():
-            os.rename(target, Path(parent, "old"))
-        os.rename(staging, target)
+class NewFolder:
+    """A folder to fill, `staging`, which takes the place of `target` when `put_in_place` is called.
+
+    A context: what fails within it, before or after that call, leaves `target` as it was. The old folder is kept
+    beside it until the end. Raises `OSError` that says where the old one lies if it cannot be moved back.
+    """
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __enter__(self) -> "NewFolder":
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._workplace = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.name}.writing-"))
+        self.staging, self._old = self._workplace / self.target.name, self._workplace / f"{self.target.name}.old"
+        self.staging.mkdir()
+        return self
+
+    def put_in_place(self) -> None:
+        """Swaps the filled folder in."""
+        if self.target.exists():
+            os.rename(self.target, self._old)
+        os.rename(self.staging, self.target)
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: Any) -> None:
+        if kind is not None:
+            self._put_back()
+        shutil.rmtree(self._workplace, ignore_errors=True)
+
+    def _put_back(self) -> None:
+        try:
+            if not self.staging.exists():  # it is in place: an interrupt may have come right behind the rename
+                os.rename(self.target, self.staging)
+            if self._old.exists():
+                os.rename(self._old, self.target)
+        except OSError as error:
+            # Nothing is removed: the old folder is in the workplace.
+            where = f"move {self._old} there" if self._old.exists() else "remove it"
+            raise OSError(f"{self.target} cannot be put back as it was ({error}): {where} by hand.") from error
 
 
 def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> Path:
@@ -184,4 +209,4 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-__all__ = ["base_folder", "new_folder", "write_quantized_base"]
+__all__ = ["NewFolder", "base_folder", "write_quantized_base"]

@@ -251,17 +251,23 @@ def _put_in_place(staging: Path, target: Path, stale_names: tuple[str, ...]) -> 
     except OSError as error:
         old.rmdir()
         raise OSError(f"{target} cannot be replaced ({error}): give a folder inside of it instead.") from error
+    moved: list[Path] = []  # foreign files, as paths in the folder
     try:
         os.rename(staging, target)
-    except OSError:
+        for folder in (ADAPTER_FOLDER, "."):
+            for entry in list((old / folder).iterdir()) if (old / folder).is_dir() else ():
+                is_stale = any(fnmatchcase(entry.name, pattern) for pattern in stale_names)
+                if not is_stale and not (target / folder / entry.name).exists():
+                    os.rename(entry, target / folder / entry.name)
+                    moved.append(Path(folder, entry.name))
+    except BaseException:
+        for path in moved:
+            os.rename(target / path, old / path)
+        if target.exists():
+            os.rename(target, staging)
         os.rename(old, target)
         raise
-    for folder in (ADAPTER_FOLDER, "."):
-        for entry in (old / folder).iterdir() if (old / folder).is_dir() else ():
-            is_stale = any(fnmatchcase(entry.name, pattern) for pattern in stale_names)
-            if not is_stale and not (target / folder / entry.name).exists():
-                os.rename(entry, target / folder / entry.name)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # the save is done, whatever is left of the old folder
 
 
 def push_model(

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_base
@@ -187,3 +188,59 @@ def test_failure_leaves_the_folders_that_were_there(at_call, tmp_path, monkeypat
     quantize(large_pair(), tmp_path, {"overwrite": True}, **W8)
     assert leftovers(tmp_path) == ["base", "genieblue"]
     assert same(answers(load(tmp_path / "genieblue")), answers(load(quantized_pair(**W8) / "genieblue")))
+
+
+def failing_renames(folder, at_calls):
+    """`os.rename` that fails at these calls, counted from 1, of those that move something in `folder` itself."""
+    calls, rename = [], os.rename
+
+    def fail(source, target):
+        if folder in (Path(source).parent, Path(target).parent):
+            calls.append(target)
+            if len(calls) in at_calls:
+                raise OSError(16, "Device or resource busy")
+        rename(source, target)
+
+    return fail
+
+
+@pytest.mark.parametrize("at_call", [1, 2])
+def test_failing_rename_leaves_nothing(at_call, tmp_path, monkeypatch):
+    """The base, then the GenieBlue: none may be there without the other."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing_renames(tmp_path, {at_call}))
+        with pytest.raises(OSError, match="busy"):
+            quantize(large_pair(), tmp_path, **W8)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("at_call", [1, 2, 3, 4, "notes"])
+def test_failing_rename_leaves_the_folders_that_were_there(at_call, tmp_path, monkeypatch):
+    """The old base goes and the new one comes, then the GenieBlues, then a file of the user's moves over."""
+    shutil.copytree(quantized_pair(), tmp_path, dirs_exist_ok=True)
+    notes = tmp_path / "genieblue/notes.txt"
+    notes.write_text("mine")
+    before, rename = contents(tmp_path), failing_renames(tmp_path, {at_call})
+
+    def fail(source, target):
+        if at_call == "notes" and target == notes:
+            raise OSError(16, "Device or resource busy")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="busy"):
+            quantize(large_pair(), tmp_path, {"overwrite": True}, **W8)
+    assert contents(tmp_path) == before and leftovers(tmp_path) == ["base", "genieblue"]
+    assert same(answers(load(tmp_path / "genieblue")), answers(load(quantized_pair() / "genieblue")))
+
+
+def test_old_base_that_cannot_be_moved_back_is_kept(tmp_path, monkeypatch):
+    shutil.copytree(quantized_pair(), tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path / "base")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing_renames(tmp_path, {2, 3}))
+        with pytest.raises(OSError, match="by hand"):
+            quantize(large_pair(), tmp_path, {"overwrite": True}, **W8)
+    kept = next(tmp_path.glob(".base.writing-*/base.old"))
+    assert contents(kept) == before and (tmp_path / "genieblue/config.json").is_file()
