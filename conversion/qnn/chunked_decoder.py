@@ -107,11 +107,12 @@ class ChunkedDecoder:
             zero = self._empty.get(name, np.float32(0.0))
             self._cache[name] = np.full(dims, zero, zero.dtype)
 
-    def read(self, embeddings: np.ndarray, *, only_chunks: bool = False) -> np.ndarray:
+    def read(self, embeddings: np.ndarray, *, only_chunks: bool = False, last_only: bool = False) -> np.ndarray:
         """Reads embeddings (tokens, hidden_size) behind what is cached; returns logits (tokens, vocabulary).
 
-        Of other than the last blocks it returns hidden states. `only_chunks` never calls the graph for one token.
-        Raises `ValueError`, before anything is read, if they do not fit into the context.
+        Of other than the last blocks it returns hidden states. `only_chunks` never calls the graph for one token,
+        `last_only` returns the last row alone, (1, vocabulary), and keeps no other. Raises `ValueError`, before
+        anything is read, if they do not fit into the context.
         """
         if len(embeddings) == 0:
             raise ValueError("There is nothing to read: the request has no tokens.")
@@ -120,12 +121,19 @@ class ChunkedDecoder:
                 f"The request has {self.length + len(embeddings)} tokens, the graphs were compiled for a context of "
                 f"{self.context_length}: shorten it, or export with a longer context."
             )
+        padded = -(-len(embeddings) // self.chunk_length) * self.chunk_length
+        if only_chunks and self.length + padded > self.context_length:
+            raise ValueError(
+                f"{len(embeddings)} tokens behind {self.length} cached ones take {padded} places in chunks of "
+                f"{self.chunk_length}, the context has {self.context_length}: read fewer, or without `only_chunks`."
+            )
         logits, start = [], 0
         while start < len(embeddings):
             # A chunk takes its whole length from the cache's slots, also where it is padding.
             fits = self.length + self.chunk_length <= self.context_length
             tokens = self.chunk_length if only_chunks or (fits and len(embeddings) - start > 1) else 1
-            logits.append(self._call(tokens, embeddings[start : start + tokens]))
+            found = self._call(tokens, embeddings[start : start + tokens])
+            logits = [found[-1:]] if last_only else [*logits, found]
             start += tokens
         return np.concatenate(logits)
 
