@@ -1,30 +1,67 @@
 """Other LoRA for a bundle whose graphs take it as inputs: one binary, several adapters.
 
 The replicated blocks, the vision tower and the projector are part of the binaries, so that adapters of one bundle
-differ in their LoRA alone. The scales of the inputs are the bundle's, since they are compiled.
+differ in their LoRA alone. The scales of the inputs are the bundle's, since they are compiled; a file holds them too,
+which tells it from those of other bundles.
 """
 
+import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from conversion.qnn.bundle import Bundle
+from conversion.qnn.bundle import Bundle, scale_name
 from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.encoding import WeightCodes, round_with_scales
 from conversion.qnn.names import is_lora, weight_bits
-from conversion.qnn.qdq_files import read_codes
-from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
+from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
 
 logger = logging.getLogger(__name__)
+# Share of the LoRA values that may lie beyond the scales of the bundle, and are cut.
+LARGEST_CUT = 0.01
+UNFINISHED = ".unfinished"
 
 
 def adapter_entries(part: int, codes: Mapping[str, WeightCodes]) -> dict[str, np.ndarray]:
-    """The int8 arrays of a part's LoRA, by the names that they have in an adapter file."""
-    return {f"{part}/{name}": weight.codes for name, weight in codes.items() if is_lora(name)}
+    """The int8 arrays of a part's LoRA and their scales, by the names that they have in an adapter file."""
+    entries = {}
+    for name, weight in codes.items():
+        if is_lora(name):
+            entries[f"{part}/{name}"] = weight.codes
+            entries[f"{part}/{scale_name(name)}"] = np.asarray(weight.scales, np.float32)
+    return entries
+
+
+def fixed_digests(model: Any) -> dict[str, str]:
+    """Hex digests of what training changes and binaries hold: of the copied blocks, of vision tower and projector.
+
+    They are taken in 32 bits, and so are the same in whatever precision the model was loaded that keeps its values.
+    """
+    adapter = ((name, value) for _, name, value in adapter_parameters(model.multimodal_language_model))
+    vision = (
+        (f"{title}.{name}", value)
+        for title in ("vision_tower", "multi_modal_projector")
+        for name, value in getattr(model, title).state_dict().items()
+    )
+    return {
+        "copies_sha256": _digest((name, value) for name, value in adapter if ".lora_" not in name),
+        "vision_sha256": _digest(vision),
+    }
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def export_adapter(
@@ -36,57 +73,93 @@ def export_adapter(
         model_folder: folder or Hub id of a GenieBlue that differs in its LoRA alone from the one of the bundle.
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
-    Raises `ValueError` for a bundle with LoRA as constants, and for a model of another base or with other replicated
-    blocks; `FileExistsError` if `out` is taken.
+    Raises `ValueError` for a bundle with LoRA as constants, for a quantized model, for one with another base, other
+    replicated blocks, vision tower, projector or LoRA, and when more than 1 % of its values lie beyond the scales of
+    the bundle; `OSError` if `out` is taken or its folder is missing.
     """
     out, bundle = Path(out), Bundle(bundle_folder)
-    if out.exists():
-        raise FileExistsError(f"{out} is taken: give the name of a new file.")
     facts = bundle.metadata
+    _check_output(out, bundle)
     if facts["adapter"]["lora"] != "inputs":
         raise ValueError(
             f"The LoRA of {bundle_folder} is part of its binaries: export the bundle with `lora='inputs'` (--lora "
             "inputs) to use several adapters with it."
         )
-    model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
-    if model.config.base_model_fingerprint != facts["base"]["fingerprint"]:
+    hub = {key: load_options[key] for key in OWN_HUB_KEYS if load_options.get(key) is not None}
+    config = GenieBlueConfig.from_pretrained(model_folder, **hub)
+    if config.quantization is not None:
+        raise ValueError(f"{model_folder} is quantized: give the GenieBlue in 16 bits that it was made from.")
+    if config.base_model_fingerprint != facts["base"]["fingerprint"]:
         raise ValueError(f"{model_folder} was made for another base than {bundle_folder}: its LoRA would not fit.")
-    entries, clipped, total = {}, 0, 0
+    model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
+    if model.multimodal_language_model is None:
+        raise ValueError(f"{model_folder} has no adapter: give a saved GenieBlue, with its base.")
+    _refuse_other_binaries(facts["adapter"], fixed_digests(model), str(model_folder))
+    entries, cut, total = {}, 0, 0
     for number, part in enumerate(facts["parts"]):
-        record = part["graphs"]["multimodal_decode"]
-        inputs = {tensor["name"]: tensor for tensor in record["inputs"]}
+        inputs = bundle.lora_inputs(number, "multimodal")
         graph = DecoderGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"])
-        weights = {name: value.cpu().numpy() for name, value in graph.named_buffers() if value.ndim == 2}
-        _refuse_other_blocks(bundle.path(record["qdq"]), weights, str(model_folder))
-        for name, weight in weights.items():
-            if is_lora(name):
-                if name not in inputs or list(weight.shape) != inputs[name]["shape"]:
-                    raise ValueError(f"{model_folder} has another LoRA rank than the bundle ({name} {weight.shape}).")
-                scale = np.float32(inputs[name]["scale"])
-                entries[f"{number}/{name}"] = round_with_scales(weight, scale, weight_bits(name), None).codes
-                clipped += int((np.abs(weight) > 127.5 * scale).sum())
-                total += weight.size
-    if clipped:
-        logger.warning(
-            "%d of %d LoRA values (%.2g %%) are larger than the bundle's scales can say, and were cut: it was "
-            "exported with an adapter of smaller ones.", clipped, total, 100 * clipped / total,
-        )  # fmt: skip
-    unfinished = out.with_name(out.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez(file, **entries)
-    os.replace(unfinished, out)
+        lora = {name: value.cpu().numpy() for name, value in graph.named_buffers() if is_lora(name)}
+        if {name: list(value.shape) for name, value in lora.items()} != {
+            name: tensor["shape"] for name, tensor in inputs.items()
+        }:
+            raise ValueError(
+                f"{model_folder} has LoRA of rank {config.lora_rank} in {len(lora)} matrices of blocks "
+                f"{part['blocks'][0]} to {part['blocks'][1] - 1}; the bundle takes {len(inputs)} of rank "
+                f"{facts['adapter']['lora_rank']}, of other names or shapes: export a bundle of its own."
+            )
+        codes = {}
+        for name, weight in lora.items():
+            scale = np.float32(inputs[name]["scale"])
+            codes[name] = round_with_scales(weight, scale, weight_bits(name), None)
+            cut += int((np.abs(weight) > 127.5 * scale).sum())
+            total += weight.size
+        entries |= adapter_entries(number, codes)
+    _judge_cut(cut, total, str(model_folder))
+    _write(out, entries)
     return out
 
 
-def _refuse_other_blocks(qdq: Path, weights: Mapping[str, np.ndarray], name: str) -> None:
-    """`ValueError` if the matrices in a bundle's graph are not those of the model, rounded."""
-    for key, stored in read_codes(qdq).items():
-        own = round_with_scales(weights[key], stored.scales, stored.bits, stored.axis)
-        if not np.array_equal(own.codes, stored.codes):
+def _check_output(out: Path, bundle: Bundle) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out} is taken: give the name of a new file.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The folder {out.parent} is not there: make it, or give another place for the file.")
+    if out.resolve().is_relative_to(bundle.folder.resolve()):
+        raise ValueError(f"{out} lies in the bundle, which must stay as it was exported: give a place outside of it.")
+
+
+def _refuse_other_binaries(expected: Mapping[str, Any], found: Mapping[str, str], name: str) -> None:
+    """`ValueError` if anything that the binaries hold is another model's."""
+    for key, title in (("copies_sha256", "replicated blocks"), ("vision_sha256", "vision tower or projector")):
+        if found[key] != expected[key]:
             raise ValueError(
-                f"{name} has other replicated blocks than the bundle ({key} differs), and those are part of its "
-                "binaries: export a bundle of its own."
+                f"{name} has other {title} than the bundle, and those are part of its binaries: export a bundle of "
+                "its own."
             )
 
 
-__all__ = ["adapter_entries", "export_adapter"]
+def _judge_cut(cut: int, total: int, name: str) -> None:
+    """`ValueError` if so many values were cut that the file would be another adapter; a warning for fewer."""
+    if not cut:
+        return
+    told = f"{cut} of {total} LoRA values of {name} ({cut / total:.2%}) are larger than the bundle's scales can say"
+    if cut > LARGEST_CUT * total:
+        raise ValueError(
+            f"{told}; at most {LARGEST_CUT:.0%} may be cut: export the bundle with the adapter of the largest values."
+        )
+    logger.warning("%s, and were cut: it was exported with an adapter of smaller ones.", told)
+
+
+def _write(out: Path, entries: Mapping[str, np.ndarray]) -> None:
+    """Writes an adapter file as a whole or not at all."""
+    unfinished = out.with_name(out.name + UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            np.savez(file, **entries)
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+__all__ = ["adapter_entries", "export_adapter", "fixed_digests"]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from conversion.qnn.adapters import adapter_entries
+from conversion.qnn.adapters import adapter_entries, fixed_digests
 from conversion.qnn.aimet_rounding import require_aimet
-from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files
+from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
 from conversion.qnn.calibration import embedding_rows, prepare_calibration
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.compile import compile_graphs
@@ -262,6 +262,7 @@ class _Export:
             },
             "adapter": {
                 "sha256": _adapter_digest(self.model),
+                **fixed_digests(self.model),
                 "replicated_layers": config.replicated_layers,
                 "lora_rank": config.lora_rank,
                 "lora": self.settings.lora,
@@ -307,7 +308,7 @@ class _Export:
         if adapter:
             np.savez(work / ADAPTER, **adapter)
         (work / "export.json").unlink()
-        _write_json(work / METADATA, {**metadata, "files": list_files(work)})
+        _write_json(work / METADATA, signed({**metadata, "files": list_files(work)}))
 
 
 def _refuse_untrained(model: Any) -> None:

@@ -5,6 +5,8 @@ NumPy and ONNX Runtime only, besides the processor. It is the reference for whoe
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,23 @@ import onnxruntime
 
 from conversion.qnn.bundle import ADAPTER, Bundle, encoding_of, read_adapter
 from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
-from conversion.qnn.names import is_lora
+from conversion.qnn.names import VIEWS
 from conversion.qnn.npu import cpu_session, npu_session
 from conversion.qnn.soc import find_soc
 
 BACKENDS = ("cpu", "emulator")
+DEFAULT_NEW_TOKENS = 256
 OpenSession = Callable[[Mapping[str, Any]], onnxruntime.InferenceSession]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request."""
+
+    text: str
+    view: str
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class CodedGraph:
@@ -41,13 +54,18 @@ class CodedGraph:
 
 
 class ViewGraphs:
-    """The graphs of one view, part behind part, for chunks and for single tokens; opened when first called."""
+    """The graphs of one view, part behind part, for chunks and for single tokens; opened when first called.
+
+    LoRA that are inputs are read from the file `adapter` at once, by default from the bundle's own.
+    """
 
     def __init__(
         self, bundle: Bundle, view: str, open_session: OpenSession, adapter: str | os.PathLike | None = None
     ):
         self.bundle, self.view, self._open_session = bundle, view, open_session
-        self.adapter = bundle.path(ADAPTER) if adapter is None else adapter
+        file = bundle.path(ADAPTER) if adapter is None else Path(adapter)
+        expected = [bundle.lora_inputs(number, view) for number in range(len(bundle.metadata["parts"]))]
+        self._lora = [read_adapter(file, number, lora) if lora else {} for number, lora in enumerate(expected)]
         self._graphs: dict[tuple[int, int], CodedGraph] = {}
 
     def part(self, number: int, tokens: int) -> CodedGraph:
@@ -57,9 +75,7 @@ class ViewGraphs:
             record = next(
                 graph for graph in part["graphs"].values() if (graph["view"], graph["tokens"]) == (self.view, tokens)
             )
-            shapes = {tensor["name"]: tuple(tensor["shape"]) for tensor in record["inputs"] if is_lora(tensor["name"])}
-            fixed = read_adapter(self.adapter, number, shapes) if shapes else {}
-            self._graphs[number, tokens] = CodedGraph(record, self._open_session(record), fixed)
+            self._graphs[number, tokens] = CodedGraph(record, self._open_session(record), self._lora[number])
         return self._graphs[number, tokens]
 
     def run(self, tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -98,7 +114,8 @@ class QnnRunner:
         """Opens a bundle; `backend` is `cpu` for the QDQ graphs, or `emulator` for the NPU's own arithmetic.
 
         `adapter` is a file of `export_adapter`, for a bundle whose LoRA are inputs; by default its own. Raises
-        `ValueError` for a bundle with changed files or another adapter's file, `OSError` for a folder that is none.
+        `ValueError` for a bundle with changed files or an adapter of another one, `OSError` for what is no bundle or
+        no adapter.
         """
         if backend not in BACKENDS:
             raise ValueError(f"Unknown backend {backend!r}: choose {' or '.join(BACKENDS)}.")
@@ -108,7 +125,7 @@ class QnnRunner:
         if adapter is not None and self.bundle.metadata["adapter"]["lora"] != "inputs":
             raise ValueError(f"The LoRA of {path} is part of its binaries: it takes no other adapter.")
         self.backend = backend
-        self.views = {view: ViewGraphs(self.bundle, view, self._open, adapter) for view in ("text", "multimodal")}
+        self.views = {view: ViewGraphs(self.bundle, view, self._open, adapter) for view in VIEWS}
         self._vision: CodedGraph | None = None
         self._processor = None
         self._table = self.bundle.embeddings()
@@ -131,13 +148,20 @@ class QnnRunner:
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
         """Tiles (num_tiles, 3, side, side) → (num_tiles, image_seq_length, hidden_size)."""
         record = self.bundle.metadata["vision"]
+        expected = tuple(record["graph"]["inputs"][0]["shape"][1:])
+        if len(pixel_values) == 0 or pixel_values.shape[1:] != expected:
+            raise ValueError(
+                f"`pixel_values` has the shape {pixel_values.shape}, expected one or more tiles of {expected}: take "
+                "the bundle's own processor."
+            )
         if self._vision is None:
             self._vision = CodedGraph(record["graph"], self._open(record["graph"]), {})
         size = record["tiles"]
         features = []
         for start in range(0, len(pixel_values), size):
             batch = np.asarray(pixel_values[start : start + size], np.float32)
-            padding = np.zeros((size - len(batch), *batch.shape[1:]), np.float32)
+            # Filled up with its last tile, as in calibration: any other filling could lie beyond the measured ranges.
+            padding = np.repeat(batch[-1:], size - len(batch), axis=0)
             codes = self._vision.run({"pixel_values": np.concatenate([batch, padding])})["image_features"]
             features.append(self._vision.outputs["image_features"].decode(codes)[: len(batch)])
         return np.concatenate(features)
@@ -145,11 +169,18 @@ class QnnRunner:
     def embed(self, input_ids: Sequence[int], pixel_values: np.ndarray | None = None) -> np.ndarray:
         """Ids (length,) → embeddings (length, hidden_size), image features in the places of image tokens.
 
-        Raises `ValueError` if tiles and image tokens do not match.
+        Raises `ValueError` for ids that are not in the table, and if tiles and image tokens do not match.
         """
         ids = np.asarray(input_ids).reshape(-1)
         facts = self.bundle.metadata
         is_image = ids == facts["image_token_id"]
+        if ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"`input_ids` are {ids.size} values of type {ids.dtype}: expected whole numbers.")
+        if (strange := ids[~is_image & ((ids < 0) | (ids >= len(self._table)))]).size:
+            raise ValueError(
+                f"The id {strange[0]} is not in the table of embeddings, which has the ids 0 to "
+                f"{len(self._table) - 1}: take the bundle's own processor."
+            )
         embeddings = encoding_of(facts["embeddings"]).decode(self._table[np.where(is_image, 0, ids)])
         tiles = 0 if pixel_values is None else len(pixel_values)
         if is_image.sum() != tiles * facts["image_seq_length"]:
@@ -163,22 +194,20 @@ class QnnRunner:
 
     def logits(self, input_ids: Sequence[int], pixel_values: np.ndarray | None = None, view: str | None = None) -> Any:
         """Logits (length, vocabulary) of a whole request, in the view that it runs or in the one that is named."""
-        view = view or ("text" if pixel_values is None else "multimodal")
-        return self.views[view].decoder().read(self.embed(input_ids, pixel_values))
+        return self.views[_choose_view(view, pixel_values)].decoder().read(self.embed(input_ids, pixel_values))
 
     def generate(
         self,
         input_ids: Sequence[int],
         pixel_values: np.ndarray | None = None,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
         view: str | None = None,
     ) -> Iterable[int]:
         """Greedy decoding: yields new ids until an end token (which is not given), the limit, or the context's end."""
-        view = view or ("text" if pixel_values is None else "multimodal")
+        decoder = self.views[_choose_view(view, pixel_values)].decoder()
         ends = set(self.bundle.metadata["generation"]["eos_token_ids"])
-        decoder = self.views[view].decoder()
-        logits = decoder.read(self.embed(input_ids, pixel_values))[-1]
+        (logits,) = decoder.read(self.embed(input_ids, pixel_values), last_only=True)
         for _ in range(max_new_tokens):
             token = int(logits.argmax())
             if token in ends:
@@ -186,17 +215,37 @@ class QnnRunner:
             yield token
             if decoder.length == decoder.context_length:
                 return
-            logits = decoder.read(self.embed([token]))[-1]
+            (logits,) = decoder.read(self.embed([token]))
 
-    def chat(self, messages: list[dict[str, Any]], *, images: Any = None, max_new_tokens: int = 256) -> str:
-        """The answer to a conversation, formatted by the base's chat template."""
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        images: Any = None,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        view: str | None = None,
+    ) -> Answer:
+        """The answer to a conversation, formatted by the base's chat template; `view` is chosen by the images."""
         inputs = self.processor.apply_chat_template(
             messages, images=images, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
         )
         pixels = inputs.get("pixel_values")
         ids = np.asarray(inputs["input_ids"]).reshape(-1)
-        answer = list(self.generate(ids, pixels, max_new_tokens=max_new_tokens))
-        return self.processor.tokenizer.decode(answer, skip_special_tokens=True)
+        view = _choose_view(view, pixels)
+        answer = list(self.generate(ids, pixels, max_new_tokens=max_new_tokens, view=view))
+        text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
+        return Answer(text, view, len(ids), len(answer))
 
 
-__all__ = ["QnnRunner", "ViewGraphs"]
+def _choose_view(view: str | None, pixel_values: Any) -> str:
+    """The view that a request runs; `ValueError` for one that is not there, or has no eyes for its images."""
+    if view is None:
+        return "text" if pixel_values is None else "multimodal"
+    if view not in VIEWS:
+        raise ValueError(f"Unknown view {view!r}: choose {' or '.join(VIEWS)}.")
+    if view == "text" and pixel_values is not None:
+        raise ValueError("The text view reads no images: leave them out, or ask the multimodal view.")
+    return view
+
+
+__all__ = ["Answer", "CodedGraph", "QnnRunner", "ViewGraphs"]
