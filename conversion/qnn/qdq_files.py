@@ -61,4 +61,16 @@ def read_codes(path: Path) -> dict[str, WeightCodes]:
     return found
 
 
-__all__ = ["describe_boundary", "read_codes"]
+def read_constants(path: Path) -> dict[str, np.ndarray]:
+    """Values by name of the biases, norm weights and single numbers of a QDQ graph, which have 16 bits."""
+    tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith("/codes"):
+            title = name.removesuffix("/codes")
+            scale, zero_point = (numpy_helper.to_array(tensors[f"{title}/{kind}"]) for kind in ("scale", "zero_point"))
+            found[title] = Encoding(scale.item(), zero_point.item()).decode(numpy_helper.to_array(tensor))
+    return found
+
+
+__all__ = ["describe_boundary", "read_codes", "read_constants"]
