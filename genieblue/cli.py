@@ -22,7 +22,7 @@ from genieblue.options import (
     Structure,
     View,
 )
-from genieblue.qnn_commands import answer_from_bundle, export_app, is_bundle, verify_qnn_bundle
+from genieblue.qnn_commands import answer_from_bundle, export_app, is_bundle, refuse_options, verify_qnn_bundle
 from genieblue.quantize_command import quantize
 from genieblue.terminal import (
     ReportingGroup,
@@ -191,6 +191,7 @@ def _data_source(data: Path) -> Any:
 
 @app.command()
 def chat(
+    ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)] = None,
     image: Annotated[
         list[str] | None,
@@ -227,8 +228,21 @@ def chat(
     if (model is None) == (qnn is None):
         raise typer.BadParameter("Give a model, or a bundle as --qnn.", param_hint="MODEL")
     if qnn is not None:
-        answer_from_bundle(qnn, prompt, image or [], max_new_tokens, npu.value, adapter, json_output)
+        drawing, loading = ("temperature", "top_p", "seed"), ("backend", "base", "revision", "dtype", "device")
+        others = (*drawing, *loading, "trust_remote_code")
+        refuse_options(ctx, others, "a bundle, which is greedy, and complete as it was compiled")
+        answer_from_bundle(
+            qnn,
+            prompt,
+            image or [],
+            view=None if view is None else view.value,
+            max_new_tokens=max_new_tokens,
+            backend=npu.value,
+            adapter=adapter,
+            as_json=json_output,
+        )
         return
+    refuse_options(ctx, ("npu", "adapter"), "a model; it is for a bundle (--qnn)")
     with stdout_for_json(json_output):
         quiet_transformers()
         from transformers import set_seed
@@ -316,6 +330,7 @@ def params(
 
 @app.command()
 def verify(
+    ctx: typer.Context,
     model: Model,
     json_output: Json = False,
     base: Base = None,
@@ -327,8 +342,12 @@ def verify(
     """Prove that a GenieBlue, or a bundle of `export qnn`, is what it says.
 
     The exit code is 1 if any check fails. The last check runs the Python files of the model's own repository, in a
-    process of its own.
+    process of its own. Of a bundle, --base says what the weights of its text graphs are compared with.
     """
+    bundled = is_bundle(model)
+    if bundled:
+        code = ("trust_remote_code",) if base is None else ()  # it would be the base's
+        refuse_options(ctx, ("revision", "dtype", "device", *code), "a bundle, which is complete as it was compiled")
 
     def show_check(check: Any) -> None:
         typer.secho("ok    " if check.ok else "FAIL  ", nl=False, fg="green" if check.ok else "red", bold=True)
@@ -336,17 +355,20 @@ def verify(
 
     with stdout_for_json(json_output), looking_for(model):
         quiet_transformers()
-        from conversion.verify import verify_model
+        if bundled:
+            checks = verify_qnn_bundle(model, base, show_check, trust_remote_code)
+        else:
+            from conversion.verify import verify_model
 
-        checks = verify_qnn_bundle(model, base, show_check, trust_remote_code) if is_bundle(model) else verify_model(
-            model,
-            base=base,
-            revision=revision,
-            dtype=dtype.value,
-            device=choose_device(device),
-            trust_remote_code=trust_remote_code,
-            on_check=show_check,
-        )
+            checks = verify_model(
+                model,
+                base=base,
+                revision=revision,
+                dtype=dtype.value,
+                device=choose_device(device),
+                trust_remote_code=trust_remote_code,
+                on_check=show_check,
+            )
     passed = sum(check.ok for check in checks)
     if json_output:
         listed = [{"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks]

@@ -1,6 +1,7 @@
 """`genieblue export qnn`, and what `chat` and `verify` do with a bundle for a phone's NPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,9 +110,9 @@ def adapter(
     from conversion.qnn.adapters import export_adapter
 
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    quiet_transformers()
     with looking_for(model):
-        quiet_transformers()
-        path = export_adapter(model, bundle, out.expanduser(), **options)
+        path = export_adapter(model, bundle.expanduser(), out.expanduser(), **options)
     typer.echo(f"{path}: {short_bytes(path.stat().st_size)}")
     note(f"Next: genieblue chat --qnn {bundle} --adapter {path} --image photo.jpg --prompt …")
 
@@ -122,6 +123,14 @@ def is_bundle(path: str) -> bool:
     return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
 
 
+def refuse_options(ctx: typer.Context, names: Sequence[str], subject: str) -> None:
+    """`BadParameter` for an option among `names` that was given on the command line, but has no meaning for `subject`."""
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name)
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"It has no meaning for {subject}: leave it out.", param_hint=option.opts[0])
+
+
 def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:
     """The checks of a bundle; with `base` its text graphs are compared with what the base alone gives."""
     from conversion.qnn.verify import verify_bundle
@@ -130,14 +139,17 @@ def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], Non
     if base is not None:
         from transformers import AutoModelForCausalLM
 
-        loaded = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with looking_for(base):
+            loaded = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
     return verify_bundle(path, base=loaded, on_check=on_check)
 
 
 def answer_from_bundle(
     bundle: str,
     prompt: str | None,
-    sources: list[str],
+    sources: Sequence[str],
+    *,
+    view: str | None,
     max_new_tokens: int,
     backend: str,
     adapter: Path | None,
@@ -152,20 +164,15 @@ def answer_from_bundle(
     with stdout_for_json(True):
         images = [read_image(source, index) for index, source in enumerate(sources)]
         runner = QnnRunner(bundle, backend=backend, adapter=adapter)
-        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
-        inputs = runner.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="np",
-        )  # fmt: skip
-        ids = inputs["input_ids"].reshape(-1)
-        answer = list(runner.generate(ids, inputs.get("pixel_values"), max_new_tokens=max_new_tokens))
-        text = runner.processor.tokenizer.decode(answer, skip_special_tokens=True)
-    view = "multimodal" if images else "text"
+        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+        message = {"role": "user", "content": parts if images else prompt}
+        answer = runner.chat([message], max_new_tokens=max_new_tokens, view=view)
     if as_json:
-        print_json({"text": text, "view": view, "prompt_tokens": len(ids), "generated_tokens": len(answer)})
+        print_json(asdict(answer))
         return
-    typer.echo(text)
-    note(f"[{view} graphs on the {backend}, {len(ids)} tokens read, {len(answer)} written]")
+    typer.echo(answer.text)
+    read, written = answer.prompt_tokens, answer.generated_tokens
+    note(f"[{answer.view} graphs on the {backend}, {read} tokens read, {written} written]")
 
 
-__all__ = ["answer_from_bundle", "export_app", "is_bundle", "verify_qnn_bundle"]
+__all__ = ["answer_from_bundle", "export_app", "is_bundle", "refuse_options", "verify_qnn_bundle"]
