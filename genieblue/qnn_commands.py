@@ -124,7 +124,7 @@ def is_bundle(path: str) -> bool:
 
 
 def refuse_options(ctx: typer.Context, names: Sequence[str], subject: str) -> None:
-    """`BadParameter` for an option among `names` that was given on the command line, but has no meaning for `subject`."""
+    """`BadParameter` for an option of `names` that was given, but has no meaning for `subject`."""
     for option in ctx.command.params:
         source = ctx.get_parameter_source(option.name)
         if option.name in names and source is not None and source.name == "COMMANDLINE":
