@@ -13,13 +13,14 @@ Made by `genieblue export qnn`, compiler {compiler}. Everything that a runtime n
 |---|---|
 | `vision/vision.bin` | vision tower and projector, W8A16, {tiles} tile(s) a call |
 | `language_*/language_*.bin` | {parts} context binary or binaries of the decoder. Each holds four graphs over one \
-set of weights: prefill ({chunk} tokens) and decode (1 token) of the text and the multimodal view, W4A16, LoRA W8A16 |
+set of weights: prefill ({chunk} tokens) and decode (1 token) of the text and the multimodal view, W4A16, LoRA W8A16, \
+keys and values cached in {cache_bits} bits |
 | `*/*_ctx.onnx` | a graph of a binary as a model for ONNX Runtime with the QNN provider, on the phone too |
 | `embeddings.raw` | embeddings of the base, {embedding_shape} codes ({embedding_dtype}), in the order of the ids |
 | `metadata.json` | every input and output: shape, dtype, scale, offset; which graph serves which view; sha256 |
 | `processor/` | tokenizer and image processor |
 | `genie_config.json`, `htp_backend_ext_config.json` | for Qualcomm's Genie and QNN runtimes |
-{qairt}| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on the phone |
+{adapter}{qairt}| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on the phone |
 
 Matrices were rounded by {rounding}. A code means `value = (code + offset) * scale`. The caches and the hidden states
 between parts go from call to call as they are. A request with images runs the multimodal graphs from its first token,
@@ -41,10 +42,15 @@ graphs apart by their shapes and by their order, {order}.
 
 ## What was checked, and what was not
 
-Checked on an ordinary computer: every node runs on the NPU's side of the compiler, and the emulator of the NPU gives
-what the same quantized graphs give on a CPU (`genieblue verify` repeats it). Not checked, since it takes the device:
-speed, memory and power; that the silicon gives the numbers of its emulator; loading of the shared binary, which the
-emulator cannot do; `genie_config.json`, which describes the text view alone.
+Checked when this was exported, on an ordinary computer: the compiler put every node of every graph on the NPU's side.
+`genieblue verify` checks the rest that can be checked there: that no file has changed, that the graphs give the
+binaries, and that the emulator of the NPU gives what the same quantized graphs give on a CPU. Not checked, since it
+takes the device: speed, memory and power; that the silicon gives the numbers of its emulator; loading of a binary of
+several graphs, which the emulator cannot do; `genie_config.json`, which describes the text view alone.
+"""
+
+ADAPTER_ROW = """| `adapter.npz` | LoRA, which are inputs of the multimodal graphs: by part and name their int8 codes, and the \
+scale that those have in this bundle; `genieblue export adapter` makes such files of other GenieBlues |
 """
 
 QAIRT_ROW = """| `qairt/` | the float graphs with AIMET `.encodings`, for `qairt-converter --input_network X.onnx \
@@ -121,6 +127,8 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         embedding_shape="×".join(map(str, embeddings["shape"])),
         embedding_dtype=embeddings["dtype"],
         rounding="AIMET's SeqMSE" if metadata["rounding"] == "seqmse" else "rounding to nearest",
+        cache_bits=metadata["cache_bits"],
+        adapter=ADAPTER_ROW if metadata["adapter"]["lora"] == "inputs" else "",
         qairt=QAIRT_ROW if (folder / "qairt").is_dir() else "",
         order=", ".join(metadata["parts"][0]["graphs"]),
     )
