@@ -20,7 +20,8 @@ keys and values cached in {cache_bits} bits |
 | `metadata.json` | every input and output: shape, dtype, scale, offset; which graph serves which view; sha256 |
 | `processor/` | tokenizer and image processor |
 | `genie_config.json`, `htp_backend_ext_config.json` | for Qualcomm's Genie and QNN runtimes |
-{adapter}{qairt}| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on the phone |
+{adapter}{qairt}| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on \
+the phone |
 
 Matrices were rounded by {rounding}. A code means `value = (code + offset) * scale`. The caches and the hidden states
 between parts go from call to call as they are. A request with images runs the multimodal graphs from its first token,
@@ -43,14 +44,14 @@ graphs apart by their shapes and by their order, {order}.
 ## What was checked, and what was not
 
 Checked when this was exported, on an ordinary computer: the compiler put every node of every graph on the NPU's side.
-`genieblue verify` checks the rest that can be checked there: that no file has changed, that the graphs give the
-binaries, and that the emulator of the NPU gives what the same quantized graphs give on a CPU. Not checked, since it
+`genieblue verify` checks the rest that can be checked there: that no file has changed, whether the graphs give
+the same binaries again, and that the emulator of the NPU gives what the same quantized graphs give on a CPU. Not checked, since it
 takes the device: speed, memory and power; that the silicon gives the numbers of its emulator; loading of a binary of
 several graphs, which the emulator cannot do; `genie_config.json`, which describes the text view alone.
 """
 
-ADAPTER_ROW = """| `adapter.npz` | LoRA, which are inputs of the multimodal graphs: by part and name their int8 codes, and the \
-scale that those have in this bundle; `genieblue export adapter` makes such files of other GenieBlues |
+ADAPTER_ROW = """| `adapter.npz` | LoRA, which are inputs of the multimodal graphs: by part and name their int8 codes, and \
+the scale that those have in this bundle; `genieblue export adapter` makes such files of other GenieBlues |
 """
 
 QAIRT_ROW = """| `qairt/` | the float graphs with AIMET `.encodings`, for `qairt-converter --input_network X.onnx \
