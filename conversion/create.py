@@ -73,6 +73,12 @@ def create_genieblue(
         raise ValueError(
             f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
         )
+    if chat_template is None and tokenizer.chat_template is None:
+        logger.warning(
+            "%s has no chat template, without which it can neither be trained on chats nor chat: give one now, with "
+            "`chat_template` (--chat-template FILE).",
+            base,
+        )
 
     weights = {"use_safetensors": True, "dtype": dtype}
     load_base = AutoModelForCausalLM.from_pretrained

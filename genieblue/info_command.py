@@ -15,11 +15,11 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
     config = found.config
     commit = config.get("base_model_revision")
     typer.echo(f"{model}: GenieBlue on {config.get('base_model_name_or_path')}{f' at {commit}' if commit else ''}")
-    layers = ", ".join(map(str, config.get("replicated_layers") or []))
+    layers = config.get("replicated_layers") or []
     typer.echo(
-        f"blocks {layers} of {(config.get('text_config') or {}).get('num_hidden_layers')} replicated "
-        f"({config.get('placement') or 'chosen by hand'}), LoRA rank {config.get('lora_rank')} alpha "
-        f"{config.get('lora_alpha')}, {config.get('image_seq_length')} tokens a tile\n"
+        f"{len(layers)} of {(config.get('text_config') or {}).get('num_hidden_layers')} blocks replicated: "
+        f"{', '.join(map(str, layers))} ({config.get('placement') or 'chosen by hand'}); LoRA rank "
+        f"{config.get('lora_rank')} alpha {config.get('lora_alpha')}, {config.get('image_seq_length')} tokens a tile\n"
     )
     own = [size for name, size in found.parts.items() if size is not None and name != LANGUAGE_MODEL]
     total = PartSize(sum(size.parameters for size in own), sum(size.bytes for size in own))

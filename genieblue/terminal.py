@@ -139,8 +139,16 @@ def stdout_for_json(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    # Libraries in C print to the descriptor itself.
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,14 @@ def optimizer_groups(
     return [{"params": groups[key], "part": key[0], "lr": key[1], "weight_decay": key[2]} for key in order]
 
 
+class LastLoss(TrainerCallback):
+    """Logs the end of a run too, whose loss would else be that of some steps before."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class TrainingProgress(ProgressCallback):
     """Trainer's progress bar, with loss and samples per second beside it instead of dictionaries below it."""
 
@@ -118,6 +126,7 @@ class GenieBlueTrainer(Trainer):
         """`groups` and `optimizer_options` are for AdamW; `settings_record` goes into checkpoints, to be compared."""
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
+        self.add_callback(LastLoss)
         self._groups = groups
         self._optimizer_options = optimizer_options
         self._autocast_dtype = autocast_dtype

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_cards.code_files import code_files, code_problems
 from hub_cards.model_card import CARD
@@ -134,14 +135,17 @@ def _loading_problems(folder: Path) -> Iterator[str]:
 def published_base(reference: str, recorded: dict[str, str] | None, token: str | bool | None) -> tuple[str, str]:
     """Hub id and commit of `you/base` or `you/base@commit`, if its weight files are those whose sha256 is recorded.
 
-    Raises `ValueError` if they are others; the Hub's own errors pass through.
+    Raises `ValueError` if they are others, or the repository is missing; the Hub's other errors pass through.
     """
     name, _, revision = reference.partition("@")
     if not is_hub_id(name, Path()) or "/" not in name:
         raise ValueError(f"The base {reference!r} is no Hub id: give you/base or you/base@commit.")
     if not recorded:
         raise ValueError("The sha256 of the base's files is not recorded, so no other base can be told from it.")
-    info = HfApi(token=token).model_info(name, revision=revision or None, files_metadata=True)
+    try:
+        info = HfApi(token=token).model_info(name, revision=revision or None, files_metadata=True)
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{name} is not on the Hub, or not for you to see: push the base first ({error}).") from error
     names = {file.rfilename for file in info.siblings}
     # As transformers chooses: one file, else the shards.
     taken = {WEIGHTS} if WEIGHTS in names else set(recorded)
