@@ -44,14 +44,14 @@ graphs apart by their shapes and by their order, {order}.
 ## What was checked, and what was not
 
 Checked when this was exported, on an ordinary computer: the compiler put every node of every graph on the NPU's side.
-`genieblue verify` checks the rest that can be checked there: that no file has changed, whether the graphs give
-the same binaries again, and that the emulator of the NPU gives what the same quantized graphs give on a CPU. Not checked, since it
-takes the device: speed, memory and power; that the silicon gives the numbers of its emulator; loading of a binary of
-several graphs, which the emulator cannot do; `genie_config.json`, which describes the text view alone.
+`genieblue verify` checks the rest that can be checked there: that no file has changed, whether the graphs give the
+same binaries again, and that the emulator of the NPU gives what the same quantized graphs give on a CPU. Not checked,
+since it takes the device: speed, memory and power; that the silicon gives the numbers of its emulator; loading of a
+binary of several graphs, which the emulator cannot do; `genie_config.json`, which describes the text view alone.
 """
 
-ADAPTER_ROW = """| `adapter.npz` | LoRA, which are inputs of the multimodal graphs: by part and name their int8 codes, and \
-the scale that those have in this bundle; `genieblue export adapter` makes such files of other GenieBlues |
+ADAPTER_ROW = """| `adapter.npz` | LoRA, inputs of the multimodal graphs: by part and name their int8 codes, \
+and the scale that those have in this bundle; `genieblue export adapter` makes such files of other GenieBlues |
 """
 
 QAIRT_ROW = """| `qairt/` | the float graphs with AIMET `.encodings`, for `qairt-converter --input_network X.onnx \
