@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -42,12 +43,14 @@ from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_siz
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
 from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_parts_genieblue import QUANTIZED_ADAPTER_NAME, quantized_adapter_entries
-from modeling_genieblue.saving_genieblue import save_model
+from modeling_genieblue.saving_genieblue import save_model, use_stored_parts
+from modeling_genieblue.settings_files_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 VISION_BLOCKS = "encoder.layers"
+BLOCK_TITLES = {"vision_tower": "vision tower", "llm": "language model", "replicated_blocks": "replicated blocks"}
 LARGEST_ROUNDING_ERROR = 0.5  # relative, of one weight matrix: far above 4 bits', far below another model's
 
 
@@ -113,11 +116,12 @@ def quantize_genieblue(
         target = output.with_name(name) if base_output is None else Path(os.path.realpath(base_output))
     refuse_taken_places(source, config, output, target, overwrite)
 
+    access = {key: load_kwargs[key] for key in ACCESS_KEYS if load_kwargs.get(key) is not None}
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
     rounder = _Rounder(recipe, samples, progress)
     plans = [plan_own_parts(model, recipe), plan_base(model.language_model, recipe)]
     before = view_logits(model)
-    origin = _origin(model, source, output)
+    origin = _origin(source, output, load_kwargs.get("revision"), access)
     output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         workplace = Path(
@@ -126,19 +130,26 @@ def quantize_genieblue(
         # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
         new_base = stack.enter_context(NewFolder(target)) if target is not None else None
         files = _round_own_parts(model, plans[0], rounder, workplace)
+        base_samples = None
         if quantized_base is not None and recipe.changes_base:
-            _use_existing_base(model, os.fspath(quantized_base), recipe)
+            base_samples = _use_existing_base(model, os.fspath(quantized_base), rounder, access)
         elif recipe.changes_base:
             folder = workplace / "base" if new_base is None else new_base.staging
-            files |= _quantize_base(model, recipe, plans[1], rounder, folder, target)
+            base_samples = _quantize_base(model, plans[1], rounder, folder, access)
+            model.config.base_model_name_or_path = "./base" if self_contained else str(folder)
+            if self_contained:
+                files |= {f"base/{path.name}": path for path in folder.iterdir()}
         files |= _round_adapter(model, recipe, plans[0], rounder, workplace)
-        model._quantized_files = files
-        model.config.quantization = describe(recipe, plans) | {"source": origin}
+        use_stored_parts(model, files, base_samples)
+        model.config.quantization = describe(recipe, plans) | {
+            "other_rounding": rounder.other_rounding(), "source": origin
+        }  # fmt: skip
+        rounder.warn_of_missing_samples()
         model.requires_grad_(False)
-        access = {key: load_kwargs[key] for key in (*ACCESS_KEYS, "trust_remote_code") if key in load_kwargs}
         # Saved once in passing, to measure what a user will load.
         save_model(model, workplace / "trial")
-        quantized = GenieBlueForConditionalGeneration.from_pretrained(workplace / "trial", **access)
+        consent = {key: load_kwargs[key] for key in ("trust_remote_code",) if key in load_kwargs}
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(workplace / "trial", **access, **consent)
         errors, measurements = measured_errors(before, view_logits(quantized), recipe)
         if new_base is not None:
             # Before the GenieBlue, which never points at a base that is not there, and whose card reads the base's.
@@ -150,11 +161,11 @@ def quantize_genieblue(
     return QuantizationReport(output, name, quantized.config.quantization["other_precision"], errors)
 
 
-def _origin(model: Any, source: Any, output: Path) -> dict[str, Any]:
+def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:
     """Where the unquantized GenieBlue is, for a reader and for `verify`."""
     if os.path.isdir(source):
         return {"name": os.path.relpath(os.path.realpath(source), output), "revision": None}
-    return {"name": str(source), "revision": hub_commit(str(source), model._source.hub_kwargs.get("revision"))}
+    return {"name": str(source), "revision": hub_commit(str(source), revision, **access)}
 
 
 class _Rounder:
@@ -163,14 +174,43 @@ class _Rounder:
     def __init__(self, recipe: QuantizationRecipe, samples: CalibrationSamples, progress: Progress):
         self.recipe, self.samples, self.progress = recipe, samples, progress
         self.uses_samples = recipe.rounding == "gptq"
+        self.methods: dict[str, Counter[str]] = {}  # by part, how many layers were rounded by which method
+        self.of_existing_base: dict[str, str] = {}  # as `other_rounding`
+
+    def other_rounding(self) -> dict[str, str]:
+        """Parts with layers that were rounded otherwise than the recipe says, and how."""
+        other = dict(self.of_existing_base)
+        for part, methods in self.methods.items():
+            rest = [f"{method}: {count}" for method, count in methods.items() if method != self.recipe.rounding]
+            if rest:
+                other[part] = f"{', '.join(rest)} of {methods.total()} layers"
+        return other
+
+    def warn_of_missing_samples(self) -> None:
+        """Names the parts that `gptq` was asked for and that no sample reached."""
+        # What lies outside of these is never run on samples, whatever they are.
+        reached = (*BLOCK_TITLES, "multi_modal_projector")
+        other = self.other_rounding()
+        lacking = {part: other[part] for part in reached if part in other and part in self.methods}
+        if self.uses_samples and lacking:
+            logger.warning(
+                "No calibration sample reached some layers, which were not rounded by gptq: %s. Samples with images "
+                "reach the vision tower and the projector.",
+                "; ".join(f"{part} ({how})" for part, how in lacking.items()),
+            )
+
+    def note(self, part: str, method: str) -> None:
+        """Counts a layer of `part` that `method` rounded."""
+        self.methods.setdefault(part, Counter())[method] += 1
 
     @torch.no_grad()
-    def round(self, weight: torch.Tensor, kind: str, hessian: torch.Tensor | None = None) -> dict[str, Any]:
+    def round(self, weight: torch.Tensor, kind: str, part: str, hessian: torch.Tensor | None = None) -> dict[str, Any]:
         """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which takes the rounded values."""
         bits = BITS[kind]
         method = self.recipe.rounding
         if (method == "gptq" and hessian is None) or (method == "hqq" and bits == 8):
             method = "rtn" if bits == 8 else "hqq"
+        self.note(part, method)
         group_size = weight.shape[1] if bits == 8 else group_size_of(weight.shape[1])
         rounded = round_weight(weight, bits, group_size, method=method, dtype=self.recipe.dtype, hessian=hessian)
         weight.copy_(rounded.dequantize())
@@ -181,9 +221,10 @@ class _Rounder:
         }
 
     def round_blocks(
-        self, tree: nn.Module, path: str, kinds: dict[str, str], batches: list[dict], title: str
+        self, tree: nn.Module, path: str, kinds: dict[str, str], batches: list[dict], part: str
     ) -> dict[str, torch.Tensor]:
         """quanto's state dict of the linears `kinds` names, all of them in the blocks at `path` of `tree`."""
+        title = BLOCK_TITLES[part]
         tensors: dict[str, torch.Tensor] = {}
         by_block: dict[int, dict[str, str]] = {}
         for name, kind in kinds.items():
@@ -193,7 +234,7 @@ class _Rounder:
         def process(index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
             for inner, kind in by_block.get(index, {}).items():
                 weight = block.get_submodule(inner).weight
-                rounded = self.round(weight, kind, hessians.get(inner))
+                rounded = self.round(weight, kind, part, hessians.get(inner))
                 tensors.update(stored_tensors(f"{path}.{index}.{inner}", **rounded))
 
         def steps(indices: Iterable[int]) -> Iterable[int]:
@@ -222,7 +263,7 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, workplace: 
     images = rounder.image_batches(model)
     local = {name.removeprefix("vision_tower."): kind for name, kind in in_blocks.items()}
     batches = [{"pixel_values": pixels} for pixels in images]
-    tensors = rounder.round_blocks(tower, VISION_BLOCKS, local, batches, "vision tower")
+    tensors = rounder.round_blocks(tower, VISION_BLOCKS, local, batches, "vision_tower")
     tensors = {f"vision_tower.{name}": value for name, value in tensors.items()}
     hessians = {}
     prefix = "multi_modal_projector."
@@ -234,58 +275,58 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, workplace: 
     for name, kind in plan.kinds.items():
         if name not in in_blocks:
             hessian = hessians.get(name.removeprefix(prefix))
-            tensors |= stored_tensors(name, **rounder.round(model.get_submodule(name).weight, kind, hessian))
+            weight = model.get_submodule(name).weight
+            # The tower's pooling head, which GenieBlue does not run, is on its own: `vision_tower.head`.
+            part = ".".join(name.split(".")[:2]) if name.startswith("vision_tower.") else "multi_modal_projector"
+            tensors |= stored_tensors(name, **rounder.round(weight, kind, part, hessian))
     own = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": projector})
     return _write(workplace, WEIGHTS_NAME, QMAP_NAME, plain_state(own, plan.kinds) | tensors, plan.kinds)
 
 
 def _quantize_base(
-    model: Any,
-    recipe: QuantizationRecipe,
-    plan: LayerPlan,
-    rounder: _Rounder,
-    folder: Path,
-    target: Path | None,
-) -> dict[str, Path]:
-    """Writes the quantized base into `folder` and lets the model's configuration name it.
+    model: Any, plan: LayerPlan, rounder: _Rounder, folder: Path, access: dict[str, Any]
+) -> dict[str, dict]:
+    """Writes the quantized base into `folder`; returns samples of its tensors, to know it by.
 
-    `target` is where the folder will be in the end, `None` for one inside of the GenieBlue, whose files are returned.
-    The base in memory holds the rounded values afterwards.
+    The base in memory holds the rounded values afterwards, and the model's configuration the new base's hashes.
     """
     config, base = model.config, model.language_model
     folder.mkdir(exist_ok=True)
-    source = base_folder(config.base_model_name_or_path, config.base_model_revision, model._hub_kwargs)
+    source = base_folder(config.base_model_name_or_path, config.base_model_revision, access)
     is_local = os.path.isabs(config.base_model_name_or_path)
     # A path of this computer is nobody else's business.
     origin = os.path.basename(source) if is_local else config.base_model_name_or_path
-    settings = describe(recipe, [plan]) | {"source": {"name": origin, "revision": config.base_model_revision}}
+    settings = describe(rounder.recipe, [plan]) | {"source": {"name": origin, "revision": config.base_model_revision}}
     for part in ("replicated_blocks", "lora", "vision_tower", "multi_modal_projector"):
         settings.pop(part)
     path, _ = find_blocks(base)
+    embedding = base.get_input_embeddings()
     outside = {name: kind for name, kind in plan.kinds.items() if not name.startswith(f"{path}.")}
     inside = {name: kind for name, kind in plan.kinds.items() if name not in outside}
     batches = [{"input_ids": ids.to(base.device)} for ids in rounder.samples.text]
-    tensors = rounder.round_blocks(base, path, inside, batches, "language model")
+    tensors = rounder.round_blocks(base, path, inside, batches, "llm")
     stored: set[int] = set()
     for name, kind in outside.items():
-        weight = base.get_submodule(name).weight
-        if id(weight) not in stored:  # an LM head and an embedding that are one
-            stored.add(id(weight))
-            tensors |= stored_tensors(name, **rounder.round(weight, kind))
+        module = base.get_submodule(name)
+        if id(module.weight) not in stored:  # an LM head and an embedding that are one
+            stored.add(id(module.weight))
+            part = "embeddings" if module is embedding else "lm_head"
+            tensors |= stored_tensors(name, **rounder.round(module.weight, kind, part))
+    other = rounder.other_rounding()
+    settings["other_rounding"] = {part: other[part] for part in BASE_PARTS if part in other}
     write_quantized_base(folder, base, source, plan.kinds, tensors, settings)
     config.base_model_fingerprint = weight_file_hashes(folder)
-    model._base_samples = tensor_samples(load_quantized_base(folder, trust_remote_code=base.is_remote_code()))
     config.base_model_revision = None
-    if target is not None:
-        config.base_model_name_or_path = str(folder)
-        return {}
-    config.base_model_name_or_path = "./base"
-    return {f"base/{path.name}": path for path in folder.iterdir()}
+    return tensor_samples(load_quantized_base(folder, trust_remote_code=base.is_remote_code()))
 
 
-def _use_existing_base(model: Any, name: str, recipe: QuantizationRecipe) -> None:
-    """Points the model at a base that is quantized already; `ValueError` if it is another base, or not quantized."""
-    settings = read_base_quantization(name, **model._hub_kwargs)
+def _use_existing_base(model: Any, name: str, rounder: _Rounder, access: dict[str, Any]) -> dict[str, dict]:
+    """Points the model at a base that is quantized already; returns samples of its tensors.
+
+    Raises `ValueError` if it is another base, or not quantized.
+    """
+    recipe = rounder.recipe
+    settings = read_base_quantization(name, **access)
     if settings is None:
         raise ValueError(f"{name} is no base that GenieBlue quantized: leave it out, and one is made.")
     for part in ("llm", "lm_head", "embeddings", "activations"):
@@ -295,15 +336,17 @@ def _use_existing_base(model: Any, name: str, recipe: QuantizationRecipe) -> Non
                 "or have another one made."
             )
     trust = model.language_model.is_remote_code()
-    base = load_quantized_base(name, trust_remote_code=trust, **model._hub_kwargs)
+    base = load_quantized_base(name, trust_remote_code=trust, **access)
     _copy_rounded_values(base, model.language_model, name)
     model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else name
     # The one that was just loaded, which the cache knows.
-    model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **model._hub_kwargs)
-    model.config.base_model_fingerprint = weight_file_hashes(
-        name, model.config.base_model_revision, **model._hub_kwargs
-    )
-    model._base_samples = tensor_samples(base)
+    model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **access)
+    model.config.base_model_fingerprint = weight_file_hashes(name, model.config.base_model_revision, **access)
+    if settings.get("rounding") != recipe.rounding:
+        rounder.of_existing_base = {part: f"{settings.get('rounding')}, as the base was rounded before"
+                                    for part in BASE_PARTS if getattr(recipe, part) != "w16a16"}  # fmt: skip
+    rounder.of_existing_base |= settings.get("other_rounding") or {}
+    return tensor_samples(base)
 
 
 @torch.no_grad()
@@ -338,11 +381,12 @@ def _round_adapter(
             continue
         if ".lora_" in name:
             tensors |= _round_lora(view, name, stock, weight, recipe.dtype)
+            rounder.note("lora", "rtn")
         else:
             copies[name] = stock
     path, _ = find_blocks(view)
     kinds = {name: adapter.kinds[stock] for name, stock in copies.items()}
-    rounded = rounder.round_blocks(view, path, kinds, _embedded(model, rounder), "replicated blocks")
+    rounded = rounder.round_blocks(view, path, kinds, _embedded(model, rounder), "replicated_blocks")
     for name, stock in copies.items():
         own = {key: value for key, value in rounded.items() if key.startswith(f"{name}.")}
         tensors |= {stock + key.removeprefix(name): value for key, value in own.items()}
@@ -381,7 +425,7 @@ def _embedded(model: Any, rounder: _Rounder) -> list[dict[str, torch.Tensor]]:
     device = model.multimodal_language_model.device
     batches = []
     for sample in samples:
-        embeds = model._embed(sample["input_ids"].to(device), sample.get("pixel_values"))
+        embeds = model.embed_request(sample["input_ids"].to(device), sample.get("pixel_values"))
         mask = {"attention_mask": sample["attention_mask"].to(device)} if "attention_mask" in sample else {}
         batches.append({"inputs_embeds": embeds, **mask})
     return batches

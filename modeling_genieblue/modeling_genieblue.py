@@ -293,8 +293,8 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         weight = self.multi_modal_projector.linear_1.weight
         return self.multi_modal_projector(patch_features.to(weight.device, weight.dtype))
 
-    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings (batch, length, hidden_size) of a multimodal request, image features in their places."""
+    def embed_request(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings (batch, length, hidden_size), with image features in place; `ValueError` if tiles do not fit."""
         is_image = input_ids == self.config.image_token_id
         # The id of an image token has no row in the base's embedding: look any other one up in its place.
         inputs_embeds = self._embed_text(input_ids.masked_fill(is_image, 0))
@@ -305,6 +305,8 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         image_features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(mask, image_features)
+
+    _embed = embed_request  # by its earlier name
 
     def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> torch.Tensor:
         """Which rows run the multimodal view, (batch,) booleans on the CPU."""
@@ -370,7 +372,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
         if "inputs_embeds" not in inputs:
-            inputs["inputs_embeds"] = self._embed(inputs.pop("input_ids"), pixel_values)
+            inputs["inputs_embeds"] = self.embed_request(inputs.pop("input_ids"), pixel_values)
         if self.training and torch.is_grad_enabled() and inputs["inputs_embeds"].is_leaf:
             inputs["inputs_embeds"].requires_grad_(True)  # reentrant checkpointing gives no gradients otherwise
         outputs = self.multimodal_language_model(**inputs)

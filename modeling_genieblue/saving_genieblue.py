@@ -84,6 +84,16 @@ def save_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def use_stored_parts(model: Any, files: dict[str, Path], base_samples: dict[str, dict] | None = None) -> None:
+    """Lets saves of a quantized `model` copy `files`, by their place in its folder: they hold what it consists of.
+
+    `base_samples` are those of a base that takes the place of the model's own (`tensor_samples`).
+    """
+    model._quantized_files = files
+    if base_samples is not None:
+        model._base_samples = base_samples
+
+
 def refuse_foreign_folder(target: Path) -> None:
     """`ValueError` where a save would destroy another model, above all the base's own folder."""
     config_file = target / "config.json"
@@ -322,4 +332,4 @@ def _publish_without_card(
     return api.create_commit(repo_id, operations=[*stale, *additions], revision=revision, **commit)
 
 
-__all__ = ["push_model", "refuse_foreign_folder", "save_model"]
+__all__ = ["push_model", "refuse_foreign_folder", "save_model", "use_stored_parts"]

@@ -28,6 +28,7 @@ from tiny_quantized import (
 )
 from transformers import AutoModel, AutoTokenizer
 
+from conversion import quantize as quantize_module
 from conversion.quantize import CalibrationSamples
 
 W8 = {"llm": "w8a16", "rounding": "rtn"}
@@ -321,8 +322,49 @@ def test_gptq_with_text_alone_rounds_copies_on_it(tmp_path, caplog):
     samples = CalibrationSamples(text=calibration_samples().text)
     quantize(large_pair(), tmp_path, {"samples": samples}, rounding="gptq")
     assert "no image" in caplog.text
+    assert "vision_tower (rtn: " in caplog.text and "multi_modal_projector (rtn: " in caplog.text
+    assert "llm (" not in caplog.text and "replicated_blocks (" not in caplog.text
     assert changed(tmp_path, quantized_pair(rounding="gptq"), ADAPTER, "._data")
     assert not changed(tmp_path, quantized_pair(rounding="gptq"), BASE_WEIGHTS, "")
+
+
+def test_config_says_which_parts_were_rounded_by_another_method(tmp_path, caplog):
+    samples = CalibrationSamples(text=calibration_samples().text)
+    quantize(large_pair(), tmp_path, {"samples": samples}, rounding="gptq", vision_tower="w4a16", lm_head="w8a16")
+    recorded = settings(tmp_path / "genieblue")["quantization"]
+    count = len(json.loads((tmp_path / "genieblue/language_adapter/quanto_qmap.json").read_text()))
+    assert recorded["rounding"] == "gptq"
+    other = recorded["other_rounding"]
+    assert other.keys() == {"vision_tower", "vision_tower.head", "multi_modal_projector", "lora", "lm_head"}
+    assert other["multi_modal_projector"] == "rtn: 2 of 2 layers" and other["lm_head"] == "rtn: 1 of 1 layers"
+    assert other["vision_tower"] == "hqq: 12 of 12 layers" and int(other["lora"].split()[1]) < count
+    base = settings(tmp_path / "base")["quantization_config"]
+    assert (base["rounding"], base["other_rounding"]) == ("gptq", {"lm_head": "rtn: 1 of 1 layers"})
+    assert "lm_head (" not in caplog.text
+    assert load(tmp_path / "genieblue").config.quantization == recorded
+
+
+def test_linear_that_no_sample_reached_is_named(tmp_path, monkeypatch, caplog):
+    walk = quantize_module.walk_blocks
+
+    def walk_without_one(view, batches, path, process, **options):
+        def lacking(index, block, hessians):
+            process(index, block, {name: found for name, found in hessians.items() if "down_proj" not in name})
+
+        return walk(view, batches, path, lacking, **options)
+
+    monkeypatch.setattr(quantize_module, "walk_blocks", walk_without_one)
+    quantize(large_pair(), tmp_path, rounding="gptq")
+    assert "llm (hqq: 4 of 28 layers)" in caplog.text and "vision_tower (" not in caplog.text
+    assert settings(tmp_path / "base")["quantization_config"]["other_rounding"] == {"llm": "hqq: 4 of 28 layers"}
+
+
+def test_rounding_of_a_base_that_was_there_is_recorded(tmp_path, caplog):
+    base = quantized_pair(rounding="hqq") / "base"
+    quantize(large_pair(), tmp_path, {"quantized_base": base}, rounding="gptq")
+    other = settings(tmp_path / "genieblue")["quantization"]["other_rounding"]
+    assert other["llm"] == "hqq, as the base was rounded before"
+    assert "replicated_blocks" not in other and "reached" not in caplog.text
 
 
 def test_what_comes_later_is_calibrated_behind_what_is_rounded_already(tmp_path):
