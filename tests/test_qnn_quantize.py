@@ -22,7 +22,7 @@ from tiny_qnn import (
 
 from conversion.qnn.agreement import agreement
 from conversion.qnn.chunked_decoder import ChunkedDecoder, cache_names
-from conversion.qnn.compile import compile_graphs
+from conversion.qnn.compile import CompileError, compile_graphs
 from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.decoder_shape import make_decoder_shape
 from conversion.qnn.encoding import Encoding, round_to_nearest
@@ -277,7 +277,7 @@ def test_a_graph_with_an_operator_that_the_npu_lacks_is_refused(tmp_path):
     graph = toy_graph()
     graph.graph.node[2].op_type = "Hardmax"
     onnx.save(graph, tmp_path / "odd.onnx")
-    with pytest.raises(RuntimeError, match="odd.onnx could not be compiled for sm8750"):
+    with pytest.raises(CompileError, match="odd.onnx could not be compiled for sm8750"):
         open_on_npu(tmp_path / "odd.onnx")
 
 

@@ -15,6 +15,7 @@ import onnx
 
 import conversion
 from conversion.qnn.compile_worker import FAILED
+from conversion.qnn.npu import CompileError
 from conversion.qnn.soc import Soc
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
     it from that binary. The compiler works in a process of its own, since what it has compiled before would change
     the bytes, and its death would be ours.
 
-    Raises `RuntimeError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails;
+    Raises `CompileError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails;
     `ValueError` for a graph with a shape that is not fixed.
     """
     for name, path in graphs.items():
@@ -70,7 +71,7 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
         for link in links:
             link.unlink()
         if done.returncode:
-            raise RuntimeError(_reason(done, list(graphs)))
+            raise CompileError(_reason(done, list(graphs)))
         for path in Path(work).iterdir():
             shutil.move(path, folder / path.name)
         logger.info("Compiled %s for %s.", ", ".join(graphs), soc.name)
@@ -107,17 +108,17 @@ def _check_contexts(folder: Path, names: list[str], binary: str) -> None:
         kinds = [node.op_type for node in wrapper.graph.node]
         if kinds != ["EPContext"]:
             listed = ", ".join(sorted(set(kinds)))
-            raise RuntimeError(f"{name} was split in {len(kinds)} nodes ({listed}), expected one on the NPU.")
+            raise CompileError(f"{name} was split in {len(kinds)} nodes ({listed}), expected one on the NPU.")
         found.add(_cache_attribute(wrapper).s.decode())
     if len(found) != 1:
-        raise RuntimeError(f"The graphs lie in {len(found)} binaries ({', '.join(sorted(found))}), expected one.")
+        raise CompileError(f"The graphs lie in {len(found)} binaries ({', '.join(sorted(found))}), expected one.")
     os.rename(folder / found.pop(), folder / binary)
     for name, wrapper in wrappers.items():
         _cache_attribute(wrapper).s = binary.encode()
         (folder / f"{name}_ctx.onnx").write_bytes(wrapper.SerializeToString(deterministic=True))
     extra = {path.name for path in folder.iterdir()} - {binary, *(f"{name}_ctx.onnx" for name in names)}
     if extra:
-        raise RuntimeError(f"The compiler wrote files that nothing refers to: {', '.join(sorted(extra))}.")
+        raise CompileError(f"The compiler wrote files that nothing refers to: {', '.join(sorted(extra))}.")
 
 
 def _cache_attribute(wrapper: onnx.ModelProto) -> onnx.AttributeProto:
@@ -125,4 +126,4 @@ def _cache_attribute(wrapper: onnx.ModelProto) -> onnx.AttributeProto:
     return next(attribute for attribute in node.attribute if attribute.name == "ep_cache_context")
 
 
-__all__ = ["compile_graphs", "staged_folder"]
+__all__ = ["CompileError", "compile_graphs", "staged_folder"]

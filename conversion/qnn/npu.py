@@ -16,6 +16,10 @@ OLDEST_GLIBC = (2, 35)
 EXTRA = "pip install 'genieblue[qnn]'"
 
 
+class CompileError(OSError):
+    """The compiler refuses a graph, or has died of it."""
+
+
 def check_platform() -> None:
     """`OSError` with the reason if Qualcomm's compiler cannot run here."""
     if sys.version_info < OLDEST_PYTHON:
@@ -80,7 +84,7 @@ def npu_session(
         shares_weights: put the graph into one binary with those compiled before it in this way, whose sessions must
             still be alive; `is_last` closes the group and writes the binary.
 
-    Raises `RuntimeError` if a node cannot run on the NPU, or the compiler fails otherwise.
+    Raises `CompileError` if a node cannot run on the NPU, or the compiler fails otherwise.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -103,7 +107,7 @@ def npu_session(
     try:
         return onnxruntime.InferenceSession(os.fspath(model), options)
     except Exception as error:  # ONNX Runtime's own kinds of error have no common base
-        raise RuntimeError(
+        raise CompileError(
             f"{Path(model).name} could not be compiled for {soc.name} with every node on the NPU: {error}"
         ) from error
 
@@ -122,4 +126,4 @@ def cpu_session(model: str | os.PathLike) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(os.fspath(model), cpu_options(), providers=["CPUExecutionProvider"])
 
 
-__all__ = ["check_platform", "compiler_version", "cpu_session", "npu_devices", "npu_session"]
+__all__ = ["CompileError", "check_platform", "compiler_version", "cpu_session", "npu_devices", "npu_session"]
