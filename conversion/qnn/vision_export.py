@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from conversion.qnn.aimet_encodings import save_with_encodings
 from conversion.qnn.encoding import Encoding
@@ -17,6 +18,8 @@ from conversion.qnn.stored_graphs import ConstantStore, save_copy
 from conversion.qnn.vision_graph import VisionGraph
 
 VISION_BITS = 8
+# Of the length of all features: how far those of the graph, in 32 bits, may be from the model's, in 32 or in 16 bits.
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 1e-1
 
 
 @dataclass
@@ -39,7 +42,8 @@ def quantize_vision(
 ) -> VisionResult:
     """Writes `vision.onnx`, for `batch` tiles at a time, and `vision.data` into `folder`.
 
-    The float graph with its encodings goes into `float_folder`, if there is one.
+    The float graph with its encodings goes into `float_folder`, if there is one. Raises `ValueError` if the float
+    graph says something else than the model to the first batch.
     """
     graph = VisionGraph(model)
     float_graph = to_float_onnx(graph, graph.example_inputs(batch), graph.input_names, graph.output_names)
@@ -50,6 +54,7 @@ def quantize_vision(
         session = cpu_session(save_copy(float_graph, Path(work) / "vision.onnx"))
         features = session.run(["image_features"], {"pixel_values": batches[0]})[0]
         del session
+        _refuse_other_features(model, batches[0], features)
         apply_codes(float_graph, codes)
         ranges = measure_ranges(float_graph, ({"pixel_values": pixels} for pixels in batches), Path(work))
     probe = {"pixel_values": batches[0], "image_features": features}
@@ -63,6 +68,22 @@ def quantize_vision(
             save_with_encodings(float_graph, encodings, codes, store, float_folder / "vision.onnx")
     boundary = {name: encodings[name] for name in (*VisionGraph.input_names, *VisionGraph.output_names)}
     return VisionResult(path, boundary, probe)
+
+
+@torch.no_grad()
+def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
+    """`ValueError` unless the features `found` for `pixels` are the model's own."""
+    own = model.get_image_features(torch.from_numpy(pixels)).float().cpu().numpy()
+    dtypes = {parameter.dtype for part in (model.vision_tower, model.multi_modal_projector)
+              for parameter in part.parameters()}  # fmt: skip
+    tolerance = TOLERANCE if dtypes == {torch.float32} else TOLERANCE_16_BITS
+    error = float(np.linalg.norm(found - own) / np.linalg.norm(own)) if found.shape == own.shape else float("inf")
+    if not error <= tolerance:
+        raise ValueError(
+            f"The vision tower and the projector cannot be exported to QNN: for {len(pixels)} tiles their graph says "
+            f"{found.shape}, the model {own.shape}, and the difference is {error:.2g} of what the model says (at most "
+            f"{tolerance:g}): they compute something else than a SigLIP with their weights does."
+        )
 
 
 __all__ = ["batches_of", "quantize_vision"]
