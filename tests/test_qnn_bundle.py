@@ -13,8 +13,10 @@ pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
 import onnx
 from onnx import numpy_helper
+from PIL import Image
 from tiny_genieblue import prompt, tiles
 from tiny_qnn import CHUNK, CONTEXT, requests, save_pair
+from typer.testing import CliRunner
 
 from conversion.qnn import compile as compile_module
 from conversion.qnn import export as export_module
@@ -22,15 +24,17 @@ from conversion.qnn import npu
 from conversion.qnn import verify as verify_module
 from conversion.qnn.adapters import export_adapter
 from conversion.qnn.agreement import agreement
-from conversion.qnn.bundle import Bundle
+from conversion.qnn.bundle import Bundle, signed
 from conversion.qnn.compile import compile_graphs
 from conversion.qnn.export import divide_blocks, export_bundle
 from conversion.qnn.qdq_files import read_codes
 from conversion.qnn.runner import QnnRunner
 from conversion.qnn.soc import find_soc
 from conversion.qnn.verify import verify_bundle
+from genieblue.cli import app
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.settings_files_genieblue import QUANTIZED_PARTS
 
 SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
 
@@ -114,6 +118,57 @@ def test_weights_of_another_base_are_told(bundle, pair):
     assert not check.ok and "part 0 are not those that the base alone gives" in check.detail
 
 
+def weights_check(folder, base=None):
+    (check,) = verify_module._check_weights(Bundle(folder), base)
+    return check
+
+
+def test_norms_and_embeddings_of_another_base_are_told(bundle, pair):
+    base = GenieBlueForConditionalGeneration.from_pretrained(pair).language_model
+    assert weights_check(bundle, base).ok
+    with torch.no_grad():
+        base.model.layers[1].input_layernorm.weight[3] *= 1.5
+        base.model.embed_tokens.weight[5] += 0.1
+    check = weights_check(bundle, base)
+    assert not check.ok
+    assert "blocks.0.input_norm.weight of part 1, text_decode, is not the base's" in check.detail
+    assert "1 of 128 embeddings are not the base's" in check.detail
+
+
+def test_a_base_that_is_there_is_compared_with_unasked(copy, pair):
+    assert weights_check(copy).detail.endswith("not compared with a base: give --base")
+    facts = Bundle(copy).metadata
+    for name, told in ((str(pair.parent / "base"), "what the base alone gives"), ("/no/where", "give --base")):
+        facts["base"]["name_or_path"] = name
+        (copy / "metadata.json").write_text(json.dumps(signed(facts)))
+        check = weights_check(copy)
+        assert check.ok and told in check.detail
+
+
+def test_the_binary_of_the_vision_tower_is_run(copy):
+    assert all(check.ok for check in verify_module._check_vision(Bundle(copy), None))
+    path = copy / "vision/vision.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises((OSError, RuntimeError), match="vision_ctx.onnx"):
+        list(verify_module._check_vision(Bundle(copy), None))
+
+
+def test_a_binary_of_other_bytes_is_no_proof(copy):
+    bundle = Bundle(copy)
+    record = bundle.metadata["vision"]
+    path = copy / record["binary"]
+    path.write_bytes(bytes(path.stat().st_size))
+    check = verify_module._compile_again(bundle, record["binary"], {"vision": record["graph"]})
+    assert check.detail.startswith("not proven to hold its graphs") and "only the number was compared" in check.detail
+
+
+def test_a_graph_that_the_probe_never_calls_fails(bundle, monkeypatch):
+    monkeypatch.setattr(verify_module, "_compile_again", lambda *_: verify_module.Check("binary", True, ""))
+    monkeypatch.setattr(verify_module, "_run_probe", lambda *arguments: arguments[3])
+    failed = [check for check in verify_module._check_language(Bundle(bundle), None) if not check.ok]
+    assert len(failed) == 2 * 4 and all("never called it" in check.detail for check in failed)
+
+
 def test_views_share_the_base_s_codes_and_differ_in_the_replicated_block(bundle):
     text, multimodal = (read_codes(bundle / f"qdq/language_1_{view}_decode.onnx") for view in ("text", "multimodal"))
     replicated = Bundle(bundle).metadata["adapter"]["replicated_layers"]
@@ -130,9 +185,11 @@ def test_changed_missing_and_swapped_files_are_told(copy):
     path = copy / "embeddings.raw"
     path.write_bytes(bytes(1) + path.read_bytes()[1:])
     (copy / "genie_config.json").unlink()
+    (copy / "mine.txt").touch()
     check = verify_bundle(copy)[0]
     assert not check.ok
     assert "embeddings.raw has other contents" in check.detail and "genie_config.json is missing" in check.detail
+    assert "mine.txt is no file of the bundle" in check.detail
     with pytest.raises(ValueError, match="embeddings.raw has other contents"):
         QnnRunner(copy)
 
@@ -144,8 +201,9 @@ def test_a_graph_with_a_wrong_scale_is_told_from_the_price_of_4_bits(copy):
     doubled = 2 * numpy_helper.to_array(scale)
     scale.CopyFrom(numpy_helper.from_array(doubled, "logits/scale"))
     path.write_bytes(graph.SerializeToString())
-    failed = {check.name for check in verify_bundle(copy) if not check.ok}
-    assert {"files", "part 1 text: CPU against float with rounded weights"} <= failed
+    failed = {check.name: check.detail for check in verify_bundle(copy) if not check.ok}
+    assert "files" in failed
+    assert "beyond the gates: logits" in failed["part 1 text: CPU against float with rounded weights"]
 
 
 class Shifted:
@@ -192,13 +250,66 @@ def test_the_two_backends_agree(bundle):
 
 def test_a_runner_chats_and_stops_at_the_end_of_the_context(bundle):
     runner = QnnRunner(bundle)
-    assert isinstance(runner.chat([{"role": "user", "content": "hi"}], max_new_tokens=3), str)
+    answer = runner.chat([{"role": "user", "content": "hi"}], max_new_tokens=3)
+    assert isinstance(answer.text, str) and answer.view == "text" and answer.generated_tokens <= 3
     runner.bundle.metadata["generation"]["eos_token_ids"] = []
     assert len(list(runner.generate(prompt(CONTEXT - 3)[0], max_new_tokens=100))) == 4
     with pytest.raises(ValueError, match="tokens: 0, features: 4"):
         runner.embed([1, 2], tiles(1).numpy())
     with pytest.raises(ValueError, match="context of 64"):
         runner.logits(prompt(CONTEXT + 1)[0])
+    for ids in ([5, -1], [5, 100_000]):
+        with pytest.raises(ValueError, match=f"The id {ids[1]} is not in the table"):
+            runner.logits(ids)
+    with pytest.raises(ValueError, match="expected whole numbers"):
+        runner.logits([])
+    request = requests(1)[1]
+    with pytest.raises(ValueError, match="Unknown view 'both'"):
+        runner.logits(request["input_ids"], view="both")
+    with pytest.raises(ValueError, match="text view reads no images"):
+        list(runner.generate(request["input_ids"], request["pixel_values"].numpy(), view="text"))
+    with pytest.raises(ValueError, match=r"expected one or more tiles of \(3, 24, 24\)"):
+        runner.image_features(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_a_batch_of_tiles_is_filled_up_with_its_last_one(bundle, monkeypatch):
+    runner = QnnRunner(bundle)
+    pixels = tiles(1).numpy()
+    expected = runner.image_features(pixels)
+    runner.bundle.metadata["vision"]["tiles"] = 3
+    seen = []
+
+    def run(feeds):
+        seen.append(feeds["pixel_values"])
+        return {"image_features": np.zeros((3, *expected.shape[1:]), np.uint16)}
+
+    monkeypatch.setattr(runner._vision, "run", run)
+    assert runner.image_features(pixels).shape == expected.shape
+    assert np.array_equal(seen[0], np.concatenate([pixels] * 3))
+
+
+def run_json(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_chat_asks_a_bundle(bundle, tmp_path):
+    command = ["chat", "--qnn", bundle, "--json", "--max-new-tokens", 2, "--prompt", "hi"]
+    assert run_json(*command)["view"] == "text"
+    assert run_json(*command, "--view", "multimodal")["view"] == "multimodal"
+    Image.new("RGB", (48, 24), "red").save(tmp_path / "scan.png")
+    answer = run_json(*command, "--image", tmp_path / "scan.png")
+    assert set(answer) == {"text", "view", "prompt_tokens", "generated_tokens"}
+    assert answer["view"] == "multimodal" and answer["prompt_tokens"] > 4
+
+
+@pytest.mark.slow
+def test_verify_checks_a_bundle(bundle, pair):
+    found = run_json("verify", bundle, "--base", pair.parent / "base", "--json")
+    assert found["ok"]
+    (check,) = [check for check in found["checks"] if check["name"] == "weights of the text graphs"]
+    assert "what the base alone gives" in check["detail"]
 
 
 @pytest.fixture(scope="module")
@@ -254,11 +365,87 @@ def test_adapters_that_do_not_fit_a_bundle_are_refused(with_inputs, bundle, sibl
         export_adapter(save_pair(tmp_path / "qwen2", "qwen2"), with_inputs, tmp_path / "a")
     (tmp_path / "broken").write_bytes(b"no archive")
     np.savez(tmp_path / "strange.npz", **{"0/blocks.0.o_lora.lora_a": np.zeros((3, 3), np.int8)})
-    for name, sentence in (("broken", "no adapter"), ("strange.npz", "does not fit part 0"), ("no", "no adapter")):
-        runner = QnnRunner(with_inputs, adapter=tmp_path / name)
+    with np.load(with_inputs / "adapter.npz") as file:
+        rescaled = {key: value * np.float32(1.01) if key.endswith("scale") else value for key, value in file.items()}
+    np.savez(tmp_path / "other.npz", **rescaled)
+    sentences = {"broken": "no adapter", "strange.npz": "not fit part 0", "no": "no adapter"}
+    for name, sentence in {**sentences, "other.npz": "another bundle"}.items():
         with pytest.raises((ValueError, OSError), match=sentence):
-            runner.logits(requests(1)[1]["input_ids"], requests(1)[1]["pixel_values"].numpy())
+            QnnRunner(with_inputs, adapter=tmp_path / name)
     assert not (tmp_path / "a").exists()
+
+
+def changed(pair, folder, change):
+    """The GenieBlue of the pair with each parameter in the hands of `change(name, parameter)`."""
+    model = GenieBlueForConditionalGeneration.from_pretrained(pair)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            change(name, parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_models_that_differ_in_more_than_lora_are_refused(with_inputs, pair, tmp_path, caplog):
+    def norm_of_a_copy(name, parameter):
+        if "modules_to_save" in name and "input_layernorm" in name:
+            parameter.add_(0.1)
+
+    def projector(name, parameter):
+        if name.startswith("multi_modal_projector"):
+            parameter.mul_(0.9)
+
+    def larger(name, parameter):
+        if ".lora_A." in name:
+            parameter.mul_(10)
+
+    def one_larger(name, parameter):
+        if ".lora_A." in name and "layers.0" in name and "q_proj" in name:
+            parameter[0, 0] = 100
+
+    for change, sentence in (
+        (norm_of_a_copy, "other replicated blocks"),
+        (projector, "other vision tower or projector"),
+        (larger, r"LoRA values of .* \(\d+\.\d+%\) are larger.*at most 1%"),
+    ):
+        other = changed(pair, tmp_path / change.__name__, change)
+        with pytest.raises(ValueError, match=sentence):
+            export_adapter(other, with_inputs, tmp_path / "a")
+    export_adapter(changed(pair, tmp_path / "few", one_larger), with_inputs, tmp_path / "few.npz")
+    assert "and were cut" in caplog.text
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        export_adapter(pair, with_inputs, tmp_path / "no" / "a")
+    with pytest.raises(ValueError, match="lies in the bundle"):
+        export_adapter(pair, with_inputs, with_inputs / "a")
+    config = json.loads((pair / "config.json").read_text())
+    quantized = shutil.copytree(pair, tmp_path / "quantized")
+    config["quantization"] = {**dict.fromkeys(QUANTIZED_PARTS, "w8a16"), "activations": "float32"}
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is quantized"):
+        export_adapter(quantized, with_inputs, tmp_path / "a")
+    assert not list(tmp_path.glob("a*"))
+
+
+@pytest.mark.slow
+def test_a_write_that_fails_leaves_nothing(with_inputs, pair, tmp_path, monkeypatch):
+    def full(file, **_arrays):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        export_adapter(pair, with_inputs, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_export_adapter_writes_a_file_that_chat_takes(with_inputs, sibling, tmp_path):
+    out = tmp_path / "other.npz"
+    command = ["export", "adapter", sibling, "--bundle", with_inputs, "--out", out]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0 and str(out) in result.stdout
+    command = ["chat", "--qnn", with_inputs, "--adapter", out, "--view", "multimodal", "--json", "--max-new-tokens", 2]
+    assert run_json(*command, "--prompt", "hi")["view"] == "multimodal"
 
 
 @pytest.mark.slow
