@@ -1,4 +1,4 @@
-"""Calibration samples for `gptq`, from the user's own text or chats."""
+"""Calibration samples from the user's own text or chats, for `gptq` and for the graphs of an NPU."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,27 @@ import torch
 from conversion.calibration import read_paragraphs, text_batches
 from conversion.quantize import CalibrationSamples
 from genieblue.collation import ChatCollator
-from genieblue.data import ChatDataset
+from genieblue.data import ChatDataset, ChatSample
+
+
+def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> list[ChatSample]:
+    """At most `count` chats of a JSONL file in its order, half of them with images, whatever the file is sorted by.
+
+    They are the first ones of either kind; where one kind has too few, the other one fills up. Raises `ValueError` or
+    `OSError` for data that is missing, empty or bad.
+    """
+    dataset = ChatDataset(path, image_folder=image_folder)
+    half = count // 2
+    found: dict[bool, list[tuple[int, ChatSample]]] = {True: [], False: []}  # by whether there are images
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        kind = found[bool(sample.images)]
+        if len(kind) < count:
+            kind.append((index, sample))
+        if len(found[True]) >= count - half and len(found[False]) >= half:
+            break
+    images = found[True][: max(count - half, count - len(found[False]))]
+    return [sample for _, sample in sorted(images + found[False][: count - len(images)], key=lambda item: item[0])]
 
 
 def read_calibration(
@@ -24,8 +44,7 @@ def read_calibration(
     chats: list[Any] = []
     for path in paths:
         if path.suffix == ".jsonl":
-            dataset = ChatDataset(path, image_folder=image_folder)
-            samples = [dataset[index] for index in range(min(len(dataset), 4 * count))]
+            samples = read_chats(path, 4 * count, image_folder=image_folder)
             chats += [sample for sample in samples if sample.images]
             texts += ["\n".join(_texts(sample)) for sample in samples]
         else:
@@ -57,4 +76,4 @@ def _request(row: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([row["input_ids"]]), "pixel_values": row["pixel_values"]}
 
 
-__all__ = ["read_calibration"]
+__all__ = ["read_calibration", "read_chats"]

@@ -59,35 +59,33 @@ def qnn(
     find_soc(soc)
     check_platform()
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
-    with stdout_for_json(json_output), looking_for(model):
+    with stdout_for_json(json_output):
         quiet_transformers()
         from conversion.qnn.export import export_bundle
+        from genieblue.calibration_data import read_chats
         from genieblue.collation import ChatCollator
-        from genieblue.data import ChatDataset
         from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 
-        GenieBlueConfig.from_pretrained(model, revision=revision)  # which says best what is no GenieBlue
-        chats = ChatDataset(calibration, image_folder=image_folder)
-        encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
-        try:
-            bundle = export_bundle(
-                model,
-                out.expanduser(),
-                soc=soc,
-                calibration=[encode(chats[index]) for index in range(min(samples, len(chats)))],
-                chunk_length=chunk_length,
-                context_length=context_length,
-                parts=parts,
-                lora=lora.value,
-                cache_bits=cache_bits,
-                vision_tiles=vision_tiles,
-                rounding=rounding.value,
-                encodings=encodings,
-                on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
-                **options,
-            )
-        except RuntimeError as error:  # the compiler's refusals, which the user can do something about
-            raise OSError(f"The compiler failed: {error}") from error
+        with looking_for(model):
+            GenieBlueConfig.from_pretrained(model, revision=revision)  # which says best what is no GenieBlue
+            encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
+        chats = read_chats(calibration, samples, image_folder=image_folder)
+        bundle = export_bundle(
+            model,
+            out.expanduser(),
+            soc=soc,
+            calibration=map(encode, chats),  # images are read when all else has been found good
+            chunk_length=chunk_length,
+            context_length=context_length,
+            parts=parts,
+            lora=lora.value,
+            cache_bits=cache_bits,
+            vision_tiles=vision_tiles,
+            rounding=rounding.value,
+            encodings=encodings,
+            on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
+            **options,
+        )
     files = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
     if json_output:
         print_json({"bundle": str(bundle), "files": files})

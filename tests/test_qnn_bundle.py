@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
 
 import numpy as np
 import pytest
@@ -18,18 +16,13 @@ from tiny_genieblue import prompt, tiles
 from tiny_qnn import CHUNK, CONTEXT, requests, save_pair
 from typer.testing import CliRunner
 
-from conversion.qnn import compile as compile_module
-from conversion.qnn import export as export_module
-from conversion.qnn import npu
 from conversion.qnn import verify as verify_module
 from conversion.qnn.adapters import export_adapter
 from conversion.qnn.agreement import agreement
 from conversion.qnn.bundle import Bundle, signed
-from conversion.qnn.compile import compile_graphs
-from conversion.qnn.export import divide_blocks, export_bundle
+from conversion.qnn.export import export_bundle
 from conversion.qnn.qdq_files import read_codes
 from conversion.qnn.runner import QnnRunner
-from conversion.qnn.soc import find_soc
 from conversion.qnn.verify import verify_bundle
 from genieblue.cli import app
 from modeling_genieblue import GenieBlueForConditionalGeneration
@@ -448,115 +441,8 @@ def test_export_adapter_writes_a_file_that_chat_takes(with_inputs, sibling, tmp_
     assert run_json(*command, "--prompt", "hi")["view"] == "multimodal"
 
 
-@pytest.mark.slow
-def test_a_stopped_export_goes_on_with_the_next_part(bundle, pair, tmp_path, monkeypatch):
-    real, compiled = export_module.compile_graphs, []
-
-    def dies_at_the_second_part(graphs, soc, output, binary):
-        compiled.append(binary)
-        if binary == "language_1.bin" and compiled.count(binary) == 1:
-            raise KeyboardInterrupt
-        real(graphs, soc, output, binary)
-
-    monkeypatch.setattr(export_module, "compile_graphs", dies_at_the_second_part)
-    out = tmp_path / "bundle"
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(pair, out, calibration=requests(), parts=2, **SETTINGS)
-    assert not out.exists()
-    export_bundle(pair, out, calibration=requests(), parts=2, **SETTINGS)
-    assert compiled == ["vision.bin", "language_0.bin", "language_1.bin", "language_1.bin"]
-    stable = [name for name in Bundle(bundle).metadata["files"] if name.startswith(("qdq/", "embeddings"))]
-    files = Bundle(out).metadata["files"]
-    assert all(files[name] == Bundle(bundle).metadata["files"][name] for name in stable)
-    assert Bundle(out).changed_files() == []
-
-
-@pytest.mark.parametrize(("count", "is_kept"), [(1, True), (2, False)])
-def test_only_the_same_calibration_goes_on(pair, tmp_path, monkeypatch, count, is_kept):
-    def dies(*_arguments, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export_module, "quantize_vision", dies)
-    marker = tmp_path / "bundle.unfinished" / "marker"
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(pair, tmp_path / "bundle", calibration=requests(1), **SETTINGS)
-    marker.touch()
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(pair, tmp_path / "bundle", calibration=requests(count), **SETTINGS)
-    assert marker.exists() == is_kept
-
-
-def test_a_compiler_that_dies_leaves_nothing_and_says_of_what(bundle, tmp_path, monkeypatch):
-    def killed(*_arguments, **_options):
-        return subprocess.CompletedProcess([], -signal.SIGKILL, "", "last words")
-
-    graphs = {"text_decode": bundle / "qdq/language_0_text_decode.onnx"}
-    with monkeypatch.context() as patched:
-        patched.setattr(compile_module.subprocess, "run", killed)
-        with pytest.raises(RuntimeError, match="(?s)signal 9.*more parts.*last words"):
-            compile_graphs(graphs, find_soc("sm8750"), tmp_path / "out", "out.bin")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "out.unfinished").mkdir()  # of a process that was killed outright
-    compile_graphs(graphs, find_soc("sm8750"), tmp_path / "out", "out.bin")
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["out.bin", "text_decode_ctx.onnx"]
-    with pytest.raises(FileExistsError, match="exists already"):
-        compile_graphs(graphs, find_soc("sm8750"), tmp_path / "out", "out.bin")
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"soc": "sm9999"}, "Unknown SoC 'sm9999'.*sm8750"),
-        ({"context_length": CHUNK}, "longer than a chunk"),
-        ({"context_length": 4096}, "at most 1024"),
-        ({"parts": 3}, "3 parts were asked for, but the base has 2 blocks"),
-        ({"parts": 0}, "`parts` is 0"),
-        ({"lora": "merged"}, "`lora` is 'merged'"),
-        ({"cache_bits": 4}, "`cache_bits` is 4"),
-        ({"vision_tiles": 0}, "`vision_tiles` is 0"),
-        ({"calibration": [{"input_ids": [5, 6, 7]}]}, "no images"),
-        ({"calibration": []}, "no requests with text"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_and_leave_nothing(pair, tmp_path, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        export_bundle(pair, tmp_path / "out", **{**SETTINGS, "calibration": requests(1), **changes})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_taken_output_and_a_folder_that_is_no_bundle_are_refused(pair, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").touch()
-    with pytest.raises(FileExistsError, match="is taken"):
-        export_bundle(pair, tmp_path / "out", calibration=requests(1), **SETTINGS)
+def test_a_folder_that_is_no_bundle_and_a_strange_backend_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no QNN bundle"):
         verify_bundle(tmp_path)
     with pytest.raises(ValueError, match="Unknown backend 'gpu'"):
         QnnRunner(tmp_path, "gpu")
-
-
-def test_a_computer_on_which_the_compiler_does_not_run_is_told_why(monkeypatch):
-    monkeypatch.setattr(npu.platform, "libc_ver", lambda: ("glibc", "2.31"))
-    with pytest.raises(OSError, match="glibc 2.31 is too old.*2.35"):
-        npu.check_platform()
-    monkeypatch.setattr(npu.platform, "machine", lambda: "aarch64")
-    with pytest.raises(OSError, match="Linux on x86-64 only"):
-        npu.check_platform()
-    monkeypatch.setattr(npu.sys, "version_info", (3, 10, 1))
-    with pytest.raises(OSError, match="too old for onnxruntime-qnn: 3.11"):
-        npu.check_platform()
-
-
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime_qnn", None)
-    npu.npu_devices.cache_clear()
-    try:
-        with pytest.raises(OSError, match=r"pip install 'genieblue\[qnn\]'"):
-            npu.npu_devices()
-    finally:
-        monkeypatch.undo()
-
-
-def test_blocks_are_divided_evenly_and_without_gaps():
-    assert divide_blocks(7, 3) == [range(0, 2), range(2, 4), range(4, 7)]
-    assert divide_blocks(4, 1) == [range(0, 4)]

@@ -1,5 +1,6 @@
 """Real requests as the graphs see them: embeddings for the decoders, tiles for the vision tower."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,24 +11,30 @@ import torch
 from conversion.qnn.encoding import Range
 from conversion.qnn.ranges import union
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Calibration:
     """What the graphs are calibrated on."""
 
-    requests: dict[str, list[np.ndarray]]  # by view, embeddings (tokens, hidden_size)
+    requests: dict[str, list[np.ndarray]]  # by view, embeddings (tokens, hidden_size), the longest request first
     tiles: list[np.ndarray]  # each (3, image_size, image_size)
     embedding_range: Range  # of all embeddings there are, images included
 
 
 @torch.no_grad()
-def prepare_calibration(model: Any, encoded: Iterable[Mapping[str, Any]], context_length: int) -> Calibration:
+def prepare_calibration(
+    model: Any, encoded: Iterable[Mapping[str, Any]], chunk_length: int, context_length: int
+) -> Calibration:
     """Embeds requests that a processor has encoded.
 
     Args:
         encoded: each with `input_ids`, (length,) or (1, length), image tokens in their places, and `pixel_values`
             (num_tiles, 3, image_size, image_size) where there are images. Whole conversations, answers included,
             calibrate better than questions. What does not fit into the context is left out.
+        chunk_length: tokens per call. A request that is longer shows how graphs go on from their cache: a view without
+            such a one is warned of.
 
     Texts calibrate the text view; those with images calibrate the multimodal view and, without their images, the text
     view too. Raises `ValueError` if no request has an image, or none has a text.
@@ -52,6 +59,15 @@ def prepare_calibration(model: Any, encoded: Iterable[Mapping[str, Any]], contex
             "The calibration has no images, so nothing is known about what the vision tower and the multimodal view "
             "meet: give requests with images."
         )
+    for view, arrays in requests.items():
+        # The first one is what `verify` will read: only a long one shows all that the graphs do.
+        arrays.sort(key=len, reverse=True)
+        if len(arrays[0]) <= chunk_length + 2:
+            logger.warning(
+                "The longest %s request of the calibration has %d tokens, a chunk takes %d of them: how the graphs go "
+                "on from their cache is hardly calibrated, nor compared by `verify`. Give longer ones.",
+                view, len(arrays[0]), chunk_length,
+            )  # fmt: skip
     seen = [(float(array.min()), float(array.max())) for array in requests["multimodal"]]
     return Calibration(requests, tiles, union(_table_range(model), *seen))
 

@@ -1,7 +1,7 @@
 """A saved GenieBlue → a bundle for a Snapdragon phone: context binaries, and all that a runtime needs."""
 
 import hashlib
-import json
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -16,12 +16,13 @@ import torch
 from conversion.qnn.adapters import adapter_entries, fixed_digests
 from conversion.qnn.aimet_rounding import require_aimet
 from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
-from conversion.qnn.calibration import embedding_rows, prepare_calibration
+from conversion.qnn.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.compile import compile_graphs
-from conversion.qnn.decoder_shape import make_decoder_shape
+from conversion.qnn.decoder_shape import check_lengths, make_decoder_shape, refuse_other_arithmetic
 from conversion.qnn.encoding import LEVELS, Encoding, Range
-from conversion.qnn.language_export import LanguageSettings, codes_digest, quantize_part
+from conversion.qnn.export_state import Workplace, lock_output, write_json
+from conversion.qnn.language_export import LanguageSettings, PartResult, codes_digest, quantize_part
 from conversion.qnn.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
 from conversion.qnn.npu import compiler_version, npu_devices
 from conversion.qnn.qdq_files import describe_boundary
@@ -29,12 +30,14 @@ from conversion.qnn.quantize import CACHE_DTYPES
 from conversion.qnn.runtime_files import write_runtime_files
 from conversion.qnn.soc import Soc, find_soc
 from conversion.qnn.vision_export import quantize_vision
-from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
 
 logger = logging.getLogger(__name__)
-UNFINISHED = ".unfinished"
-DONE = "done.json"
+# Which versions of what decide over the bytes of a bundle, besides the compiler's.
+PROGRAMS = ("genieblue", "torch", "transformers", "numpy", "onnx", "onnxscript")
+PROBE, STREAMS = "probe.npz", "streams.npz"
 
 
 def export_bundle(
@@ -57,12 +60,13 @@ def export_bundle(
     """Writes the bundle of a saved GenieBlue into the new folder `out`; returns that folder.
 
     An export that was stopped goes on where it was, if it is started again with the same arguments: finished parts
-    lie in `<out>.unfinished`.
+    lie in `<out>.unfinished`. With other arguments, or after an update, it is refused until that folder is removed.
 
     Args:
         model_folder: folder or Hub id of a GenieBlue.
         soc: chip, such as `sm8750`.
-        calibration: requests as the model's processor encodes them, some of them with images.
+        calibration: requests as the model's processor encodes them, some of them with images. They are taken one by
+            one, when the model is loaded.
         chunk_length, context_length: tokens that prefill takes at a time, and that a conversation may have.
         parts: context binaries that the blocks are divided among. More need less memory here.
         lora: `constants`, or `inputs` of the graphs, so that one binary serves several adapters.
@@ -73,19 +77,28 @@ def export_bundle(
         on_step: called with what begins next, the number of steps done, and of all steps.
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
-    Raises `ValueError` or `OSError`, before any weights are read, for settings that cannot be, an output that is
-    taken, and a computer on which the compiler does not run; `RuntimeError` when the compiler refuses a graph.
+    Raises, before any weights are read, `ValueError` for settings that cannot be and for a quantized GenieBlue, and
+    `OSError` for an output that is taken or being written, and a computer on which the compiler does not run. Later
+    `ValueError` for a model that the graphs do not reproduce and for requests that do not calibrate them, and
+    `CompileError`, an `OSError`, when the compiler refuses a graph.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
     chip = find_soc(soc)
     settings = LanguageSettings(chunk_length, context_length, cache_bits, lora, rounding, encodings)
     _check_arguments(out, settings, parts, vision_tiles)
     npu_devices()
-    model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
-    hub = {key: load_options[key] for key in ("revision", "token", "cache_dir") if key in load_options}
-    processor = GenieBlueProcessor.from_pretrained(model_folder, **hub)
-    export = _Export(model, processor, chip, settings, vision_tiles, on_step)
-    return export.run(out, calibration, parts)
+    hub = {key: load_options[key] for key in OWN_HUB_KEYS if load_options.get(key) is not None}
+    _check_config(GenieBlueConfig.from_pretrained(model_folder, **hub), settings, parts, str(model_folder))
+    wanted = _export_settings(chip, settings, parts, vision_tiles)
+    work = Workplace(out)
+    with lock_output(out):
+        work.refuse_other_export(wanted)
+        model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
+        trust = {"trust_remote_code": bool(load_options.get("trust_remote_code"))}
+        processor = GenieBlueProcessor.from_pretrained(model_folder, **trust, **hub)
+        export = _Export(model, processor, chip, settings, vision_tiles, on_step)
+        export.run(work, calibration, divide_blocks(export.shape.num_blocks, parts), wanted)
+    return out
 
 
 def _check_arguments(out: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
@@ -101,6 +114,38 @@ def _check_arguments(out: Path, settings: LanguageSettings, parts: int, vision_t
         require_aimet()
 
 
+def _check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
+    """`ValueError` for what a configuration tells of a model already, and its weights would tell much later."""
+    if config.quantization is not None:
+        raise ValueError(f"{name} is quantized: export the 16-bit GenieBlue that it was made from.")
+    base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)
+    check_lengths(base, settings.chunk_length, settings.context_length)
+    # A base with code of its own may call it otherwise: then the loaded one tells.
+    if (count := getattr(base, "num_hidden_layers", None)) is not None:
+        divide_blocks(count, parts)
+
+
+def _export_settings(soc: Soc, settings: LanguageSettings, parts: int, vision_tiles: int) -> dict[str, Any]:
+    """What an export must share with one that it goes on with, as far as it is known without the model."""
+    programs = (*PROGRAMS, "aimet-onnx") if settings.rounding == "seqmse" else PROGRAMS
+    return {
+        **asdict(settings),
+        "soc": soc.name,
+        "parts": parts,
+        "vision_tiles": vision_tiles,
+        "compiler": compiler_version(),
+        "format": FORMAT_VERSION,
+        **{f"version of {name}": _version(name) for name in programs},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return None
+
+
 def divide_blocks(count: int, parts: int) -> list[range]:
     """`count` blocks in `parts` consecutive ranges, as even as can be; `ValueError` for more parts than blocks."""
     if parts > count:
@@ -110,85 +155,88 @@ def divide_blocks(count: int, parts: int) -> list[range]:
 
 
 class _Export:
+    """One model with its settings, on the way into a bundle."""
+
     def __init__(
-        self, model: Any, processor: Any, soc: Soc, settings: LanguageSettings, vision_tiles: int, on_step: Any
+        self,
+        model: GenieBlueForConditionalGeneration,
+        processor: GenieBlueProcessor,
+        soc: Soc,
+        settings: LanguageSettings,
+        vision_tiles: int,
+        on_step: Callable[[str, int, int], None] | None,
     ):
+        """Raises `ValueError` for a model that was not trained, or that the graphs do not reproduce."""
+        if model.multimodal_language_model is None:
+            raise ValueError("This GenieBlue has no adapter: load a saved one, with its base.")
         self.model, self.processor, self.soc = model, processor, soc
         self.settings, self.vision_tiles, self._on_step = settings, vision_tiles, on_step
         lengths = (settings.chunk_length, settings.context_length)
         self.shape: DecoderShape = make_decoder_shape(model.language_model, *lengths)
+        title = f"The multimodal view of {type(model.language_model).__name__}"
+        refuse_other_arithmetic(model.multimodal_language_model, self.shape, title)
         self.views = {"text": model.language_model, "multimodal": model.multimodal_language_model}
-        _refuse_untrained(model)
+        self.adapter_digest = _adapter_digest(model)
 
-    def run(self, out: Path, encoded: Iterable[Mapping[str, Any]], parts: int) -> Path:
-        blocks = divide_blocks(self.shape.num_blocks, parts)
-        lengths = self.settings
-        usable = lengths.context_length - lengths.context_length % lengths.chunk_length
-        calibration = prepare_calibration(self.model, encoded, usable)
-        work = out.with_name(out.name + UNFINISHED)
-        self._begin_or_go_on(work, calibration, parts)
-        (work / "qdq").mkdir(exist_ok=True)
-        steps = len(blocks) + 2
+    def run(
+        self, work: Workplace, encoded: Iterable[Mapping[str, Any]], parts: Sequence[range], wanted: Mapping[str, Any]
+    ) -> None:
+        """Does the steps that are left, and hands the bundle over; `wanted` are the settings, all but the model's."""
+        chunk, context = self.settings.chunk_length, self.settings.context_length
+        calibration = prepare_calibration(self.model, encoded, chunk, context - context % chunk)
+        work.begin_or_go_on({**wanted, **self._model_settings(calibration)})
+        if not work.is_complete:
+            self._make(work, calibration, parts)
+        work.hand_over()
+
+    def _make(self, work: Workplace, calibration: Calibration, parts: Sequence[range]) -> None:
+        (work.bundle / "qdq").mkdir(exist_ok=True)
+        steps = len(parts) + 2
         self._tell("vision tower", 0, steps)
         vision = self._vision(work, calibration.tiles)
         embeddings = Encoding.of(calibration.embedding_range)
         streams: Mapping[str, list[np.ndarray]] = calibration.requests
         ranges: dict[str, Range] = dict.fromkeys(VIEWS, calibration.embedding_range)
         records = []
-        for number, part in enumerate(blocks):
-            self._tell(f"blocks {part.start} to {part.stop - 1}", number + 1, steps)
-            record, streams, ranges = self._part(work, number, part, streams, ranges)
+        for number, blocks in enumerate(parts):
+            self._tell(f"blocks {blocks.start} to {blocks.stop - 1}", number + 1, steps)
+            record, streams, ranges = self._part(work, number, blocks, streams, ranges)
             records.append(record)
         self._tell("embeddings", steps - 1, steps)
-        self._write_embeddings(work, embeddings)
-        probes = {f"request/{view}": calibration.requests[view][0] for view in VIEWS}
-        np.savez(work / "probe.npz", **probes)
+        self._write_embeddings(work.bundle, embeddings)
+        _gather(work, [f"language_{number}" for number in range(len(parts))], calibration)
         metadata = self._metadata(records, vision, embeddings)
-        write_runtime_files(work, metadata, self.processor)
-        self._finish(work, metadata)
-        if out.is_dir():
-            out.rmdir()
-        os.rename(work, out)
-        return out
+        write_runtime_files(work.bundle, metadata, self.processor)
+        # Last: a bundle that has it is complete.
+        write_json(work.bundle / METADATA, signed({**metadata, "files": list_files(work.bundle)}))
 
     def _tell(self, title: str, done: int, steps: int) -> None:
         logger.info("Exporting: %s (%d of %d).", title, done + 1, steps)
         if self._on_step is not None:
             self._on_step(title, done, steps)
 
-    def _begin_or_go_on(self, work: Path, calibration: Any, parts: int) -> None:
-        """Keeps what a stopped export of the same model with the same settings has finished; clears anything else."""
-        digest = hashlib.sha256()
-        for arrays in (*calibration.requests.values(), calibration.tiles):
-            for array in arrays:
-                digest.update(np.ascontiguousarray(array).tobytes())
-        wanted = {
-            "settings": asdict(self.settings),
-            "soc": self.soc.name,
-            "parts": parts,
-            "vision_tiles": self.vision_tiles,
-            "compiler": compiler_version(),
-            "base": self.model.config.base_model_fingerprint,
-            "adapter": _adapter_digest(self.model),
-            "calibration": digest.hexdigest(),
+    def _model_settings(self, calibration: Calibration) -> dict[str, Any]:
+        """What an export must share with one that it goes on with, of the model and the calibration."""
+        model = self.model
+        arrays = (array for arrays in (*calibration.requests.values(), calibration.tiles) for array in arrays)
+        return {
+            "configuration": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
+            "dtype": str(model.dtype),
+            "decoder": asdict(self.shape),
+            "base": model.config.base_model_fingerprint or _digest(model.language_model.state_dict().items()),
+            "adapter": self.adapter_digest,
+            "calibration": _digest((str(array.shape), torch.from_numpy(array)) for array in arrays),
         }
-        state = work / "export.json"
-        if state.is_file() and json.loads(state.read_text(encoding="utf-8")) == wanted:
-            logger.info("Going on with the export in %s.", work)
-            return
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        _write_json(state, wanted)
 
-    def _vision(self, work: Path, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
-        folder = work / "vision"
-        if (record := _finished(folder)) is not None:
+    def _vision(self, work: Workplace, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
+        if (record := work.finished("vision")) is not None:
             return record
-        float_folder = work / "qairt" if self.settings.encodings else None
-        result = quantize_vision(self.model, list(tiles), self.vision_tiles, work / "qdq", float_folder)
+        float_folder = work.bundle / "qairt" if self.settings.encodings else None
+        result = quantize_vision(self.model, list(tiles), self.vision_tiles, work.bundle / "qdq", float_folder)
+        folder = work.bundle / "vision"
         shutil.rmtree(folder, ignore_errors=True)
         compile_graphs({"vision": result.graph}, self.soc, folder, "vision.bin")
-        np.savez(folder / "probe.npz", **result.probe)
+        np.savez(work.step("vision") / PROBE, **result.probe)
         record = {
             "binary": "vision/vision.bin",
             "tiles": self.vision_tiles,
@@ -198,43 +246,33 @@ class _Export:
                 **describe_boundary(result.graph, result.boundary),
             },
         }
-        _write_json(folder / DONE, record)
+        work.finish("vision", record)
         return record
 
     def _part(
-        self, work: Path, number: int, blocks: range, streams: Mapping[str, Any], ranges: Mapping[str, Range]
+        self,
+        work: Workplace,
+        number: int,
+        blocks: range,
+        streams: Mapping[str, list[np.ndarray]],
+        ranges: Mapping[str, Range],
     ) -> tuple[dict[str, Any], Mapping[str, list[np.ndarray]], dict[str, Range]]:
         """One part's record, and what the next part reads with its ranges."""
         name = f"language_{number}"
-        folder = work / name
-        record = _finished(folder)
+        record = work.finished(name)
         if record is None:
-            part = quantize_part(
-                self.views, self.shape, blocks, streams, ranges, self.settings, work / "qdq", name, work / "qairt"
-            )
+            folder, qdq, qairt = (work.bundle / part for part in (name, "qdq", "qairt"))
+            part = quantize_part(self.views, self.shape, blocks, streams, ranges, self.settings, qdq, name, qairt)
             shutil.rmtree(folder, ignore_errors=True)
             compile_graphs(part.graphs, self.soc, folder, f"{name}.bin")
-            np.savez(folder / "probe.npz", **part.probe)
-            np.savez(folder / "streams.npz", **_flatten(part.streams))
+            step = work.step(name)
+            np.savez(step / PROBE, **part.probe)
+            np.savez(step / STREAMS, **_flatten(part.streams))
             if self.settings.lora == "inputs":
-                np.savez(folder / ADAPTER, **adapter_entries(number, part.codes["multimodal"]))
-            record = {
-                "blocks": [blocks.start, blocks.stop],
-                "binary": f"{name}/{name}.bin",
-                "base_weight_codes": codes_digest(part.codes["text"]),
-                "graphs": {
-                    key: {
-                        "context": f"{name}/{key}_ctx.onnx",
-                        "qdq": f"qdq/{path.name}",
-                        "view": key.split("_")[0],
-                        "tokens": self.settings.tokens(key.split("_")[1]),
-                        **describe_boundary(path, part.boundary[key.split("_")[0]], part.codes[key.split("_")[0]]),
-                    }
-                    for key, path in part.graphs.items()
-                },
-            }
-            _write_json(folder / DONE, record)
-        with np.load(folder / "streams.npz") as file:
+                np.savez(step / ADAPTER, **adapter_entries(number, part.codes["multimodal"]))
+            record = self._part_record(name, blocks, part)
+            work.finish(name, record)
+        with np.load(work.step(name) / STREAMS) as file:
             streams = _unflatten(file)
         output = boundary_names(self.shape, blocks)[1]
         next_ranges = {}
@@ -243,8 +281,27 @@ class _Export:
             next_ranges[view] = (found["offset"] * found["scale"], (LEVELS + found["offset"]) * found["scale"])
         return record, streams, next_ranges
 
-    def _write_embeddings(self, work: Path, encoding: Encoding) -> None:
-        with (work / "embeddings.raw").open("wb") as file:
+    def _part_record(self, name: str, blocks: range, part: PartResult) -> dict[str, Any]:
+        graphs = {}
+        for view in VIEWS:
+            for stage in STAGES:
+                path = part.graphs[f"{view}_{stage}"]
+                graphs[f"{view}_{stage}"] = {
+                    "context": f"{name}/{view}_{stage}_ctx.onnx",
+                    "qdq": f"qdq/{path.name}",
+                    "view": view,
+                    "tokens": self.settings.tokens(stage),
+                    **describe_boundary(path, part.boundary[view], part.codes[view]),
+                }
+        return {
+            "blocks": [blocks.start, blocks.stop],
+            "binary": f"{name}/{name}.bin",
+            "base_weight_codes": codes_digest(part.codes["text"]),
+            "graphs": graphs,
+        }
+
+    def _write_embeddings(self, folder: Path, encoding: Encoding) -> None:
+        with (folder / "embeddings.raw").open("wb") as file:
             for rows in embedding_rows(self.model):
                 file.write(encoding.encode(rows).tobytes())
 
@@ -261,7 +318,7 @@ class _Export:
                 "fingerprint": config.base_model_fingerprint,
             },
             "adapter": {
-                "sha256": _adapter_digest(self.model),
+                "sha256": self.adapter_digest,
                 **fixed_digests(self.model),
                 "replicated_layers": config.replicated_layers,
                 "lora_rank": config.lora_rank,
@@ -293,39 +350,37 @@ class _Export:
             ends = self.processor.tokenizer.eos_token_id
         return {"eos_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends]}
 
-    def _finish(self, work: Path, metadata: dict[str, Any]) -> None:
-        """Gathers probes and adapters in one file each, drops what only served to go on, and signs every file."""
-        values, adapter = dict(np.load(work / "probe.npz")), {}
-        for folder in [work / "vision", *(work / f"language_{number}" for number in range(len(metadata["parts"])))]:
-            with np.load(folder / "probe.npz") as file:
-                values.update({f"{folder.name}/{key}": file[key] for key in file})
-            if (folder / ADAPTER).exists():
-                with np.load(folder / ADAPTER) as file:
-                    adapter.update(file)
-            for leftover in ("probe.npz", "streams.npz", ADAPTER, DONE):
-                (folder / leftover).unlink(missing_ok=True)
-        np.savez(work / "probe.npz", **values)
-        if adapter:
-            np.savez(work / ADAPTER, **adapter)
-        (work / "export.json").unlink()
-        _write_json(work / METADATA, signed({**metadata, "files": list_files(work)}))
+
+def _gather(work: Workplace, parts: Sequence[str], calibration: Calibration) -> None:
+    """Writes the probes and the adapters of all steps, and the requests that the probes are for, in a file each."""
+    values = {f"request/{view}": calibration.requests[view][0] for view in VIEWS}
+    adapter: dict[str, np.ndarray] = {}
+    for name in ("vision", *parts):
+        with np.load(work.step(name) / PROBE) as file:
+            values.update({f"{name}/{key}": file[key] for key in file})
+        if (work.step(name) / ADAPTER).exists():
+            with np.load(work.step(name) / ADAPTER) as file:
+                adapter.update(file)
+    np.savez(work.bundle / PROBE, **values)
+    if adapter:
+        np.savez(work.bundle / ADAPTER, **adapter)
 
 
-def _refuse_untrained(model: Any) -> None:
-    if model.multimodal_language_model is None:
-        raise ValueError("This GenieBlue has no adapter: load a saved one, with its base.")
-
-
-def _adapter_digest(model: Any) -> str:
+def _adapter_digest(model: GenieBlueForConditionalGeneration) -> str:
     """Hex digest of everything that training changes: adapter, vision tower, projector."""
-    digest = hashlib.sha256()
     adapter = ((name, value) for _, name, value in adapter_parameters(model.multimodal_language_model))
     others = (
         item for module in (model.vision_tower, model.multi_modal_projector) for item in module.state_dict().items()
     )
-    for name, value in (*adapter, *others):
+    return _digest((*adapter, *others))
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hex digest of names and values."""
+    digest = hashlib.sha256()
+    for name, value in tensors:
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -338,19 +393,6 @@ def _unflatten(file: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
     for key in sorted(file, key=lambda key: int(key.rpartition("/")[2])):
         streams.setdefault(key.rpartition("/")[0], []).append(file[key])
     return streams
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The record of a part that an earlier run has finished."""
-    path = folder / DONE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as a whole or not at all."""
-    staged = path.with_name(path.name + UNFINISHED)
-    staged.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(staged, path)
 
 
 __all__ = ["divide_blocks", "export_bundle"]

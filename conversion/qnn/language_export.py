@@ -56,7 +56,7 @@ class PartResult:
     boundary: dict[str, dict[str, Encoding]]  # by view, encodings of inputs and outputs
     codes: dict[str, dict[str, WeightCodes]]  # by view
     streams: dict[str, list[np.ndarray]]  # by view, what the next part reads
-    probe: dict[str, np.ndarray]  # float outputs for the first request of each view
+    probe: dict[str, np.ndarray]  # float outputs for the first request of each view, the longest
 
 
 def quantize_part(
