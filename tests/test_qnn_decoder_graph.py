@@ -18,6 +18,7 @@ from tiny_qnn import (
 from conversion.qnn.chunked_decoder import causal_mask
 from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.decoder_shape import make_decoder_shape
+from conversion.qnn.float_onnx import structure, to_float_onnx
 
 TOLERANCE = 1e-4
 VIEWS = ("text", "multimodal")
@@ -159,3 +160,16 @@ def test_experts_by_token_are_refused():
 def test_lengths_that_cannot_be_are_refused(chunk, context, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_decoder_shape(tiny_base("llama"), chunk, context)
+
+
+# Lengths and numbers of heads that coincide with each other, or are one.
+@pytest.mark.parametrize(("heads", "groups", "chunk"), [(4, 1, 8), (8, 1, 16), (4, 2, 2), (4, 4, 4), (4, 2, 16)])
+def test_both_lengths_give_graphs_of_one_structure(heads, groups, chunk):
+    changes = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 16}
+    base = tiny_base("llama", **{**SHAPE, **changes, "num_hidden_layers": 1})
+    graph = DecoderGraph(base, make_decoder_shape(base, chunk, CONTEXT))
+    found = [
+        structure(to_float_onnx(graph, graph.example_inputs(tokens, CONTEXT), graph.input_names, graph.output_names))
+        for tokens in (chunk, 1)
+    ]
+    assert found[0] == found[1]

@@ -60,13 +60,31 @@ def _rename_by_place(graph: onnx.GraphProto) -> None:
         for number, name in enumerate(node.output):
             if name not in kept:
                 new_names[name] = f"{node.name}_{number}"
-    for place, tensor in enumerate(graph.initializer):
-        if "." not in tensor.name:  # a constant that the exporter made; weights have the path of their module
-            new_names[tensor.name] = f"constant_{place}"
-            tensor.name = f"constant_{place}"
     for node in graph.node:
         node.input[:] = [new_names.get(name, name) for name in node.input]
         node.output[:] = [new_names.get(name, name) for name in node.output]
+    _give_each_its_constants(graph)
+
+
+def _give_each_its_constants(graph: onnx.GraphProto) -> None:
+    """Each node gets its own copy of the exporter's small constants, named after it.
+
+    The exporter keeps equal ones once, and which are equal depends on the lengths of a graph. Weights have the path of
+    their module for a name.
+    """
+    made = {tensor.name: tensor for tensor in graph.initializer if "." not in tensor.name}
+    weights = [tensor for tensor in graph.initializer if "." in tensor.name]
+    copies = []
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in made:
+                copied = onnx.TensorProto()
+                copied.CopyFrom(made[name])
+                copied.name = f"{node.name}_input_{place}"
+                copies.append(copied)
+                node.input[place] = copied.name
+    del graph.initializer[:]
+    graph.initializer.extend([*weights, *copies])
 
 
 def structure(model: onnx.ModelProto) -> list[tuple[str, ...]]:
