@@ -31,6 +31,7 @@ from modeling_genieblue.settings_files_genieblue import QUANTIZED_PARTS
 
 SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
 
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("pair"))
@@ -187,6 +188,7 @@ def test_changed_missing_and_swapped_files_are_told(copy):
         QnnRunner(copy)
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_wrong_scale_is_told_from_the_price_of_4_bits(copy):
     path = copy / "qdq/language_1_text_prefill.onnx"
     graph = onnx.load(path, load_external_data=False)
