@@ -59,9 +59,7 @@ class ViewGraphs:
     LoRA that are inputs are read from the file `adapter` at once, by default from the bundle's own.
     """
 
-    def __init__(
-        self, bundle: Bundle, view: str, open_session: OpenSession, adapter: str | os.PathLike | None = None
-    ):
+    def __init__(self, bundle: Bundle, view: str, open_session: OpenSession, adapter: str | os.PathLike | None = None):
         self.bundle, self.view, self._open_session = bundle, view, open_session
         file = bundle.path(ADAPTER) if adapter is None else Path(adapter)
         expected = [bundle.lora_inputs(number, view) for number in range(len(bundle.metadata["parts"]))]
