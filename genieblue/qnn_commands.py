@@ -51,7 +51,7 @@ def qnn(
     """Compile a bundle of context binaries for a Snapdragon NPU.
 
     One vision graph, and text and multimodal prefill and decode that share their weights in one binary. An export that
-    was stopped goes on where it was when it is started again.
+    was stopped goes on where it was when it is started again with the same settings.
     """
     from conversion.qnn.npu import check_platform
     from conversion.qnn.soc import find_soc

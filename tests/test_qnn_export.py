@@ -35,8 +35,9 @@ from conversion.qnn.quantize import encodings_of, quantize_graph, round_weights
 from conversion.qnn.soc import SOCS, find_soc
 from conversion.qnn.verify import verify_bundle
 from conversion.qnn.vision_export import quantize_vision
-from genieblue.calibration_data import read_chats
+from genieblue.calibration_data import read_calibration, read_chats
 from genieblue.cli import app
+from modeling_genieblue import GenieBlueProcessor
 from modeling_genieblue.settings_files_genieblue import QUANTIZED_PARTS
 
 SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
@@ -279,7 +280,6 @@ def test_a_base_in_16_bits_is_taken_as_it_is(variant):
 def test_a_vision_tower_that_computes_something_else_is_refused(tmp_path, dtype, factor):
     model = two_blocks().to(dtype)
     tiles = [request["pixel_values"][0].numpy() for request in requests(1) if "pixel_values" in request]
-    quantize_vision(model, tiles, 1, tmp_path)
     model.multi_modal_projector.register_forward_hook(lambda _module, _inputs, output: output * factor)
     with pytest.raises(ValueError, match="something else than a SigLIP"):
         quantize_vision(model, tiles, 1, tmp_path)
@@ -384,6 +384,12 @@ def test_texts_and_images_are_chosen_whatever_the_order(chats):
     assert [bool(sample.images) for sample in read_chats(chats, 6)] == [False] * 4 + [True] * 2
     assert [bool(sample.images) for sample in read_chats(chats, 1)] == [True]
     assert len(read_chats(chats, 50)) == 20
+
+
+def test_quantize_finds_images_at_the_end_of_a_file_too(pair, chats):
+    samples = read_calibration([chats], GenieBlueProcessor.from_pretrained(pair), count=2, length=16)
+    assert len(samples.multimodal) == 2 and all(len(request["pixel_values"]) for request in samples.multimodal)
+    assert [tuple(row.shape) for row in samples.text] == [(1, 16)] * 2
 
 
 def invoke(*arguments):
