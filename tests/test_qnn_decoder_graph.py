@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_genieblue import tiny_genieblue
 from tiny_models import tiny_base
 from tiny_qnn import (
     CHUNK,
@@ -123,7 +124,7 @@ def test_a_base_of_another_kind_is_refused_with_what_is_unsupported(family, sent
     [
         # What a base does on the quiet, in blocks that look like Llama's.
         (lambda base: base.model.layers[2].register_forward_hook(lambda _m, _i, out: out * 1.01), "its block 2 "),
-        (lambda base: base.lm_head.register_forward_hook(lambda _m, _i, out: out / 3), "behind its blocks"),
+        (lambda base: base.lm_head.register_forward_hook(lambda _m, _i, out: out / 1.01), "behind its blocks"),
         (lambda base: setattr(base.model.layers[1].self_attn, "scaling", 0.5), "its block 1 "),
     ],
 )
@@ -131,6 +132,33 @@ def test_a_base_that_only_looks_like_llama_is_refused(changes, sentence):
     base = tiny_base("llama")
     changes(base)
     with pytest.raises(ValueError, match=sentence):
+        make_decoder_shape(base, CHUNK, CONTEXT)
+
+
+def test_scores_far_below_zero_do_not_lose_to_empty_slots_of_the_cache():
+    base = tiny_base("qwen2", **SHAPE)
+    with torch.no_grad():  # opposite biases of queries and keys, as trained Qwen2 models have large ones
+        for layer in base.model.layers:
+            layer.self_attn.q_proj.bias.zero_()[3::16] += 40.0
+            layer.self_attn.k_proj.bias.zero_()[3::16] -= 40.0
+    model = tiny_genieblue(base=base)
+    shape = make_decoder_shape(base, CHUNK, CONTEXT)
+    assert shape.masked < -400
+    embeddings, logits = embeddings_and_logits(model, "text", 3 * CHUNK + 3)
+    found = decoder_for(model, "text", torch_runner).read(embeddings)
+    np.testing.assert_allclose(found, logits, atol=TOLERANCE)
+
+
+def test_a_base_that_treats_late_tokens_otherwise_is_refused():
+    base = tiny_base("llama")
+
+    def later(_module, arguments, options, output):
+        late = options["position_ids"] >= CONTEXT // 2
+        return torch.where(late[..., None], output * 1.01, output)
+
+    base.model.layers[1].register_forward_hook(later, with_kwargs=True)
+    make_decoder_shape(base, CHUNK, CONTEXT // 2)
+    with pytest.raises(ValueError, match=f"from position {CONTEXT - 24} its block 1"):
         make_decoder_shape(base, CHUNK, CONTEXT)
 
 

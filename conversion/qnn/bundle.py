@@ -35,6 +35,7 @@ PART = {
 DECODER = {field.name: int for field in fields(DecoderShape)} | {
     "rotary_frequencies": [NUMBER],
     "rotary_scaling": NUMBER,
+    "masked": NUMBER,
 }
 SCHEMA = {
     "soc": {"name": str},

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Added to the scores of tokens that must not be seen. Larger numbers would cost the scores their 16-bit resolution.
+# Added to the scores of tokens that must not be seen, if no score needs more: a larger number costs the scores some of
+# their 16-bit resolution.
 MASKED = -100.0
 
 # (tokens per call, inputs by name) → outputs by name; caches in whatever type the graph has at its boundary.
@@ -27,6 +28,7 @@ class DecoderShape:
     vocab_size: int
     rotary_frequencies: tuple[float, ...]  # radians per position, head_dim / 2 of them
     rotary_scaling: float  # factor on cosines and sines
+    masked: float = MASKED  # added to the scores of tokens that must not be seen
 
     def cosines_and_sines(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Both (1, 1, tokens, head_dim / 2) for whole-number positions (tokens,)."""
@@ -48,9 +50,9 @@ def boundary_names(shape: DecoderShape, blocks: range) -> tuple[str, str]:
     )
 
 
-def causal_mask(tokens: int, cached: int, context_length: int) -> np.ndarray:
+def causal_mask(tokens: int, cached: int, context_length: int, masked: float = MASKED) -> np.ndarray:
     """(1, 1, tokens, context_length): each token sees the `cached` last slots of the cache, and itself and before."""
-    mask = np.full((1, 1, tokens, context_length), MASKED, np.float32)
+    mask = np.full((1, 1, tokens, context_length), masked, np.float32)
     past = context_length - tokens
     mask[..., past - cached : past] = 0.0
     mask[0, 0, :, past:][np.tril_indices(tokens)] = 0.0
@@ -159,7 +161,7 @@ class ChunkedDecoder:
             caches[name] = value[..., tokens:] if "_key_" in name else value[:, :, tokens:]
         return {
             self._input_name: padded,
-            "attention_mask": causal_mask(tokens, self.length, self.context_length),
+            "attention_mask": causal_mask(tokens, self.length, self.context_length, self.shape.masked),
             "position_ids_cos": cos,
             "position_ids_sin": sin,
             **{name: np.ascontiguousarray(value) for name, value in caches.items()},

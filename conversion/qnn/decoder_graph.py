@@ -143,6 +143,15 @@ class Block(nn.Module):
         attended = attended.transpose(1, 2).reshape(1, tokens, heads * size)
         return self.o_proj(attended, self.o_lora(attended)), key, value
 
+    def largest_score(self, x: torch.Tensor) -> float:
+        """What no attention score of (1, tokens, hidden_size) can exceed, wherever the tokens stand."""
+        h = self.input_norm(x)
+        low_rank = self.qkv_lora(h)
+        query = self.split_heads(self.q_proj(h, low_rank), self.shape.num_heads, self.q_norm)
+        key = self.split_heads(self.k_proj(h, low_rank), self.shape.num_key_value_heads, self.k_norm)
+        largest = query.norm(dim=-1).max() * key.norm(dim=-1).max() * self.scale
+        return float(largest) * self.shape.rotary_scaling**2
+
     def split_heads(self, x: torch.Tensor, heads: int, norm: Norm | None) -> torch.Tensor:
         """(1, tokens, heads * head_dim) → (1, heads, tokens, head_dim)."""
         x = x.reshape(1, x.shape[1], heads, self.shape.head_dim)
@@ -175,7 +184,7 @@ class DecoderGraph(nn.Module):
 
         Args:
             hidden_states: (1, tokens, hidden_size), embeddings or what the part before this one gave.
-            attention_mask: (1, 1, tokens, context_length), 0 or `MASKED`.
+            attention_mask: (1, 1, tokens, context_length), 0 or `shape.masked`.
             cos, sin: (1, 1, tokens, head_dim / 2).
             past: by block the cached keys (1, key-value heads, head_dim, context_length - tokens) and values (1,
                 key-value heads, context_length - tokens, head_dim), the latest at the right end.

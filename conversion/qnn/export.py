@@ -19,7 +19,7 @@ from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files,
 from conversion.qnn.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.compile import compile_graphs
-from conversion.qnn.decoder_shape import check_lengths, make_decoder_shape, refuse_other_arithmetic
+from conversion.qnn.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
 from conversion.qnn.encoding import LEVELS, Encoding, Range
 from conversion.qnn.export_state import Workplace, lock_output, write_json
 from conversion.qnn.language_export import LanguageSettings, PartResult, codes_digest, quantize_part
@@ -174,7 +174,7 @@ class _Export:
         lengths = (settings.chunk_length, settings.context_length)
         self.shape: DecoderShape = make_decoder_shape(model.language_model, *lengths)
         title = f"The multimodal view of {type(model.language_model).__name__}"
-        refuse_other_arithmetic(model.multimodal_language_model, self.shape, title)
+        self.shape = compare_with_graphs(model.multimodal_language_model, self.shape, settings.context_length, title)
         self.views = {"text": model.language_model, "multimodal": model.multimodal_language_model}
         self.adapter_digest = _adapter_digest(model)
 

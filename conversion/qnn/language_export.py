@@ -18,7 +18,7 @@ import onnx
 
 from conversion.qnn.aimet_encodings import save_with_encodings
 from conversion.qnn.aimet_rounding import SeqMse
-from conversion.qnn.chunked_decoder import MASKED, ChunkedDecoder, DecoderShape, boundary_names, cache_names
+from conversion.qnn.chunked_decoder import ChunkedDecoder, DecoderShape, boundary_names, cache_names
 from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.encoding import Encoding, Range, WeightCodes, round_to_nearest, round_with_scales
 from conversion.qnn.float_onnx import structure, to_float_onnx
@@ -133,7 +133,7 @@ def _fixed_ranges(shape: DecoderShape, blocks: range, input_range: Range) -> dic
     turned = (-abs(shape.rotary_scaling), abs(shape.rotary_scaling))
     return {
         boundary_names(shape, blocks)[0]: input_range,
-        "attention_mask": (MASKED, 0.0),
+        "attention_mask": (shape.masked, 0.0),
         "position_ids_cos": turned,
         "position_ids_sin": turned,
     }
