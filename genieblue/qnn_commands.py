@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from conversion.qnn.soc import SOCS, find_soc
 from genieblue.options import BaseCode, Json, LoraMode, QnnRounding, Revision
 from genieblue.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
 
@@ -22,7 +23,7 @@ def export() -> None:
 def qnn(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.", show_default=False)],
-    soc: Annotated[str, typer.Option(help="Chip, such as sm8750.", show_default=False)],
+    soc: Annotated[str, typer.Option(help=f"Chip: {', '.join(SOCS)}.", show_default=False)],
     calibration: Annotated[
         Path, typer.Option(help="JSONL of chats, some with images, as for training.", show_default=False)
     ],
@@ -31,7 +32,10 @@ def qnn(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Chats to calibrate on.")] = 16,
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens that prefill takes at a time.")] = 128,
-    context_length: Annotated[int, typer.Option(min=1, help="Tokens that a conversation may have.")] = 2048,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that a conversation may have; by default at most 2048.", show_default=False),
+    ] = None,
     parts: Annotated[int, typer.Option(min=1, help="Binaries that hold the blocks; more need less memory.")] = 1,
     lora: Annotated[
         LoraMode, typer.Option(help="constants, or inputs, so that one binary serves several adapters.")
@@ -54,7 +58,6 @@ def qnn(
     was stopped goes on where it was when it is started again with the same settings.
     """
     from conversion.qnn.npu import check_platform
-    from conversion.qnn.soc import find_soc
 
     find_soc(soc)
     check_platform()

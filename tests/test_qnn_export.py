@@ -27,7 +27,7 @@ from conversion.qnn import npu
 from conversion.qnn.bundle import Bundle
 from conversion.qnn.calibration import prepare_calibration
 from conversion.qnn.compile import CompileError, compile_graphs
-from conversion.qnn.decoder_shape import make_decoder_shape, refuse_other_arithmetic
+from conversion.qnn.decoder_shape import compare_with_graphs, make_decoder_shape
 from conversion.qnn.export import divide_blocks, export_bundle
 from conversion.qnn.export_state import Workplace, lock_output
 from conversion.qnn.float_onnx import OPSET
@@ -261,14 +261,14 @@ def test_a_multimodal_view_that_computes_something_else_is_refused(dtype, index)
     model = tiny_model().to(dtype)
     shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
     view = model.multimodal_language_model
-    refuse_other_arithmetic(view, shape)
+    compare_with_graphs(view, shape, CONTEXT)
     up_proj = next(
         module for name, module in view.model.layers[index].named_modules()
         if name.endswith("up_proj") and "original_module" not in name
     )  # fmt: skip
     up_proj.register_forward_hook(lambda _module, _inputs, output: output * 1.05)  # as a LoRA of another kind would
     with pytest.raises(ValueError, match=f"The multimodal view cannot be.*its block {index} "):
-        refuse_other_arithmetic(view, shape, "The multimodal view")
+        compare_with_graphs(view, shape, CONTEXT, "The multimodal view")
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3"])
@@ -426,3 +426,16 @@ def test_a_bug_is_not_taken_for_the_compiler_s(pair, chats, tmp_path, monkeypatc
     monkeypatch.setattr(export_module, "export_bundle", broken)
     result = invoke(pair, "--soc", "sm8750", "--calibration", chats, "--out", tmp_path / "out")
     assert isinstance(result.exception, RuntimeError)
+
+
+def test_a_bundle_in_the_model_s_own_folder_is_refused(pair):
+    with pytest.raises(ValueError, match="lies in the folder of the model"):
+        export_bundle(pair, pair / "bundle", soc="sm8750", calibration=requests())
+    assert not list(pair.glob("*bundle*"))
+
+
+def test_the_context_is_by_default_no_longer_than_the_base_s(pair, tmp_path, dies_at_the_vision_tower):
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(pair, tmp_path / "out", soc="sm8750", calibration=requests(), chunk_length=CHUNK)
+    state = json.loads((tmp_path / "out.unfinished" / "export.json").read_text())
+    assert state["context_length"] == 1024

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
 logger = logging.getLogger(__name__)
 # Which versions of what decide over the bytes of a bundle, besides the compiler's.
 PROGRAMS = ("genieblue", "torch", "transformers", "numpy", "onnx", "onnxscript")
+LONGEST_DEFAULT = 2048  # tokens of a context
 PROBE, STREAMS = "probe.npz", "streams.npz"
 
 
@@ -47,7 +48,7 @@ def export_bundle(
     soc: str,
     calibration: Iterable[Mapping[str, Any]],
     chunk_length: int = 128,
-    context_length: int = 2048,
+    context_length: int | None = None,
     parts: int = 1,
     lora: str = "constants",
     cache_bits: int = 16,
@@ -67,7 +68,8 @@ def export_bundle(
         soc: chip, such as `sm8750`.
         calibration: requests as the model's processor encodes them, some of them with images. They are taken one by
             one, when the model is loaded.
-        chunk_length, context_length: tokens that prefill takes at a time, and that a conversation may have.
+        chunk_length: tokens that prefill takes at a time.
+        context_length: tokens that a conversation may have; by default 2048, or what the base was made for if less.
         parts: context binaries that the blocks are divided among. More need less memory here.
         lora: `constants`, or `inputs` of the graphs, so that one binary serves several adapters.
         cache_bits: 16, or 8 for half the cache.
@@ -84,11 +86,15 @@ def export_bundle(
     """
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
-    settings = LanguageSettings(chunk_length, context_length, cache_bits, lora, rounding, encodings)
-    _check_arguments(out, settings, parts, vision_tiles)
+    settings = LanguageSettings(chunk_length, context_length or LONGEST_DEFAULT, cache_bits, lora, rounding, encodings)
+    _check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     npu_devices()
     hub = {key: load_options[key] for key in OWN_HUB_KEYS if load_options.get(key) is not None}
-    _check_config(GenieBlueConfig.from_pretrained(model_folder, **hub), settings, parts, str(model_folder))
+    config = GenieBlueConfig.from_pretrained(model_folder, **hub)
+    if context_length is None:
+        limit = getattr(config.text_config, "max_position_embeddings", None) or LONGEST_DEFAULT
+        settings = replace(settings, context_length=min(LONGEST_DEFAULT, limit))
+    _check_config(config, settings, parts, str(model_folder))
     wanted = _export_settings(chip, settings, parts, vision_tiles)
     work = Workplace(out)
     with lock_output(out):
@@ -101,7 +107,9 @@ def export_bundle(
     return out
 
 
-def _check_arguments(out: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
+def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
+    if model.is_dir() and out.is_relative_to(model):
+        raise ValueError(f"{out} lies in the folder of the model, which would be published with it: give another one.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is taken: give a new folder for the bundle.")
     for name, allowed in (("lora", LORA_MODES), ("rounding", ROUNDINGS), ("cache_bits", CACHE_DTYPES)):
