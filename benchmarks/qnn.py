@@ -25,7 +25,8 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from conversion.qnn.export import UNFINISHED, export_bundle
+from conversion.qnn.export import export_bundle
+from conversion.qnn.export_state import UNFINISHED
 from conversion.qnn.names import BASE_BITS, LORA_BITS
 from conversion.qnn.runner import QnnRunner
 from conversion.qnn.verify import verify_bundle
@@ -201,7 +202,7 @@ def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **opti
 
     for name, backend, count in (("bundle, CPU-QDQ", "cpu", scans), ("bundle, emulator", "emulator", emulated)):
         runner = QnnRunner(bundle, backend=backend)
-        said[name] = [runner.chat(chat(line), max_new_tokens=8).strip() for line in lines[:count]]
+        said[name] = [runner.chat(chat(line), max_new_tokens=8).text.strip() for line in lines[:count]]
     reference, on_cpu = said["PyTorch, 32 bits"], said["bundle, CPU-QDQ"]
     rows = {}
     for name, answers in said.items():
