@@ -36,8 +36,11 @@ from conversion.qnn.vision_graph import VisionGraph
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
 SM8750 = find_soc("sm8750")
-# Every family in the view that has everything, and the other view once.
-CASES = [("llama", "text")] + [(variant, "multimodal") for variant in ("llama", "qwen2", "qwen3", "mistral")]
+# Every family in the view that has everything, and the other view once; two of them among the tests that take seconds.
+CASES = [("llama", "text"), ("qwen2", "multimodal")] + [
+    pytest.param(variant, "multimodal", marks=pytest.mark.slow) for variant in ("llama", "qwen3", "mistral")
+]
+
 
 def open_on_npu(path):
     return npu_session(path, SM8750)

@@ -24,7 +24,7 @@ from conversion.qnn.encoding import Encoding, Range, WeightCodes, round_to_neare
 from conversion.qnn.float_onnx import structure, to_float_onnx
 from conversion.qnn.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora, weight_bits
 from conversion.qnn.npu import cpu_session
-from conversion.qnn.quantize import apply_codes, encodings_of, quantize_graph, round_weights
+from conversion.qnn.quantize import apply_codes, encodings_of, quantize_graph, round_weights, weights_of
 from conversion.qnn.ranges import RangeMeter
 from conversion.qnn.stored_graphs import ConstantStore, save_copy
 
@@ -91,6 +91,7 @@ def quantize_part(
             if structure(models["prefill"]) != structure(models["decode"]):
                 raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
             del graph
+            _drop_matrices(models["decode"])  # which are those of the other, and come back as codes
             as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
             if seqmse is not None:
                 feeds = collect_calls(models["prefill"], shape, blocks, streams[view][:SEQMSE_REQUESTS], settings)
@@ -100,8 +101,8 @@ def quantize_part(
             exact = streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0]
             exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
             # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
-            for model in models.values():
-                apply_codes(model, codes)
+            for stage in STAGES if settings.encodings else STAGES[:1]:
+                apply_codes(models[stage], codes)
             meter, outputs, values = _calibrate(models["prefill"], shape, blocks, streams[view], settings)
             ranges = {**meter, **_fixed_ranges(shape, blocks, input_ranges[view])}
             tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
@@ -120,7 +121,16 @@ def quantize_part(
             for kind, found in ((EXACT, exact_values), (ROUNDED, values)):
                 result.probe.update({f"{view}/{kind}/{tensor}": value for tensor, value in found.items()})
             logger.info("Quantized blocks %d to %d of the %s view.", blocks.start, blocks.stop - 1, view)
+            del models, model, quantized  # before those of the other view are made
     return result
+
+
+def _drop_matrices(model: onnx.ModelProto) -> None:
+    """Empties the matrices of a float graph, of which only the codes are wanted."""
+    names = weights_of(model).keys()
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            tensor.ClearField("raw_data")
 
 
 def make_float_graph(graph: DecoderGraph, settings: LanguageSettings, stage: str) -> onnx.ModelProto:

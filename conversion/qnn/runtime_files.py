@@ -11,8 +11,8 @@ Made by `genieblue export qnn`, compiler {compiler}. Everything that a runtime n
 
 | file | what it is |
 |---|---|
-| `vision/vision.bin` | vision tower and projector, W8A16, {tiles} tile(s) a call |
-| `language_*/language_*.bin` | {parts} context binary or binaries of the decoder. Each holds four graphs over one \
+| `vision/vision.bin` | vision tower and projector, W8A16; tiles a call: {tiles} |
+| `language_*/language_*.bin` | context binaries of the decoder, {parts} in all. Each holds four graphs over one \
 set of weights: prefill ({chunk} tokens) and decode (1 token) of the text and the multimodal view, W4A16, LoRA W8A16, \
 keys and values cached in {cache_bits} bits |
 | `*/*_ctx.onnx` | a graph of a binary as a model for ONNX Runtime with the QNN provider, on the phone too |
@@ -23,7 +23,7 @@ keys and values cached in {cache_bits} bits |
 {adapter}{qairt}| `qdq/`, `probe.npz` | the graphs before compilation, and numbers to check them with; not needed on \
 the phone |
 
-Matrices were rounded by {rounding}. A code means `value = (code + offset) * scale`. The caches and the hidden states
+{rounding}. A code means `value = (code + offset) * scale`. The caches and the hidden states
 between parts go from call to call as they are. A request with images runs the multimodal graphs from its first token,
 any other request the text graphs; a cache belongs to the view that filled it. How a prompt is cut, masked and cached
 is `conversion/qnn/chunked_decoder.py` and `runner.py` of GenieBlue, in NumPy.
@@ -127,7 +127,11 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         chunk=metadata["chunk_length"],
         embedding_shape="×".join(map(str, embeddings["shape"])),
         embedding_dtype=embeddings["dtype"],
-        rounding="AIMET's SeqMSE" if metadata["rounding"] == "seqmse" else "rounding to nearest",
+        rounding=(
+            "AIMET's SeqMSE chose the scales of the matrices"
+            if metadata["rounding"] == "seqmse"
+            else "Matrices were rounded to nearest"
+        ),
         cache_bits=metadata["cache_bits"],
         adapter=ADAPTER_ROW if metadata["adapter"]["lora"] == "inputs" else "",
         qairt=QAIRT_ROW if (folder / "qairt").is_dir() else "",
