@@ -70,8 +70,8 @@ class GenieBlueGenerationMixin(GenerationMixin):
         image_tokens = (new_ids == self.config.image_token_id).sum()
         given = 0 if pixel_values is None else len(pixel_values) * self.config.image_seq_length
         if image_tokens == given:
-            return self._embed(new_ids, pixel_values)
-        return self._embed(input_ids, pixel_values)[:, cached_length:]
+            return self.embed_request(new_ids, pixel_values)
+        return self.embed_request(input_ids, pixel_values)[:, cached_length:]
 
     def _prefill_all_but_last(
         self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, cache: Any, attention_mask: torch.Tensor

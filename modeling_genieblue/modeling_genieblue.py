@@ -306,8 +306,6 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(mask, image_features)
 
-    _embed = embed_request  # by its earlier name
-
     def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> torch.Tensor:
         """Which rows run the multimodal view, (batch,) booleans on the CPU."""
         if self.language_model is None:

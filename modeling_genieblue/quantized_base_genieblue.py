@@ -120,16 +120,19 @@ def load_quantized_base(
     files = {name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)}
     file = QuantizedFile(files[QUANTIZED_WEIGHTS_NAME], files[QMAP_NAME], for_kernel=for_kernel)
     fill_from_quantized_file(base, file, dtype=dtype, device=one_device(device_map), tied=_tied(base))
-    generation = cached_file(
-        location, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-    )
-    if generation is not None:
-        base.generation_config = GenerationConfig.from_pretrained(location, **hub_kwargs)
+    use_stored_generation_config(base, location, hub_kwargs)
     base.config.name_or_path = location
     base.config.quantization_config = settings
     guard_precision(base, _QuantizedBase)
     base.requires_grad_(False).eval()
     return (base, nothing_missing()) if kwargs.get("output_loading_info") else base
+
+
+def use_stored_generation_config(model: PreTrainedModel, location: str, hub_kwargs: dict[str, Any]) -> None:
+    """Gives a model that was made from its configuration the generation settings of its folder, where it has any."""
+    file = cached_file(location, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if file is not None:
+        model.generation_config = GenerationConfig.from_pretrained(location, **hub_kwargs)
 
 
 def refuse_unknown_options(options: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from .quantized_base_genieblue import (
     on_meta_device,
     one_device,
     refuse_unknown_options,
+    use_stored_generation_config,
 )
 from .quantized_files_genieblue import (
     FLOATING,
@@ -75,6 +76,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     fill_from_quantized_file(model, file, dtype=dtype, device=one_device(device_map))
     for module in (model.vision_tower, model.multi_modal_projector):
         guard_precision(module)
+    use_stored_generation_config(model, request.path, request.hub_kwargs)
     model.config.name_or_path = request.path
     return model, nothing_missing()
 

@@ -273,7 +273,7 @@ def test_each_view_can_be_compiled_by_itself(family):
     model = tiny_genieblue(family)
     seen, text = model(REQUEST, pixel_values=PIXELS).logits, model(prompt()).logits
     compiled = torch.compile(model.multimodal_language_model, backend="eager", fullgraph=True)
-    embeddings = model._embed(REQUEST, PIXELS)
+    embeddings = model.embed_request(REQUEST, PIXELS)
     torch.testing.assert_close(compiled(inputs_embeds=embeddings).logits, seen, atol=5e-5, rtol=1e-4)
     assert torch.equal(torch.compile(model.language_model, backend="eager", fullgraph=True)(prompt()).logits, text)
 
@@ -281,7 +281,7 @@ def test_each_view_can_be_compiled_by_itself(family):
 @torch.no_grad()
 def test_multimodal_view_can_be_exported():
     model = tiny_genieblue()
-    inputs = {"inputs_embeds": model._embed(REQUEST, PIXELS), "use_cache": False}
+    inputs = {"inputs_embeds": model.embed_request(REQUEST, PIXELS), "use_cache": False}
     program = torch.export.export(model.multimodal_language_model, (), inputs, strict=False)
     expected = model(REQUEST, pixel_values=PIXELS).logits
     torch.testing.assert_close(program.module()(**inputs).logits, expected, atol=5e-5, rtol=1e-4)

@@ -1,5 +1,6 @@
 """Quantized models that are loaded: the stored values, equal answers in every mix and family, options."""
 
+import json
 import shutil
 
 import pytest
@@ -15,11 +16,13 @@ from tiny_quantized import (
     large_pair,
     load,
     load_base,
+    quantize,
     quantized_pair,
     same,
+    save_large_pair,
     trust_of,
 )
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, GenerationConfig
 
 from conversion.rounding import round_weight
 from modeling_genieblue import GenieBlueForConditionalGeneration
@@ -310,3 +313,41 @@ def test_auto_class_takes_a_base_that_is_given():
 def test_loading_info_can_be_asked_for():
     _, info = load(quantized_pair() / "genieblue", output_loading_info=True)
     assert not any(info.values())
+
+
+def settings_without_version(model):
+    return {name: value for name, value in model.generation_config.to_dict().items() if name != "transformers_version"}
+
+
+def test_generation_settings_come_from_the_folder_as_the_bases_do(tmp_path):
+    # A base that was trained often says `use_cache: false`, which is where settings made from its config would end.
+    source = save_large_pair(tmp_path, use_cache=False)
+    base = load_base(tmp_path / "base-llm")
+    base.generation_config = GenerationConfig(do_sample=False, max_new_tokens=20, pad_token_id=0, use_cache=True)
+    base.generation_config.save_pretrained(tmp_path / "base-llm")
+    base.generation_config.save_pretrained(source)
+    quantize(source, tmp_path / "w4", llm="w4a16")
+    expected = settings_without_version(base)
+    quantized = load(tmp_path / "w4/genieblue")
+    quantized_base = load_base(tmp_path / "w4/base")
+    assert settings_without_version(quantized) == settings_without_version(quantized_base) == expected
+    quantized.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/generation_config.json").read_text())["max_new_tokens"] == 20
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w8a16"])
+def test_long_cached_decoding_of_texts_is_the_quantized_bases(precision):
+    folder = quantized_pair(llm=precision)
+    base, model = load_base(folder / "base"), load(folder / "genieblue")
+    options = {"do_sample": False, "max_new_tokens": 70, "min_new_tokens": 70, "pad_token_id": 0,
+               "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+    expected, found = base.generate(TEXT, **options), model.generate(TEXT, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    both = torch.cat([TEXT, TEXT.flip(1)])
+    embeds = {"inputs_embeds": base.get_input_embeddings()(both), "attention_mask": torch.ones_like(both)}
+    cached = [tree(**embeds, use_cache=True).past_key_values for tree in (base, model)]
+    for length in range(both.shape[1] + 1, both.shape[1] + 40):  # past every multiple that a kernel may treat apart
+        step = {"input_ids": both[:, :1], "attention_mask": torch.ones(2, length, dtype=torch.long)}
+        one, other = (tree(**step, past_key_values=cache) for tree, cache in zip((base, model), cached, strict=True))
+        assert torch.equal(one.logits, other.logits)

@@ -75,7 +75,7 @@ def prepare_calibration(
 def _embed(model: Any, ids: torch.Tensor, pixels: torch.Tensor | None) -> np.ndarray:
     device = model.language_model.device
     pixels = None if pixels is None else pixels.to(device)
-    return model._embed(ids.to(device), pixels)[0].float().cpu().numpy()
+    return model.embed_request(ids.to(device), pixels)[0].float().cpu().numpy()
 
 
 def embedding_rows(model: Any, batch: int = 4096) -> Iterable[np.ndarray]:
