@@ -14,10 +14,10 @@ demo: $(STAMP)  ## make a small GenieBlue from nothing and show that it reads (u
 	$(BIN)/genieblue demo --out $(DEMO_OUT)
 
 test: $(STAMP) lint  ## ruff, then the tests that take seconds each
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/aimet.stamp  ## the tests marked slow, with the extra aimet
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 lint: $(STAMP)  ## ruff alone
 	$(BIN)/ruff check .

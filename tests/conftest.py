@@ -18,7 +18,9 @@ from hub_server import HubServer  # noqa: E402
 NETWORK_GUARD = Path(__file__).parent / "network_guard"
 SESSION_HOME = Path(tempfile.mkdtemp(prefix="genieblue-tests-"))
 HUB = HubServer()
-NUM_THREADS = min(2, int(os.environ.get("OMP_NUM_THREADS", 2)))
+# Processes of `pytest -n` that waited for each other's threads would be slower than one alone.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+NUM_THREADS = min(2 if WORKERS == 1 else 1, int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 for _name in list(os.environ):
     if _name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or _name.lower().endswith("_proxy"):
