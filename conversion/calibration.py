@@ -108,7 +108,7 @@ def text_batches(tokenizer, texts: Iterable[str], length: int, count: int) -> li
     if len(tokens) < needed:
         raise ValueError(
             f"The calibration data has {len(tokens)} tokens in {used} texts; {count} samples of {length} tokens need "
-            f"{needed}: give more text, or ask for fewer or shorter samples."
+            f"{needed}: give more text, or ask for fewer or shorter samples (--samples, --sample-length)."
         )
     rows = torch.tensor(tokens[:needed]).view(count, -1)
     return list(torch.cat([torch.tensor(start, dtype=rows.dtype).expand(count, -1), rows], dim=1).split(1))

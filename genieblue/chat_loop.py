@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from genieblue.chat import Chat
+from genieblue.chat import Conversation
 from genieblue.terminal import message_for_user, note
 from modeling_genieblue.image_processing_genieblue import read_image
 
@@ -19,8 +19,8 @@ HELP = """/image PATH…  show images with your next line
 /quit         end (also Ctrl-D); Ctrl-C stops an answer"""
 
 
-def converse(chat: Chat, images: Sequence[Any], **settings: Any) -> None:
-    """Reads lines until /quit or the end of input; `settings` are those of `Chat.ask`.
+def converse(chat: Conversation, images: Sequence[Any], **settings: Any) -> None:
+    """Reads lines until /quit or the end of input; `settings` are those of its `ask`.
 
     A turn that fails is told and forgotten; the conversation goes on.
     """
@@ -64,7 +64,7 @@ def _lines(at_terminal: bool) -> Iterator[str]:
         yield line.strip()
 
 
-def _answer(chat: Chat, line: str, images: list[Any], at_terminal: bool, settings: dict[str, Any]) -> bool:
+def _answer(chat: Conversation, line: str, images: list[Any], at_terminal: bool, settings: dict[str, Any]) -> bool:
     """Streams the answer to one line; False if there was none."""
     if at_terminal:
         typer.secho("GenieBlue: ", bold=True, nl=False)

@@ -22,7 +22,7 @@ from genieblue.options import (
     Structure,
     View,
 )
-from genieblue.qnn_commands import answer_from_bundle, export_app, is_bundle, refuse_options, verify_qnn_bundle
+from genieblue.qnn_commands import export_app, is_bundle, open_bundle, refuse_options, verify_qnn_bundle
 from genieblue.quantize_command import quantize
 from genieblue.terminal import (
     ReportingGroup,
@@ -231,18 +231,8 @@ def chat(
         drawing, loading = ("temperature", "top_p", "seed"), ("backend", "base", "revision", "dtype", "device")
         others = (*drawing, *loading, "trust_remote_code")
         refuse_options(ctx, others, "a bundle, which is greedy, and complete as it was compiled")
-        answer_from_bundle(
-            qnn,
-            prompt,
-            image or [],
-            view=None if view is None else view.value,
-            max_new_tokens=max_new_tokens,
-            backend=npu.value,
-            adapter=adapter,
-            as_json=json_output,
-        )
-        return
-    refuse_options(ctx, ("npu", "adapter"), "a model; it is for a bundle (--qnn)")
+    else:
+        refuse_options(ctx, ("npu", "adapter"), "a model; it is for a bundle (--qnn)")
     with stdout_for_json(json_output):
         quiet_transformers()
         from transformers import set_seed
@@ -251,12 +241,15 @@ def chat(
         from modeling_genieblue.image_processing_genieblue import read_image
 
         images = [read_image(source, index) for index, source in enumerate(image or [])]
-        where = "cpu" if backend == Backend.onnxruntime and device is None else choose_device(device)
-        conversation = _load_chat(model, base, revision, dtype, where, trust_remote_code, backend.value)
+        settings = {"max_new_tokens": max_new_tokens, "view": None if view is None else view.value}
+        if qnn is not None:
+            conversation = open_bundle(qnn, npu.value, adapter)
+        else:
+            where = "cpu" if backend == Backend.onnxruntime and device is None else choose_device(device)
+            conversation = _load_chat(model, base, revision, dtype, where, trust_remote_code, backend.value)
+            settings |= {"temperature": temperature, "top_p": top_p}
         if seed is not None:
             set_seed(seed)
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        settings["view"] = None if view is None else view.value
         if conversation.completes_only:
             note("The base has no chat template: what you write is completed, and not remembered.")
         if prompt is None:

@@ -1,7 +1,6 @@
 """`genieblue export qnn`, and what `chat` and `verify` do with a bundle for a phone's NPU."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,35 +144,12 @@ def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], Non
     return verify_bundle(path, base=loaded, on_check=on_check)
 
 
-def answer_from_bundle(
-    bundle: str,
-    prompt: str | None,
-    sources: Sequence[str],
-    *,
-    view: str | None,
-    max_new_tokens: int,
-    backend: str,
-    adapter: Path | None,
-    as_json: bool,
-) -> None:
-    """Prints one answer by a bundle's graphs, or `{"text", "view", "prompt_tokens", "generated_tokens"}`."""
-    if prompt is None:
-        raise typer.BadParameter("A bundle answers one request: give it as --prompt.", param_hint="--qnn")
+def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
+    """A conversation with a bundle's graphs, as `genieblue.chat.Chat` is with a model."""
     from conversion.qnn.runner import QnnRunner
-    from modeling_genieblue.image_processing_genieblue import read_image
+    from genieblue.qnn_chat import QnnChat
 
-    with stdout_for_json(True):
-        images = [read_image(source, index) for index, source in enumerate(sources)]
-        runner = QnnRunner(bundle, backend=backend, adapter=adapter)
-        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
-        message = {"role": "user", "content": parts if images else prompt}
-        answer = runner.chat([message], max_new_tokens=max_new_tokens, view=view)
-    if as_json:
-        print_json(asdict(answer))
-        return
-    typer.echo(answer.text)
-    read, written = answer.prompt_tokens, answer.generated_tokens
-    note(f"[{answer.view} graphs on the {backend}, {read} tokens read, {written} written]")
+    return QnnChat(QnnRunner(bundle, backend=backend, adapter=adapter))
 
 
-__all__ = ["answer_from_bundle", "export_app", "is_bundle", "refuse_options", "verify_qnn_bundle"]
+__all__ = ["export_app", "is_bundle", "open_bundle", "refuse_options", "verify_qnn_bundle"]

@@ -25,6 +25,7 @@ from conversion.qnn.qdq_files import read_codes
 from conversion.qnn.runner import QnnRunner
 from conversion.qnn.verify import verify_bundle
 from genieblue.cli import app
+from genieblue.qnn_chat import QnnChat
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters
 from modeling_genieblue.settings_files_genieblue import QUANTIZED_PARTS
@@ -297,6 +298,37 @@ def test_chat_asks_a_bundle(bundle, tmp_path):
     answer = run_json(*command, "--image", tmp_path / "scan.png")
     assert set(answer) == {"text", "view", "prompt_tokens", "generated_tokens"}
     assert answer["view"] == "multimodal" and answer["prompt_tokens"] > 4
+
+
+def test_a_conversation_goes_on_from_the_cache_with_the_same_answers(bundle):
+    runner, fresh = QnnRunner(bundle), QnnRunner(bundle)
+    read = []
+    go_on = runner.go_on
+    runner.go_on = lambda decoder, ids, *rest, **more: read.append((decoder.length, len(ids))) or go_on(
+        decoder, ids, *rest, **more
+    )
+    chat = QnnChat(runner)
+    red, blue = (Image.new("RGB", (24, 24), color) for color in ("red", "blue"))
+    turns = [("a", []), ("b", []), ("c", [red]), ("d", []), ("e", [blue])]
+    for prompt_text, images in turns:
+        before = list(chat.messages)
+        pieces = []
+        found = chat.ask(prompt_text, images, max_new_tokens=2, on_text=pieces.append)
+        expected = fresh.chat([*before, chat.messages[-2]], max_new_tokens=2)
+        assert (found["text"], found["view"], found["prompt_tokens"]) == (
+            expected.text, expected.view, expected.prompt_tokens
+        )  # fmt: skip
+        assert "".join(pieces) == found["text"]
+        assert sum(read[-1]) == found["prompt_tokens"]
+    cached = [length for length, _ in read]
+    assert cached[0] == 0 and cached[1] > 0  # a text turn goes on,
+    assert cached[2] == 0  # the first image runs the other view from the start,
+    assert cached[3] > 0 and cached[4] > 0  # which then goes on as well, with the new tile alone
+    with pytest.raises(ValueError, match="context of 64"):
+        chat.ask("word " * CONTEXT)
+    assert len(chat.messages) == 2 * len(turns)
+    chat.reset()
+    assert chat.ask("a", max_new_tokens=2) == QnnChat(fresh).ask("a", max_new_tokens=2)
 
 
 @pytest.mark.slow

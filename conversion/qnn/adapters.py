@@ -18,7 +18,7 @@ import torch
 from conversion.qnn.bundle import Bundle, scale_name
 from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.encoding import WeightCodes, round_with_scales
-from conversion.qnn.names import is_lora, weight_bits
+from conversion.qnn.names import UNFINISHED, is_lora, weight_bits
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters
 from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
@@ -26,7 +26,6 @@ from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
 logger = logging.getLogger(__name__)
 # Share of the LoRA values that may lie beyond the scales of the bundle, and are cut.
 LARGEST_CUT = 0.01
-UNFINISHED = ".unfinished"
 
 
 def adapter_entries(part: int, codes: Mapping[str, WeightCodes]) -> dict[str, np.ndarray]:

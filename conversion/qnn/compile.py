@@ -15,11 +15,11 @@ import onnx
 
 import conversion
 from conversion.qnn.compile_worker import FAILED
+from conversion.qnn.names import UNFINISHED
 from conversion.qnn.npu import CompileError
 from conversion.qnn.soc import Soc
 
 logger = logging.getLogger(__name__)
-UNFINISHED = ".unfinished"
 
 
 @contextmanager

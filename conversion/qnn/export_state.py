@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from conversion.qnn.bundle import METADATA
+from conversion.qnn.names import UNFINISHED
 
 logger = logging.getLogger(__name__)
-UNFINISHED = ".unfinished"
 STATE, DONE = "export.json", "done.json"
 LONGEST_SHOWN = 40  # characters of a setting in a message; digests are longer
 

@@ -7,6 +7,7 @@ BASE_BITS, LORA_BITS = 4, 8
 STAGES = ("prefill", "decode")
 # In the names of what the float graph says: with its own weights, and with those that the codes stand for.
 EXACT, ROUNDED = "exact", "rounded"
+UNFINISHED = ".unfinished"  # ending of what is being written, and gets its name when it is whole
 
 
 def is_lora(name: str) -> bool:
@@ -20,6 +21,6 @@ def weight_bits(name: str) -> int:
 
 
 __all__ = [
-    "BASE_BITS", "EXACT", "LORA_BITS", "LORA_MODES", "ROUNDED", "ROUNDINGS", "STAGES", "VIEWS", "is_lora",
-    "weight_bits",
+    "BASE_BITS", "EXACT", "LORA_BITS", "LORA_MODES", "ROUNDED", "ROUNDINGS", "STAGES", "UNFINISHED", "VIEWS",
+    "is_lora", "weight_bits",
 ]  # fmt: skip

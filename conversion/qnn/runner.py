@@ -4,7 +4,7 @@ NumPy and ONNX Runtime only, besides the processor. It is the reference for whoe
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ class ViewGraphs:
         expected = [bundle.lora_inputs(number, view) for number in range(len(bundle.metadata["parts"]))]
         self._lora = [read_adapter(file, number, lora) if lora else {} for number, lora in enumerate(expected)]
         self._graphs: dict[tuple[int, int], CodedGraph] = {}
+
+    def open(self) -> None:
+        """Opens all graphs of the view now, instead of when they are called."""
+        for number in range(len(self.bundle.metadata["parts"])):
+            for tokens in (self.bundle.metadata["chunk_length"], 1):
+                self.part(number, tokens)
 
     def part(self, number: int, tokens: int) -> CodedGraph:
         """The graph of a part for `tokens` at a time."""
@@ -192,7 +198,7 @@ class QnnRunner:
 
     def logits(self, input_ids: Sequence[int], pixel_values: np.ndarray | None = None, view: str | None = None) -> Any:
         """Logits (length, vocabulary) of a whole request, in the view that it runs or in the one that is named."""
-        return self.views[_choose_view(view, pixel_values)].decoder().read(self.embed(input_ids, pixel_values))
+        return self.views[choose_view(view, pixel_values)].decoder().read(self.embed(input_ids, pixel_values))
 
     def generate(
         self,
@@ -201,9 +207,23 @@ class QnnRunner:
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         view: str | None = None,
-    ) -> Iterable[int]:
+    ) -> Iterator[int]:
         """Greedy decoding: yields new ids until an end token (which is not given), the limit, or the context's end."""
-        decoder = self.views[_choose_view(view, pixel_values)].decoder()
+        decoder = self.views[choose_view(view, pixel_values)].decoder()
+        return self.go_on(decoder, input_ids, pixel_values, max_new_tokens=max_new_tokens)
+
+    def go_on(
+        self,
+        decoder: ChunkedDecoder,
+        input_ids: Sequence[int],
+        pixel_values: np.ndarray | None = None,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    ) -> Iterator[int]:
+        """As `generate`, behind what `decoder` has read already; ids and tiles are the new ones.
+
+        Afterwards it has read all of them and every token but the last that was given.
+        """
         ends = set(self.bundle.metadata["generation"]["eos_token_ids"])
         (logits,) = decoder.read(self.embed(input_ids, pixel_values), last_only=True)
         for _ in range(max_new_tokens):
@@ -229,13 +249,13 @@ class QnnRunner:
         )
         pixels = inputs.get("pixel_values")
         ids = np.asarray(inputs["input_ids"]).reshape(-1)
-        view = _choose_view(view, pixels)
+        view = choose_view(view, pixels)
         answer = list(self.generate(ids, pixels, max_new_tokens=max_new_tokens, view=view))
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
         return Answer(text, view, len(ids), len(answer))
 
 
-def _choose_view(view: str | None, pixel_values: Any) -> str:
+def choose_view(view: str | None, pixel_values: Any) -> str:
     """The view that a request runs; `ValueError` for one that is not there, or has no eyes for its images."""
     if view is None:
         return "text" if pixel_values is None else "multimodal"
@@ -246,4 +266,4 @@ def _choose_view(view: str | None, pixel_values: Any) -> str:
     return view
 
 
-__all__ = ["Answer", "CodedGraph", "QnnRunner", "ViewGraphs"]
+__all__ = ["Answer", "CodedGraph", "QnnRunner", "ViewGraphs", "choose_view"]
