@@ -63,6 +63,7 @@ class Quantization:
     rounding: str
     activations: str
     other_precision: dict[str, str] = field(default_factory=dict)  # layer -> which one, and why
+    other_rounding: dict[str, str] = field(default_factory=dict)  # part -> which one, of how many of its layers
     source: str | None = None  # Hub id of the unquantized GenieBlue
 
     @property
@@ -228,6 +229,7 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
         rounding=recorded["rounding"],
         activations=recorded["activations"],
         other_precision=recorded.get("other_precision") or {},
+        other_rounding=recorded.get("other_rounding") or {},
         source=source if is_hub_id(source, folder) and "/" in source else None,
     )
 

@@ -50,6 +50,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "rounding": settings["rounding"],
         "activations": settings["activations"],
         "other_precision": settings["other_precision"],
+        "other_rounding": settings.get("other_rounding") or {},
         "tokenizer_needs_code": "AutoTokenizer" in auto_map,
         "licence": licence,
     }

@@ -342,6 +342,8 @@ def test_config_says_which_parts_were_rounded_by_another_method(tmp_path, caplog
     assert (base["rounding"], base["other_rounding"]) == ("gptq", {"lm_head": "rtn: 1 of 1 layers"})
     assert "lm_head (" not in caplog.text
     assert load(tmp_path / "genieblue").config.quantization == recorded
+    for name in ("genieblue", "base"):
+        assert "`lm_head` rtn: 1 of 1 layers" in (tmp_path / name / "README.md").read_text()
 
 
 def test_linear_that_no_sample_reached_is_named(tmp_path, monkeypatch, caplog):
