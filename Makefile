@@ -21,6 +21,7 @@ test-slow: $(VENV)/aimet.stamp  ## the tests marked slow, with the extra aimet
 
 lint: $(STAMP)  ## ruff alone
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 clean:  ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache

@@ -195,6 +195,7 @@ def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **opti
     said = {"PyTorch, 32 bits": [line["said"] for line in read_scans(model, processor, demo / "held-out", lines)]}
     lengths = {"chunk_length": 32, "context_length": 128}
     export_measured(bundle, demo / "genieblue", calibration=calibration, **lengths, **options)
+
     def chat(line: dict[str, str]) -> list[dict[str, Any]]:
         image = Image.open(demo / "held-out" / line["image"])
         content = [{"type": "image", "image": image}, {"type": "text", "text": line["question"]}]

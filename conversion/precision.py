@@ -100,9 +100,7 @@ def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
     Those that are quantized count too, so that the plan of a quantized model can be made again.
     """
-    return (
-        (name, module) for name, module in tree.named_modules() if type(module) is nn.Linear or is_frozen(module)
-    )
+    return ((name, module) for name, module in tree.named_modules() if type(module) is nn.Linear or is_frozen(module))
 
 
 def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:

@@ -125,9 +125,7 @@ def _stored_size(tensor: Any) -> PartSize:
 class _Files:
     """Files of a model in a folder or on the Hub, of which the large ones are not downloaded."""
 
-    def __init__(
-        self, name: str, revision: str | None, token: str | bool | None, cache_dir: Any, subfolder: str = ""
-    ):
+    def __init__(self, name: str, revision: str | None, token: str | bool | None, cache_dir: Any, subfolder: str = ""):
         self.name, self.revision, self.token, self.cache_dir = name, revision, token, cache_dir
         self.subfolder = subfolder  # of a repository, with a slash at its end
         self.folder = Path(name) if os.path.isdir(name) else None
@@ -168,15 +166,10 @@ class _Files:
             raise FileNotFoundError(f"{self.folder} has no {file}: save or download the model again.")
         try:
             api = HfApi(token=self.token)
-            metadata = api.parse_safetensors_file_metadata(
-                self.name, self.subfolder + file, revision=self.revision
-            )
+            metadata = api.parse_safetensors_file_metadata(self.name, self.subfolder + file, revision=self.revision)
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
-        return {
-            name: as_parameters(name, _stored_size(tensor))
-            for name, tensor in metadata.tensors.items()
-        }
+        return {name: as_parameters(name, _stored_size(tensor)) for name, tensor in metadata.tensors.items()}
 
 
 __all__ = ["ModelInfo", "model_info"]

@@ -102,8 +102,10 @@ class ModelCardInfo:
 
 def render_model_card(info: ModelCardInfo) -> str:
     """Markdown of the card: YAML front matter for the Hub, then the body."""
-    body = card_environment().get_template("model_card_template.md").render(
-        info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB, base_parts=BASE_PARTS
+    body = (
+        card_environment()
+        .get_template("model_card_template.md")
+        .render(info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB, base_parts=BASE_PARTS)
     )
     return assemble_card(_metadata(info), body)
 

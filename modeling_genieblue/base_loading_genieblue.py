@@ -40,9 +40,7 @@ def resolve_base(
     return name, None
 
 
-def hub_commit(
-    name: str, revision: str | None, *, local_files_only: bool | None = None, **access: Any
-) -> str | None:
+def hub_commit(name: str, revision: str | None, *, local_files_only: bool | None = None, **access: Any) -> str | None:
     """The commit that a revision points to, from the local cache if it is there."""
     for only_cached in (True,) if local_files_only else (True, False):
         try:

@@ -152,8 +152,11 @@ def _meta_skeleton(block: nn.Module) -> nn.Module:
     """`block` with parameters on the meta device; linears of a quantized base become plain ones, to hold a copy."""
     memo = {id(buffer): buffer for buffer in block.buffers()}
     for parameter in block.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), requires_grad=False) \
-            if parameter.is_floating_point() else parameter
+        memo[id(parameter)] = (
+            nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), requires_grad=False)
+            if parameter.is_floating_point()
+            else parameter
+        )
     skeleton = copy.deepcopy(block, memo)
     for name, module in list(skeleton.named_modules()):
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
@@ -205,8 +208,10 @@ def parameter_device(view: nn.Module, name: str) -> torch.device:
         neighbour = view.get_submodule(name.split(".modules_to_save.")[0] + ".original_module")
     else:
         neighbour = view.get_submodule(name.split(".lora_")[0] + ".base_layer")
-    return next((parameter.device for parameter in neighbour.parameters() if parameter.device.type != "meta"),
-                torch.device("cpu"))
+    return next(
+        (parameter.device for parameter in neighbour.parameters() if parameter.device.type != "meta"),
+        torch.device("cpu"),
+    )
 
 
 def set_parameter(view: nn.Module, name: str, value: torch.Tensor) -> None:

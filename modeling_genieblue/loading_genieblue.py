@@ -199,8 +199,11 @@ def _split_device_map(device_map: Any) -> tuple[Any, Any]:
         return device_map, device_map
     prefix = "language_model."
     own = {name: device for name, device in device_map.items() if not f"{name}.".startswith(prefix)}
-    base = {name.removeprefix("language_model").removeprefix("."): device
-            for name, device in device_map.items() if f"{name}.".startswith(prefix)}
+    base = {
+        name.removeprefix("language_model").removeprefix("."): device
+        for name, device in device_map.items()
+        if f"{name}.".startswith(prefix)
+    }
     return own, base or None
 
 

@@ -200,11 +200,16 @@ class FusedOnnxRuntimeLinears:
             raise ValueError(f"Weights to be stacked need one layout, got {[weight.layout for weight in weights]}.")
         self.in_features = weights[0].in_features
         self.out_features = [len(weight.blob) for weight in weights]
-        stacked = weights[0] if len(weights) == 1 else weights[0]._replace(
-            blob=np.concatenate([weight.blob for weight in weights]),
-            scale=np.concatenate([weight.scale for weight in weights]),
-            zero_point=None if weights[0].zero_point is None
-            else np.concatenate([weight.zero_point for weight in weights]),
+        stacked = (
+            weights[0]
+            if len(weights) == 1
+            else weights[0]._replace(
+                blob=np.concatenate([weight.blob for weight in weights]),
+                scale=np.concatenate([weight.scale for weight in weights]),
+                zero_point=None
+                if weights[0].zero_point is None
+                else np.concatenate([weight.zero_point for weight in weights]),
+            )
         )
         bias = None
         if any(part is not None for part in biases):

@@ -105,8 +105,11 @@ def load_quantized_base(
         )
     location = os.fspath(location)
     hub_kwargs = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
-    own_config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **hub_kwargs) \
-        if config is None else copy.deepcopy(config)
+    own_config = (
+        AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **hub_kwargs)
+        if config is None
+        else copy.deepcopy(config)
+    )
     settings = getattr(own_config, "quantization_config", None) or read_base_quantization(location, **hub_kwargs)
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{location} is no base that GenieBlue quantized: load it without this class.")

@@ -109,8 +109,7 @@ def test_linears_that_read_one_tensor_share_a_hessian():
     base = tiny_base("llama")
     found, _ = walk_and_collect(base, text(), "model.layers")
     query, key, value, out, gate, up = (
-        found[0, name]
-        for name in (*(f"self_attn.{kind}_proj" for kind in "qkvo"), "mlp.gate_proj", "mlp.up_proj")
+        found[0, name] for name in (*(f"self_attn.{kind}_proj" for kind in "qkvo"), "mlp.gate_proj", "mlp.up_proj")
     )
     assert query is key is value and gate is up
     assert out is not query and gate is not out

@@ -237,9 +237,7 @@ def test_token_and_cache_reach_the_base(hub, pushed, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "cache").iterdir()} >= {
         "models--you--base-llm", "models--you--genieblue-tiny"
     }  # fmt: skip
-    assert torch.equal(
-        logits(load(cache_dir=tmp_path / "cache", local_files_only=True)), logits(pushed)
-    )
+    assert torch.equal(logits(load(cache_dir=tmp_path / "cache", local_files_only=True)), logits(pushed))
 
 
 def test_token_and_cache_reach_what_a_save_looks_up(hub, pushed, base, tmp_path, monkeypatch):

@@ -58,8 +58,14 @@ def extract(module):
 
 def on_onnxruntime(source):
     return OnnxRuntimeLinear(
-        source.codes, source.scale, source.zero_point, source.bias,
-        bits=source.bits, group_size=source.group_size, dtype=source.scale.dtype, num_threads=2,
+        source.codes,
+        source.scale,
+        source.zero_point,
+        source.bias,
+        bits=source.bits,
+        group_size=source.group_size,
+        dtype=source.scale.dtype,
+        num_threads=2,
     )
 
 
@@ -219,8 +225,16 @@ def test_a_deep_copy_is_the_same_object():
 @pytest.mark.parametrize(
     ("in_features", "bits", "group_size", "block"),
     [
-        (256, 4, 128, 128), (1024, 4, 256, 128), (192, 4, 96, 32), (4304, 4, 16, 16), (4304, 8, 4304, 128),
-        (4, 8, 4, 16), (100, 4, 100, 128), (96, 4, 24, None), (96, 4, 8, None), (128, 2, 128, None),
+        (256, 4, 128, 128),
+        (1024, 4, 256, 128),
+        (192, 4, 96, 32),
+        (4304, 4, 16, 16),
+        (4304, 8, 4304, 128),
+        (4, 8, 4, 16),
+        (100, 4, 100, 128),
+        (96, 4, 24, None),
+        (96, 4, 8, None),
+        (128, 2, 128, None),
     ],
 )
 def test_blocks_are_powers_of_two_that_divide_the_group(in_features, bits, group_size, block):

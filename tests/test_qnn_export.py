@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tiny_models import tiny_base
-from tiny_qnn import CHUNK, CONTEXT, requests, save_pair, tiny_model, two_blocks
+from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair, tiny_model, two_blocks
 from typer.testing import CliRunner
 
 from conversion.qnn import compile as compile_module
@@ -39,8 +39,6 @@ from genieblue.calibration_data import read_calibration, read_chats
 from genieblue.cli import app
 from modeling_genieblue import GenieBlueProcessor
 from modeling_genieblue.settings_files_genieblue import QUANTIZED_PARTS
-
-SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
 
 
 @pytest.fixture(scope="module")

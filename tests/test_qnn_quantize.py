@@ -54,9 +54,7 @@ class FloatView:
         self.shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
         graph = DecoderGraph(view_of(model, view), self.shape)
         self.models = {
-            tokens: to_float_onnx(
-                graph, graph.example_inputs(tokens, CONTEXT), graph.input_names, graph.output_names
-            )
+            tokens: to_float_onnx(graph, graph.example_inputs(tokens, CONTEXT), graph.input_names, graph.output_names)
             for tokens in (CHUNK, 1)
         }
         meter = RangeMeter(self.models[CHUNK], folder)

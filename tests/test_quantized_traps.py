@@ -149,9 +149,7 @@ def test_shapes_that_fit_8_bits_only_are_named():
 @pytest.mark.parametrize("through", [GenieBlueForConditionalGeneration, AutoModel], ids=lambda each: each.__name__)
 def test_quantization_config_on_top_is_refused(through, mix):
     with pytest.raises(ValueError, match="quantized already"):
-        through.from_pretrained(
-            quantized_pair(**mix) / "genieblue", quantization_config=QuantoConfig(weights="int8")
-        )
+        through.from_pretrained(quantized_pair(**mix) / "genieblue", quantization_config=QuantoConfig(weights="int8"))
 
 
 def test_quantization_config_on_a_quantized_base_is_refused():

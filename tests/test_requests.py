@@ -1,6 +1,5 @@
 """Rules of a request: views by row, mixed batches, caches that belong to a view, several turns, bad input."""
 
-
 import pytest
 import torch
 from tiny_genieblue import (
@@ -312,9 +311,7 @@ def test_tuples_are_returned_on_request():
     model = tiny_genieblue()
     for ids, pixels in ((TEXTS[0], None), (IMAGES[0], PIXELS[:1])):
         whole = model(ids, pixel_values=pixels, labels=ids.masked_fill(ids == IMAGE_ID, -100))
-        parts = model(
-            ids, pixel_values=pixels, labels=ids.masked_fill(ids == IMAGE_ID, -100), return_dict=False
-        )
+        parts = model(ids, pixel_values=pixels, labels=ids.masked_fill(ids == IMAGE_ID, -100), return_dict=False)
         assert torch.equal(parts[0], whole.loss)
         assert torch.equal(parts[1], whole.logits)
 

@@ -77,9 +77,7 @@ def test_error_of_each_method_on_correlated_activations(distribution):
     inputs = correlated_activations(6144, features)
     seen, unseen = inputs[:4096], inputs[4096:]  # of one covariance; the error is that on the latter
     errors = {
-        method: output_error(
-            weight, round_weight(weight, 4, 128, method=method, hessian=hessian_of(seen)), unseen
-        )
+        method: output_error(weight, round_weight(weight, 4, 128, method=method, hessian=hessian_of(seen)), unseen)
         for method in ROUNDING_METHODS
     }
     assert errors == pytest.approx(EXPECTED_ERRORS[distribution], rel=0.08)

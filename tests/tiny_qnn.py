@@ -13,6 +13,7 @@ from conversion.qnn.decoder_graph import DecoderGraph
 from conversion.qnn.decoder_shape import make_decoder_shape
 
 CHUNK, CONTEXT = 8, 64
+SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -56,9 +57,7 @@ def tiny_model(variant: str = "llama", **options):
 def two_blocks(variant: str = "llama"):
     """The same with two blocks, the second one replicated: everything there is, exported in half the time."""
     family, overrides = VARIANTS[variant]
-    return tiny_genieblue(
-        base=tiny_base(family, **{**SHAPE, **overrides}, num_hidden_layers=2), replicated_layers=[1]
-    )
+    return tiny_genieblue(base=tiny_base(family, **{**SHAPE, **overrides}, num_hidden_layers=2), replicated_layers=[1])
 
 
 def view_of(model, name: str):

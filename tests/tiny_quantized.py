@@ -23,8 +23,10 @@ from modeling_genieblue import GenieBlueForConditionalGeneration
 SHAPE = {"hidden_size": 64, "intermediate_size": 160}
 TOWER = {"hidden_size": 32, "intermediate_size": 64}
 OWN_WEIGHTS, OWN_QMAP = "genieblue/model.safetensors", "genieblue/quanto_qmap.json"
-ADAPTER, ADAPTER_QMAP = "genieblue/language_adapter/quantized_adapter.safetensors", \
-    "genieblue/language_adapter/quanto_qmap.json"
+ADAPTER, ADAPTER_QMAP = (
+    "genieblue/language_adapter/quantized_adapter.safetensors",
+    "genieblue/language_adapter/quanto_qmap.json",
+)
 BASE_WEIGHTS, BASE_QMAP = "base/quantized_model.safetensors", "base/quanto_qmap.json"
 TEXT, REQUEST, PIXELS = prompt(9), row(5, IMAGE, 9, 40, 41), tiles()
 

@@ -176,7 +176,7 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
             f"Time                      {report['seconds']:.0f} s ({parts})",
             "",
             f"Look at {Path(out) / 'contact-sheet.png'}, or ask it yourself:",
-            f'  genieblue chat {Path(out) / "genieblue"} --image {Path(out) / "held-out" / shown} '
+            f"  genieblue chat {Path(out) / 'genieblue'} --image {Path(out) / 'held-out' / shown} "
             f'--prompt "{QUESTION}"',
         ]
     )
