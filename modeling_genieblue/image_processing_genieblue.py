@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from huggingface_hub import get_session
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ IMAGE_TYPES = (
     "string"
 )
 DOWNLOAD_SECONDS = 30
+LARGEST_DOWNLOAD = 256 * 2**20  # bytes
 
 
 class GenieBlueImagesKwargs(ImagesKwargs, total=False):
@@ -232,13 +233,13 @@ def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
         except ValueError as error:
             raise ValueError(f"{name} is a data:image string that is not valid base64 ({error}).") from error
         source, file = f"{name} (data:image string)", BytesIO(content)
+    elif source.startswith(("http://", "https://")):
+        file = BytesIO(_download(source))
     else:
         file = source
     if file is source and os.path.exists(source) and not os.path.isfile(source):  # a pipe would be waited for
         raise OSError(f"'{source[:200]}' cannot be read as an image: it is no regular file; expected an image's path.")
     try:
-        if source.startswith(("http://", "https://")):
-            return load_image(source, timeout=DOWNLOAD_SECONDS), source
         return Image.open(file), source
     except Image.DecompressionBombError as error:
         raise _too_large(source, str(error)) from error
@@ -247,12 +248,25 @@ def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
             f"Image file '{source[:200]}' does not exist; expected a path, an http(s) address or a data:image/ string."
         ) from error
     except Exception as error:  # Pillow's readers raise nearly anything for a damaged file.
-        if source.startswith(("http://", "https://")) and not isinstance(error, UnidentifiedImageError):
-            raise OSError(
-                f"{source[:200]} could not be fetched ({type(error).__name__}: {error}): check the address and the "
-                "network, or give a file."
-            ) from error
         raise _unreadable(source, error) from error
+
+
+def _download(address: str) -> bytes:
+    """Fetch an image's bytes; transformers' own loader would decode it too, past all the checks that files get."""
+    try:
+        with get_session().stream("GET", address, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as response:
+            response.raise_for_status()
+            content = bytearray()
+            for piece in response.iter_bytes():
+                content += piece
+                if len(content) > LARGEST_DOWNLOAD:
+                    raise ValueError(f"it is larger than {LARGEST_DOWNLOAD // 2**20} MiB")
+    except Exception as error:  # of the client's own classes, and those of addresses that are none
+        raise OSError(
+            f"{address[:200]} could not be fetched ({type(error).__name__}: {error}): check the address and the "
+            "network, or give a file."
+        ) from error
+    return bytes(content)
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:

@@ -1,10 +1,13 @@
 """Every kind of image that people have, and the images that must be refused."""
 
 import base64
+import functools
 import importlib
 import logging
 import os
 import re
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -316,18 +319,41 @@ def test_impossible_settings_are_refused(settings, words):
         processor(**settings)
 
 
-def test_an_address_is_loaded_by_transformers(monkeypatch):
+@pytest.fixture
+def served(tmp_path):
+    """A folder, and the address under which its files are served."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "I;16", "CMYK"])
+def test_an_address_gives_the_pixels_of_its_file(served, mode):
+    folder, address = served
+    values = np.random.default_rng(3).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    image = Image.fromarray(values, "RGBA")
+    image = Image.fromarray(values[..., 0].astype(np.uint16) * 100) if mode == "I;16" else image.convert(mode)
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    image.save(folder / name)
+    assert np.array_equal(read_image(f"{address}/{name}"), read_image(folder / name))
+
+
+def test_an_address_that_gives_no_image_is_refused(served, monkeypatch):
+    folder, address = served
+    flat_image(BLUE).save(folder / "a.eps")
+    assert "PostScript" in refused(f"{address}/a.eps", ValueError)
+    (folder / "page.html").write_text("<html>")
+    assert "page.html" in refused(f"{address}/page.html", OSError)
+    assert "could not be fetched" in refused(f"{address}/missing.png", OSError)
+    assert "could not be fetched (ConnectError" in refused("http://127.0.0.1:1/a.png", OSError)
+    assert "could not be fetched" in refused("http://", OSError)
+    flat_image(BLUE).save(folder / "a.png")
     module = importlib.import_module(GenieBlueImageProcessor.__module__)
-    known = {"http://a/b": flat_image(BLUE)}
-    monkeypatch.setattr(module, "load_image", lambda address, timeout: known[address])
-    assert colour_of("http://a/b") == BLUE
-
-    def fail(address, timeout):
-        raise ConnectionError("refused")
-
-    monkeypatch.setattr(module, "load_image", fail)
-    message = refused("https://a/c", OSError)
-    assert "https://a/c could not be fetched (ConnectionError: refused)" in message and "damaged" not in message
+    monkeypatch.setattr(module, "LARGEST_DOWNLOAD", 16)
+    assert "larger than" in refused(f"{address}/a.png", OSError)
 
 
 def test_the_bytes_of_a_file_are_an_image(tmp_path):
