@@ -1,6 +1,6 @@
 """Quantized GenieBlues: bytes, load, decode speed and accuracy, each beside 16 bits.
 
-    python benchmarks/quantization.py [--demo demo-out] [--full-size full-size] [--pairs 9] [--runs 3] [--json]
+    python -m benchmarks.quantization [--demo demo-out] [--full-size full-size] [--pairs 9] [--runs 3] [--json]
 
 Decode speed is that of a random-weight model of 278 M parameters in linears (16 blocks, hidden size 1280), bf16, batch
 1, in interleaved pairs. Accuracy is that of the model which `make demo` left in `--demo`, on its held-out scans and

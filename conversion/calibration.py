@@ -1,6 +1,7 @@
 """Calibration for rounding: what the linears of a model read, block by block, while the blocks are being rounded."""
 
 import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 Hessians = dict[str, torch.Tensor]
@@ -86,10 +89,10 @@ def linear_hessians(module: nn.Module, run: Callable[[], object], names: Sequenc
 
 
 def text_batches(tokenizer, texts: Iterable[str], length: int, count: int) -> list[torch.Tensor]:
-    """`count` rows of token ids (1, length): the texts in their order, separated by empty lines and packed.
+    """Up to `count` rows of token ids (1, length): the texts in their order, separated by empty lines and packed.
 
     Each row begins with what the tokenizer begins a text with (`<s>`, or nothing). Texts that are not needed are not
-    read. Raises `ValueError` for too little text.
+    read. Raises `ValueError` for text that does not fill one row, and warns if it fills fewer than asked for.
     """
     start = _leading_tokens(tokenizer)
     if count < 1 or length <= len(start):
@@ -97,21 +100,24 @@ def text_batches(tokenizer, texts: Iterable[str], length: int, count: int) -> li
             f"{count} calibration samples of {length} tokens were asked for: expected at least 1, of more than "
             f"{len(start)} tokens."
         )
-    needed = count * (length - len(start))
+    own = length - len(start)
     tokens, used = [], 0
     for text in texts:
-        if len(tokens) >= needed:
+        if len(tokens) >= count * own:
             break
         if text.strip():
             tokens += tokenizer(text.strip() + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
             used += 1
-    if len(tokens) < needed:
+    filled = min(count, len(tokens) // own)
+    if filled == 0:
         raise ValueError(
-            f"The calibration data has {len(tokens)} tokens in {used} texts; {count} samples of {length} tokens need "
-            f"{needed}: give more text, or ask for fewer or shorter samples (--samples, --sample-length)."
+            f"The calibration data has {len(tokens)} tokens in {used} texts; a sample of {length} tokens needs {own}: "
+            "give more text, or ask for shorter samples (--sample-length)."
         )
-    rows = torch.tensor(tokens[:needed]).view(count, -1)
-    return list(torch.cat([torch.tensor(start, dtype=rows.dtype).expand(count, -1), rows], dim=1).split(1))
+    if filled < count:
+        logger.warning("The calibration texts fill %d samples of %d tokens; %d were wanted.", filled, length, count)
+    rows = torch.tensor(tokens[: filled * own]).view(filled, -1)
+    return list(torch.cat([torch.tensor(start, dtype=rows.dtype).expand(filled, -1), rows], dim=1).split(1))
 
 
 def read_paragraphs(path: str | os.PathLike) -> list[str]:

@@ -16,6 +16,7 @@ from torch import nn
 
 import modeling_genieblue
 from hub_cards.code_files import with_siblings
+from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.loading_genieblue import is_local_reference
@@ -26,12 +27,7 @@ from modeling_genieblue.saving_genieblue import refuse_foreign_folder
 
 logger = logging.getLogger(__name__)
 
-# What a base has beside its weights and its configuration, and a user of it needs.
-COMPANIONS = (
-    "generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "chat_template*", "*.py", "*LICENSE*",
-    "*NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+COMPANIONS = (*BASE_COMPANIONS, "*.py")
 BASE_CODE = "quantized_base_genieblue.py"
 
 

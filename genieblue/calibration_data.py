@@ -51,7 +51,7 @@ def read_calibration(
             texts += read_paragraphs(path)
     collator = ChatCollator(processor)
     return CalibrationSamples(
-        text=_rows(processor.tokenizer, texts, length, count),
+        text=text_batches(processor.tokenizer, texts, length, count),
         multimodal=[_request(collator.encode(chat)) for chat in chats[:count]],
     )
 
@@ -59,17 +59,6 @@ def read_calibration(
 def _texts(sample: Any) -> list[str]:
     parts = [part for message in sample.messages for part in message["content"]]
     return [part["text"] for part in parts if part["type"] == "text"]
-
-
-def _rows(tokenizer: Any, texts: list[str], length: int, count: int) -> list[torch.Tensor]:
-    """As many rows as the texts fill; `ValueError` if that is not even one."""
-    for rows in (count, count // 2, count // 4, count // 8, count // 16):
-        if rows > 1:
-            try:
-                return text_batches(tokenizer, texts, length, rows)
-            except ValueError:
-                continue
-    return text_batches(tokenizer, texts, length, 1)
 
 
 def _request(row: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -202,7 +202,7 @@ def card_info_from_folder(
         base_is_on_hub=on_hub,
         base_is_inside=is_inner_folder(base),
         base_revision=revision,
-        base_needs_remote_code="auto_map" in text_config,
+        base_needs_remote_code=bool(config.get("base_model_runs_remote_code")),
         base_license=_license(base_card, f"{HUB}/{base}/blob/{revision or 'main'}" if on_hub else None),
         num_blocks=text_config.get("num_hidden_layers"),
         # A path says nothing to a reader elsewhere.

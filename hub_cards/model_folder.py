@@ -23,6 +23,12 @@ BASE_PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 OUR_MODULES = ("vision_tower", "multi_modal_projector")  # the language parts lie in the adapter
 
+# Patterns of what tokenizers keep their vocabulary in, and of all files of tokenizers and licences.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "vocab.*")
+TOKENIZER_FILES = (
+    *VOCABULARIES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*",
+)  # fmt: skip
+LICENSE_FILES = ("*LICENSE*", "*NOTICE*", "USE_POLICY*")
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 

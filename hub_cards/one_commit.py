@@ -51,12 +51,14 @@ def send(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and revision != "main" and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    remote = set(api.list_repo_files(repo_id, revision=revision))
+    # Everything below is decided by what lies there now: a commit of somebody else in between makes this one fail.
+    head = api.model_info(repo_id, revision=revision)
+    remote = {file.rfilename for file in head.siblings or ()}
     if foreign := sorted(path for path in remote if matches(path, upload.foreign)):
         raise ValueError(f"{repo_id} holds another model ({', '.join(foreign[:3])}): give a repository of its own.")
 
     additions = [CommitOperationAdd(path, content) for path, content in sorted(upload.files.items()) if path != CARD]
-    card = _card_to_send(api, upload, repo_id, revision, remote)
+    card = _card_to_send(api, upload, repo_id, head.sha, remote)
     if card is not None:
         additions.append(CommitOperationAdd(CARD, card.encode()))
     sent = {addition.path_in_repo for addition in additions}
@@ -73,6 +75,7 @@ def send(
         commit_message=commit_message,
         revision=revision,
         create_pr=create_pr,
+        parent_commit=head.sha,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from hub_cards.model_folder import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     COMMIT_SHA,
+    LICENSE_FILES,
     OUR_MODULES,
     QMAPS,
     QUANTIZED_BASE_WEIGHTS,
+    TOKENIZER_FILES,
+    VOCABULARIES,
     WEIGHTS,
     WEIGHTS_INDEX,
     adapter_weights,
@@ -55,25 +59,14 @@ PUBLISHED_NAMES = (
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
+    *TOKENIZER_FILES,
     RECIPE,
     MEASUREMENTS,
     CARD,
-    "LICENSE*",
-    "NOTICE*",
+    *LICENSE_FILES,
     "*.png",  # pictures that a card shows
     "*.jpg",
 )
-TOKENIZER_VOCABULARIES = ("tokenizer.json", "tokenizer*.model", "spiece.model", "vocab.json", "vocab.txt")
 
 # Files of an earlier push that would disagree with this one if they stayed. Patterns match within one folder.
 STALE_PATTERNS = (
@@ -81,8 +74,12 @@ STALE_PATTERNS = (
     "model-*-of-*.safetensors",
     WEIGHTS_INDEX,
     f"{ADAPTER_FOLDER}/*",
+    QMAPS[0],
     "*_genieblue.py",
     "adapter_config.json",
+    RECIPE,
+    MEASUREMENTS,
+    "base/*",  # the quantized base of a self-contained one
 )
 
 
@@ -109,17 +106,18 @@ def publish_folder(
     Raises `ValueError` with every problem found, before anything is sent; the Hub's own errors pass through.
     """
     folder = Path(folder)
-    config = _config_with_base(folder, base, token)
+    config = _config_to_publish(folder, base, token)
     refuse_problems(folder, find_problems(folder, config))
 
     def card(name: str) -> str:
         return render_model_card(card_info_from_folder(folder, name, config))
 
     files: dict[str, Path | bytes] = {name: folder / name for name in files_to_publish(folder, config)}
+    if config != read_model_config(folder):
+        files["config.json"] = _json_bytes(config)
     if base is not None:
         adapter = read_json(folder / ADAPTER_CONFIG)
         names = {"base_model_name_or_path": config["base_model_name_or_path"]}
-        files["config.json"] = _json_bytes(config)
         files[ADAPTER_CONFIG] = _json_bytes(adapter | names | {"revision": config["base_model_revision"]})
     elif not (folder / CARD).exists():
         write_model_card(folder, card_info_from_folder(folder, repo_id))
@@ -135,11 +133,15 @@ def publish_folder(
     )
 
 
-def _config_with_base(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
+def _config_to_publish(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
     """`config.json` as it is to be published."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the one that the model was saved into.")
     config = read_model_config(folder)
+    source = (config.get("quantization") or {}).get("source") or {}
+    if isinstance(source.get("name"), str) and not (is_hub_id(source["name"], folder) and "/" in source["name"]):
+        # A path of this computer is nobody else's business.
+        source["name"] = "../" + os.path.basename(os.path.normpath(source["name"]))
     if base is None:
         return config
     name, commit = published_base(base, config.get("base_model_fingerprint"), token)
@@ -303,7 +305,7 @@ def _processor_problems(folder: Path) -> Iterator[str]:
     names = [path.name for path in folder.iterdir()]
     if not any(name in names for name in PROCESSOR_CONFIGS):
         yield f"The processor is missing ({' or '.join(PROCESSOR_CONFIGS)}): save the model with its processor."
-    if "tokenizer_config.json" not in names or not any(matches(name, TOKENIZER_VOCABULARIES) for name in names):
+    if "tokenizer_config.json" not in names or not any(matches(name, VOCABULARIES) for name in names):
         yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): save the model with its processor."
 
 

@@ -12,8 +12,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hub_cards.code_files import code_files, code_problems
 from hub_cards.model_card import CARD
 from hub_cards.model_folder import (
+    LICENSE_FILES,
     QMAP,
     QUANTIZED_BASE_WEIGHTS,
+    TOKENIZER_FILES,
+    VOCABULARIES,
     WEIGHTS,
     WEIGHTS_INDEX,
     is_hub_id,
@@ -27,12 +30,11 @@ from hub_cards.quantized_base_card import render_quantized_base_card
 logger = logging.getLogger(__name__)
 
 CODE_CLASS = "AutoModelForCausalLM"
+# What a base has beside its weights, configuration and code, and a user of it needs.
+BASE_COMPANIONS = ("generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
 PUBLISHED_NAMES = (
-    "config.json", QUANTIZED_BASE_WEIGHTS, QMAP, "generation_config.json", "chat_template.jinja", "chat_template.json",
-    "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "spiece.model", "*.tiktoken", CARD, "LICENSE*", "NOTICE*",
+    "config.json", QUANTIZED_BASE_WEIGHTS, QMAP, CARD, *BASE_COMPANIONS
 )  # fmt: skip
-VOCABULARIES = ("tokenizer.json", "tokenizer*.model", "spiece.model", "vocab.*", "*.tiktoken")
 # Where they lie, transformers and the base's fingerprint take them instead of the quantized ones.
 FOREIGN_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors")
 

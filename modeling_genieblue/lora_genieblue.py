@@ -34,7 +34,8 @@ class DownProjection:
     def __call__(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """`x` of shape (..., in_features) → (tokens, rank) of the layer at `index`."""
         last_input, parts = self._last
-        if last_input is not x:
+        # The first of them always begins anew: a tensor may have been written to since a pass that did not end.
+        if index == 0 or last_input is not x:
             block, ranks = self._stacked_weight()
             # In the precision of the weight, (tokens, sum of ranks).
             parts = torch.mm(x.reshape(-1, x.shape[-1]).to(block.dtype), block.t()).split(ranks, dim=-1)

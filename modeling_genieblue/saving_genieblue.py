@@ -20,6 +20,7 @@ from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight
 from .language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, save_adapter, save_adapter_config
 from .loading_genieblue import is_inner_folder, is_local_reference
 from .processing_genieblue import GenieBlueProcessor
+from .settings_files_genieblue import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
 }
+PROCESSOR_SETTINGS = ("processor_config.json", "preprocessor_config.json")
 RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_NAMES = (
@@ -75,11 +77,12 @@ def save_model(
             has_processor = _write_files(model, staging, target, processor, dtype, facts)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
-        umask = _umask()
+        file_mode, folder_mode = _usual_modes(staging)
         for path in staging.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # safetensors writes files for their owner alone
-        staging.chmod(target.stat().st_mode if target.exists() else 0o777 & ~umask)
-        _put_in_place(staging, target, (*STALE_NAMES, *(STALE_PROCESSOR_NAMES if has_processor else ())))
+            path.chmod(folder_mode if path.is_dir() else file_mode)  # safetensors writes files for their owner alone
+        staging.chmod(target.stat().st_mode if target.exists() else folder_mode)
+        stale = (*STALE_NAMES, *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
+        _put_in_place(staging, target, stale)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -98,7 +101,7 @@ def refuse_foreign_folder(target: Path) -> None:
     """`ValueError` where a save would destroy another model, above all the base's own folder."""
     config_file = target / "config.json"
     if config_file.is_file():
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        model_type = read_settings(config_file).get("model_type")
         if model_type != "genieblue":
             raise ValueError(
                 f"{target} holds a model of type {model_type!r}, which this save would replace: give another folder."
@@ -107,10 +110,22 @@ def refuse_foreign_folder(target: Path) -> None:
         raise ValueError(f"{target} is the folder you are working in and cannot be replaced: save into another one.")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _inner_base(folder: Path) -> list[str]:
+    """The subfolder in which a model that was saved into `folder` has its base, if it has one."""
+    config_file = folder / "config.json"
+    name = read_settings(config_file).get("base_model_name_or_path") if config_file.is_file() else None
+    return [name.removeprefix("./")] if isinstance(name, str) and is_inner_folder(name) else []
+
+
+def _usual_modes(folder: Path) -> tuple[int, int]:
+    """The modes that new files and new folders get; asking the process for its umask would change it for a moment."""
+    file, inner = folder / ".file", folder / ".folder"
+    file.touch()
+    inner.mkdir()
+    modes = file.stat().st_mode & 0o777, inner.stat().st_mode & 0o777
+    file.unlink()
+    inner.rmdir()
+    return modes
 
 
 def _write_files(
@@ -186,15 +201,17 @@ def _write_samples(samples: dict[str, dict], path: Path) -> None:
 
 
 def _own_processor(model: Any) -> Any:
-    """The processor that came with the model, or one made from the tokenizer of its base; `None` if there is none."""
+    """The processor that came with the model, or one made from the tokenizer of its base.
+
+    `None` if there is none, or if the model's own cannot be read: one with other settings must not take its place.
+    """
     request = getattr(model, "_source", None)
-    if request is not None:
-        trust = bool(request.base_kwargs.get("trust_remote_code"))
-        try:
-            return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
-        except (OSError, ValueError) as error:
-            logger.info("No processor in %s (%s): one is made from the base's tokenizer.", request.path, error)
     try:
+        if request is not None and not os.path.exists(request.path) and request.path.count("/") != 1:
+            logger.warning("%s is gone: the processor is made anew, from the base's tokenizer.", request.path)
+        elif request is not None and any(request.file(name, required=False) for name in PROCESSOR_SETTINGS):
+            trust = bool(request.base_kwargs.get("trust_remote_code"))
+            return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
         if model.config.base_model_name_or_path is not None:
             tokenizer = AutoTokenizer.from_pretrained(
                 model.config.base_model_name_or_path,
@@ -236,7 +253,9 @@ def _write_card(folder: Path, target: Path) -> None:
     existing = target / "README.md"
     try:
         from hub_cards.model_card import card_info_from_folder, is_as_generated, write_model_card
-    except ImportError:  # running as remote code, without the package that renders cards
+    except ModuleNotFoundError as error:  # running as remote code, without the package that renders cards
+        if error.name != "hub_cards":
+            raise
         logger.info("The package `genieblue` is not installed: no model card is rendered.")
         if existing.is_file():
             shutil.copyfile(existing, folder / "README.md")
@@ -310,7 +329,9 @@ def push_model(
         model.save_pretrained(folder, processor=processor, dtype=dtype)
         try:
             from hub_cards.publish import publish_folder
-        except ImportError:  # running as remote code, without the package that checks and describes a folder
+        except ModuleNotFoundError as error:  # as remote code, without the package that checks and describes a folder
+            if error.name != "hub_cards":
+                raise
             publish_folder = _publish_without_card
         return publish_folder(folder, repo_id, **commit)
 
@@ -327,9 +348,15 @@ def _publish_without_card(
     stale = [
         CommitOperationDelete(name)
         for name in api.list_repo_files(repo_id, revision=revision)
-        if name not in sent and any(fnmatchcase(name, pattern) for pattern in STALE_NAMES)
+        if name not in sent and _is_stale(name)
     ]
     return api.create_commit(repo_id, operations=[*stale, *additions], revision=revision, **commit)
+
+
+def _is_stale(name: str) -> bool:
+    """Whether a file of a repository is of an earlier push, and wrong beside a new one."""
+    folder, _, file = name.rpartition("/")
+    return folder in ("", ADAPTER_FOLDER) and any(fnmatchcase(file, pattern) for pattern in STALE_NAMES)
 
 
 __all__ = ["push_model", "refuse_foreign_folder", "save_model", "use_stored_parts"]

@@ -353,9 +353,9 @@ def test_texts_that_are_not_needed_are_not_read():
 @pytest.mark.parametrize(
     ("texts", "length", "count", "message"),
     [
-        ([], 8, 2, "0 tokens in 0 texts; 2 samples of 8 tokens need 16: give more text"),
+        ([], 8, 2, "0 tokens in 0 texts; a sample of 8 tokens needs 8: give more text"),
         ([" \n"], 8, 2, "0 tokens in 0 texts"),
-        (["The sign."], 800, 2, "tokens in 1 texts; 2 samples of 800 tokens need 1600"),
+        (["The sign."], 800, 2, "tokens in 1 texts; a sample of 800 tokens needs 800"),
         (["The sign."], 8, 0, "0 calibration samples of 8 tokens were asked for"),
         (["The sign."], 0, 1, "1 calibration samples of 0 tokens were asked for"),
     ],
@@ -363,6 +363,14 @@ def test_texts_that_are_not_needed_are_not_read():
 def test_too_little_text_is_refused(texts, length, count, message):
     with pytest.raises(ValueError, match=message):
         text_batches(tiny_tokenizer(), texts, length, count)
+
+
+def test_text_for_fewer_rows_fills_as_many_as_it_can(caplog):
+    tokenizer = tiny_tokenizer()
+    tokens = len(tokenizer("The sign.\n\n", add_special_tokens=False)["input_ids"])
+    rows = text_batches(tokenizer, ["The sign."] * 9, length=tokens, count=64)
+    assert len(rows) == 9
+    assert f"fill 9 samples of {tokens} tokens; 64 were wanted" in caplog.text
 
 
 def test_paragraphs_of_a_text_file(tmp_path):

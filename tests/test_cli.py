@@ -125,12 +125,20 @@ def test_a_mistake_of_the_program_is_not_taken_for_a_users(monkeypatch):
         run("params", "bluelm-3b")
 
 
-def test_a_missing_optional_library_names_its_extra(monkeypatch):
-    monkeypatch.setattr(
-        "genieblue.parameters.count_trainable",
-        lambda *_args: (_ for _ in ()).throw(ModuleNotFoundError("no", name="sklearn.datasets")),
-    )
-    assert "pip install 'genieblue[demo]'" in error_of("params", "bluelm-3b")
+@pytest.mark.parametrize(
+    ("text", "name", "extra"),
+    [
+        ("no", "sklearn.datasets", "demo"),
+        ("no", "accelerate", "train"),
+        ("Loading needs it: `pip install 'genieblue[quantization]'`.", "accelerate", "quantization"),
+    ],
+)
+def test_a_missing_optional_library_names_its_extra(monkeypatch, text, name, extra):
+    def broken(*_args):
+        raise ModuleNotFoundError(text, name=name)
+
+    monkeypatch.setattr("genieblue.parameters.count_trainable", broken)
+    assert f"pip install 'genieblue[{extra}]'" in error_of("params", "bluelm-3b")
 
 
 # params and info

@@ -141,10 +141,13 @@ def test_load_code_is_short_valid_python_about_this_repo(info):
 
 def test_a_base_with_remote_code_is_loaded_with_leave_for_it(tmp_path):
     text_config = {"model_type": "BlueLM", "auto_map": {"AutoModelForCausalLM": "modeling_bluelm.BlueLM"}}
-    folder = write_handmade_folder(tmp_path / "reader", text_config=text_config)
-    _, peft = code_blocks(render_model_card(card_info_from_folder(folder)))
-    ast.parse(peft)
-    assert "trust_remote_code=True" in peft
+    for runs_code in (True, False):  # transformers has some of these types itself, and needs no leave then
+        folder = write_handmade_folder(
+            tmp_path / f"reader-{runs_code}", text_config=text_config, base_model_runs_remote_code=runs_code
+        )
+        _, peft = code_blocks(render_model_card(card_info_from_folder(folder)))
+        ast.parse(peft)
+        assert ("trust_remote_code=True" in peft) == runs_code
 
 
 def test_facts_are_found_in_a_saved_folder(tmp_path):

@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
-from tiny_qnn import SETTINGS, requests, save_pair
+from tiny_qnn import SETTINGS, requests, save_pair, two_blocks
 from typer.testing import CliRunner
 
 from conversion.qnn.adapters import export_adapter
 from conversion.qnn.agreement import agreement
+from conversion.qnn.digests import tensors_digest, trained_digests
 from conversion.qnn.export import export_bundle
 from conversion.qnn.runner import QnnRunner
 from conversion.qnn.verify import verify_bundle
@@ -54,6 +55,19 @@ def sibling(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sibling") / "genieblue"
     model.save_pretrained(folder)
     return folder
+
+
+def test_digests_are_of_the_values_in_whatever_precision_they_are_loaded():
+    model = two_blocks().to(torch.bfloat16)
+    before = trained_digests(model)
+    assert trained_digests(model.float()) == before
+    with torch.no_grad():
+        next(model.vision_tower.parameters()).flatten()[0] += 1
+    changed_keys = {key for key, digest in trained_digests(model).items() if digest != before[key]}
+    assert changed_keys == {"sha256", "vision_sha256"}
+    values = torch.arange(6.0)
+    assert tensors_digest([("a", values)]) != tensors_digest([("a", values.reshape(2, 3))])
+    assert tensors_digest([("a", values)]) != tensors_digest([("b", values)])
 
 
 @pytest.mark.slow

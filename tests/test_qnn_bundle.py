@@ -12,6 +12,7 @@ pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 import onnx
 from onnx import numpy_helper
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_genieblue import prompt, tiles
 from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair
 from typer.testing import CliRunner
@@ -126,6 +127,15 @@ def test_a_base_that_is_there_is_compared_with_unasked(copy, pair):
         (copy / "metadata.json").write_text(json.dumps(signed(facts)))
         check = weights_check(copy)
         assert check.ok and told in check.detail
+
+
+def test_a_base_of_pickles_is_never_loaded(copy, pair, tmp_path):
+    base = shutil.copytree(pair.parent / "base", tmp_path / "pickled")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    assert verify_module._find_base({"name_or_path": str(base), "revision": None}) is None
+    result = CliRunner().invoke(app, ["verify", str(copy), "--base", str(base)])
+    assert result.exit_code == 1 and "model.safetensors" in result.stderr and result.stdout == ""
 
 
 def test_the_binary_of_the_vision_tower_is_run(copy):

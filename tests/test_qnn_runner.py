@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs an extra with ONNX Runtime")
 
 from conversion.qnn.bundle import Bundle, read_adapter, signed
 from conversion.qnn.chunked_decoder import ChunkedDecoder, DecoderShape
+from conversion.qnn.runner import QnnRunner
 from genieblue.cli import app
 
 REPOSITORY = Path(__file__).parents[1]
@@ -173,6 +175,23 @@ def test_the_last_row_alone_is_the_last_row():
     for length in (1, 4, 7, 9):
         whole, last = (decoder(16).read(embeddings[:length], last_only=only) for only in (False, True))
         assert last.shape == (1, 1) and last[0] == whole[-1]
+
+
+@pytest.mark.parametrize(
+    ("context", "limit", "ends", "given", "length"),
+    [
+        (16, 3, [], 3, 7),  # the limit: the last token is not read any more
+        (16, 0, [], 0, 5),
+        (8, 9, [], 4, 8),  # the end of the context
+        (16, 3, [0], 0, 5),  # an end token, which is neither given nor read
+    ],
+)
+def test_no_graph_runs_behind_the_last_token_that_is_given(context, limit, ends, given, length):
+    bundle = SimpleNamespace(metadata={"generation": {"eos_token_ids": ends}})
+    runner = SimpleNamespace(bundle=bundle, embed=lambda ids, _pixels=None: np.zeros((len(ids), 4), np.float32))
+    found = decoder(context)
+    assert list(QnnRunner.go_on(runner, found, [1] * 5, max_new_tokens=limit)) == [0] * given
+    assert found.length == length
 
 
 @pytest.mark.parametrize(
