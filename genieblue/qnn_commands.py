@@ -56,10 +56,11 @@ def qnn(
     One vision graph, and text and multimodal prefill and decode that share their weights in one binary. An export that
     was stopped goes on where it was when it is started again with the same settings.
     """
-    from conversion.qnn.npu import check_platform
+    from conversion.qnn.npu import check_platform, require_libraries
 
     find_soc(soc)
     check_platform()
+    require_libraries()
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
     with stdout_for_json(json_output):
         quiet_transformers()
@@ -133,6 +134,10 @@ def refuse_options(ctx: typer.Context, names: Sequence[str], subject: str) -> No
 
 def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:
     """The checks of a bundle; with `base` its text graphs are compared with what the base alone gives."""
+    from conversion.qnn.npu import require_libraries
+
+    # Without the compiler too: then the checks that need it fail, and tell why.
+    require_libraries(("onnxruntime", "onnx"))
     from conversion.qnn.verify import verify_bundle
 
     loaded = None
@@ -140,12 +145,17 @@ def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], Non
         from transformers import AutoModelForCausalLM
 
         with looking_for(base):
-            loaded = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                base, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
     return verify_bundle(path, base=loaded, on_check=on_check)
 
 
 def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
     """A conversation with a bundle's graphs, as `genieblue.chat.Chat` is with a model."""
+    from conversion.qnn.npu import require_libraries
+
+    require_libraries(("onnxruntime",))  # the emulator's own is asked for where it is opened
     from conversion.qnn.runner import QnnRunner
     from genieblue.qnn_chat import QnnChat
 

@@ -52,6 +52,8 @@ def message_for_user(error: Exception) -> str | None:
     if isinstance(error, BrokenPipeError):
         return None  # `genieblue … | head`: handled by the caller
     if isinstance(error, ModuleNotFoundError):
+        if "genieblue[" in str(error):  # whoever raised it knows best which extra brings the library
+            return str(error)
         package = (error.name or "").split(".")[0]
         extra = EXTRAS.get(package)
         return extra and f"This needs the library {package}, which is not installed: pip install 'genieblue[{extra}]'."

@@ -1,19 +1,27 @@
-"""Sessions on the NPU's compiler and its emulator, both inside of Qualcomm's plugin for ONNX Runtime."""
+"""Sessions on the NPU's compiler and its emulator, both inside of Qualcomm's plugin for ONNX Runtime.
+
+The libraries are imported where they are used, so that what is missing can be told where they are not installed.
+"""
 
 import functools
+import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-
-import onnxruntime
+from typing import TYPE_CHECKING
 
 from conversion.qnn.soc import Soc
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 PROVIDER = "QNNExecutionProvider"
 OLDEST_PYTHON = (3, 11)
 OLDEST_GLIBC = (2, 35)
 EXTRA = "pip install 'genieblue[qnn]'"
+LIBRARIES = ("onnxruntime", "onnxruntime_qnn", "onnx", "onnxscript")  # of that extra, by the names of their modules
 
 
 class CompileError(OSError):
@@ -41,11 +49,19 @@ def check_platform() -> None:
         )
 
 
+def require_libraries(names: Iterable[str] = LIBRARIES) -> None:
+    """`ModuleNotFoundError` that names the extra if one of its libraries is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"This needs the library {name}, which is not installed: {EXTRA}.", name=name)
+
+
 @functools.cache
 def npu_devices() -> tuple:
     """ONNX Runtime's devices of the plugin, registered once per process; `OSError` if there are none."""
     check_platform()
     try:
+        import onnxruntime
         import onnxruntime_qnn
     except ImportError as error:
         raise OSError(f"Qualcomm's compiler is not installed ({error}): {EXTRA}") from error
@@ -59,11 +75,14 @@ def npu_devices() -> tuple:
 
 
 def _listed_devices() -> tuple:
+    import onnxruntime
+
     return tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER)
 
 
 def compiler_version() -> str:
-    """Version of the plugin, for the record."""
+    """Versions of ONNX Runtime and the plugin, for the record."""
+    import onnxruntime
     import onnxruntime_qnn
 
     return f"onnxruntime {onnxruntime.__version__}, onnxruntime-qnn {onnxruntime_qnn.__version__}"
@@ -76,7 +95,7 @@ def npu_session(
     context: Path | None = None,
     shares_weights: bool = False,
     is_last: bool = False,
-) -> onnxruntime.InferenceSession:
+) -> "onnxruntime.InferenceSession":
     """A session with every node on the NPU (its emulator here); there is no way back to the CPU.
 
     Args:
@@ -86,6 +105,8 @@ def npu_session(
 
     Raises `CompileError` if a node cannot run on the NPU, or the compiler fails otherwise.
     """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     entries = {"session.disable_cpu_ep_fallback": "1"}
@@ -112,8 +133,10 @@ def npu_session(
         ) from error
 
 
-def cpu_options() -> onnxruntime.SessionOptions:
+def cpu_options() -> "onnxruntime.SessionOptions":
     """Options of a session that computes what the graph says, no cheaper approximation of it."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Level "basic" folds weights and nothing else that changes a number.
@@ -121,9 +144,14 @@ def cpu_options() -> onnxruntime.SessionOptions:
     return options
 
 
-def cpu_session(model: str | os.PathLike) -> onnxruntime.InferenceSession:
+def cpu_session(model: str | os.PathLike) -> "onnxruntime.InferenceSession":
     """The same QDQ graph on the CPU, the reference for the emulator."""
+    import onnxruntime
+
     return onnxruntime.InferenceSession(os.fspath(model), cpu_options(), providers=["CPUExecutionProvider"])
 
 
-__all__ = ["CompileError", "check_platform", "compiler_version", "cpu_session", "npu_devices", "npu_session"]
+__all__ = [
+    "CompileError", "check_platform", "compiler_version", "cpu_options", "cpu_session", "npu_devices", "npu_session",
+    "require_libraries",
+]  # fmt: skip

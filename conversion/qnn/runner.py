@@ -222,17 +222,18 @@ class QnnRunner:
     ) -> Iterator[int]:
         """As `generate`, behind what `decoder` has read already; ids and tiles are the new ones.
 
-        Afterwards it has read all of them and every token but the last that was given.
+        Afterwards it has read all of them, and every token that was given but the last; that one too if an end token
+        came behind it.
         """
         ends = set(self.bundle.metadata["generation"]["eos_token_ids"])
         (logits,) = decoder.read(self.embed(input_ids, pixel_values), last_only=True)
-        for _ in range(max_new_tokens):
+        for number in range(1, max_new_tokens + 1):
             token = int(logits.argmax())
             if token in ends:
                 return
             yield token
-            if decoder.length == decoder.context_length:
-                return
+            if number == max_new_tokens or decoder.length == decoder.context_length:
+                return  # what comes behind the last one is not asked for
             (logits,) = decoder.read(self.embed([token]))
 
     def chat(

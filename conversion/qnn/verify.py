@@ -154,7 +154,11 @@ def _find_base(facts: Mapping[str, Any]) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            facts["name_or_path"], revision=facts["revision"], local_files_only=True, trust_remote_code=False
+            facts["name_or_path"],
+            revision=facts["revision"],
+            use_safetensors=True,  # a pickle could run anything
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # the check says that nothing was compared
         logger.debug("The base %s cannot be loaded here", facts["name_or_path"], exc_info=error)
