@@ -56,6 +56,19 @@ def test_short_lora_path_rounds_as_peft_does_in_half_precision(dtype):
     assert (short - exact).abs().mean() < 1.3 * (peft - exact).abs().mean()
 
 
+def test_short_lora_path_sees_an_input_that_was_written_to():
+    model = change_adapter(tiny_genieblue())
+    attention = next(module for module in model.multimodal_language_model.modules()
+                     if hasattr(module, "q_proj") and hasattr(module.q_proj, "lora_A"))  # fmt: skip
+    x = torch.randn(1, 3, attention.q_proj.in_features)
+    with torch.no_grad():
+        attention.q_proj(x)  # and a pass that ended here
+        x.mul_(5)
+        found = attention.q_proj(x)
+        expected = attention.q_proj(x.clone())
+    assert torch.equal(found, expected)
+
+
 def test_short_lora_path_sees_weights_written_in_place():
     model = tiny_genieblue()
     before, _ = both_paths(model, input_ids=REQUEST, pixel_values=PIXELS)

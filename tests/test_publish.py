@@ -7,6 +7,7 @@ from handmade_folder import BASE, REVISION, write_handmade_folder
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+from hub_cards import one_commit
 from hub_cards.model_card import card_info_from_folder, is_as_generated, render_model_card, write_model_card
 from hub_cards.publish import files_to_publish, publish_folder
 
@@ -84,6 +85,9 @@ def test_stale_files_of_ours_go_and_other_files_stay(hub, folder):
         "adapter_config.json": b"{}",
         "language_adapter/old.safetensors": b"old",
         "old_genieblue.py": b"",
+        "quanto_qmap.json": b"{}",
+        "measurements.json": b"[]",
+        "base/quantized_model.safetensors": b"old",
     }
     kept = {
         "app.py": b"",
@@ -121,6 +125,21 @@ def test_a_push_that_fails_leaves_the_old_commit_whole(hub, folder):
     with pytest.raises(HfHubHTTPError):
         publish_folder(folder, REPO)
     assert hub.files(REPO) == before
+
+
+def test_a_commit_that_came_in_between_makes_a_push_fail(hub, folder, monkeypatch):
+    publish_folder(folder, REPO)
+    render = one_commit._card_to_send
+
+    def edited_meanwhile(*arguments):
+        card = render(*arguments)
+        hub.commit(REPO, {"README.md": b"edited by hand"})
+        return card
+
+    monkeypatch.setattr(one_commit, "_card_to_send", edited_meanwhile)
+    with pytest.raises(HfHubHTTPError, match="412"):
+        publish_folder(folder, REPO)
+    assert hub.files(REPO)["README.md"] == b"edited by hand" and len(hub.commits(REPO)) == 2
 
 
 def test_a_repo_of_somebody_else_is_left_alone(hub, folder):

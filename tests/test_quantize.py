@@ -361,6 +361,15 @@ def test_linear_that_no_sample_reached_is_named(tmp_path, monkeypatch, caplog):
     assert settings(tmp_path / "base")["quantization_config"]["other_rounding"] == {"llm": "hqq: 4 of 28 layers"}
 
 
+def test_an_inner_base_goes_when_its_model_is_replaced_by_one_without(tmp_path):
+    quantize(large_pair(), tmp_path, {"self_contained": True})
+    assert (tmp_path / "genieblue/base/quantized_model.safetensors").is_file()
+    (tmp_path / "genieblue/notes.txt").write_text("mine")
+    quantize(large_pair(), tmp_path, {"overwrite": True})
+    assert not (tmp_path / "genieblue/base").exists() and (tmp_path / "genieblue/notes.txt").is_file()
+    assert load(tmp_path / "genieblue").config.base_model_name_or_path == str(tmp_path / "base")
+
+
 def test_rounding_of_a_base_that_was_there_is_recorded(tmp_path, caplog):
     base = quantized_pair(rounding="hqq") / "base"
     quantize(large_pair(), tmp_path, {"quantized_base": base}, rounding="gptq")

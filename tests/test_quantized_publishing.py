@@ -70,6 +70,9 @@ def test_base_and_genieblue_are_published_and_load_in_a_clean_process_at_their_c
     )
     assert (config["base_model_name_or_path"], config["base_model_revision"]) == (BASE, base_commit)
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == (BASE, base_commit)
+    # Of where it was quantized no more than a folder's name is told.
+    here = json.loads(before["genieblue/config.json"])["quantization"]["source"]["name"]
+    assert here.startswith("../../") and config["quantization"]["source"]["name"] == f"../{Path(here).name}"
 
     # Later commits reach neither.
     hub.commit(BASE, {"config.json": b"{}"})
@@ -195,8 +198,13 @@ def test_a_base_that_nobody_could_load_is_refused(hub, pair, case):
 
 def test_a_whole_base_has_no_problem_and_what_is_no_part_of_it_stays_at_home(pair, caplog):
     (pair / "base/notes.txt").write_text("private")
+    goes_along = {"USE_POLICY.md", "MODEL_LICENSE", "BLUELM_LICENSE.txt", "tekken.json", "tokenizer.model.v3", "a.spm"}
+    for name in goes_along:
+        (pair / "base" / name).write_text("of the base")
     assert find_base_problems(pair / "base") == []
-    assert "notes.txt" not in base_files_to_publish(pair / "base") and "notes.txt" in caplog.text
+    published = set(base_files_to_publish(pair / "base"))
+    assert "notes.txt" not in published and "notes.txt" in caplog.text
+    assert goes_along <= published
 
 
 def test_a_tied_head_is_stored_once_and_has_no_problem(tmp_path):

@@ -391,3 +391,28 @@ def test_killed_save_leaves_the_old_folder_whole(folder, tmp_path):
     model = change_adapter(load(folder))
     model.save_pretrained(folder)  # and what the dead process left behind is not in the way
     assert torch.equal(load(folder)(REQUEST, pixel_values=PIXELS).logits, model(REQUEST, pixel_values=PIXELS).logits)
+
+
+def test_a_processor_that_cannot_be_read_is_not_replaced_by_another(folder, caplog):
+    model = load(folder)
+    (folder / "processor_config.json").write_text('{"image_token_id": 3')
+    model.save_pretrained(folder)
+    assert (folder / "processor_config.json").read_text() == '{"image_token_id": 3'
+    assert "No processor is saved" in caplog.text and "is damaged" in caplog.text
+
+
+def test_a_damaged_configuration_in_the_way_is_named(folder, tmp_path):
+    model = load(folder)
+    for content in ('{"model_type": "gen', "[]"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/config.json").write_text(content)
+        with pytest.raises(OSError, match=r"out/config.json .*damaged"):
+            model.save_pretrained(tmp_path / "out")
+
+
+def test_a_broken_installation_is_not_taken_for_a_missing_one(folder, tmp_path, monkeypatch):
+    model = load(folder)
+    monkeypatch.setitem(sys.modules, "hub_cards.model_card", None)  # as if something that it imports were missing
+    with pytest.raises(ModuleNotFoundError, match="hub_cards.model_card"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
