@@ -5,23 +5,21 @@ differ in their LoRA alone. The scales of the inputs are the bundle's, since the
 which tells it from those of other bundles.
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from conversion.qnn.bundle import Bundle, scale_name
 from conversion.qnn.decoder_graph import DecoderGraph
+from conversion.qnn.digests import trained_digests
 from conversion.qnn.encoding import WeightCodes, round_with_scales
 from conversion.qnn.names import UNFINISHED, is_lora, weight_bits
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
-from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
+from modeling_genieblue.settings_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
 # Share of the LoRA values that may lie beyond the scales of the bundle, and are cut.
@@ -36,31 +34,6 @@ def adapter_entries(part: int, codes: Mapping[str, WeightCodes]) -> dict[str, np
             entries[f"{part}/{name}"] = weight.codes
             entries[f"{part}/{scale_name(name)}"] = np.asarray(weight.scales, np.float32)
     return entries
-
-
-def fixed_digests(model: Any) -> dict[str, str]:
-    """Hex digests of what training changes and binaries hold: of the copied blocks, of vision tower and projector.
-
-    They are taken in 32 bits, and so are the same in whatever precision the model was loaded that keeps its values.
-    """
-    adapter = ((name, value) for _, name, value in adapter_parameters(model.multimodal_language_model))
-    vision = (
-        (f"{title}.{name}", value)
-        for title in ("vision_tower", "multi_modal_projector")
-        for name, value in getattr(model, title).state_dict().items()
-    )
-    return {
-        "copies_sha256": _digest((name, value) for name, value in adapter if ".lora_" not in name),
-        "vision_sha256": _digest(vision),
-    }
-
-
-def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, value in tensors:
-        digest.update(f"{name} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def export_adapter(
@@ -84,7 +57,7 @@ def export_adapter(
             f"The LoRA of {bundle_folder} is part of its binaries: export the bundle with `lora='inputs'` (--lora "
             "inputs) to use several adapters with it."
         )
-    hub = {key: load_options[key] for key in OWN_HUB_KEYS if load_options.get(key) is not None}
+    hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
     if config.quantization is not None:
         raise ValueError(f"{model_folder} is quantized: give the GenieBlue in 16 bits that it was made from.")
@@ -93,7 +66,7 @@ def export_adapter(
     model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
     if model.multimodal_language_model is None:
         raise ValueError(f"{model_folder} has no adapter: give a saved GenieBlue, with its base.")
-    _refuse_other_binaries(facts["adapter"], fixed_digests(model), str(model_folder))
+    _refuse_other_binaries(facts["adapter"], trained_digests(model), str(model_folder))
     entries, cut, total = {}, 0, 0
     for number, part in enumerate(facts["parts"]):
         inputs = bundle.lora_inputs(number, "multimodal")
@@ -161,4 +134,4 @@ def _write(out: Path, entries: Mapping[str, np.ndarray]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-__all__ = ["adapter_entries", "export_adapter", "fixed_digests"]
+__all__ = ["adapter_entries", "export_adapter"]

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -95,7 +95,7 @@ def seqmse_scales(
 
 
 @contextlib.contextmanager
-def _quietly():
+def _quietly() -> Iterator[None]:
     """AIMET prints and logs at will, which is no output of ours."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

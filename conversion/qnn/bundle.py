@@ -246,4 +246,7 @@ def encoding_of(tensor: Mapping[str, Any]) -> Encoding:
     return Encoding(tensor["scale"], -tensor["offset"], tensor["dtype"])
 
 
-__all__ = ["ADAPTER", "Bundle", "encoding_of", "list_files", "read_adapter", "scale_name", "sha256_of", "signed"]
+__all__ = [
+    "ADAPTER", "FORMAT_VERSION", "METADATA", "Bundle", "encoding_of", "list_files", "read_adapter", "scale_name",
+    "signed",
+]  # fmt: skip

@@ -168,4 +168,4 @@ class ChunkedDecoder:
         }
 
 
-__all__ = ["MASKED", "ChunkedDecoder", "DecoderShape", "boundary_names", "cache_names"]
+__all__ = ["ChunkedDecoder", "DecoderShape", "boundary_names", "cache_names", "causal_mask"]

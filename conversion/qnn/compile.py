@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def staged_folder(target: Path):
+def staged_folder(target: Path) -> Iterator[Path]:
     """A folder to build in, which becomes `target` when nothing went wrong; leftovers of a killed run are cleared."""
     if target.exists():
         raise FileExistsError(f"{target} exists already: remove it, or give another folder.")
@@ -126,4 +126,4 @@ def _cache_attribute(wrapper: onnx.ModelProto) -> onnx.AttributeProto:
     return next(attribute for attribute in node.attribute if attribute.name == "ep_cache_context")
 
 
-__all__ = ["CompileError", "compile_graphs", "staged_folder"]
+__all__ = ["CompileError", "compile_graphs"]

@@ -124,7 +124,20 @@ class Block(nn.Module):
         h = functional.silu(self.gate_proj(h, low_rank)) * self.up_proj(h, low_rank)
         return x + self.down_proj(h, self.down_lora(h)), key, value
 
-    def attend(self, h, mask, cos, sin, past_key, past_value):
+    def attend(
+        self,
+        h: torch.Tensor,
+        mask: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attention adds to normalized hidden states (1, tokens, hidden_size), and the new keys and values.
+
+        Mask, turns and caches have the shapes of `DecoderGraph.forward`. New keys are (1, key-value heads, head_dim,
+        tokens), new values (1, key-value heads, tokens, head_dim).
+        """
         heads, groups, size = self.shape.num_heads, self.shape.num_key_value_heads, self.shape.head_dim
         tokens = h.shape[1]
         low_rank = self.qkv_lora(h)
@@ -234,4 +247,4 @@ def _active_block(block: nn.Module) -> nn.Module:
     return block if copies is None else copies[block.active_adapters[0]]
 
 
-__all__ = ["Block", "DecoderGraph"]
+__all__ = ["Block", "DecoderGraph", "Projection"]

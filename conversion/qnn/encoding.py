@@ -33,11 +33,13 @@ class Encoding:
         return np.dtype(self.dtype).type(self.zero_point)
 
     def encode(self, values: np.ndarray) -> np.ndarray:
+        """Values of any shape → codes of that shape in `dtype`, to the nearest; those out of range get its end."""
         codes = np.rint(np.asarray(values, np.float32) / np.float32(self.scale)) + self.zero_point
         limits = np.iinfo(self.dtype)
         return np.clip(codes, limits.min, limits.max).astype(self.dtype)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes of any shape → float32 values of that shape."""
         return (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
 
 
@@ -51,7 +53,7 @@ class WeightCodes:
     axis: int | None
 
     def decode(self) -> np.ndarray:
-        """The matrix that the codes stand for."""
+        """The matrix that the codes stand for, float32 in their shape."""
         if self.axis is None:
             return self.codes * self.scales
         return self.codes * self.scales.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])

@@ -13,26 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from conversion.qnn.adapters import adapter_entries, fixed_digests
+from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.aimet_rounding import require_aimet
 from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
 from conversion.qnn.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.compile import compile_graphs
 from conversion.qnn.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
+from conversion.qnn.digests import tensors_digest, trained_digests
 from conversion.qnn.encoding import LEVELS, Encoding, Range
 from conversion.qnn.export_state import Workplace, lock_output, write_json
 from conversion.qnn.language_export import LanguageSettings, PartResult, codes_digest, quantize_part
 from conversion.qnn.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
-from conversion.qnn.npu import compiler_version, npu_devices
+from conversion.qnn.npu import compiler_version, npu_devices, require_libraries
 from conversion.qnn.qdq_files import describe_boundary
 from conversion.qnn.quantize import CACHE_DTYPES
 from conversion.qnn.runtime_files import write_runtime_files
 from conversion.qnn.soc import Soc, find_soc
 from conversion.qnn.vision_export import quantize_vision
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, GenieBlueProcessor
-from modeling_genieblue.language_views_genieblue import adapter_parameters
-from modeling_genieblue.loading_genieblue import OWN_HUB_KEYS
+from modeling_genieblue.settings_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
 # Which versions of what decide over the bytes of a bundle, besides the compiler's.
@@ -80,16 +80,18 @@ def export_bundle(
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
     Raises, before any weights are read, `ValueError` for settings that cannot be and for a quantized GenieBlue, and
-    `OSError` for an output that is taken or being written, and a computer on which the compiler does not run. Later
-    `ValueError` for a model that the graphs do not reproduce and for requests that do not calibrate them, and
-    `CompileError`, an `OSError`, when the compiler refuses a graph.
+    `OSError` for an output that is taken or being written, and a computer on which the compiler does not run, and
+    `ModuleNotFoundError` for a library of the extra that is missing. Later `ValueError` for a model that the graphs do
+    not reproduce and for requests that do not calibrate them, and `CompileError`, an `OSError`, when the compiler
+    refuses a graph.
     """
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
     settings = LanguageSettings(chunk_length, context_length or LONGEST_DEFAULT, cache_bits, lora, rounding, encodings)
     _check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     npu_devices()
-    hub = {key: load_options[key] for key in OWN_HUB_KEYS if load_options.get(key) is not None}
+    require_libraries()  # onnxscript is wanted late: torch imports it when it exports
+    hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
     if context_length is None:
         limit = getattr(config.text_config, "max_position_embeddings", None) or LONGEST_DEFAULT
@@ -184,7 +186,7 @@ class _Export:
         title = f"The multimodal view of {type(model.language_model).__name__}"
         self.shape = compare_with_graphs(model.multimodal_language_model, self.shape, settings.context_length, title)
         self.views = {"text": model.language_model, "multimodal": model.multimodal_language_model}
-        self.adapter_digest = _adapter_digest(model)
+        self.digests = trained_digests(model)
 
     def run(
         self, work: Workplace, encoded: Iterable[Mapping[str, Any]], parts: Sequence[range], wanted: Mapping[str, Any]
@@ -226,14 +228,14 @@ class _Export:
     def _model_settings(self, calibration: Calibration) -> dict[str, Any]:
         """What an export must share with one that it goes on with, of the model and the calibration."""
         model = self.model
-        arrays = (array for arrays in (*calibration.requests.values(), calibration.tiles) for array in arrays)
+        samples = _flatten({**calibration.requests, "tiles": calibration.tiles})
         return {
             "configuration": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
             "dtype": str(model.dtype),
             "decoder": asdict(self.shape),
-            "base": model.config.base_model_fingerprint or _digest(model.language_model.state_dict().items()),
-            "adapter": self.adapter_digest,
-            "calibration": _digest((str(array.shape), torch.from_numpy(array)) for array in arrays),
+            "base": model.config.base_model_fingerprint or tensors_digest(model.language_model.state_dict().items()),
+            "adapter": self.digests["sha256"],
+            "calibration": tensors_digest((name, torch.from_numpy(array)) for name, array in samples.items()),
         }
 
     def _vision(self, work: Workplace, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -269,8 +271,18 @@ class _Export:
         name = f"language_{number}"
         record = work.finished(name)
         if record is None:
-            folder, qdq, qairt = (work.bundle / part for part in (name, "qdq", "qairt"))
-            part = quantize_part(self.views, self.shape, blocks, streams, ranges, self.settings, qdq, name, qairt)
+            folder = work.bundle / name
+            part = quantize_part(
+                self.views,
+                self.shape,
+                blocks,
+                self.settings,
+                streams=streams,
+                input_ranges=ranges,
+                name=name,
+                folder=work.bundle / "qdq",
+                float_folder=work.bundle / "qairt" if self.settings.encodings else None,
+            )
             shutil.rmtree(folder, ignore_errors=True)
             compile_graphs(part.graphs, self.soc, folder, f"{name}.bin")
             step = work.step(name)
@@ -326,8 +338,7 @@ class _Export:
                 "fingerprint": config.base_model_fingerprint,
             },
             "adapter": {
-                "sha256": self.adapter_digest,
-                **fixed_digests(self.model),
+                **self.digests,
                 "replicated_layers": config.replicated_layers,
                 "lora_rank": config.lora_rank,
                 "lora": self.settings.lora,
@@ -372,24 +383,6 @@ def _gather(work: Workplace, parts: Sequence[str], calibration: Calibration) -> 
     np.savez(work.bundle / PROBE, **values)
     if adapter:
         np.savez(work.bundle / ADAPTER, **adapter)
-
-
-def _adapter_digest(model: GenieBlueForConditionalGeneration) -> str:
-    """Hex digest of everything that training changes: adapter, vision tower, projector."""
-    adapter = ((name, value) for _, name, value in adapter_parameters(model.multimodal_language_model))
-    others = (
-        item for module in (model.vision_tower, model.multi_modal_projector) for item in module.state_dict().items()
-    )
-    return _digest((*adapter, *others))
-
-
-def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hex digest of names and values."""
-    digest = hashlib.sha256()
-    for name, value in tensors:
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _flatten(streams: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:

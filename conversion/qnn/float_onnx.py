@@ -10,7 +10,6 @@ from torch import nn
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 10
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -92,4 +91,4 @@ def structure(model: onnx.ModelProto) -> list[tuple[str, ...]]:
     return [(node.op_type, *node.input, *node.output) for node in model.graph.node]
 
 
-__all__ = ["structure", "to_float_onnx"]
+__all__ = ["OPSET", "structure", "to_float_onnx"]

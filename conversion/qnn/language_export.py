@@ -59,16 +59,60 @@ class PartResult:
     probe: dict[str, np.ndarray]  # float outputs for the first request of each view, the longest
 
 
+@dataclass
+class _ViewResult:
+    """What came out of one view of a part."""
+
+    graphs: dict[str, Path]  # by stage, QDQ file
+    boundary: dict[str, Encoding]
+    codes: dict[str, WeightCodes]
+    stream: list[np.ndarray]  # by request, what the next part reads
+    values: dict[str, dict[str, np.ndarray]]  # of the probe: `EXACT` and `ROUNDED`, by tensor
+
+
+class _PartFiles:
+    """Where the graphs of a part are written: QDQ files, and float files with encodings if there is a folder for them.
+
+    Graphs of one kind share one store of constants, open until `stack` ends.
+    """
+
+    def __init__(self, stack: ExitStack, name: str, folder: Path, float_folder: Path | None):
+        self.name, self.folder, self.float_folder = name, folder, float_folder
+        self._store = stack.enter_context(ConstantStore(folder / f"{name}.data"))
+        if float_folder is not None:
+            float_folder.mkdir(exist_ok=True)
+            self._float_store = stack.enter_context(ConstantStore(float_folder / f"{name}.data"))
+
+    def write(
+        self,
+        key: str,
+        model: onnx.ModelProto,
+        encodings: Mapping[str, Encoding],
+        codes: Mapping[str, WeightCodes],
+    ) -> Path:
+        """Quantizes a float graph; returns the QDQ file `<name>_<key>.onnx`.
+
+        The float graph is of no use afterwards: if it is written too, its weights are moved to its store.
+        """
+        title = f"{self.name}_{key}"
+        quantized = quantize_graph(model, encodings, codes, name=title)
+        path = self._store.save(quantized, self.folder / f"{title}.onnx")
+        if self.float_folder is not None:
+            save_with_encodings(model, encodings, codes, self._float_store, self.float_folder / path.name)
+        return path
+
+
 def quantize_part(
     views: Mapping[str, Any],
     shape: DecoderShape,
     blocks: range,
+    settings: LanguageSettings,
+    *,
     streams: Mapping[str, list[np.ndarray]],
     input_ranges: Mapping[str, Range],
-    settings: LanguageSettings,
-    folder: Path,
     name: str,
-    float_folder: Path,
+    folder: Path,
+    float_folder: Path | None = None,
 ) -> PartResult:
     """Writes the four QDQ graphs of `blocks` as `<name>_<view>_<stage>.onnx` and `<name>.data` into `folder`.
 
@@ -76,53 +120,83 @@ def quantize_part(
         views: the modules of the text and the multimodal view.
         streams: by view what the blocks read in each request, (tokens, hidden_size).
         input_ranges: by view the range of that, as the part before encodes it.
-        float_folder: where the float graphs with their encodings go, if the settings want them.
+        float_folder: where the float graphs with their encodings go, if they are wanted.
     """
     result = PartResult({}, {}, {}, {}, {})
     seqmse = SeqMse() if settings.rounding == "seqmse" else None
     with ExitStack() as stack:
-        store = stack.enter_context(ConstantStore(folder / f"{name}.data"))
-        if settings.encodings:
-            float_folder.mkdir(exist_ok=True)
-            float_store = stack.enter_context(ConstantStore(float_folder / f"{name}.data"))
+        files = _PartFiles(stack, name, folder, float_folder)
         for view in VIEWS:
-            graph = DecoderGraph(views[view], shape, blocks.start, blocks.stop)
-            models = {stage: make_float_graph(graph, settings, stage) for stage in STAGES}
-            if structure(models["prefill"]) != structure(models["decode"]):
-                raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
-            del graph
-            _drop_matrices(models["decode"])  # which are those of the other, and come back as codes
-            as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
-            if seqmse is not None:
-                feeds = collect_calls(models["prefill"], shape, blocks, streams[view][:SEQMSE_REQUESTS], settings)
-                seqmse.fit(models["prefill"], feeds, weight_bits)
-            rounding = seqmse or round_to_nearest
-            codes = round_weights(models["prefill"], weight_bits, rounding=rounding, as_inputs=as_inputs)
-            exact = streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0]
-            exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
-            # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
-            for stage in STAGES if settings.encodings else STAGES[:1]:
-                apply_codes(models[stage], codes)
-            meter, outputs, values = _calibrate(models["prefill"], shape, blocks, streams[view], settings)
-            ranges = {**meter, **_fixed_ranges(shape, blocks, input_ranges[view])}
-            tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
-            encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
-            boundary = [value.name for value in (*models["decode"].graph.input, *models["decode"].graph.output)]
-            for stage, model in models.items():
-                key = f"{view}_{stage}"
-                quantized = quantize_graph(model, encodings, codes, name=f"{name}_{key}")
-                result.graphs[key] = store.save(quantized, folder / f"{name}_{key}.onnx")
-                if settings.encodings:
-                    path = float_folder / f"{name}_{key}.onnx"
-                    save_with_encodings(model, encodings, codes, float_store, path)
-            result.boundary[view] = {tensor: encodings[tensor] for tensor in boundary}
-            result.codes[view], result.streams[view] = codes, outputs
-            result.streams[f"{view}/{EXACT}"] = [exact_values[boundary_names(shape, blocks)[1]]]
-            for kind, found in ((EXACT, exact_values), (ROUNDED, values)):
-                result.probe.update({f"{view}/{kind}/{tensor}": value for tensor, value in found.items()})
+            found = _quantize_view(
+                view,
+                views[view],
+                shape,
+                blocks,
+                settings,
+                requests=streams[view],
+                exact=streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0],
+                input_range=input_ranges[view],
+                seqmse=seqmse,
+                files=files,
+            )
+            result.graphs.update({f"{view}_{stage}": path for stage, path in found.graphs.items()})
+            result.boundary[view], result.codes[view] = found.boundary, found.codes
+            result.streams[view] = found.stream
+            result.streams[f"{view}/{EXACT}"] = [found.values[EXACT][boundary_names(shape, blocks)[1]]]
+            for kind, values in found.values.items():
+                result.probe.update({f"{view}/{kind}/{tensor}": value for tensor, value in values.items()})
             logger.info("Quantized blocks %d to %d of the %s view.", blocks.start, blocks.stop - 1, view)
-            del models, model, quantized  # before those of the other view are made
     return result
+
+
+def _quantize_view(
+    view: str,
+    module: Any,
+    shape: DecoderShape,
+    blocks: range,
+    settings: LanguageSettings,
+    *,
+    requests: list[np.ndarray],
+    exact: np.ndarray,
+    input_range: Range,
+    seqmse: SeqMse | None,
+    files: _PartFiles,
+) -> _ViewResult:
+    """Calibrates and writes the two graphs of one view.
+
+    Args:
+        requests: what its blocks read in each request, (tokens, hidden_size), with all weights before them rounded.
+        exact: the same of the probe, with no weight rounded.
+        input_range: of the requests, as the part before encodes it.
+    """
+    graph = DecoderGraph(module, shape, blocks.start, blocks.stop)
+    models = {stage: make_float_graph(graph, settings, stage) for stage in STAGES}
+    if structure(models["prefill"]) != structure(models["decode"]):
+        raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
+    del graph
+    _drop_matrices(models["decode"])  # which are those of the other, and come back as codes
+    as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
+    if seqmse is not None:
+        feeds = collect_calls(models["prefill"], shape, blocks, requests[:SEQMSE_REQUESTS], settings)
+        seqmse.fit(models["prefill"], feeds, weight_bits)
+    codes = round_weights(models["prefill"], weight_bits, rounding=seqmse or round_to_nearest, as_inputs=as_inputs)
+    exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
+    # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
+    for stage in STAGES if settings.encodings else STAGES[:1]:
+        apply_codes(models[stage], codes)
+    ranges, outputs, rounded_values = _calibrate(models["prefill"], shape, blocks, requests, settings)
+    ranges |= _fixed_ranges(shape, blocks, input_range)
+    tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
+    encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
+    boundary = [value.name for value in (*models["decode"].graph.input, *models["decode"].graph.output)]
+    graphs = {stage: files.write(f"{view}_{stage}", models[stage], encodings, codes) for stage in STAGES}
+    return _ViewResult(
+        graphs=graphs,
+        boundary={tensor: encodings[tensor] for tensor in boundary},
+        codes=codes,
+        stream=outputs,
+        values={EXACT: exact_values, ROUNDED: rounded_values},
+    )
 
 
 def _drop_matrices(model: onnx.ModelProto) -> None:
@@ -134,6 +208,7 @@ def _drop_matrices(model: onnx.ModelProto) -> None:
 
 
 def make_float_graph(graph: DecoderGraph, settings: LanguageSettings, stage: str) -> onnx.ModelProto:
+    """The float ONNX of blocks for the tokens of a stage, `prefill` or `decode`, in a context of fixed length."""
     inputs = graph.example_inputs(settings.tokens(stage), settings.context_length)
     return to_float_onnx(graph, inputs, graph.input_names, graph.output_names)
 
@@ -250,5 +325,5 @@ def base_codes(
 
 __all__ = [
     "LanguageSettings", "PartResult", "base_codes", "codes_digest", "collect_calls", "make_float_graph",
-    "quantize_part",
+    "probe_lengths", "quantize_part",
 ]  # fmt: skip

@@ -291,4 +291,7 @@ def pack_int4(codes: np.ndarray) -> bytes:
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
 
 
-__all__ = ["apply_codes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "weights_of"]
+__all__ = [
+    "CACHE_DTYPES", "apply_codes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "tensor_groups",
+    "weights_of",
+]  # fmt: skip

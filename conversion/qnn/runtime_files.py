@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+BACKEND_FILE = "htp_backend_ext_config.json"
 README = """# GenieBlue for {title} ({soc})
 
 Made by `genieblue export qnn`, compiler {compiler}. Everything that a runtime needs, no weights in full precision.
@@ -62,60 +63,9 @@ QAIRT_ROW = """| `qairt/` | the float graphs with AIMET `.encodings`, for `qairt
 def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: Any) -> None:
     """Writes processor, configurations and README into the folder of a bundle."""
     processor.save_pretrained(folder / "processor")
-    soc, decoder, embeddings = metadata["soc"], metadata["decoder"], metadata["embeddings"]
-    binaries = [part["binary"] for part in metadata["parts"]]
-    backend = {
-        "devices": [
-            {
-                "soc_model": soc["model"],
-                "dsp_arch": f"v{soc['arch']}",
-                "cores": [{"core_id": 0, "perf_profile": "burst", "rpc_control_latency": 100}],
-            }
-        ],
-        "memory": {"mem_type": "shared_buffer"},
-        "context": {"weight_sharing_enabled": True},
-    }
-    ends = metadata["generation"]["eos_token_ids"]
-    genie = {
-        "dialog": {
-            "version": 1,
-            "type": "basic",
-            "context": {
-                "version": 1,
-                "size": metadata["context_length"],
-                "n-vocab": decoder["vocab_size"],
-                "eos-token": ends[0] if len(ends) == 1 else ends,
-            },
-            "sampler": {"version": 1, "greedy": True},
-            "tokenizer": {"version": 1, "path": "processor/tokenizer.json"},
-            "embedding": {
-                "version": 1,
-                "type": "lut",
-                "lut-path": embeddings["file"],
-                "size": decoder["hidden_size"],
-                "datatype": "ufixed16",
-                "quant-param": {"scale": embeddings["scale"], "offset": embeddings["offset"]},
-            },
-            "engine": {
-                "version": 1,
-                "n-threads": 3,
-                "backend": {
-                    "version": 1,
-                    "type": "QnnHtp",
-                    "QnnHtp": {
-                        "version": 1,
-                        "use-mmap": True,
-                        "poll": True,
-                        "kv-dim": decoder["head_dim"],
-                        "pos-id-dim": decoder["head_dim"] // 2,
-                    },
-                    "extensions": "htp_backend_ext_config.json",
-                },
-                "model": {"version": 1, "type": "binary", "binary": {"version": 1, "ctx-bins": binaries}},
-            },
-        }
-    }
-    for name, value in (("htp_backend_ext_config.json", backend), ("genie_config.json", genie)):
+    soc, embeddings = metadata["soc"], metadata["embeddings"]
+    backend, genie = _backend_settings(soc), _genie_settings(metadata)
+    for name, value in ((BACKEND_FILE, backend), ("genie_config.json", genie)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     readme = README.format(
         title=soc["title"],
@@ -123,7 +73,7 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         arch=soc["arch"],
         compiler=metadata["compiler"],
         tiles=metadata["vision"]["tiles"],
-        parts=len(binaries),
+        parts=len(metadata["parts"]),
         chunk=metadata["chunk_length"],
         embedding_shape="×".join(map(str, embeddings["shape"])),
         embedding_dtype=embeddings["dtype"],
@@ -138,6 +88,66 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         order=", ".join(metadata["parts"][0]["graphs"]),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _backend_settings(soc: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of QNN's own runtime for a chip as the metadata describe it."""
+    return {
+        "devices": [
+            {
+                "soc_model": soc["model"],
+                "dsp_arch": f"v{soc['arch']}",
+                "cores": [{"core_id": 0, "perf_profile": "burst", "rpc_control_latency": 100}],
+            }
+        ],
+        "memory": {"mem_type": "shared_buffer"},
+        "context": {"weight_sharing_enabled": True},
+    }
+
+
+def _genie_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A dialog of Qualcomm's Genie with the text view of a bundle."""
+    decoder, embeddings = metadata["decoder"], metadata["embeddings"]
+    ends = metadata["generation"]["eos_token_ids"]
+    context = {
+        "version": 1,
+        "size": metadata["context_length"],
+        "n-vocab": decoder["vocab_size"],
+        "eos-token": ends[0] if len(ends) == 1 else ends,
+    }
+    embedding = {
+        "version": 1,
+        "type": "lut",
+        "lut-path": embeddings["file"],
+        "size": decoder["hidden_size"],
+        "datatype": "ufixed16",
+        "quant-param": {"scale": embeddings["scale"], "offset": embeddings["offset"]},
+    }
+    htp = {
+        "version": 1,
+        "use-mmap": True,
+        "poll": True,
+        "kv-dim": decoder["head_dim"],
+        "pos-id-dim": decoder["head_dim"] // 2,
+    }
+    binaries = [part["binary"] for part in metadata["parts"]]
+    engine = {
+        "version": 1,
+        "n-threads": 3,
+        "backend": {"version": 1, "type": "QnnHtp", "QnnHtp": htp, "extensions": BACKEND_FILE},
+        "model": {"version": 1, "type": "binary", "binary": {"version": 1, "ctx-bins": binaries}},
+    }
+    return {
+        "dialog": {
+            "version": 1,
+            "type": "basic",
+            "context": context,
+            "sampler": {"version": 1, "greedy": True},
+            "tokenizer": {"version": 1, "path": "processor/tokenizer.json"},
+            "embedding": embedding,
+            "engine": engine,
+        }
+    }
 
 
 __all__ = ["write_runtime_files"]

@@ -1,6 +1,7 @@
 """Which bases the QNN graphs reproduce, and a sentence for each that they do not."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def _structure_problems(base: nn.Module) -> Iterator[str]:
             yield f"its {title} lack {', '.join(sorted(missing))}"
 
 
-def _config_problems(config, context_length: int) -> Iterator[str]:
+def _config_problems(config: Any, context_length: int) -> Iterator[str]:
     activation = getattr(config, "hidden_act", "silu")
     if activation != "silu":
         yield f"its activation is {activation!r}, expected 'silu'"
@@ -82,7 +83,7 @@ def rotary_frequencies(base: nn.Module) -> tuple[torch.Tensor, float]:
     return frequencies, scaling
 
 
-def _head_dim(config) -> int:
+def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -86,4 +86,4 @@ def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) ->
         )
 
 
-__all__ = ["batches_of", "quantize_vision"]
+__all__ = ["quantize_vision"]

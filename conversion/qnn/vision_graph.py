@@ -60,6 +60,7 @@ class EncoderBlock(nn.Module):
         return x + self.fc2(functional.gelu(self.fc1(self.norm_2(x)), approximate=self.approximation))
 
     def attend(self, h: torch.Tensor) -> torch.Tensor:
+        """What attention adds to normalized patches (num_tiles, num_patches, vision_hidden_size)."""
         count, patches, channels = h.shape
         size = channels // self.heads
         query, key, value = (
