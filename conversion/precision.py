@@ -11,10 +11,9 @@ from conversion.rounding import ROUNDING_METHODS
 from modeling_genieblue.language_views_genieblue import find_blocks
 from modeling_genieblue.quantization_genieblue import is_frozen, reason_against
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
+from modeling_genieblue.settings_files_genieblue import ACTIVATIONS, PRECISIONS
 
-PRECISIONS = ("w4a16", "w8a16", "w16a16")
 KINDS = {"w4a16": "qint4", "w8a16": "qint8"}
-ACTIVATIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class QuantizationRecipe:
     @property
     def dtype(self) -> torch.dtype:
         """`activations` as torch has it."""
-        return ACTIVATIONS[self.activations]
+        return getattr(torch, self.activations)
 
     @property
     def changes_base(self) -> bool:

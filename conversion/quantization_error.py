@@ -7,8 +7,6 @@ import torch
 
 from conversion.saved_model import PROMPTS, logits_of
 
-IMAGE_TILES = 1
-
 
 @dataclass(frozen=True)
 class ViewLogits:

@@ -38,13 +38,13 @@ from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneratio
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
 from modeling_genieblue.base_loading_genieblue import hub_commit
 from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
-from modeling_genieblue.loading_genieblue import ACCESS_KEYS, OWN_HUB_KEYS
+from modeling_genieblue.loading_genieblue import ACCESS_KEYS
 from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, scales_of, stored_tensors
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
 from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_parts_genieblue import QUANTIZED_ADAPTER_NAME, quantized_adapter_entries
 from modeling_genieblue.saving_genieblue import save_model, use_stored_parts
-from modeling_genieblue.settings_files_genieblue import BASE_PARTS
+from modeling_genieblue.settings_files_genieblue import BASE_PARTS, HUB_KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def quantize_genieblue(
         )
     if recipe.rounding == "gptq" and not samples.text:
         raise ValueError("gptq needs calibration samples of text: give some, or round with hqq or rtn.")
-    where = {key: load_kwargs[key] for key in OWN_HUB_KEYS if load_kwargs.get(key) is not None}
+    where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(source, **where)
     refuse_unfit_source(source, config)
     target = None
@@ -329,7 +329,7 @@ def _use_existing_base(model: Any, name: str, rounder: _Rounder, access: dict[st
     settings = read_base_quantization(name, **access)
     if settings is None:
         raise ValueError(f"{name} is no base that GenieBlue quantized: leave it out, and one is made.")
-    for part in ("llm", "lm_head", "embeddings", "activations"):
+    for part in (*BASE_PARTS, "activations"):
         if settings[part] != getattr(recipe, part):
             raise ValueError(
                 f"{name} has {part} {settings[part]}, and {getattr(recipe, part)} was asked for: ask for what it has, "

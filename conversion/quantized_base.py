@@ -19,7 +19,7 @@ from hub_cards.code_files import with_siblings
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig
-from modeling_genieblue.loading_genieblue import is_local_reference
+from modeling_genieblue.loading_genieblue import ACCESS_KEYS, is_local_reference
 from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, QUANTIZED_WEIGHTS_NAME
 from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, read_base_quantization
 from modeling_genieblue.quantized_files_genieblue import qmap_content
@@ -115,7 +115,7 @@ def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> 
     """Folder with the base's configuration and tokenizer: its own, or a snapshot of the repository without weights."""
     if is_local_reference(name):
         return Path(name)
-    options = {key: value for key, value in hub_kwargs.items() if key in ("token", "cache_dir", "local_files_only")}
+    options = {key: value for key, value in hub_kwargs.items() if key in ACCESS_KEYS}
     return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", *COMPANIONS], **options))
 
 

@@ -31,10 +31,10 @@ from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.quantization_genieblue import QMAP_NAME, is_frozen
 from modeling_genieblue.quantized_files_genieblue import read_qmap
 from modeling_genieblue.quantized_parts_genieblue import load_quantized_adapter
+from modeling_genieblue.settings_files_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
 
-BASE_PARTS = ("llm", "lm_head", "embeddings")
 STOCK_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Relative L2 error of logits that have nothing to do with each other is above this.
 LARGEST_ERROR = 1.0

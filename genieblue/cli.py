@@ -124,7 +124,10 @@ def train(
     ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens in a sample, image tokens included.")] = 4096,
     max_tiles: Annotated[
-        int | None, typer.Option(help="Most tiles of an image; the paper's by default.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Most tiles of an image; by default 1 in stage 1, as at `init` in stage 2.", show_default=False
+        ),
     ] = None,
     bf16: Annotated[
         bool | None,

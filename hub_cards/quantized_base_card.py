@@ -1,6 +1,5 @@
 """The card of a quantized base: what it was made from, at which precision, and how it is loaded."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from hub_cards.model_folder import (
     read_base_quantization,
     read_json,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def write_quantized_base_card(folder: Path, source: Path | None = None) -> None:

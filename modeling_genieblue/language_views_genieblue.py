@@ -7,7 +7,6 @@ LoRA on the linears of all others. What is trained is saved as a stock PEFT adap
 
 import copy
 import json
-import logging
 import math
 import os
 import threading
@@ -23,8 +22,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .lora_genieblue import SharedInputLoraLinear, connect_down_projections
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

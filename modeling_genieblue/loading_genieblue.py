@@ -1,6 +1,5 @@
-"""Loading: our own files from a folder or the Hub, the base that they name, and the check that it is that base."""
+"""Loading: our own files, from a folder or the Hub."""
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +23,8 @@ from .language_views_genieblue import (
     QUANTIZED_ADAPTER_NAME,
     tensors_of_other_kinds,
 )
-from .settings_files_genieblue import read_settings, refuse_broken_settings
+from .settings_files_genieblue import HUB_KEYS, SHARED_HUB_KEYS, read_settings, refuse_broken_settings
 
-logger = logging.getLogger(__name__)
-
-# Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
-SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-OWN_HUB_KEYS = (*SHARED_HUB_KEYS, "revision", "subfolder")
 # With which a base that was loaded is found again.
 ACCESS_KEYS = ("token", "cache_dir", "local_files_only")
 # What the base is given as it would be by hand.
@@ -50,7 +44,7 @@ class LoadRequest:
     def from_arguments(cls, path: str | os.PathLike, kwargs: dict[str, Any]) -> "LoadRequest":
         """Sorts the keyword arguments of `from_pretrained` into ours and the base's."""
         kwargs = dict(kwargs)
-        hub_kwargs = {key: kwargs.pop(key) for key in OWN_HUB_KEYS if kwargs.get(key) is not None}
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KEYS if kwargs.get(key) is not None}
         lookup = {key: hub_kwargs.get(key) for key in ("token", "cache_dir")}
         hub_kwargs["revision"] = resolve_revision(
             path, hub_kwargs.get("revision"), local_files_only=bool(hub_kwargs.get("local_files_only")), **lookup

@@ -5,7 +5,6 @@ weights with trained copies of a quarter of the blocks and LoRA on the others. T
 """
 
 import copy
-import logging
 import os
 from typing import Any
 
@@ -50,8 +49,6 @@ from .requests_genieblue import (
     take_rows,
 )
 from .saving_genieblue import push_model, save_model
-
-logger = logging.getLogger(__name__)
 
 
 class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBlueGenerationMixin):
@@ -387,7 +384,8 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
     ) -> CausalLMOutputWithPast:
         """Each part of a mixed batch in its own view, put back in order."""
         inputs = dict(inputs)
-        labels, cache = inputs.pop("labels", None), inputs.pop("past_key_values", None)
+        labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
+        cache = inputs.pop("past_key_values", None)
         cache = as_mixed_cache(cache, is_multimodal)
 
         def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
@@ -399,7 +397,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
         merged = merge_rows(text, multimodal, is_multimodal)
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(merged["logits"], labels),
+            loss=None if labels is None else self._loss(merged["logits"], labels, num_items_in_batch=num_items),
             past_key_values=cache if cache[TEXT] is not None else None,
             **merged,
         )

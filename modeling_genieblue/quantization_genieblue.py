@@ -6,7 +6,6 @@ compiled on the user's machine, and tensors are read by name, strictly.
 """
 
 import copy
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,6 @@ try:
 except ImportError:  # only needed where something is quantized
     QLinear, WeightQBytesTensor, quanto_cpp = nn.Linear, torch.Tensor, None
 
-logger = logging.getLogger(__name__)
 
 QMAP_NAME = "quanto_qmap.json"
 # Of a quantized base. Not transformers' own name: its classes would find the file, miss every weight in it, and go on

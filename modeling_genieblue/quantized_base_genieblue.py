@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from .precision_guard_genieblue import PrecisionGuard, guard_precision
 from .quantization_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, require_quanto
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
-from .settings_files_genieblue import BASE_PARTS, check_quantization, read_settings
+from .settings_files_genieblue import BASE_PARTS, HUB_KEYS, check_quantization, read_settings
 
 try:
     from accelerate import init_empty_weights
@@ -30,7 +30,6 @@ OTHER_OPTIONS = (
     "offload_buffers", "adapter_kwargs", "trust_remote_code", "dtype", "device_map", "attn_implementation",
     "output_loading_info", "weights_only", "ignore_mismatched_sizes",
 )  # fmt: skip
-HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 def read_base_quantization(location: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ from .quantized_files_genieblue import (
     fill_from_quantized_file,
     stored_layout,
 )
+from .settings_files_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def run_on_onnxruntime(model: Any) -> None:
 
 def refuse_unquantized_base(base: nn.Module, config: GenieBlueConfig, path: str) -> None:
     """`ValueError` for a 16-bit base under an adapter that was made for a quantized one."""
-    needs_quantized = any(config.quantization[part] != "w16a16" for part in ("llm", "lm_head", "embeddings"))
+    needs_quantized = any(config.quantization[part] != "w16a16" for part in BASE_PARTS)
     if needs_quantized and all(scales_of(parameter) is None for parameter in base.parameters()):
         raise ValueError(
             f"{path} is for a base quantized to {config.quantization['llm']}, and was given one that is not: load it "

@@ -111,10 +111,12 @@ def refuse_foreign_folder(target: Path) -> None:
 
 
 def _inner_base(folder: Path) -> list[str]:
-    """The subfolder in which a model that was saved into `folder` has its base, if it has one."""
+    """The subfolder in which a quantized model that was saved into `folder` has its base, if it has one."""
     config_file = folder / "config.json"
-    name = read_settings(config_file).get("base_model_name_or_path") if config_file.is_file() else None
-    return [name.removeprefix("./")] if isinstance(name, str) and is_inner_folder(name) else []
+    config = read_settings(config_file) if config_file.is_file() else {}
+    name = config.get("base_model_name_or_path")
+    is_ours = config.get("quantization") is not None and isinstance(name, str) and is_inner_folder(name)
+    return [name.removeprefix("./")] if is_ours else []
 
 
 def _usual_modes(folder: Path) -> tuple[int, int]:

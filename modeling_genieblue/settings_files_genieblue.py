@@ -11,7 +11,11 @@ from transformers.utils.hub import cached_file
 # What a precision is recorded for: in a quantized base, and in a quantized GenieBlue.
 BASE_PARTS = ("llm", "lm_head", "embeddings")
 QUANTIZED_PARTS = (*BASE_PARTS, "replicated_blocks", "lora", "vision_tower", "multi_modal_projector")
-HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision", "subfolder")
+PRECISIONS = ("w4a16", "w8a16", "w16a16")
+ACTIVATIONS = ("bfloat16", "float16", "float32")
+# Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
+SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_KEYS = (*SHARED_HUB_KEYS, "revision", "subfolder")
 # By file, a setting without which it is not what its name says.
 PROCESSOR_FILES = {"processor_config.json": "image_token_id", "tokenizer_config.json": None, "tokenizer.json": "model"}
 
@@ -47,15 +51,15 @@ def check_quantization(
     if not isinstance(quantization, dict):
         raise ValueError(f"{where} is {quantization!r}: expected a precision for each of {', '.join(parts)}.")
     for part in parts:
-        if quantization.get(part) not in ("w4a16", "w8a16", "w16a16"):
+        if quantization.get(part) not in PRECISIONS:
             raise ValueError(
-                f"{where} has {quantization.get(part)!r} for {part}: expected w4a16, w8a16 or w16a16. The file is "
-                "damaged; fetch it again."
+                f"{where} has {quantization.get(part)!r} for {part}: expected one of {', '.join(PRECISIONS)}. "
+                "The file is damaged; fetch it again."
             )
-    if quantization.get("activations") not in ("bfloat16", "float16", "float32"):
+    if quantization.get("activations") not in ACTIVATIONS:
         raise ValueError(
-            f"{where} has {quantization.get('activations')!r} for activations: expected bfloat16, float16 or float32. "
-            "The file is damaged; fetch it again."
+            f"{where} has {quantization.get('activations')!r} for activations: expected one of "
+            f"{', '.join(ACTIVATIONS)}. The file is damaged; fetch it again."
         )
 
 

@@ -1,7 +1,6 @@
 """The demo: a base LLM, a vision tower, two stages, and a fresh process that reads held-out scans."""
 
 import json
-import logging
 import math
 import shutil
 import subprocess
@@ -23,8 +22,6 @@ from genieblue.demo.vision import make_vision_tower
 from genieblue.training import TrainingSettings, train
 from hub_cards.model_card import MEASUREMENTS, card_info_from_folder, write_model_card
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
-
-logger = logging.getLogger(__name__)
 
 STAGE_1 = {"steps": 60, "batch_size": 32, "learning_rates": {"projector": 2e-3}}
 STAGE_2 = {
