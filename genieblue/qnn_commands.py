@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from conversion.qnn.soc import SOCS, find_soc
-from genieblue.options import BaseCode, Json, LoraMode, QnnRounding, Revision
+from genieblue.options import Base, BaseCode, Json, LoraMode, QnnRounding, Revision
 from genieblue.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
 
 export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
@@ -47,6 +47,7 @@ def qnn(
     encodings: Annotated[
         bool, typer.Option("--encodings", help="Write float graphs with AIMET .encodings too, for qairt-converter.")
     ] = False,
+    base: Base = None,
     revision: Revision = None,
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
@@ -68,8 +69,10 @@ def qnn(
         from genieblue.calibration_data import read_chats
         from genieblue.collation import ChatCollator
         from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
+        from modeling_genieblue.loading_genieblue import LoadRequest
 
         with looking_for(model):
+            LoadRequest.from_arguments(model, dict(options)).check_layout()
             GenieBlueConfig.from_pretrained(model, revision=revision)  # which says best what is no GenieBlue
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         chats = read_chats(calibration, samples, image_folder=image_folder)
@@ -87,6 +90,7 @@ def qnn(
             rounding=rounding.value,
             encodings=encodings,
             on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
+            base_model=base,
             **options,
         )
     files = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
@@ -104,6 +108,7 @@ def adapter(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
     bundle: Annotated[Path, typer.Option(help="Bundle of `export qnn --lora inputs`.", show_default=False)],
     out: Annotated[Path, typer.Option(help="File to write, such as other.npz.", show_default=False)],
+    base: Base = None,
     revision: Revision = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
@@ -113,7 +118,7 @@ def adapter(
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
     quiet_transformers()
     with looking_for(model):
-        path = export_adapter(model, bundle.expanduser(), out.expanduser(), **options)
+        path = export_adapter(model, bundle.expanduser(), out.expanduser(), base_model=base, **options)
     typer.echo(f"{path}: {short_bytes(path.stat().st_size)}")
     note(f"Next: genieblue chat --qnn {bundle} --adapter {path} --image photo.jpg --prompt …")
 

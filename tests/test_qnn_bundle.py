@@ -1,7 +1,9 @@
 """Bundles: exported whole or in parts, stopped and continued, run, verified, and damaged."""
 
+import ctypes
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
 import onnx
+import onnxruntime_qnn
 from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file
@@ -61,6 +64,31 @@ def test_a_bundle_holds_what_a_runtime_needs(bundle):
     extensions = json.loads((bundle / "htp_backend_ext_config.json").read_text())
     assert extensions["devices"][0]["soc_model"] == 69 and extensions["devices"][0]["dsp_arch"] == "v79"
     assert "Not checked" in (bundle / "README.md").read_text()
+
+
+def test_qualcomms_reader_takes_the_settings_of_genie(bundle):
+    library = Path(onnxruntime_qnn.__file__).parent / "libGenie.so"
+    if not library.is_file():
+        pytest.skip("this onnxruntime-qnn has no Genie")
+    genie = ctypes.CDLL(str(library))
+
+    def status(settings):
+        handle = ctypes.c_void_p()
+        return genie.GenieDialogConfig_createFromJson(json.dumps(settings).encode(), ctypes.byref(handle))
+
+    settings = json.loads((bundle / "genie_config.json").read_text())
+    assert status(settings) == 0
+    del settings["dialog"]["context"]["bos-token"]
+    assert status(settings) != 0  # it does look
+
+
+def test_graphs_are_named_as_in_their_binary(bundle):
+    facts = Bundle(bundle).metadata
+    graphs = [facts["vision"]["graph"], *(graph for part in facts["parts"] for graph in part["graphs"].values())]
+    for graph in graphs:
+        assert graph["name_in_binary"] in (bundle / graph["context"]).read_bytes().decode(errors="replace")
+    assert len({graph["name_in_binary"] for graph in graphs}) == len(graphs)
+    assert facts["qairt"].startswith("v2.") and facts["qairt"] in (bundle / "README.md").read_text()
 
 
 def test_what_one_part_gives_the_next_one_takes_code_by_code(bundle):

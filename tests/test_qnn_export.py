@@ -1,38 +1,29 @@
 """Exports to QNN: what is refused and when, stopped and continued, compiled for every chip, and by the command."""
 
+import errno
 import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tiny_models import tiny_base
 from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair, tiny_model, two_blocks
 from typer.testing import CliRunner
 
-from conversion.qnn import compile as compile_module
 from conversion.qnn import export as export_module
 from conversion.qnn import npu
 from conversion.qnn.bundle import Bundle
 from conversion.qnn.calibration import prepare_calibration
-from conversion.qnn.compile import CompileError, compile_graphs
 from conversion.qnn.decoder_shape import compare_with_graphs, make_decoder_shape
 from conversion.qnn.export import divide_blocks, export_bundle
 from conversion.qnn.export_state import Workplace, lock_output
-from conversion.qnn.float_onnx import OPSET
-from conversion.qnn.quantize import encodings_of, quantize_graph, round_weights
-from conversion.qnn.soc import SOCS, find_soc
 from conversion.qnn.verify import verify_bundle
 from conversion.qnn.vision_export import quantize_vision
 from genieblue.calibration_data import read_calibration, read_chats
@@ -297,53 +288,31 @@ def test_the_longest_requests_are_the_probe_and_short_ones_are_warned_of(caplog)
     ]  # fmt: skip
 
 
-# Compiled
+# Disks and places
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory):
-    """A product with an int4 matrix between 16-bit activations, as a QDQ file."""
-    info = helper.make_tensor_value_info
-    weight = np.random.default_rng(3).normal(size=(32, 16)).astype(np.float32)
-    model = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("MatMul", ["x", "weight"], ["y"])],
-            "product",
-            [info("x", TensorProto.FLOAT, [4, 32])],
-            [info("y", TensorProto.FLOAT, [4, 16])],
-            [numpy_helper.from_array(weight, "weight")],
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=10,
-    )
-    codes = round_weights(model, lambda _name: 4)
-    encodings = encodings_of(model, {"x": (-1.0, 1.0), "y": (-9.0, 9.0)})
-    path = tmp_path_factory.mktemp("graph") / "product.onnx"
-    onnx.save(quantize_graph(model, encodings, codes, name="product"), path)
-    return path
+def test_a_full_disk_is_told_and_the_export_can_go_on(pair, tmp_path, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-
-@pytest.mark.parametrize("soc", SOCS)
-def test_every_chip_of_the_list_takes_a_graph_with_4_bits(graph, tmp_path, soc):
-    compile_graphs({"product": graph}, find_soc(soc), tmp_path / "out", "product.bin")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["product.bin", "product_ctx.onnx"]
-
-
-def test_a_compiler_that_dies_leaves_nothing_and_says_of_what(graph, tmp_path, monkeypatch):
-    def killed(*_arguments, **_options):
-        return subprocess.CompletedProcess([], -signal.SIGKILL, "", "last words")
-
-    arguments = ({"product": graph}, find_soc("sm8750"), tmp_path / "out", "out.bin")
     with monkeypatch.context() as patched:
-        patched.setattr(compile_module.subprocess, "run", killed)
-        with pytest.raises(CompileError, match="(?s)signal 9.*more parts.*last words"):
-            compile_graphs(*arguments)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "out.unfinished").mkdir()  # of a process that was killed outright
-    compile_graphs(*arguments)
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["out.bin", "product_ctx.onnx"]
-    with pytest.raises(FileExistsError, match="exists already"):
-        compile_graphs(*arguments)
+        patched.setattr(export_module, "quantize_vision", full)
+        with pytest.raises(OSError, match=r"disk is full, of .*free space and start again.*out\.unfinished"):
+            export_bundle(pair, tmp_path / "out", calibration=requests(), **SETTINGS)
+    assert (tmp_path / "out.unfinished").is_dir() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["file/out", "/proc/out"])
+def test_an_output_that_cannot_be_is_told(pair, tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Nothing can be written to .*: give another output"):
+        export_bundle(pair, tmp_path / out, calibration=requests(), **SETTINGS)
+
+
+def test_a_folder_without_a_genieblue_is_told(chats, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = invoke(tmp_path / "empty", "--soc", "sm8750", "--calibration", chats, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "empty has no config.json" in result.output
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ from conversion.qnn.npu import CompileError
 from conversion.qnn.soc import Soc
 
 logger = logging.getLogger(__name__)
+ENVIRONMENT_BYTES = 4096
+NOT_WRITTEN = "Failed to write context cache file"  # the compiler's words
 
 
 @contextmanager
@@ -52,9 +54,9 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
     sources = {path.resolve().parent for path in graphs.values()}
     if len(sources) != 1:
         raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")
-    roots = [os.fspath(Path(conversion.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     source = sources.pop()
-    # The length of this folder's path decides where things lie in the compiler's memory, and so some of its choices.
+    # The length of this folder's path decides where things lie in the compiler's memory, and so some of its choices;
+    # that is why it is not beside the output.
     with staged_folder(output) as folder, TemporaryDirectory(prefix="qnn-") as work:
         links = [Path(work) / path.name for path in source.iterdir() if path.is_file()]
         for link in links:
@@ -66,16 +68,37 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
             capture_output=True,
             text=True,
             cwd=work,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "PYTHONHASHSEED": "0"},
+            env=_worker_environment(),
         )
         for link in links:
             link.unlink()
         if done.returncode:
-            raise CompileError(_reason(done, list(graphs)))
+            reason = _reason(done, list(graphs))
+            if NOT_WRITTEN in reason:
+                raise OSError(
+                    f"The compiler could not write to {Path(work).parent}, which is probably full: free space there, "
+                    f"or name another folder by the environment variable TMPDIR, and start again ({reason})."
+                )
+            raise CompileError(reason)
         for path in Path(work).iterdir():
             shutil.move(path, folder / path.name)
         logger.info("Compiled %s for %s.", ", ".join(graphs), soc.name)
         _check_contexts(folder, list(graphs), binary)
+
+
+def _worker_environment() -> dict[str, str]:
+    """What the compiler's process is told by its surroundings, always of one size.
+
+    It lies at the top of the stack, so that a longer variable would move everything below, and change the bytes.
+    """
+    roots = [os.fspath(Path(conversion.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, roots)), "PYTHONHASHSEED": "0"}
+    if "LD_LIBRARY_PATH" in os.environ:
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    # The path of the program is there three times: as what is run, as its first argument, and for the loader.
+    taken = sum(len(os.fsencode(f"{name}={value}")) for name, value in environment.items())
+    taken += 3 * len(os.fsencode(sys.executable))
+    return {**environment, "PADDING": "x" * max(ENVIRONMENT_BYTES - taken, 0)}
 
 
 def _refuse_open_shapes(name: str, path: Path) -> None:
@@ -126,4 +149,11 @@ def _cache_attribute(wrapper: onnx.ModelProto) -> onnx.AttributeProto:
     return next(attribute for attribute in node.attribute if attribute.name == "ep_cache_context")
 
 
-__all__ = ["CompileError", "compile_graphs"]
+def read_context(path: Path) -> tuple[str, str]:
+    """The name that a graph has in its binary, and the version of Qualcomm's SDK that made it, of a `…_ctx.onnx`."""
+    (node,) = onnx.load(path).graph.node
+    texts = {attribute.name: attribute.s.decode() for attribute in node.attribute}
+    return texts["partition_name"], texts["ep_sdk_version"]
+
+
+__all__ = ["CompileError", "compile_graphs", "read_context"]

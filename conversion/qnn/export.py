@@ -18,11 +18,11 @@ from conversion.qnn.aimet_rounding import require_aimet
 from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
 from conversion.qnn.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
-from conversion.qnn.compile import compile_graphs
+from conversion.qnn.compile import compile_graphs, read_context
 from conversion.qnn.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
 from conversion.qnn.digests import tensors_digest, trained_digests
 from conversion.qnn.encoding import LEVELS, Encoding, Range
-from conversion.qnn.export_state import Workplace, lock_output, write_json
+from conversion.qnn.export_state import Workplace, lock_output, telling_of_a_full_disk, write_json
 from conversion.qnn.language_export import LanguageSettings, PartResult, codes_digest, quantize_part
 from conversion.qnn.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
 from conversion.qnn.npu import compiler_version, npu_devices, require_libraries
@@ -99,7 +99,7 @@ def export_bundle(
     _check_config(config, settings, parts, str(model_folder))
     wanted = _export_settings(chip, settings, parts, vision_tiles)
     work = Workplace(out)
-    with lock_output(out):
+    with lock_output(out), telling_of_a_full_disk(out):
         work.refuse_other_export(wanted)
         model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
         trust = {"trust_remote_code": bool(load_options.get("trust_remote_code"))}
@@ -215,7 +215,8 @@ class _Export:
         self._tell("embeddings", steps - 1, steps)
         self._write_embeddings(work.bundle, embeddings)
         _gather(work, [f"language_{number}" for number in range(len(parts))], calibration)
-        metadata = self._metadata(records, vision, embeddings)
+        sdk = read_context(work.bundle / vision["graph"]["context"])[1]
+        metadata = {**self._metadata(records, vision, embeddings), "qairt": sdk}
         write_runtime_files(work.bundle, metadata, self.processor)
         # Last: a bundle that has it is complete.
         write_json(work.bundle / METADATA, signed({**metadata, "files": list_files(work.bundle)}))
@@ -251,6 +252,7 @@ class _Export:
             "binary": "vision/vision.bin",
             "tiles": self.vision_tiles,
             "graph": {
+                "name_in_binary": read_context(folder / "vision_ctx.onnx")[0],
                 "context": "vision/vision_ctx.onnx",
                 "qdq": "qdq/vision.onnx",
                 **describe_boundary(result.graph, result.boundary),
@@ -290,7 +292,7 @@ class _Export:
             np.savez(step / STREAMS, **_flatten(part.streams))
             if self.settings.lora == "inputs":
                 np.savez(step / ADAPTER, **adapter_entries(number, part.codes["multimodal"]))
-            record = self._part_record(name, blocks, part)
+            record = self._part_record(folder, blocks, part)
             work.finish(name, record)
         with np.load(work.step(name) / STREAMS) as file:
             streams = _unflatten(file)
@@ -301,12 +303,13 @@ class _Export:
             next_ranges[view] = (found["offset"] * found["scale"], (LEVELS + found["offset"]) * found["scale"])
         return record, streams, next_ranges
 
-    def _part_record(self, name: str, blocks: range, part: PartResult) -> dict[str, Any]:
-        graphs = {}
+    def _part_record(self, folder: Path, blocks: range, part: PartResult) -> dict[str, Any]:
+        name, graphs = folder.name, {}
         for view in VIEWS:
             for stage in STAGES:
                 path = part.graphs[f"{view}_{stage}"]
                 graphs[f"{view}_{stage}"] = {
+                    "name_in_binary": read_context(folder / f"{view}_{stage}_ctx.onnx")[0],
                     "context": f"{name}/{view}_{stage}_ctx.onnx",
                     "qdq": f"qdq/{path.name}",
                     "view": view,
@@ -363,11 +366,14 @@ class _Export:
         }
 
     def _generation(self) -> dict[str, Any]:
-        """What ends an answer."""
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            ends = self.processor.tokenizer.eos_token_id
-        return {"eos_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends]}
+        """What begins a text, and what ends an answer."""
+        config, tokenizer = self.model.generation_config, self.processor.tokenizer
+        begin = tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id
+        ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+        return {
+            "bos_token_id": begin,
+            "eos_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
+        }
 
 
 def _gather(work: Workplace, parts: Sequence[str], calibration: Calibration) -> None:

@@ -1,9 +1,11 @@
 """The folder `<out>.unfinished` of an export: who works there, with which settings, and what of it is finished."""
 
+import errno
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +27,13 @@ def lock_output(out: Path) -> Iterator[None]:
     """
     import fcntl  # not on every system, but wherever the compiler runs
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name(f".{out.name}.exporting")
-    with path.open("a") as file:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise OSError(f"Nothing can be written to {out.parent} ({error.strerror}): give another output.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # An export that has just ended has removed the file: a lock on it would keep nobody away.
@@ -42,6 +48,21 @@ def lock_output(out: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_of_a_full_disk(out: Path) -> Iterator[None]:
+    """Says where a disk is full, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk is full, of {out.parent} or of {tempfile.gettempdir()}, where the compiler works (TMPDIR): "
+            f"free space and start again with the same settings. What is finished lies in {out.name}{UNFINISHED}",
+        ) from error
 
 
 class Workplace:
@@ -125,4 +146,4 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(staged, path)
 
 
-__all__ = ["Workplace", "lock_output", "write_json"]
+__all__ = ["Workplace", "lock_output", "telling_of_a_full_disk", "write_json"]

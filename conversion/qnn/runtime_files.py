@@ -8,7 +8,8 @@ from typing import Any
 BACKEND_FILE = "htp_backend_ext_config.json"
 README = """# GenieBlue for {title} ({soc})
 
-Made by `genieblue export qnn`, compiler {compiler}. Everything that a runtime needs, no weights in full precision.
+Made by `genieblue export qnn` with the compiler of Qualcomm's AI Runtime SDK (QAIRT) **{qairt_version}**, which
+came with {compiler}. Everything that a runtime needs, no weights in full precision.
 
 | file | what it is |
 |---|---|
@@ -25,13 +26,15 @@ keys and values cached in {cache_bits} bits |
 the phone |
 
 {rounding}. A code means `value = (code + offset) * scale`. The caches and the hidden states
-between parts go from call to call as they are. A request with images runs the multimodal graphs from its first token,
-any other request the text graphs; a cache belongs to the view that filled it. How a prompt is cut, masked and cached
-is `conversion/qnn/chunked_decoder.py` and `runner.py` of GenieBlue, in NumPy.
+between parts go from call to call as they are. `image_features` and `inputs_embeds` have codes of their own each:
+image features must be decoded, and encoded again, to take the places of image tokens. A request with images runs the
+multimodal graphs from its first token, any other request the text graphs; a cache belongs to the view that filled it.
+How a prompt is cut, masked and cached is `conversion/qnn/chunked_decoder.py` and `runner.py` of GenieBlue, in NumPy.
 
 ## To a phone
 
-With Qualcomm's AI Runtime SDK (QAIRT) on your computer, `$SDK`, and this folder as `bundle`:
+With QAIRT on your computer, `$SDK`, and this folder as `bundle`. The runtime on the phone must be {qairt_version} or
+newer: older ones are not made to read binaries of a newer compiler.
 
     adb push bundle /data/local/tmp/genieblue
     adb push $SDK/lib/aarch64-android/libQnnHtp.so $SDK/lib/aarch64-android/libQnnHtpV{arch}Stub.so \
@@ -39,8 +42,9 @@ $SDK/lib/aarch64-android/libQnnSystem.so /data/local/tmp/genieblue
     adb push $SDK/lib/hexagon-v{arch}/unsigned/libQnnHtpV{arch}Skel.so /data/local/tmp/genieblue
 
 An app opens the `_ctx.onnx` files with ONNX Runtime's QNN provider (option `ep.share_ep_contexts` for those of one
-binary), or the binaries with the SDK's own interface. The names of the graphs in a binary are ONNX Runtime's: tell the
-graphs apart by their shapes and by their order, {order}.
+binary), or the binaries with the SDK's own interface. The names of the graphs in a binary are ONNX Runtime's:
+`metadata.json` has the one of each graph as `name_in_binary`. Processes of the phone's shell find the libraries by
+`export LD_LIBRARY_PATH=/data/local/tmp/genieblue ADSP_LIBRARY_PATH=/data/local/tmp/genieblue`.
 
 ## What was checked, and what was not
 
@@ -48,7 +52,8 @@ Checked when this was exported, on an ordinary computer: the compiler put every 
 `genieblue verify` checks the rest that can be checked there: that no file has changed, whether the graphs give the
 same binaries again, and that the emulator of the NPU gives what the same quantized graphs give on a CPU. Not checked,
 since it takes the device: speed, memory and power; that the silicon gives the numbers of its emulator; loading of a
-binary of several graphs, which the emulator cannot do; `genie_config.json`, which describes the text view alone.
+binary of several graphs, which the emulator cannot do. `genie_config.json` describes the text view alone; Genie's own
+reader takes it, but no dialog was ever held with it, and Genie may want other names of graphs and tensors.
 """
 
 ADAPTER_ROW = """| `adapter.npz` | LoRA, inputs of the multimodal graphs: by part and name their int8 codes, \
@@ -85,7 +90,7 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         cache_bits=metadata["cache_bits"],
         adapter=ADAPTER_ROW if metadata["adapter"]["lora"] == "inputs" else "",
         qairt=QAIRT_ROW if (folder / "qairt").is_dir() else "",
-        order=", ".join(metadata["parts"][0]["graphs"]),
+        qairt_version=metadata["qairt"],
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
@@ -108,12 +113,14 @@ def _backend_settings(soc: Mapping[str, Any]) -> dict[str, Any]:
 def _genie_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """A dialog of Qualcomm's Genie with the text view of a bundle."""
     decoder, embeddings = metadata["decoder"], metadata["embeddings"]
-    ends = metadata["generation"]["eos_token_ids"]
+    begin, ends = metadata["generation"]["bos_token_id"], metadata["generation"]["eos_token_ids"]
     context = {
         "version": 1,
         "size": metadata["context_length"],
         "n-vocab": decoder["vocab_size"],
-        "eos-token": ends[0] if len(ends) == 1 else ends,
+        # Genie wants one; a base that begins texts with none is never given it, as its tokenizer adds none.
+        "bos-token": begin if begin is not None else ends[0] if ends else 0,
+        "eos-token": ends[0] if len(ends) == 1 else ends or 0,
     }
     embedding = {
         "version": 1,
@@ -127,6 +134,10 @@ def _genie_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "version": 1,
         "use-mmap": True,
         "poll": True,
+        "spill-fill-bufsize": 0,
+        "mmap-budget": 0,
+        "cpu-mask": "0xe0",
+        "allow-async-init": False,
         "kv-dim": decoder["head_dim"],
         "pos-id-dim": decoder["head_dim"] // 2,
     }
