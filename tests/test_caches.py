@@ -141,16 +141,12 @@ def test_first_image_in_a_later_turn_is_prefilled_again():
     assert greedy(model, ids, pixel_values=PIXELS[:1]).shape[1] > ids.shape[1]
 
 
-def test_cached_turn_that_ends_in_an_image_is_answered_or_refused():
+def test_cached_turn_that_ends_in_an_image_is_refused():
     model = tiny_genieblue()
     first = greedy(model, IMAGE_ROW, pixel_values=PIXELS[:1], return_dict_in_generate=True, eos_token_id=None)
     ids = torch.cat([first.sequences, row(50, IMAGE)], dim=1)
-    try:
-        found = greedy(model, ids, pixel_values=PIXELS[1:], past_key_values=copy.deepcopy(first.past_key_values))
-    except ValueError as error:
-        assert "end in text" in str(error)
-    else:
-        assert torch.equal(found, greedy(model, ids, pixel_values=PIXELS))
+    with pytest.raises(ValueError, match="end in text"):
+        greedy(model, ids, pixel_values=PIXELS[1:], past_key_values=first.past_key_values)
 
 
 # A cache belongs to its view

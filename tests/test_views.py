@@ -287,10 +287,6 @@ def test_whole_siglip_gives_its_vision_model():
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": 64, "projection_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     siglip = SiglipModel(SiglipConfig(vision_config=vision.config.to_dict(), text_config=text)).eval()
-    try:
-        model = GenieBlueForConditionalGeneration.from_base(tiny_base("llama"), siglip, lora_rank=4)
-    except ValueError as error:
-        assert "vision" in str(error)
-        return
+    model = GenieBlueForConditionalGeneration.from_base(tiny_base("llama"), siglip, lora_rank=4)
     features = siglip.vision_model(PIXELS).last_hidden_state
     assert torch.equal(model.get_image_features(PIXELS), model.multi_modal_projector(features))
