@@ -122,7 +122,9 @@ class Conversation:
             return self.processor(content, return_tensors=self.tensors)
         *image_parts, text_part = content
         text = f"{self.processor.image_token}\n" * len(image_parts) + text_part["text"]
-        return self.processor(text, images=[part["image"] for part in image_parts], return_tensors=self.tensors)
+        return self.processor(
+            text, images=[part["image"] for part in image_parts] or None, return_tensors=self.tensors
+        )
 
 
 class Chat(Conversation):

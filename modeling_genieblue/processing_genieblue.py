@@ -114,18 +114,25 @@ class GenieBlueProcessor(ProcessorMixin):
         placeholders in order) or one list a row; a row with an empty list is tokenized as plain text. A request with
         images is always a batch, and its rows are padded on the left unless `padding` or `padding_side` say
         otherwise. A row that starts with the beginning-of-sequence token, as rendered chats do, gets no second one.
-        ValueError for a wrong number of images and for a truncation that would cut an image.
+        ValueError for a wrong number of images, none in an empty list among them, and for a truncation that would
+        cut an image.
         """
         for group in ("common_kwargs", "text_kwargs", "images_kwargs"):
             kwargs |= kwargs.pop(group, None) or {}
         image_options = _take(kwargs, IMAGE_OPTIONS)
+        texts = [text] if isinstance(text, str) else text
+        is_list = isinstance(texts, (list, tuple))
+        if is_list and not texts:
+            raise ValueError("text is an empty list; expected a string, or a list of at least one.")
         if images is None or not _flat(images):
+            # A list for each row says of an empty one that its row is text; one that is empty as a whole does not.
+            if images is not None and is_list and not any(isinstance(row, (list, tuple)) for row in images):
+                self._images_of_rows([], [row.count(self.image_token) for row in texts if isinstance(row, str)])
             return self._encode_text(lambda **options: self.tokenizer(text, **options), kwargs)
         return_tensors = kwargs.pop("return_tensors", None)
         if text is None:
             return self.image_processor(images, return_tensors=return_tensors, **image_options)
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(row, str) for row in texts):
+        if not is_list or not all(isinstance(row, str) for row in texts):
             raise ValueError(
                 f"text is of type {type(text).__name__}; with images expected a string or a list of strings, and the "
                 "images as images=..."

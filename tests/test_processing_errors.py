@@ -55,6 +55,23 @@ def test_wrong_numbers_in_nested_images_and_conversations():
     assert "(tokens: 2, images: 1)" in message_of(lambda: processor.encode_with_images("<image> <image>", [1]))
 
 
+@pytest.mark.parametrize("images", [[], [None], ()])
+def test_a_placeholder_is_no_text_where_images_are_given_but_none_is_there(images):
+    processor = make_processor()
+    for text in ("<image> yes", ["no", "<image> yes"]):
+        assert "(tokens: 1, images: 0)" in message_of(lambda text=text: processor(text=text, images=images))
+    assert dict(processor(text="yes", images=images)) == dict(processor.tokenizer("yes"))
+    rows = processor(text=["<image> yes"], images=[[]])  # says of its row that it is text
+    assert dict(rows) == dict(processor.tokenizer(["<image> yes"])) == dict(processor(text=["<image> yes"]))
+
+
+@pytest.mark.parametrize("images", [None, []])
+def test_no_text_at_all_is_refused(images):
+    assert "expected a string, or a list of at least one" in message_of(
+        lambda: make_processor()(text=[], images=images)
+    )
+
+
 def test_a_bad_image_is_named_by_its_number(tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     with pytest.raises(OSError, match="cut.png cannot be read"):
