@@ -7,7 +7,6 @@ activations, and not the same numbers.
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -120,7 +119,7 @@ def require_onnxruntime() -> None:
         )
 
 
-def _make_session(weight: PackedWeight, bias: np.ndarray | None, num_threads: int) -> "onnxruntime.InferenceSession":
+def _make_session(weight: PackedWeight, bias: np.ndarray | None) -> "onnxruntime.InferenceSession":
     """A session of one `MatMulNBits` node: float32 `x` (tokens, in_features) → `y` (tokens, out_features)."""
     out_features, blocks, bytes_per_block = weight.blob.shape
     tensors = {"weight": weight.blob, "scale": weight.scale, "zero_point": weight.zero_point, "bias": bias}
@@ -155,7 +154,7 @@ def _make_session(weight: PackedWeight, bias: np.ndarray | None, num_threads: in
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Threads that wait busily for the next product keep torch's own threads from the processor.
@@ -192,7 +191,6 @@ class FusedOnnxRuntimeLinears:
         self,
         weights: Sequence[PackedWeight],
         biases: Sequence[torch.Tensor | None],
-        num_threads: int | None = None,
     ):
         """Raises `ValueError` unless all weights have the same `layout`."""
         require_onnxruntime()
@@ -218,7 +216,7 @@ class FusedOnnxRuntimeLinears:
                 for part, size in zip(biases, self.out_features, strict=True)
             ]
             bias = torch.cat(parts).numpy()
-        self._session = _make_session(stacked, bias, num_threads or torch.get_num_threads())
+        self._session = _make_session(stacked, bias)
         self._idle: list[_OneToken] = []  # as many as threads have run at once
         self._last = threading.local()  # .input: a tensor; .parts: its products that no linear has asked for yet
 
@@ -281,16 +279,15 @@ class OnnxRuntimeLinear(nn.Module):
         bits: int,
         group_size: int,
         dtype: torch.dtype,
-        num_threads: int | None = None,
     ):
         """Codes (out, in), scale (out, groups), bias (out,): uint8 codes with uint8 zero points, or int8 without.
 
-        `dtype` is what `weight.dtype` shows; `num_threads` is torch's number of threads unless given. Raises
-        `ValueError` for groups that the operator cannot take, and if ONNX Runtime is not installed.
+        `dtype` is what `weight.dtype` shows. Raises `ValueError` for groups that the operator cannot take, and if ONNX
+        Runtime is not installed.
         """
         require_onnxruntime()
         weight = pack_weight(codes, scale, zero_point, bits=bits, group_size=group_size)
-        self._set(FusedOnnxRuntimeLinears([weight], [bias], num_threads), 0, dtype)
+        self._set(FusedOnnxRuntimeLinears([weight], [bias]), 0, dtype)
 
     def _set(self, product: FusedOnnxRuntimeLinears, index: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -298,7 +295,6 @@ class OnnxRuntimeLinear(nn.Module):
         self.product = (product, index)
         # One number, so that it takes no memory; no number, so that whoever computes with it sees it.
         self._weight = torch.full((1, 1), torch.nan, dtype=dtype).expand(self.out_features, self.in_features)
-        self.made_from: Callable[[], nn.Module | None] = lambda: None  # the linear that it replaces, while that exists
 
     @classmethod
     def siblings(
@@ -306,10 +302,9 @@ class OnnxRuntimeLinear(nn.Module):
         weights: Sequence[PackedWeight],
         biases: Sequence[torch.Tensor | None],
         dtypes: Sequence[torch.dtype],
-        num_threads: int | None = None,
     ) -> list["OnnxRuntimeLinear"]:
         """Linears that read the same input, in the order in which they are called, over one common product."""
-        product = FusedOnnxRuntimeLinears(weights, biases, num_threads)
+        product = FusedOnnxRuntimeLinears(weights, biases)
         linears = [cls.__new__(cls) for _ in weights]
         for index, (linear, dtype) in enumerate(zip(linears, dtypes, strict=True)):
             linear._set(product, index, dtype)
@@ -359,18 +354,14 @@ Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int]
 def use_onnxruntime(
     tree: nn.Module,
     extract: Callable[[nn.Module], Quantized | None],
-    memo: dict[int, OnnxRuntimeLinear] | None = None,
-    num_threads: int | None = None,
 ) -> int:
     """Replaces the quantized linears in `tree` by `OnnxRuntimeLinear` and returns how many places changed.
 
     `extract` gives (codes, scale, zero_point, bits, group_size) of a quantized linear, None for any other module. A
-    module that occurs in several places becomes one object. For trees that share modules, pass the same `memo` to
-    each call; a list of them, converted at once, needs less memory, because each original is freed in turn. Linears
-    that the operator cannot take stay as they are and are logged.
+    module that occurs in several places becomes one object; trees that share modules are converted at once, as a
+    list. Linears that the operator cannot take stay as they are and are logged.
     """
     require_onnxruntime()
-    memo = {} if memo is None else memo
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in tree.modules():
         for name, child in parent._modules.items():
@@ -379,21 +370,15 @@ def use_onnxruntime(
     changed, unfit = 0, set()
     groups = _sibling_groups(tree, places)
     while groups:  # emptied as it goes, and `places` too: nothing else keeps the originals alive
-        made, new = {}, {}
+        new = {}
         for original in groups.pop():
-            known = memo.get(id(original))
-            if known is not None and known.made_from() is original:  # an id may be given to a second object
-                made[original] = known
-            elif (pieces := extract(original)) is not None:
+            if (pieces := extract(original)) is not None:
                 codes, bits, group_size = pieces[0], *pieces[3:]
                 if block_size_of(codes.shape[1], bits, group_size) is None:
                     unfit.add(f"{tuple(codes.shape)} at {bits} bits in groups of {group_size}")
                 else:
                     new[original] = pieces
-        for original, linear in _convert(new, num_threads).items():
-            linear.made_from = weakref.ref(original)
-            memo[id(original)] = made[original] = linear
-        for original, linear in made.items():
+        for original, linear in _convert(new).items():
             for parent, name in places.pop(original):
                 parent._modules[name] = linear
                 changed += 1
@@ -419,7 +404,7 @@ def _sibling_groups(tree: nn.Module, places: dict[nn.Module, list]) -> list[list
     return groups + [[module] for module in places if module not in grouped]
 
 
-def _convert(new: dict[nn.Module, Quantized], num_threads: int | None) -> dict[nn.Module, OnnxRuntimeLinear]:
+def _convert(new: dict[nn.Module, Quantized]) -> dict[nn.Module, OnnxRuntimeLinear]:
     """One `OnnxRuntimeLinear` for each quantized module, over a common product where the layouts are equal."""
     weights = {
         module: pack_weight(codes, scale, zero_point, bits=bits, group_size=group_size)
@@ -432,7 +417,6 @@ def _convert(new: dict[nn.Module, Quantized], num_threads: int | None) -> dict[n
             [weights[module] for module in modules],
             [module.bias for module in modules],
             [module.weight.dtype for module in modules],
-            num_threads,
         )
         made.update(zip(modules, linears, strict=True))
     return made
