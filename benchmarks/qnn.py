@@ -2,7 +2,7 @@
 
     python -m benchmarks.qnn [--demo demo-out] [--full-size full-size] [--parts 16] [--bundles qnn-bundles] [--json]
 
-Bytes are those of random-weight models of 24 M and 142 M parameters in the matrices of the base, in one part and in
+Bytes are those of random-weight models of 24 M and 138 M parameters in the matrices of the base, in one part and in
 four. Accuracy is that of the model which `make demo` left in `--demo`: PyTorch in 32 bits, the bundle's QDQ graphs on
 the CPU, and the emulator. The real size is the BlueLM-3B-shaped model which `benchmarks/full_size.py` made in
 `--full-size`, with a vision tower of SigLIP so400m: time, and the highest resident memory of the process and of those
@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.utils import logging as transformers_logging
 
 from conversion.qnn.export import export_bundle
-from conversion.qnn.export_state import UNFINISHED
-from conversion.qnn.names import BASE_BITS, LORA_BITS
+from conversion.qnn.names import BASE_BITS, LORA_BITS, UNFINISHED
 from conversion.qnn.runner import QnnRunner
 from conversion.qnn.verify import verify_bundle
 from genieblue.terminal import short_bytes
@@ -39,7 +38,7 @@ Rows = dict[str, dict[str, Any]]
 PAPER_GB = 1.92
 SIZES = {
     "24 M": {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2},
-    "142 M": {"hidden_size": 1280, "intermediate_size": 3456, "num_attention_heads": 10, "num_key_value_heads": 2},
+    "138 M": {"hidden_size": 1280, "intermediate_size": 3456, "num_attention_heads": 10, "num_key_value_heads": 2},
 }
 TOY_VISION = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,

@@ -96,7 +96,6 @@ class ModelCardInfo:
     recipe: dict[str, dict[str, Any]] | None = None  # stage -> setting -> value
     measurements: list[Measurement] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
-    tags: list[str] = field(default_factory=list)
     quantization: Quantization | None = None
 
 
@@ -239,7 +238,7 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
 def _metadata(info: ModelCardInfo) -> ModelCardData:
     licence, quantization = info.base_license, info.quantization
     # The Hub accepts only its own ids here.
-    made_from, relation, tags = info.base_model if info.base_is_on_hub else None, "adapter", [*TAGS, *info.tags]
+    made_from, relation, tags = info.base_model if info.base_is_on_hub else None, "adapter", list(TAGS)
     if quantization is not None:
         made_from, relation = quantization.source or made_from, "quantized"
         precisions = [name for name in quantization.precisions.values() if name != "w16a16"]
