@@ -28,6 +28,7 @@ from hub_cards.model_folder import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
     OUR_MODULES,
+    not_finite,
     read_json,
     read_model_config,
     read_tensor_sizes,
@@ -118,7 +119,7 @@ def verify_model(
 
 
 def check_folder(subject: SavedModel) -> str:
-    """The folder is laid out so that the auto classes take it for a GenieBlue, and holds no weight of the base."""
+    """The auto classes take the folder for a GenieBlue; its weights are finite numbers, and none is the base's."""
     folder = subject.folder
     problems = []
     root_files = subject.root_files()
@@ -132,13 +133,15 @@ def check_folder(subject: SavedModel) -> str:
     foreign = sorted(name for name in names if name.split(".", 1)[0] not in OUR_MODULES)
     if foreign:
         problems.append(f"{', '.join(files)} hold {some(foreign)}, expected only {' and '.join(OUR_MODULES)}")
+    if broken := [name for file in files for name in not_finite(folder / file)]:
+        problems.append(f"NaN or infinity in {some(broken)}")
     others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
     if others:
         problems.append(f"weight files of other origin lie in it: {some(sorted(others))}")
     fail_on(problems)
     base = read_model_config(folder).get("base_model_name_or_path")
     of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
-    return f"{len(names)} tensors of {' and '.join(OUR_MODULES)}; {of_base}, no adapter in the root"
+    return f"{len(names)} tensors of {' and '.join(OUR_MODULES)}, all finite; {of_base}, no adapter in the root"
 
 
 def check_base_files(subject: SavedModel) -> str:

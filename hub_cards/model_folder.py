@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
 from huggingface_hub.utils import validate_repo_id
@@ -29,6 +30,9 @@ TOKENIZER_FILES = (
     *VOCABULARIES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*",
 )  # fmt: skip
 LICENSE_FILES = ("*LICENSE*", "*NOTICE*", "USE_POLICY*")
+# Of a floating-point format of safetensors: unsigned integers of its width, and the bits of its exponent.
+EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+NUMBERS_AT_A_TIME = 1 << 22
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -148,6 +152,27 @@ def are_zero(path: Path, names: list[str]) -> bool:
             if file.read(end - start).strip(b"\0"):
                 return False
     return True
+
+
+def not_finite(path: Path) -> list[str]:
+    """Names of the floating-point tensors in a safetensors file that hold NaN or infinity; it is read in pieces."""
+    tensors = parse_local_safetensors_file_metadata(path).tensors
+    broken = []
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+            if tensor.dtype not in EXPONENTS:
+                continue
+            integers, exponent = EXPONENTS[tensor.dtype]
+            start, end = tensor.data_offsets
+            count = (end - start) // np.dtype(integers).itemsize
+            file.seek(data + start)
+            for done in range(0, count, NUMBERS_AT_A_TIME):
+                numbers = np.fromfile(file, integers, min(NUMBERS_AT_A_TIME, count - done))
+                if ((numbers & exponent) == exponent).any():  # all ones in NaN and infinity, and in nothing else
+                    broken.append(name)
+                    break
+    return sorted(broken)
 
 
 def adapter_weights(config: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ from hub_cards.model_folder import (
     are_zero,
     is_hub_id,
     is_inner_folder,
+    not_finite,
     read_json,
     read_model_config,
     read_tensor_sizes,
@@ -249,6 +250,8 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield str(error)
         return
+    if broken := [name for file in files for name in not_finite(folder / file)]:
+        yield _not_finite_problem(broken)
     if config.get("quantization") is not None:
         yield from map_problems(folder / QMAPS[0], set(found))
     foreign = sorted(name for name in found if name.split(".", 1)[0] not in OUR_MODULES)
@@ -260,6 +263,10 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     missing = [module for module in OUR_MODULES if not any(name.startswith(f"{module}.") for name in found)]
     if missing:
         yield f"The weights hold nothing of {' and '.join(missing)}: save the model again."
+
+
+def _not_finite_problem(names: list[str]) -> str:
+    return f"NaN or infinity in {_some(names)}: nothing could be computed with it; train or save the model again."
 
 
 def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
@@ -283,6 +290,8 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
             )
     if not tensors:
         yield f"{weights} holds no tensor: save the model again."
+    if broken := not_finite(folder / weights):
+        yield _not_finite_problem(broken)
     if config.get("quantization") is not None:
         yield from map_problems(folder / QMAPS[1], set(tensors))
     lora_b = [name for name in tensors if ".lora_B." in name and not name.endswith("._scale")]

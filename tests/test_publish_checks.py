@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from handmade_folder import change_json, write_handmade_folder, write_json
 from safetensors.numpy import load_file, save_file
 
-from hub_cards import one_commit
+from hub_cards import model_folder, one_commit
 from hub_cards.publish import files_to_publish, find_problems, publish_folder
 
 WHOLE = [
@@ -180,6 +182,29 @@ def test_weights_of_the_base_are_refused(folder):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match="language_model.model.embed_tokens.weight.*weights of the base are not"):
         publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("weights", ["model.safetensors", "language_adapter/adapter_model.safetensors"])
+def test_weights_that_are_no_numbers_are_refused(folder, weights, value):
+    tensors = load_file(folder / weights)
+    name = sorted(tensors)[-1]
+    tensors[name].flat[-1] = value
+    save_file(tensors, folder / weights)
+    with pytest.raises(ValueError, match=f"NaN or infinity in {name}:"):
+        publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_are_told_from_what_is_none_in_every_precision(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(model_folder, "NUMBERS_AT_A_TIME", 3)
+    limits = torch.finfo(dtype)
+    good = torch.tensor([limits.max, limits.min, limits.tiny, 0.0, -0.0, 1.5, -2.0], dtype=dtype)
+    tensors = {"good": good, "codes": torch.full((4,), -1, dtype=torch.int64), "one": torch.tensor(1.0, dtype=dtype)}
+    for value in ("nan", "inf", "-inf"):
+        tensors[value] = torch.cat([good, torch.tensor([float(value)], dtype=dtype)])
+    safetensors.torch.save_file(tensors, tmp_path / "weights.safetensors")
+    assert model_folder.not_finite(tmp_path / "weights.safetensors") == ["-inf", "inf", "nan"]
 
 
 def test_weights_without_a_vision_tower_are_refused(folder):

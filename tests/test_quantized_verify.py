@@ -253,8 +253,8 @@ def test_numbers_that_no_rounding_gives_are_found_in_the_adapter(pair, run, case
 
 def test_numbers_that_no_rounding_gives_are_found_in_the_vision_tower(pair, run):
     change_tensors(pair / OWN, "q_proj.weight._scale", lambda tensor: tensor[0].fill_(float("inf")))
-    failed, details = run(pair / "genieblue", "stock_peft")
-    assert failed == ["quantization"] and "q_proj.weight._scale holds NaN or infinity" in details
+    failed, details = run(pair / "genieblue", "folder stock_peft")
+    assert failed == ["folder", "quantization"] and "q_proj.weight._scale holds NaN or infinity" in details
 
 
 @pytest.mark.parametrize(

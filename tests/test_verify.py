@@ -209,6 +209,13 @@ def test_settings_that_stock_peft_would_take_otherwise_are_found(folder, run, ch
 # The folder
 
 
+@pytest.mark.parametrize("name", ["multi_modal_projector.linear_2.weight", "vision_tower.post_layernorm.bias"])
+def test_weights_that_are_no_numbers_are_found(folder, run, name):
+    change_tensors(folder / "model.safetensors", lambda tensors: tensors[name].view(-1)[-1].fill_(float("nan")))
+    failed, details = run(folder, "folder")
+    assert failed == ["folder"] and f"NaN or infinity in {name}" in details
+
+
 def test_an_adapter_config_in_the_root_is_found(folder, run):
     shutil.copy(folder / "language_adapter/adapter_config.json", folder)
     failed, details = run(folder, "folder")
