@@ -270,12 +270,14 @@ def test_the_two_backends_agree(bundle):
     assert agreement(*found).is_close
 
 
-def test_a_runner_chats_and_stops_at_the_end_of_the_context(bundle):
+def test_a_runner_chats_and_stops_at_the_end_of_the_context(bundle, caplog):
     runner = QnnRunner(bundle)
     answer = runner.chat([{"role": "user", "content": "hi"}], max_new_tokens=3)
     assert isinstance(answer.text, str) and answer.view == "text" and answer.generated_tokens <= 3
     runner.bundle.metadata["generation"]["eos_token_ids"] = []
+    assert len(list(runner.generate(prompt(CONTEXT - 3)[0], max_new_tokens=4))) == 4 and not caplog.text
     assert len(list(runner.generate(prompt(CONTEXT - 3)[0], max_new_tokens=100))) == 4
+    assert "cut off: the graphs' context of 64 tokens is full" in caplog.text
     with pytest.raises(ValueError, match="tokens: 0, features: 4"):
         runner.embed([1, 2], tiles(1).numpy())
     with pytest.raises(ValueError, match="context of 64"):

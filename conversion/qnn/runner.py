@@ -3,6 +3,7 @@
 NumPy and ONNX Runtime only, besides the processor. It is the reference for whoever writes an app.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from conversion.qnn.names import VIEWS
 from conversion.qnn.npu import cpu_session, npu_session
 from conversion.qnn.soc import find_soc
 
+logger = logging.getLogger(__name__)
 BACKENDS = ("cpu", "emulator")
 DEFAULT_NEW_TOKENS = 256
 OpenSession = Callable[[Mapping[str, Any]], onnxruntime.InferenceSession]
@@ -232,8 +234,11 @@ class QnnRunner:
             if token in ends:
                 return
             yield token
-            if number == max_new_tokens or decoder.length == decoder.context_length:
+            if number == max_new_tokens:
                 return  # what comes behind the last one is not asked for
+            if decoder.length == decoder.context_length:
+                logger.warning("The answer is cut off: the graphs' context of %d tokens is full.", decoder.length)
+                return
             (logits,) = decoder.read(self.embed([token]))
 
     def chat(
