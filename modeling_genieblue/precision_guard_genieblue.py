@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantization_genieblue import is_frozen
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module is a `FrozenLinear`, of this package or of another copy of its files."""
+    return getattr(module, "is_frozen_linear", False)
 
 
 class PrecisionGuard:
@@ -44,12 +47,14 @@ class PrecisionGuard:
     def _keeps_precision(self, dtype: Any) -> bool:
         """Whether there are quantized weights here, of this very precision; `ValueError` if of another."""
         frozen = next(filter(is_frozen, self.modules()), None)
-        if frozen is not None and frozen.weight.dtype != dtype:
+        # What holds none itself may be part of a model that does.
+        precision = self.__dict__.get("quantized_precision") if frozen is None else frozen.weight.dtype
+        if precision is not None and precision != dtype:
             raise ValueError(
-                f"The weights are quantized for activations in {frozen.weight.dtype}; they cannot be turned into "
-                f"{dtype}. Load the model again with `dtype={dtype}`."
+                f"The weights are quantized for activations in {precision}; neither they nor what belongs to them "
+                f"can be turned into {dtype}. Load the model again with `dtype={dtype}`."
             )
-        return frozen is not None
+        return precision is not None
 
 
 _GUARDED: dict[tuple[type, type], type] = {}
@@ -64,4 +69,17 @@ def guard_precision(module: nn.Module, guard: type = PrecisionGuard) -> None:
     module.__class__ = _GUARDED[key]
 
 
-__all__ = ["PrecisionGuard", "guard_precision"]
+def guard_tree(tree: nn.Module, precision: torch.dtype, guard: type = PrecisionGuard) -> None:
+    """Puts guards over `tree` and all that is in it, so that no part of it is cast on its own.
+
+    Plain linears among other modules keep their class, which LoRA goes by.
+    """
+    head = tree.get_output_embeddings() if hasattr(tree, "get_output_embeddings") else None
+    for module in tree.modules():
+        is_plain_linear = type(module) is nn.Linear and module is not head
+        if not is_plain_linear and not isinstance(module, PrecisionGuard):
+            module.quantized_precision = precision
+            guard_precision(module, guard if module is tree else PrecisionGuard)
+
+
+__all__ = ["PrecisionGuard", "guard_precision", "guard_tree"]

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .precision_guard_genieblue import PrecisionGuard, is_frozen
+
 try:
     from optimum.quanto import QLinear, qint4, qint8
     from optimum.quanto.library.extensions.cpp import ext as quanto_cpp
@@ -143,7 +145,7 @@ def frozen(value: Any) -> Any:
     return value
 
 
-class FrozenLinear(QLinear):
+class FrozenLinear(PrecisionGuard, QLinear):
     """quanto's linear with frozen weights, on a shorter way to the same CPU kernels."""
 
     is_frozen_linear = True  # a base may come from another copy of this file, run as remote code
@@ -204,11 +206,6 @@ class FrozenLinear(QLinear):
 @torch.compiler.disable
 def _multiply_outside_of_graphs(linear: FrozenLinear, input: torch.Tensor) -> torch.Tensor:
     return linear(input)
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether a module is a `FrozenLinear`, of this file or of another copy of it."""
-    return getattr(module, "is_frozen_linear", False)
 
 
 def _copied(weight: torch.Tensor) -> torch.Tensor:
@@ -297,4 +294,4 @@ def quanto_weight(
     return TinyGemmWeightQBitsTensor(qint4, 0, group_size, size, stride, codes, scale_shift)
 
 
-__all__ = ["FrozenLinear", "FrozenWeight", "quanto_weight", "require_quanto"]
+__all__ = ["FrozenLinear", "FrozenWeight", "is_frozen", "quanto_weight", "require_quanto"]

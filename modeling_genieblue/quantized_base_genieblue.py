@@ -13,7 +13,7 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from .precision_guard_genieblue import PrecisionGuard, guard_precision
+from .precision_guard_genieblue import PrecisionGuard, guard_tree
 from .quantization_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, require_quanto
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
 from .settings_files_genieblue import BASE_PARTS, HUB_KEYS, check_quantization, read_settings
@@ -125,7 +125,7 @@ def load_quantized_base(
     use_stored_generation_config(base, location, hub_kwargs)
     base.config.name_or_path = location
     base.config.quantization_config = settings
-    guard_precision(base, _QuantizedBase)
+    guard_tree(base, dtype, _QuantizedBase)
     base.requires_grad_(False).eval()
     return (base, nothing_missing()) if kwargs.get("output_loading_info") else base
 

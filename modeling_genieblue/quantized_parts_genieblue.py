@@ -21,8 +21,8 @@ from .language_views_genieblue import (
     set_parameter,
 )
 from .loading_genieblue import LoadRequest, is_inner_folder
-from .precision_guard_genieblue import guard_precision
-from .quantization_genieblue import QMAP_NAME, FrozenLinear, scales_of, stored_codes
+from .precision_guard_genieblue import guard_tree
+from .quantization_genieblue import QMAP_NAME, FrozenLinear, is_frozen, scales_of, stored_codes
 from .quantized_base_genieblue import (
     chosen_dtype,
     nothing_missing,
@@ -76,7 +76,8 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     file = QuantizedFile(request.file(WEIGHTS_NAME), request.file(QMAP_NAME))
     fill_from_quantized_file(model, file, dtype=dtype, device=one_device(device_map))
     for module in (model.vision_tower, model.multi_modal_projector):
-        guard_precision(module)
+        if any(map(is_frozen, module.modules())):
+            guard_tree(module, dtype)
     use_stored_generation_config(model, request.path, request.hub_kwargs)
     model.config.name_or_path = request.path
     return model, nothing_missing()

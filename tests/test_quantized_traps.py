@@ -64,6 +64,30 @@ def test_cast_is_refused_and_changes_nothing(part, cast, model):
     assert same(answers(model), before)
 
 
+@pytest.mark.parametrize("mix", [{}, {"lm_head": "w8a16", "embeddings": "w8a16"}], ids=str)
+@pytest.mark.parametrize("part", ["model", "model.layers.0", "model.layers.0.mlp.up_proj", "model.rotary_emb",
+                                  "model.norm", "model.embed_tokens", "lm_head"])  # fmt: skip
+def test_cast_of_a_part_of_a_quantized_base_is_refused_and_changes_nothing(part, mix):
+    base = load_base(quantized_pair(**mix) / "base")
+    expected, frequencies = base(TEXT).logits, base.model.rotary_emb.inv_freq.clone()
+    module = base.get_submodule(part)
+    for dtype in (torch.float16, torch.float32):
+        with pytest.raises(ValueError, match="Load the model again with `dtype="):
+            module.to(dtype)
+    with pytest.raises(ValueError, match="Load the model again with `dtype="):
+        module.half()
+    assert module.to(torch.bfloat16) is module and module.to("cpu") is module
+    assert torch.equal(base(TEXT).logits, expected)
+    assert torch.equal(base.model.rotary_emb.inv_freq, frequencies)
+
+
+def test_cast_of_a_part_of_the_vision_tower_is_refused(model):
+    before = answers(model)
+    with pytest.raises(ValueError, match="Load the model again with `dtype="):
+        model.vision_tower.encoder.layers.half()
+    assert same(answers(model), before)
+
+
 @pytest.mark.parametrize("mix", [{}, W8, {"activations": "float32"}, {"activations": "float16"}], ids=str)
 @pytest.mark.parametrize("part", ["model", "language_model"])
 def test_move_and_cast_to_its_own_dtype_change_nothing(part, mix):
