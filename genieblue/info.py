@@ -80,6 +80,9 @@ def model_info(
     if not isinstance(config, dict) or config.get("model_type") != "genieblue":
         found = config.get("model_type") if isinstance(config, dict) else None
         raise ValueError(f"{model} has model_type {found!r}, expected 'genieblue': this is another kind of model.")
+    for name, kind in (("text_config", dict), ("base_model_name_or_path", str)):
+        if not isinstance(config.get(name), kind | None):
+            raise OSError(f"{config_path} has {config[name]!r} for {name}: it is damaged; fetch it again.")
 
     parts: dict[str, PartSize | None] = dict.fromkeys(PART_NAMES)
     for file in files.weight_files():

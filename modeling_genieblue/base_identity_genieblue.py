@@ -3,10 +3,12 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .quantization_genieblue import QUANTIZED_WEIGHTS_NAME, sampled_codes, scales_of
+from .settings_files_genieblue import is_our_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +78,35 @@ def is_plain_weight(parameter: torch.Tensor) -> bool:
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def is_sample(sample: Any) -> bool:
+    """Whether `sample` can be one of `tensor_samples`, and not what is left of one in a damaged file."""
+    if not isinstance(sample, dict):
+        return False
+    lists = [sample.get(name) for name in ("shape", "positions", "values")]
+    if not all(isinstance(numbers, list) for numbers in lists) or not isinstance(sample.get("dtype"), str):
+        return False
+    shape, positions, values = lists
+    whole = all(type(number) is int and number >= 0 for number in (*shape, *positions))
+    fits = len(positions) == len(values) and all(isinstance(value, int | float) for value in values)
+    is_dtype = isinstance(getattr(torch, sample["dtype"], None), torch.dtype)
+    return whole and fits and is_dtype and all(position < math.prod(shape) for position in positions)
+
+
 def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str]:
     """Differences between `model` and recorded samples, one sentence each; an empty list if it is the same base.
 
-    A base in another dtype is the same base if one set of values rounds to the other. Quantized and offloaded
-    tensors cannot be compared value by value and are passed over.
+    A base in another dtype is the same base if one set of values rounds to the other. Offloaded tensors, and those
+    that transformers quantized, cannot be compared value by value and are passed over.
     """
     differences = []
     compared = 0
     parameters = _readable_values(model)
     both = [any(name.endswith("._scale") for name in names) for names in (samples, parameters)]
+    if is_our_quantization(getattr(model.config, "quantization_config", None)) and not both[0]:
+        return [
+            "it was quantized by GenieBlue, and the recorded base is not quantized: give the unquantized base, or load "
+            "the quantized GenieBlue that this one belongs to"
+        ]
     found = {name.removesuffix("._scale").removesuffix("._codes") for name in parameters}
     readable = both[0] == both[1] and len(found) == sum(1 for _ in model.parameters())
     for name, sample in samples.items():
@@ -105,6 +127,42 @@ def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str
     if samples and not compared and not differences:
         differences.append("none of its tensors could be compared with the recorded ones")
     return differences
+
+
+def different_settings(base: Any, recorded: Any) -> list[str]:
+    """Settings that decide what a base computes and that are not as recorded, one sentence each.
+
+    Args:
+        base: the configuration of the loaded base.
+        recorded: `text_config` of the GenieBlue.
+    """
+    found, expected = (_deciding_settings(config) for config in (base.get_text_config(decoder=True), recorded))
+    # A setting that only one of them has is one that only one version of transformers, or of the base's code, knows.
+    return [
+        f"its config.json has {name} {found[name]!r} where {expected[name]!r} was recorded"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+
+
+def _deciding_settings(config: Any) -> dict[str, Any]:
+    settings = json.loads(json.dumps(config.to_dict(), default=str))
+    # How far positions reach matters where rotary embeddings are stretched, and nowhere else.
+    rope = json.dumps([settings.get("rope_parameters"), settings.get("rope_scaling")])
+    is_stretched = any(kind in rope for kind in ("dynamic", "yarn", "longrope", "su"))
+    left_out = OTHER_SETTINGS if is_stretched else (*OTHER_SETTINGS, "max_position_embeddings")
+    return {name: value for name, value in settings.items()
+            if not any(fnmatchcase(name, pattern) for pattern in left_out)}  # fmt: skip
+
+
+# Of a base's configuration, what changes no logits: names, versions, formats, and settings of generation or training.
+OTHER_SETTINGS = (
+    "_*", "name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype",
+    "quantization_config", "attn_implementation", "*_attn_implementation", "use_cache", "cache_implementation",
+    "return_dict*", "output_*", "torchscript", "id2label", "label2id", "num_labels", "problem_type",
+    "task_specific_params", "finetuning_task", "tokenizer_class", "*_token_id", "*_dropout", "dropout", "*_pdrop",
+    "initializer_*", "router_*", "chunk_size_feed_forward", "gradient_checkpointing", "keys_to_ignore_at_inference",
+)  # fmt: skip
 
 
 def _same_values(found: torch.Tensor, sample: dict) -> bool:
@@ -212,4 +270,4 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-__all__ = ["compare_with_samples", "tensor_samples", "weight_file_hashes"]
+__all__ = ["compare_with_samples", "different_settings", "tensor_samples", "weight_file_hashes"]

@@ -8,10 +8,12 @@ from huggingface_hub import resolve_revision as resolve_hub_revision
 from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .base_identity_genieblue import cached_commits, compare_with_samples, weight_file_hashes
-from .loading_genieblue import LoadRequest, is_local_reference
-from .quantized_base_genieblue import HUB_KEYS, load_quantized_base, read_base_quantization
+from .loading_genieblue import ACCESS_KEYS, LoadRequest, is_inner_folder, is_local_reference
+from .quantized_base_genieblue import load_quantized_base, read_base_quantization
+from .settings_files_genieblue import HUB_KEYS, refuse_broken_settings
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         kwargs["revision"] = config.base_model_revision
     try:
         where = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+        refuse_broken_settings(location, {GENERATION_CONFIG_NAME: None}, **where)
         if read_base_quantization(location, **where) is not None:
             base, info = load_quantized_base(location, **kwargs), {}
         else:
@@ -118,7 +121,7 @@ def refuse_wrong_base(base: PreTrainedModel, config: Any, samples: dict[str, dic
     """`ValueError` with both identities if `base` is not the base that the adapter was trained on."""
     differences = compare_with_samples(base, samples)
     if differences:
-        recorded = request.base_location(config)
+        recorded = request.base_location(config, required=False) or config.base_model_name_or_path
         at = f" at {config.base_model_revision}" if config.base_model_revision else ""
         raise ValueError(
             f"{getattr(base.config, '_name_or_path', '') or type(base).__name__} is not the base that {request.path} "
@@ -128,4 +131,20 @@ def refuse_wrong_base(base: PreTrainedModel, config: Any, samples: dict[str, dic
         )
 
 
-__all__ = ["load_base", "refuse_wrong_base", "resolve_base"]
+def record_location(config: Any, request: LoadRequest, base: PreTrainedModel, given: Any) -> None:
+    """Names in `config` where the loaded base is found again: where the model says, or else where it was given from.
+
+    A path of another computer, or one where nothing lies any more, says nothing once another base was given.
+    """
+    if is_inner_folder(config.base_model_name_or_path):
+        return
+    location = request.base_location(config, required=given is None)
+    is_gone = location is None or is_local_reference(location) and not os.path.isdir(location)
+    if given is not None and is_gone:
+        name = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+        access = {key: request.hub_kwargs[key] for key in ACCESS_KEYS if key in request.hub_kwargs}
+        location, config.base_model_revision = resolve_base(base, name, None, access)
+    config.base_model_name_or_path = location
+
+
+__all__ = ["load_base", "record_location", "refuse_wrong_base", "resolve_base"]

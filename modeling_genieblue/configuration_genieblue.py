@@ -1,14 +1,18 @@
 """Configuration of a GenieBlue model: which base, which blocks are replicated, how an image becomes tokens."""
 
 import math
+import os
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .settings_files_genieblue import check_quantization
+from .settings_files_genieblue import check_config_kinds, check_quantization
 
 PLACEMENTS = ("skip", "pre", "post")
+# What is raised by whatever reads a setting first that is not of its kind.
+BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
 
 
 def select_replicated_layers(num_hidden_layers: int, placement: str) -> list[int]:
@@ -91,6 +95,10 @@ class GenieBlueConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = text_config_from_dict(self.text_config)
         super().__post_init__(**kwargs)
+        if self.text_config is not None:
+            _check_count("text_config.hidden_size", getattr(self.text_config, "hidden_size", None))
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` is {self.lora_dropout!r}: expected a number from 0 to below 1.")
         if self.vision_config.model_type != "siglip_vision_model":
             raise ValueError(
                 f"The vision tower is of type {self.vision_config.model_type!r}: expected 'siglip_vision_model'."
@@ -118,8 +126,18 @@ class GenieBlueConfig(PreTrainedConfig):
             self.image_token_id = getattr(self.text_config, "vocab_size", None)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """The configuration of a folder or Hub id, which errors name; see `from_dict` for what they are."""
+        kwargs.setdefault("name_or_path", os.fspath(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """The configuration in a dictionary; `ValueError` for that of another kind of model, such as a base alone."""
+        """The configuration in a dictionary.
+
+        Raises `ValueError` for that of another kind of model, such as a base alone, or settings out of range, and
+        `OSError` for settings of another kind.
+        """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -127,7 +145,14 @@ class GenieBlueConfig(PreTrainedConfig):
                 "GenieBlue is loaded from its own folder or repository, which names its base; `from_base` (`genieblue "
                 "init`) makes one."
             )
-        return super().from_dict(config_dict, **kwargs)
+        where = f"config.json of {kwargs['name_or_path']}" if kwargs.get("name_or_path") else "config.json"
+        check_config_kinds(config_dict, where)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except BROKEN_SETTING as error:
+            raise OSError(f"{where} cannot be used ({error}): it is damaged; fetch it again.") from error
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be used: {error}") from error
 
     @property
     def tokens_per_tile(self) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from .requests_genieblue import MULTIMODAL, TEXT, as_mixed_cache, check_tile_count, join_sequences, take_rows
+from .requests_genieblue import MULTIMODAL, TEXT, as_mixed_cache, check_inputs, join_sequences, take_rows
 
 
 class GenieBlueGenerationMixin(GenerationMixin):
@@ -32,7 +32,7 @@ class GenieBlueGenerationMixin(GenerationMixin):
         object. A batch that mixes texts and images is generated in two parts, and gives ids only.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        check_tile_count(pixel_values, num_tiles)
+        check_inputs(input_ids, pixel_values, num_tiles)
         is_multimodal = self._route(input_ids, kwargs.get("past_key_values"), view, pixel_values)
         if not _same_generation_config(self.generation_config, self.language_model.generation_config):
             kwargs.setdefault("generation_config", self.generation_config)

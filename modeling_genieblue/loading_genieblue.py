@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file, resolve_revision
 from .base_identity_genieblue import (
     BASE_FINGERPRINT_NAME,
     WEIGHTS_NAME,
+    is_sample,
 )
 from .language_views_genieblue import (
     ADAPTER_CONFIG_NAME,
@@ -23,7 +24,13 @@ from .language_views_genieblue import (
     QUANTIZED_ADAPTER_NAME,
     tensors_of_other_kinds,
 )
-from .settings_files_genieblue import HUB_KEYS, SHARED_HUB_KEYS, read_settings, refuse_broken_settings
+from .settings_files_genieblue import (
+    HUB_KEYS,
+    SHARED_HUB_KEYS,
+    check_config_kinds,
+    read_settings,
+    refuse_broken_settings,
+)
 
 # With which a base that was loaded is found again.
 ACCESS_KEYS = ("token", "cache_dir", "local_files_only")
@@ -88,6 +95,8 @@ class LoadRequest:
         if not has_config:  # transformers would go on with a default configuration
             raise OSError(f"{self.path} has no {CONFIG_NAME}: expected the folder or Hub id of a saved GenieBlue.")
         refuse_broken_settings(self.path, {CONFIG_NAME: "model_type", GENERATION_CONFIG_NAME: None}, **self.hub_kwargs)
+        config_file = self.file(CONFIG_NAME)
+        check_config_kinds(read_settings(config_file), config_file)
         if self.file(ADAPTER_CONFIG_NAME, required=False) is not None:
             raise ValueError(
                 f"{self.path} has {ADAPTER_CONFIG_NAME} in its root, so `AutoModel` takes it for a plain adapter and "
@@ -150,14 +159,14 @@ class LoadRequest:
         if path is None:
             return {}
         samples = read_settings(path)
-        needed = {"shape", "dtype", "positions", "values"}
-        if not samples or not all(isinstance(sample, dict) and needed <= set(sample) for sample in samples.values()):
+        if not samples or not all(map(is_sample, samples.values())):
             raise OSError(f"{path} records no base: it is damaged; fetch it again, or pass `check_base=False`.")
         return samples
 
-    def base_location(self, config: Any) -> str | None:
+    def base_location(self, config: Any, required: bool = True) -> str | None:
         """Hub id or absolute path of the base that `config` names; a path is relative to our own folder.
 
+        A path beside a repository on the Hub leads nowhere: a `ValueError`, or `None` if it is not `required`.
         A base in a subfolder of our own repository on the Hub is downloaded, and loaded from there as from a folder.
         """
         name = config.base_model_name_or_path
@@ -169,6 +178,8 @@ class LoadRequest:
             if is_inner_folder(name):
                 options = {key: self.hub_kwargs[key] for key in (*ACCESS_KEYS, "revision") if key in self.hub_kwargs}
                 return os.path.join(snapshot_download(self.path, allow_patterns=f"{name[2:]}/*", **options), name[2:])
+            if not required:
+                return None
             raise ValueError(
                 f"{self.path} names its base by a path on another computer, {name!r}: pass `base_model=` (a loaded "
                 "model, a folder or a Hub id)."

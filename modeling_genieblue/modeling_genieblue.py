@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .arguments_genieblue import check_base_model, check_load_arguments, check_vision_tower
 from .base_identity_genieblue import tensor_samples
-from .base_loading_genieblue import load_base, refuse_wrong_base, resolve_base
+from .base_loading_genieblue import load_base, record_location, refuse_wrong_base, resolve_base
 from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
 from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
@@ -25,7 +26,7 @@ from .language_views_genieblue import (
     load_adapter,
     make_lora_config,
 )
-from .loading_genieblue import ACCESS_KEYS, LoadRequest, is_inner_folder
+from .loading_genieblue import ACCESS_KEYS, LoadRequest
 from .precision_guard_genieblue import PrecisionGuard
 from .projector_genieblue import GenieBlueMultiModalProjector
 from .quantized_parts_genieblue import (
@@ -40,7 +41,7 @@ from .requests_genieblue import (
     MULTIMODAL,
     TEXT,
     as_mixed_cache,
-    check_tile_count,
+    check_inputs,
     check_tiles,
     choose_views,
     mark_given_cache,
@@ -118,8 +119,8 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             hub_kwargs: `token`, `cache_dir` and `local_files_only` that the base was loaded with, if any: its commit
                 and, at a save, its files' hashes and tokenizer are looked up with them.
         """
-        if lora_rank < 1:
-            raise ValueError(f"`lora_rank` is {lora_rank}: LoRA needs a rank of at least 1.")
+        check_base_model(base_model)
+        check_vision_tower(vision_tower)
         text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
         if replicated_layers is None:
             replicated_layers = select_replicated_layers(text_config.num_hidden_layers, placement)
@@ -183,6 +184,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
 
         Raises `OSError` for missing or damaged files, `ValueError` for files or a base that do not belong together.
         """
+        check_load_arguments(pretrained_model_name_or_path, base_model, kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
         request = LoadRequest.from_arguments(pretrained_model_name_or_path, kwargs)
         request.check_layout()
@@ -210,10 +212,9 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             load_adapter(view, adapter_file, base.dtype)
         if backend == "onnxruntime":
             run_on_onnxruntime(model)
-        if not is_inner_folder(model.config.base_model_name_or_path):
-            model.config.base_model_name_or_path = request.base_location(model.config)
         model._source = request
         model._hub_kwargs = {key: request.hub_kwargs[key] for key in ACCESS_KEYS if key in request.hub_kwargs}
+        record_location(model.config, request, base, base_model)
         model.eval()
         return (model, loading_info) if output_loading_info else model
 
@@ -243,7 +244,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         save_directory: str | os.PathLike,
         *,
         processor: Any = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         facts: dict[str, Any] | None = None,
         push_to_hub: bool = False,
         **kwargs: Any,
@@ -295,8 +296,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         is_image = input_ids == self.config.image_token_id
         # The id of an image token has no row in the base's embedding: look any other one up in its place.
         inputs_embeds = self._embed_text(input_ids.masked_fill(is_image, 0))
-        vision_config = self.config.vision_config
-        check_tiles(pixel_values, int(is_image.sum()), vision_config.image_size, self.config.image_seq_length)
+        check_tiles(pixel_values, int(is_image.sum()), self.config.vision_config, self.config.image_seq_length)
         if pixel_values is None:
             return inputs_embeds
         image_features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -345,7 +345,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
 
         Raises `ValueError` when images, image tokens, view and cache do not belong together.
         """
-        check_tile_count(pixel_values, num_tiles)
+        check_inputs(input_ids, pixel_values, num_tiles)
         is_multimodal = self._route(input_ids, past_key_values, view, pixel_values)
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,

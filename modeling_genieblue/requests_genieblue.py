@@ -100,17 +100,38 @@ def choose_views(has_image: list[bool], cache: Any, view: str | None, training: 
     return torch.tensor([row_view == MULTIMODAL for row_view in views])
 
 
-def check_tile_count(pixel_values: torch.Tensor | None, num_tiles: torch.Tensor | None) -> None:
-    """`ValueError` unless `pixel_values` holds the tiles that `num_tiles` counts."""
-    if pixel_values is not None and num_tiles is not None and int(num_tiles.sum()) != len(pixel_values):
+def check_inputs(input_ids: Any, pixel_values: Any, num_tiles: Any) -> None:
+    """`ValueError` unless ids are a tensor (batch, length), and pixels one of as many tiles as `num_tiles` counts."""
+    if input_ids is not None:
+        is_ids = isinstance(input_ids, torch.Tensor) and input_ids.dtype in (torch.int64, torch.int32)
+        if not is_ids or input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                f"`input_ids` is {_described(input_ids)}: expected token ids as a tensor (batch, length), at least "
+                "one in each row, as the processor returns them with `return_tensors='pt'`."
+            )
+    if pixel_values is None:
+        return
+    if not isinstance(pixel_values, torch.Tensor):
         raise ValueError(
-            f"`num_tiles` counts {int(num_tiles.sum())} tiles, `pixel_values` holds {len(pixel_values)}: pass both "
-            "from one call of the processor."
+            f"`pixel_values` is {_described(pixel_values)}: expected a tensor (num_tiles, channels, height, width), "
+            "as the processor returns it with `return_tensors='pt'`."
+        )
+    counted = len(pixel_values) if num_tiles is None else int(torch.as_tensor(num_tiles).sum())
+    if counted != len(pixel_values):
+        raise ValueError(
+            f"`num_tiles` counts {counted} tiles, `pixel_values` holds {len(pixel_values)}: pass both from one call "
+            "of the processor."
         )
 
 
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} in {str(value.dtype).removeprefix('torch.')}"
+    return f"a {type(value).__name__}"
+
+
 def check_tiles(
-    pixel_values: torch.Tensor | None, num_image_tokens: int, image_size: int, image_seq_length: int
+    pixel_values: torch.Tensor | None, num_image_tokens: int, vision_config: Any, image_seq_length: int
 ) -> None:
     """`ValueError` unless `pixel_values` holds tiles (num_tiles, channels, image_size, image_size) for all tokens."""
     if pixel_values is None:
@@ -124,10 +145,11 @@ def check_tiles(
         raise ValueError(
             f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (num_tiles, channels, height, width)."
         )
-    if pixel_values.shape[2:] != (image_size, image_size):
+    tile = (vision_config.num_channels, vision_config.image_size, vision_config.image_size)
+    if pixel_values.shape[1:] != tile:
         raise ValueError(
-            f"`pixel_values` holds tiles of {tuple(pixel_values.shape[2:])} pixels, expected "
-            f"{(image_size, image_size)}: use the processor that belongs to this model."
+            f"`pixel_values` holds tiles of {tuple(pixel_values.shape[1:])}, expected {tile} (channels, height, "
+            "width): use the processor that belongs to this model."
         )
     expected = len(pixel_values) * image_seq_length
     if num_image_tokens != expected:

@@ -1,5 +1,6 @@
 """Saving and publishing: a complete folder of what GenieBlue adds, written whole or not at all."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from .arguments_genieblue import weight_dtype
 from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
 from .language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, save_adapter, save_adapter_config
 from .loading_genieblue import is_inner_folder, is_local_reference
@@ -35,6 +37,7 @@ AUTO_MAP = {
 }
 PROCESSOR_SETTINGS = ("processor_config.json", "preprocessor_config.json")
 RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
+SHORT_NAME = 200  # of a name, so that it can be part of another one
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_NAMES = (
     "model.safetensors.index.json", "model-*-of-*.safetensors", "adapter_config.json", RECIPE_NAME,
@@ -51,12 +54,13 @@ def save_model(
     save_directory: str | os.PathLike,
     *,
     processor: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     facts: dict[str, Any] | None = None,
 ) -> None:
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
     if model.multimodal_language_model is None:
         raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
+    dtype = None if dtype is None else weight_dtype(dtype)
     quantized = model.config.quantization
     if quantized is not None and dtype not in (None, getattr(torch, quantized["activations"])):
         raise ValueError(
@@ -67,11 +71,10 @@ def save_model(
     if quantized is not None and any(trained):
         raise ValueError("A quantized GenieBlue is saved as it was loaded, and training lost: train in 16 bits.")
     target = Path(os.path.realpath(save_directory))
-    if target.is_file():
+    if os.path.isfile(target):
         raise OSError(f"{target} is a file: give a folder to save into.")
     refuse_foreign_folder(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.saving-"))
+    staging = _make_staging(target)
     try:
         try:
             has_processor = _write_files(model, staging, target, processor, dtype, facts)
@@ -87,6 +90,19 @@ def save_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _make_staging(target: Path) -> Path:
+    """A new folder beside `target`; `OSError` that names `target` and not that folder if there can be none."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # refuses a name that is too long, which only the last rename would otherwise
+        return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:SHORT_NAME]}.saving-"))
+    except OSError as error:
+        raise OSError(
+            f"{target} cannot be written ({error.strerror or error}): give a folder in which you may create files."
+        ) from error
+
+
 def use_stored_parts(model: Any, files: dict[str, Path], base_samples: dict[str, dict] | None = None) -> None:
     """Lets saves of a quantized `model` copy `files`, by their place in its folder: they hold what it consists of.
 
@@ -100,7 +116,7 @@ def use_stored_parts(model: Any, files: dict[str, Path], base_samples: dict[str,
 def refuse_foreign_folder(target: Path) -> None:
     """`ValueError` where a save would destroy another model, above all the base's own folder."""
     config_file = target / "config.json"
-    if config_file.is_file():
+    if os.path.isfile(config_file):
         model_type = read_settings(config_file).get("model_type")
         if model_type != "genieblue":
             raise ValueError(
@@ -276,7 +292,7 @@ def _put_in_place(staging: Path, target: Path, stale_names: tuple[str, ...]) -> 
     if not target.exists():
         os.rename(staging, target)
         return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:SHORT_NAME]}.old-"))
     try:
         os.rename(target, old)
     except OSError as error:
@@ -306,7 +322,7 @@ def push_model(
     repo_id: str,
     *,
     processor: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,

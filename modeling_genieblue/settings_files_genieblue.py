@@ -12,12 +12,19 @@ from transformers.utils.hub import cached_file
 BASE_PARTS = ("llm", "lm_head", "embeddings")
 QUANTIZED_PARTS = (*BASE_PARTS, "replicated_blocks", "lora", "vision_tower", "multi_modal_projector")
 PRECISIONS = ("w4a16", "w8a16", "w16a16")
+QUANT_METHOD = "genieblue_quanto"
 ACTIVATIONS = ("bfloat16", "float16", "float32")
 # Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
 SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 HUB_KEYS = (*SHARED_HUB_KEYS, "revision", "subfolder")
 # By file, a setting without which it is not what its name says.
 PROCESSOR_FILES = {"processor_config.json": "image_token_id", "tokenizer_config.json": None, "tokenizer.json": "model"}
+
+# By setting of a GenieBlue's config.json, what it holds where it is not null; a map of code is never null.
+CONFIG_KINDS = {
+    "text_config": dict, "vision_config": dict, "base_model_name_or_path": str, "base_model_revision": str,
+    "base_model_fingerprint": dict, "lora_dropout": (int, float), "dtype": str, "auto_map": dict,
+}  # fmt: skip
 
 
 def read_settings(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict[str, Any]:
@@ -44,6 +51,20 @@ def refuse_broken_settings(source: str | os.PathLike, files: dict[str, str | Non
             read_settings(path, [needed] if needed else [])
 
 
+def check_config_kinds(settings: dict[str, Any], where: str | os.PathLike) -> None:
+    """`OSError` that names `where` if a setting of a GenieBlue's config.json is of a kind that it cannot be."""
+    for name, kind in CONFIG_KINDS.items():
+        value = settings.get(name)
+        if not isinstance(value, kind) and (value is not None or name == "auto_map" and name in settings):
+            expected = {dict: "settings by name", str: "a text"}.get(kind, "a number")
+            raise OSError(f"{where} has {value!r} for {name}, expected {expected}: it is damaged; fetch it again.")
+
+
+def is_our_quantization(settings: Any) -> bool:
+    """Whether the `quantization_config` of a base is one that GenieBlue wrote."""
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
+
+
 def check_quantization(
     quantization: Any, parts: tuple[str, ...] = QUANTIZED_PARTS, where: str = "`quantization`"
 ) -> None:
@@ -63,4 +84,4 @@ def check_quantization(
         )
 
 
-__all__ = ["check_quantization", "read_settings", "refuse_broken_settings"]
+__all__ = ["check_config_kinds", "check_quantization", "read_settings", "refuse_broken_settings"]

@@ -1,5 +1,6 @@
 """Files that are missing, damaged, of another model or dangerous: named in a clear error, never run."""
 
+import functools
 import json
 import shutil
 
@@ -89,6 +90,52 @@ def test_settings_that_are_something_else_are_named(file, content, saved_pair):
             Chat.from_pretrained(saved_pair)
     finally:
         (saved_pair / file).write_bytes(intact)
+
+
+@pytest.mark.parametrize("changes", [
+    {"text_config": {"model_type": "nonsense"}}, {"text_config": 5}, {"text_config": []}, {"vision_config": "x"},
+    {"vision_config": {"model_type": "siglip_vision_model", "patch_size": 0}}, {"vision_config": {"patch_size": "x"}},
+    {"base_model_name_or_path": 5}, {"lora_dropout": "x"}, {"dtype": "float7"}, {"dtype": []}, {"auto_map": None},
+], ids=str)  # fmt: skip
+def test_settings_of_another_kind_name_config_json(changes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(tiny_config_text()), **changes}))
+    for read in (load, Chat.from_pretrained):
+        with pytest.raises((OSError, ValueError), match="config.json.*(has|cannot be used)"):
+            read(tmp_path)
+
+
+@functools.cache
+def tiny_config_text() -> str:
+    return tiny_genieblue().config.to_json_string()
+
+
+@pytest.mark.parametrize("change", [
+    {"values": "x"}, {"values": [1.0]}, {"values": ["x"] * 8}, {"positions": [0] * 7 + [10**9]}, {"shape": [None]},
+    {"dtype": "float7"}, {"dtype": 5}, {"positions": None},
+], ids=str)  # fmt: skip
+def test_broken_sample_of_the_base_is_a_clear_error(change, saved_pair):
+    path = saved_pair / "base_fingerprint.json"
+    intact = path.read_text()
+    samples = json.loads(intact)
+    name = next(iter(samples))
+    path.write_text(json.dumps(samples | {name: samples[name] | change}))
+    try:
+        with pytest.raises(OSError, match="base_fingerprint.json records no base"):
+            load(saved_pair)
+    finally:
+        path.write_text(intact)
+
+
+@pytest.mark.parametrize("content", ["null", "5", "[]"])
+def test_broken_generation_settings_of_the_base_are_named(content, saved_pair):
+    path = saved_pair.parent / "base" / "generation_config.json"
+    intact = path.read_text()
+    path.write_text(content)
+    try:
+        with pytest.raises(OSError, match="generation_config.json holds a JSON"):
+            load(saved_pair)
+    finally:
+        path.write_text(intact)
 
 
 def adapter_names(folder, part):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles, tiny_genieblue
-from tiny_models import PROMISED_FAMILIES, REMOTE_CODE_FAMILIES, save_tiny_base, tiny_base
+from tiny_models import PROMISED_FAMILIES, REMOTE_CODE_FAMILIES, save_tiny_base, tiny_base, tiny_vision_tower
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    LlamaConfig,
 )
 
 from modeling_genieblue import (
@@ -176,6 +177,37 @@ def test_unknown_options_are_not_swallowed(tmp_path):
         load(save_tiny_pair(tmp_path), no_such_option=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"load_in_8bit": True}, "`load_in_8bit` is not known: give `quantization_config`"),
+        ({"config": LlamaConfig()}, "a LlamaConfig: expected a GenieBlueConfig"),
+        ({"base_model": 5}, "base is 5: expected a loaded language model"),
+        ({"base_model": tiny_base("llama").model}, "a LlamaModel: expected a loaded language model with its LM head"),
+        ({"base_model": ""}, "base's name is empty"),
+    ],
+    ids=["8 bits", "config", "number", "headless", "empty"],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_read(options, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        load(tmp_path / "nothing", **options)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((tiny_base("llama").model, tiny_vision_tower()), "base is a LlamaModel: expected .* with its LM head"),
+        (("base", tiny_vision_tower()), "base is 'base': expected a loaded language model"),
+        ((tiny_base("llama"), "siglip"), "vision tower is 'siglip': expected a loaded SigLIP"),
+        ((tiny_base("llama"), tiny_base("llama")), "vision tower is of type 'llama'"),
+    ],
+    ids=["headless", "path", "vision path", "no SigLIP"],
+)
+def test_parts_of_another_kind_are_refused(parts, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        GenieBlueForConditionalGeneration.from_base(*parts)
+
+
 # The right base
 
 
@@ -317,6 +349,35 @@ def test_missing_base_folder_is_named_with_the_way_out(tmp_path):
     assert str(tmp_path / "base") in str(error.value)
     assert same(answers(load(folder, base_model=tmp_path / "elsewhere")),
                 answers(load(folder, base_model=str(tmp_path / "elsewhere"))))  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ["model", "model in memory", "folder", "Hub id"])
+def test_repository_that_names_a_local_base_loads_onto_a_given_one(given, hub, tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    hub.commit_folder("you/reader", folder)
+    commit = hub.commit_folder("you/base", tmp_path / "base")
+    with pytest.raises(ValueError, match="another computer.*base_model="):
+        load("you/reader")
+    base, location = {
+        "model": (AutoModelForCausalLM.from_pretrained(tmp_path / "base"), (str(tmp_path / "base"), None)),
+        "model in memory": (tiny_base("llama"), (None, None)),
+        "folder": (tmp_path / "base", (str(tmp_path / "base"), None)),
+        "Hub id": ("you/base", ("you/base", commit)),
+    }[given]
+    model = load("you/reader", base_model=base)
+    assert same(answers(model), answers(load(folder)))
+    assert (model.config.base_model_name_or_path, model.config.base_model_revision) == location
+    model.save_pretrained(tmp_path / "again")
+    assert same(answers(load(tmp_path / "again", base_model=None if location[0] else base)), answers(model))
+    with pytest.raises(ValueError, match=r"is not the base that you/reader was made for, \.\./base"):
+        load("you/reader", base_model=tiny_base("llama", seed=2))
+
+
+def test_base_that_is_given_because_the_recorded_one_is_gone_is_recorded(tmp_path):
+    folder = save_tiny_pair(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    model = load(folder, base_model=tmp_path / "elsewhere")
+    assert model.config.base_model_name_or_path == str(tmp_path / "elsewhere")
 
 
 def test_pair_can_be_moved_together(tmp_path, monkeypatch):

@@ -115,6 +115,34 @@ def test_precision_can_be_chosen(dtype, tmp_path):
     assert load(tmp_path / "half", base_model=tiny_base("llama")).language_model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16"])
+def test_precision_can_be_given_by_name(dtype, tmp_path):
+    tiny_genieblue().save_pretrained(tmp_path / "half", dtype=dtype)
+    assert {piece.get_dtype() for piece in header(tmp_path / "half" / ADAPTER).values()} == {"BF16"}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "banana", "Tensor", 5], ids=str)
+def test_precision_that_would_destroy_the_weights_is_refused(dtype, tmp_path):
+    with pytest.raises(ValueError, match="expected one of float32, bfloat16, float16"):
+        tiny_genieblue().save_pretrained(tmp_path / "out" / "genieblue", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["file/x", "/proc/x", "x" * 300], ids=["file", "proc", "long"])
+def test_place_that_cannot_be_written_is_named(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    with pytest.raises(OSError, match="cannot be written .*give a folder in which you may create files") as error:
+        tiny_genieblue().save_pretrained(place)
+    assert place in str(error.value) and ".saving" not in str(error.value)
+
+
+def test_folder_with_a_long_name_can_be_saved(tmp_path):
+    for _ in range(2):
+        tiny_genieblue().save_pretrained(tmp_path / ("x" * 250))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 250]
+
+
 def test_same_model_is_saved_as_the_same_bytes(folder, tmp_path):
     code = (f"import torch\nfrom modeling_genieblue import *\n"
             f"m = GenieBlueForConditionalGeneration.from_pretrained({str(folder)!r})\n"

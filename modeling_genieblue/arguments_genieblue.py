@@ -1,0 +1,68 @@
+"""What a GenieBlue is made of, loaded with and saved in: refused by name before anything is read or written."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+SIGLIP_TYPES = ("siglip", "siglip_vision_model")  # image and text, or the image half alone
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_base_model(base: Any) -> None:
+    """`TypeError` unless `base` is a loaded language model with its LM head."""
+    can_generate = getattr(base, "can_generate", None)
+    if not isinstance(base, nn.Module) or not hasattr(base, "config") or can_generate is None or not can_generate():
+        raise TypeError(
+            f"The base is {_described(base)}: expected a loaded language model with its LM head, as "
+            "`AutoModelForCausalLM.from_pretrained` gives it."
+        )
+
+
+def check_vision_tower(vision_tower: Any) -> None:
+    """`TypeError` unless it is a loaded model, `ValueError` unless that is a SigLIP or the vision half of one."""
+    model_type = getattr(getattr(vision_tower, "config", None), "model_type", None)
+    if not isinstance(vision_tower, nn.Module) or model_type is None:
+        raise TypeError(
+            f"The vision tower is {_described(vision_tower)}: expected a loaded SigLIP, as "
+            "`SiglipVisionModel.from_pretrained` gives it."
+        )
+    if model_type not in SIGLIP_TYPES:
+        raise ValueError(
+            f"The vision tower is of type {model_type!r}: expected {' or '.join(map(repr, SIGLIP_TYPES))}."
+        )
+
+
+def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> None:
+    """`TypeError` or `ValueError` for what `from_pretrained` can make nothing of; nothing has been read by then."""
+    for name, value in (("model", path), ("base", base_model)):
+        if isinstance(value, str) and not value:
+            raise ValueError(f"The {name}'s name is empty: give a folder or a Hub id.")
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"The model is {_described(path)}: expected a folder or a Hub id.")
+    if base_model is not None and not isinstance(base_model, str | os.PathLike):
+        check_base_model(base_model)
+    if bits := [name for name in ("load_in_8bit", "load_in_4bit") if name in kwargs]:
+        raise TypeError(
+            f"`{bits[0]}` is not known: give `quantization_config`, with which the base is quantized as it is loaded."
+        )
+    config = kwargs.get("config")
+    if config is not None and getattr(config, "model_type", None) != "genieblue":
+        raise TypeError(f"`config` is {_described(config)}: expected a GenieBlueConfig.")
+
+
+def weight_dtype(dtype: Any) -> torch.dtype:
+    """The precision that weights are to be written in, also if it is given by name; `ValueError` for integers."""
+    given = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if given not in WEIGHT_DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
+        raise ValueError(f"`dtype` is {dtype!r}: expected one of {names}. Weights of other kinds would be lost.")
+    return given
+
+
+def _described(value: Any) -> str:
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+__all__ = ["check_base_model", "check_load_arguments", "check_vision_tower", "weight_dtype"]
