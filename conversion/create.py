@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
+from conversion.chat_template import refuse_unusable_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.base_loading_genieblue import refuse_incomplete_base
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
@@ -55,7 +56,7 @@ def create_genieblue(
         overwrite: allows `output` to be an existing GenieBlue. Files in it that are of other origin stay.
 
     Raises `ValueError` or `OSError`, before any weights are read, for an output that is taken, a base or vision model
-    of the wrong kind, and settings out of range. Only safetensors files are read.
+    of the wrong kind, a chat template that fails, and settings out of range. Only safetensors files are read.
     """
     base, vision, output = os.fspath(base), os.fspath(vision), Path(output)
     _refuse_taken_output(output, (base, vision), overwrite)
@@ -73,7 +74,11 @@ def create_genieblue(
         raise ValueError(
             f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
         )
-    if chat_template is None and tokenizer.chat_template is None:
+    if chat_template is not None:
+        refuse_unusable_template(tokenizer, chat_template, "The given chat template (--chat-template)")
+    elif tokenizer.chat_template is not None:
+        refuse_unusable_template(tokenizer, None, f"The chat template of {base}")
+    else:
         logger.warning(
             "%s has no chat template, without which it can neither be trained on chats nor chat: give one now, with "
             "`chat_template` (--chat-template FILE).",

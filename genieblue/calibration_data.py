@@ -17,7 +17,7 @@ def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> l
     They are the first ones of either kind; where one kind has too few, the other one fills up. Raises `ValueError` or
     `OSError` for data that is missing, empty or bad.
     """
-    dataset = ChatDataset(path, image_folder=image_folder)
+    dataset = ChatDataset(path, image_folder=image_folder, skip_bad=None)
     half = count // 2
     found: dict[bool, list[tuple[int, ChatSample]]] = {True: [], False: []}  # by whether there are images
     for index in range(len(dataset)):

@@ -183,6 +183,8 @@ def train(
 def _data_source(data: Path) -> Any:
     if not data.is_dir():
         return data
+    if not any((data / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ValueError(f"{data} is a folder that `datasets` did not save: give a JSONL file, or one that it saved.")
     from datasets import DatasetDict, load_from_disk
 
     dataset = load_from_disk(str(data))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from genieblue.data import BAD_SAMPLE, ChatDataset, ChatSample, parse_chat
+from conversion.chat_template import NO_TEMPLATE, UnusableTemplate
+from genieblue.data import BAD_SAMPLE, CORRECT_OR_SKIP, ChatDataset, ChatSample, parse_chat
 from modeling_genieblue.conversations_genieblue import with_string_contents
 
 logger = logging.getLogger(__name__)
@@ -63,16 +64,25 @@ class ChatCollator:
         """One sample → lists `input_ids` and `labels`, and the tensors of its images.
 
         Raises `ValueError` that names the sample: an image that cannot be read, a template that does not fit, a
-        sample that is too long to cut.
+        sample that is too long to cut. A template that is missing or broken is an `UnusableTemplate`.
         """
         if not isinstance(sample, ChatSample):
             sample = parse_chat(sample, "a sample", None)
+        if self.processor.chat_template is None:
+            raise UnusableTemplate(NO_TEMPLATE)
         try:
             pixels = self._tiles(sample.images)
             input_ids, labels = self._tokens(sample.messages, pixels.get("num_tiles", torch.tensor([])).tolist())
             input_ids, labels = self._cut(input_ids, labels)
-        except (*BAD_SAMPLE, TemplateError) as error:
+        except BAD_SAMPLE as error:
             raise ValueError(f"{sample.where}: {error}") from error
+        except TemplateError as error:
+            if type(error) is TemplateError:  # `raise_exception`: what the template itself says of this chat
+                raise ValueError(f"{sample.where}: the chat template refuses it: {error}") from error
+            raise UnusableTemplate(
+                f"The model's chat template fails ({type(error).__name__}: {error}), at {sample.where} for one: "
+                "correct the template."
+            ) from error
         return {"input_ids": input_ids, "labels": labels, **pixels}
 
     def _tiles(self, images: list[Any]) -> dict[str, torch.Tensor]:
@@ -172,11 +182,11 @@ class EncodedChats(torch.utils.data.Dataset):
             candidate = (index + step) % len(self)
             try:
                 return self._encode(candidate)
+            except UnusableTemplate:
+                raise
             except BAD_SAMPLE as error:
                 if not self.chats.skip_bad:
-                    raise ValueError(
-                        f"{error} Correct it, or leave bad samples out with `skip_bad` (--skip-bad)."
-                    ) from error
+                    raise ValueError(f"{error} {CORRECT_OR_SKIP}") from error
                 if candidate not in self._skipped:
                     self._skipped.add(candidate)
                     logger.warning("Left out %s (%d so far)", error, len(self._skipped))
@@ -185,6 +195,8 @@ class EncodedChats(torch.utils.data.Dataset):
     def _encode(self, index: int) -> dict[str, Any]:
         try:
             encoded = self.collator.encode(self.chats[index])
+        except UnusableTemplate:
+            raise
         except BAD_SAMPLE as error:
             where = self.chats.where(index)
             raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error

@@ -23,6 +23,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 PLACEHOLDER = "<image>"  # in the strings of a data file, whatever the placeholder of the processor is
 SECONDS_WITHOUT_BAR = 2
 BAD_SAMPLE = (ValueError, OSError)
+CORRECT_OR_SKIP = "Correct it, or leave bad samples out with `skip_bad` (--skip-bad)."
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class ChatDataset(torch.utils.data.Dataset):
     """Chats from a JSONL file, a `datasets.Dataset` or any sequence of dictionaries; an item is a `ChatSample`.
 
     Two forms are read. `{"messages": [{"role", "content"}], "images": [...]}`: a content is a string, in which
-    `<image>` stands for the next of `images`, or a list of parts, in which a text is literal and an image part may
-    hold its own image (`image` or `path`). And LLaVA's `{"image": ..., "conversations": [{"from", "value"}]}`.
+    `<image>` stands for the next of `images`, or a list of parts, in which an image part may hold its own image
+    (`image` or `path`) and a text stands for itself; in a chat with images, no text may hold `<image>`. And LLaVA's
+    `{"image": ..., "conversations": [{"from", "value"}]}`.
 
     A JSONL file or a list is checked as a whole when it is opened; other sequences, which may make or decode their
     samples, are checked sample by sample when they are used. With `skip_bad` a bad sample is left out and logged;
-    without, it is a `ValueError` that names its file and line.
+    without, it is a `ValueError` that names its file and line. With `None` too, which is for data of which nothing may
+    be left out: its message does not offer it.
 
     `sha256` is that of the good lines or, of a list, of the texts and paths; of a `datasets.Dataset` its own
     fingerprint, and `None` for other sequences.
@@ -60,7 +63,7 @@ class ChatDataset(torch.utils.data.Dataset):
         source: str | os.PathLike | Sequence[dict[str, Any]],
         *,
         image_folder: str | os.PathLike | None = None,
-        skip_bad: bool = False,
+        skip_bad: bool | None = False,
     ):
         """Opens `source`; paths of images are relative to `image_folder`, by default the JSONL file's own folder."""
         self.skip_bad = skip_bad
@@ -155,9 +158,8 @@ class ChatDataset(torch.utils.data.Dataset):
                 except BAD_SAMPLE as error:
                     message = f"{self._where(number)}: {_without_prefix(error, self._where(number))}"
                     if not self.skip_bad:
-                        raise ValueError(
-                            f"{message} Correct it, or leave bad samples out with `skip_bad` (--skip-bad)."
-                        ) from error
+                        offered = " Correct it." if self.skip_bad is None else f" {CORRECT_OR_SKIP}"
+                        raise ValueError(f"{message}{offered}") from error
                     logger.warning("Left out %s", message)
                     self._image_counts.append(0)
                 else:
@@ -202,6 +204,12 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
         raise ValueError(
             f"{where}: {missing} placeholders ({PLACEHOLDER}, or an image part without an image) for {len(given)} "
             "images; expected one for each. Reword a text in which the placeholder means its own characters."
+        )
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    if sources and any(PLACEHOLDER in text for text in texts):
+        raise ValueError(
+            f"{where}: a text part holds {PLACEHOLDER}, which in a chat with images would stand for one more; reword "
+            "it, or give the image as a part."
         )
     remaining = iter(given)
     images = [next(remaining) if source is None else source for source in sources]

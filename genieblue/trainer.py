@@ -32,7 +32,7 @@ LOCK = ".lock"
 # Of `torch.save` on a full disk, which is a RuntimeError.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
 # A data loader puts the traceback of its worker process into the message of the error that it raises again.
-WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n\1: ", re.DOTALL)
+WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:\w+\.)*\1: ", re.DOTALL)
 
 
 def part_of(name: str) -> str | None:

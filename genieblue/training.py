@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_accelerate_available
 
+from conversion.chat_template import refuse_processor_without_template
 from genieblue.collation import ChatCollator, EncodedChats
 from genieblue.data import ChatDataset
 from genieblue.trainer import (
@@ -124,6 +125,8 @@ class TrainingSettings:
         for name in ("warmup_steps", "save_steps", "num_workers", "weight_decay", "vision_layer_decay"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` is {self.seed}: expected 0 or more, and less than 2 to the power of 32.")
 
     @property
     def recipe(self) -> StageRecipe:
@@ -170,8 +173,8 @@ def train(
         callbacks: more of transformers' `TrainerCallback`.
         scheduler: makes another schedule of the optimizer than a warm-up and a cosine.
 
-    Raises `ValueError` for data without samples or with a bad one, a loss that is not finite, a checkpoint of another
-    run; and if a byte of the base changed.
+    Raises `ValueError` for data without samples or with a bad one, a chat template that is missing or fails, a loss
+    that is not finite, a checkpoint of another run; and if a byte of the base changed.
     """
     output = Path(os.path.abspath(output))
     refuse_taken_output(output)
@@ -181,12 +184,18 @@ def train(
         raise ValueError("This GenieBlue has no base: make it with `from_base` or load it with `from_pretrained`.")
     if model.config.quantization is not None:
         raise ValueError("Quantized weights are not trained: train the 16-bit GenieBlue, then quantize it again.")
+    refuse_processor_without_template(processor)
     chats = dataset if isinstance(dataset, ChatDataset) else ChatDataset(dataset)
-    if settings.stage == 1:
-        chats = chats.with_images()
     if len(chats) == 0:
-        kind = " with an image" if settings.stage == 1 else ""
-        raise ValueError(f"The data is empty, or has no good sample{kind}, so there is nothing to learn.")
+        found = f"None of its {chats.num_skipped} samples is a good one" if chats.num_skipped else "The data is empty"
+        raise ValueError(f"{found}, so there is nothing to learn: expected chats.")
+    if settings.stage == 1:
+        num_samples, chats = len(chats), chats.with_images()
+        if len(chats) == 0:
+            raise ValueError(
+                f"None of the {num_samples} samples has an image, so the projector has nothing to learn from: give "
+                "chats with images, or train stage 2."
+            )
     checkpoints = output.with_name(f"{output.name}-checkpoints")
     with exclusive_run(checkpoints):
         return _train(model, processor, chats, output, settings, checkpoints, resume, callbacks, scheduler)

@@ -153,6 +153,38 @@ def test_a_chat_template_of_the_base_is_not_replaced(pair):
         create_genieblue(pair / "base", pair / "vision", pair / "reader", chat_template="{{ messages }}")
 
 
+BAD_TEMPLATES = {
+    "syntax": ("{% for x in %}", "fails on a question .TemplateSyntaxError in line 1: Expected an expression"),
+    "undefined": ("{{ messages[0]['content'] + no_token }}", "UndefinedError: 'no_token' is undefined"),
+    "refusal": ("{{ raise_exception('not with me') }}", "TemplateError: not with me"),
+    "Python": ("{{ messages[0]['content'] + 1 }}", "TypeError: can only concatenate"),
+    "empty": (" \n", "is empty"),
+    "no text": ("user: {{ bos_token }}", "leaves 'Which colour is this.' out of a question"),
+    "no image": ("{% for m in messages %}{{ m['content'].split('\n')[-1] }}{% endfor %}", "leaves '<image>' out of"),
+    "no answer": ("{{ messages[0]['content'] }}", "leaves 'Blue, I think.' out of an answer"),
+}
+
+
+@pytest.mark.parametrize("origin", ["given", "base"])
+@pytest.mark.parametrize("case", BAD_TEMPLATES)
+def test_a_chat_template_that_cannot_be_used_is_refused_before_weights_are_read(pair, case, origin):
+    template, message = BAD_TEMPLATES[case]
+    (pair / "base/model.safetensors").unlink()
+    (pair / "base/chat_template.jinja").unlink() if origin == "given" else (
+        pair / "base/chat_template.jinja"
+    ).write_text(template)
+    name = "The given chat template .--chat-template." if origin == "given" else f"The chat template of {pair}/base"
+    options = {"chat_template": template} if origin == "given" else {}
+    with pytest.raises(ValueError, match=f"^{name} .*{message}"):
+        create_genieblue(pair / "base", pair / "vision", pair / "reader", **options)
+
+
+def test_a_chat_template_may_not_ask_for_a_token_that_the_tokenizer_lacks(pair):
+    change_json(pair / "base/tokenizer_config.json", eos_token=None)
+    with pytest.raises(ValueError, match="fails on a question .UndefinedError: 'eos_token' is undefined"):
+        create_genieblue(pair / "base", pair / "vision", pair / "reader")
+
+
 def test_remote_code_of_a_base_runs_only_if_it_is_allowed(sources, tmp_path):
     save_tiny_base("bluelm", tmp_path / "base")
     ran = tmp_path / "ran"
@@ -165,9 +197,12 @@ def test_remote_code_of_a_base_runs_only_if_it_is_allowed(sources, tmp_path):
     assert (tmp_path / "reader/config.json").is_file()
 
 
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
+def change_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_config(folder: Path, **changes) -> None:
+    change_json(folder / "config.json", **changes)
 
 
 def keep_half_of_the_weights(folder: Path) -> None:

@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 from tiny_models import VOCABULARY, tiny_tokenizer
 
+from conversion.chat_template import UnusableTemplate
+from genieblue.calibration_data import read_chats
+from genieblue.cli import _data_source
 from genieblue.collation import IGNORED, ChatCollator, EncodedChats
 from genieblue.data import ChatDataset, parse_chat
 from modeling_genieblue import GenieBlueProcessor
@@ -263,6 +266,10 @@ BAD_LINES = {
     "image without placeholder": (good_line(images=["a.png"]), "0 placeholders"),
     "placeholder without image": (good_line("Look: <image>", images=["a.png"]), "only the user shows images"),
     "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
+    "literal placeholder beside an image": (
+        {"messages": [turn("user", {"type": "image", "path": "a.png"}, "Say <image>"), turn("assistant", "x")]},
+        "a text part holds <image>",
+    ),
     "missing image": (llava_line("<image>", image="none.png"), "no image file"),
     "address": (llava_line("<image>", image="https://example.org/a.png"), "download it"),
 }
@@ -347,6 +354,41 @@ def test_datasets_with_an_image_column_are_read(decode):
     assert collator([chats[0], chats[1]])["num_tiles"].tolist() == [3]
 
 
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] + no_token }}", "{% for m in %}"])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_broken_template_is_no_bad_sample(tmp_path, caplog, template, skip_bad):
+    path = write_lines(tmp_path / "chats.jsonl", good_line(), good_line())
+    rows = EncodedChats(ChatDataset(path, skip_bad=skip_bad), ChatCollator(make_processor(template)))
+    with pytest.raises(UnusableTemplate, match="^The model's chat template fails .*correct the template.$"):
+        rows[0]
+    assert not caplog.messages
+
+
+def test_a_chat_that_the_template_itself_refuses_is_a_bad_sample(tmp_path):
+    template = "{% if messages | length > 2 %}{{ raise_exception('two turns at most') }}{% endif %}"
+    processor = make_processor(template + make_processor().chat_template)
+    long = {"messages": 2 * good_line()["messages"]}
+    path = write_lines(tmp_path / "chats.jsonl", long, good_line())
+    with pytest.raises(ValueError, match="chats.jsonl:1: the chat template refuses it: two turns.*skip_bad"):
+        EncodedChats(ChatDataset(path), ChatCollator(processor))[0]
+    rows = EncodedChats(ChatDataset(path, skip_bad=True), ChatCollator(processor))
+    assert rows[0] == rows[1]
+
+
+def test_a_model_without_a_template_is_told_without_blaming_a_sample(tmp_path):
+    tokenizer = tiny_tokenizer(chat_template=False)
+    sizes = {"image_token_id": VOCABULARY, "image_seq_length": IMAGE_TOKENS, "tile_size": 24}
+    with pytest.raises(UnusableTemplate, match="^This model has no chat template.*--chat-template"):
+        EncodedChats(ChatDataset([good_line()]), ChatCollator(GenieBlueProcessor.from_base(tokenizer, **sizes)))[0]
+
+
+def test_data_of_which_nothing_may_be_left_out_is_not_offered_that(tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", good_line("  "))
+    for read in (lambda: ChatDataset(path, skip_bad=None), lambda: read_chats(path, 4)):
+        with pytest.raises(ValueError, match="chats.jsonl:1: all answers are empty.* Correct it.$"):
+            read()
+
+
 def test_samples_that_are_made_when_asked_for_are_not_made_before():
     class Maker:
         def __len__(self):
@@ -366,6 +408,8 @@ def test_samples_that_are_made_when_asked_for_are_not_made_before():
 def test_what_is_no_data_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no file"):
         ChatDataset(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="a folder that `datasets` did not save: give a JSONL file"):
+        _data_source(tmp_path)
     with pytest.raises(ValueError, match="give one split"):
         ChatDataset({"train": [good_line()]})
     with pytest.raises(OSError, match="is no folder"):

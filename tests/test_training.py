@@ -9,6 +9,7 @@ from training_setup import AtStep, chat, losses, make_base, make_data, make_mode
 from transformers import TrainerCallback
 
 from genieblue import training
+from genieblue.data import ChatDataset
 from genieblue.trainer import PARTS, optimizer_groups, part_of
 from genieblue.training import TrainingSettings, prepared_for_training, tensor_digests, train
 from hub_cards.model_card import card_info_from_folder
@@ -302,11 +303,45 @@ def test_parameter_of_the_base_is_never_handed_to_the_optimizer(base):
     assert not model.language_model.lm_head.weight.requires_grad
 
 
-def test_data_without_anything_to_learn_is_refused(base, tmp_path):
+def test_data_without_anything_to_learn_is_refused_with_the_reason(base, tmp_path):
     model, processor = make_model(base)
-    for settings, rows in ((make_settings(), []), (make_settings(stage=1), [chat("Hello", "No image.")])):
-        with pytest.raises(ValueError, match="no good sample"):
-            train(model, processor, rows, tmp_path / "out", settings)
+    bad, no_image = chat("Hello", " "), chat("Hello", "No image.")
+    for data, stage, reason in (
+        ([], 1, "^The data is empty"),
+        (ChatDataset([bad, bad], skip_bad=True), 2, "^None of its 2 samples is a good one"),
+        ([no_image], 1, "^None of the 1 samples has an image.*or train stage 2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            train(model, processor, data, tmp_path / "out", make_settings(stage=stage))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "^This model has no chat template"),
+        ("", "^The model's chat template is empty"),
+        ("{{ messages[0]['content'] + no_token }}", "^The model's chat template fails .*'no_token' is undefined"),
+        ("{{ messages[-1]['content'].split('\n')[-1] }}", "^The model's chat template leaves '<image>' out"),
+    ],
+    ids=["none", "empty", "undefined", "no image"],
+)
+@pytest.mark.parametrize("owner", ["tokenizer", "processor"])
+def test_a_chat_template_that_cannot_be_used_is_told_before_training(base, tmp_path, template, reason, owner):
+    model, processor = make_model(base)
+    processor.tokenizer.chat_template = None
+    (processor.tokenizer if owner == "tokenizer" else processor).chat_template = template
+    with pytest.raises(ValueError, match=reason):
+        train(model, processor, make_data(), tmp_path / "out", make_settings(steps=1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_template_that_breaks_in_a_worker_is_told_in_one_line(base, tmp_path):
+    model, processor = make_model(base)
+    broken = "{% if 'What is' in messages[0]['content'] %}{{ '' + no_token }}{% endif %}"
+    processor.tokenizer.chat_template = broken + processor.tokenizer.chat_template
+    settings = make_settings(epochs=1, num_workers=1)
+    with pytest.raises(ValueError, match="^The model's chat template fails .*at sample .*correct the template.$"):
+        train(model, processor, make_data(), tmp_path / "out", settings)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +352,8 @@ def test_data_without_anything_to_learn_is_refused(base, tmp_path):
         ({"stage": 1, "learning_rates": {"lora": 1e-3}}, "stage 1 trains projector"),
         ({"stage": 2, "batch_size": 0}, "`batch_size` is 0"),
         ({"stage": 2, "warmup_steps": -1}, "`warmup_steps` is -1"),
+        ({"stage": 2, "seed": -1}, "`seed` is -1"),
+        ({"stage": 2, "seed": 2**32}, "`seed` is 4294967296"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, reason):
