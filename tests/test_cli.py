@@ -377,9 +377,10 @@ def test_init_does_not_overwrite_unasked(work):
 
 def test_init_reads_a_chat_template_from_a_file(work):
     (work / "base/chat_template.jinja").unlink()
-    (work / "mine.jinja").write_text("{{ messages[0]['content'] }}")
+    template = "{% for message in messages %}{{ message['content'] }};{% endfor %}"
+    (work / "mine.jinja").write_text(template)
     run("init", "--base", "base", "--vision", "vision", "--out", "reader", "--chat-template", "mine.jinja")
-    assert (work / "reader/chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+    assert (work / "reader/chat_template.jinja").read_text() == template
     arguments = ("init", "--base", "base", "--vision", "vision", "--out", "other", "--chat-template", "none.jinja")
     assert "none.jinja" in error_of(*arguments)
 
