@@ -20,8 +20,8 @@ from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.loading_genieblue import ACCESS_KEYS, is_local_reference
-from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, QUANTIZED_WEIGHTS_NAME
-from modeling_genieblue.quantized_base_genieblue import QUANT_METHOD, read_base_quantization
+from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME, QUANT_METHOD, QUANTIZED_WEIGHTS_NAME
+from modeling_genieblue.quantized_base_genieblue import read_base_quantization
 from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.saving_genieblue import refuse_foreign_folder
 

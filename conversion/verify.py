@@ -40,6 +40,7 @@ from modeling_genieblue.base_identity_genieblue import (
     INDEX_NAME,
     WEIGHTS_NAME,
     compare_with_samples,
+    different_settings,
     file_sha256,
 )
 from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
@@ -163,7 +164,8 @@ def check_base_files(subject: SavedModel) -> str:
     fail_on(problems)
     samples = read_json(subject.folder / BASE_FINGERPRINT_NAME)
     fail_on(compare_with_samples(subject.plain, samples))
-    return f"sha256 of {len(found)} file(s) and samples of {len(samples)} tensors are those of {name}"
+    fail_on(different_settings(subject.plain.config, subject.config.text_config))
+    return f"settings, sha256 of {len(found)} file(s) and samples of {len(samples)} tensors are those of {name}"
 
 
 def _base_weight_files(name: str, options: dict[str, Any], is_quantized: bool) -> dict[str, str]:

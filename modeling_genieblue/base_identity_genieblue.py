@@ -17,8 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 
-from .quantization_genieblue import QUANTIZED_WEIGHTS_NAME, sampled_codes, scales_of
-from .settings_files_genieblue import is_our_quantization
+from .quantization_genieblue import QUANTIZED_WEIGHTS_NAME, is_our_quantization, sampled_codes, scales_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +103,8 @@ def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str
     both = [any(name.endswith("._scale") for name in names) for names in (samples, parameters)]
     if is_our_quantization(getattr(model.config, "quantization_config", None)) and not both[0]:
         return [
-            "it was quantized by GenieBlue, and the recorded base is not quantized: give the unquantized base, or load "
-            "the quantized GenieBlue that this one belongs to"
+            "it was quantized by GenieBlue, and the recorded base was not: give the unquantized base, or load the "
+            "quantized GenieBlue that it belongs to"
         ]
     found = {name.removesuffix("._scale").removesuffix("._codes") for name in parameters}
     readable = both[0] == both[1] and len(found) == sum(1 for _ in model.parameters())
@@ -139,7 +138,7 @@ def different_settings(base: Any, recorded: Any) -> list[str]:
     found, expected = (_deciding_settings(config) for config in (base.get_text_config(decoder=True), recorded))
     # A setting that only one of them has is one that only one version of transformers, or of the base's code, knows.
     return [
-        f"its config.json has {name} {found[name]!r} where {expected[name]!r} was recorded"
+        f"its configuration has {name} {found[name]!r} where {expected[name]!r} was recorded"
         for name in sorted(found.keys() & expected.keys())
         if found[name] != expected[name]
     ]
@@ -149,7 +148,7 @@ def _deciding_settings(config: Any) -> dict[str, Any]:
     settings = json.loads(json.dumps(config.to_dict(), default=str))
     # How far positions reach matters where rotary embeddings are stretched, and nowhere else.
     rope = json.dumps([settings.get("rope_parameters"), settings.get("rope_scaling")])
-    is_stretched = any(kind in rope for kind in ("dynamic", "yarn", "longrope", "su"))
+    is_stretched = any(kind in rope for kind in ('"dynamic"', '"yarn"', '"longrope"', '"su"'))
     left_out = OTHER_SETTINGS if is_stretched else (*OTHER_SETTINGS, "max_position_embeddings")
     return {name: value for name, value in settings.items()
             if not any(fnmatchcase(name, pattern) for pattern in left_out)}  # fmt: skip
@@ -159,9 +158,10 @@ def _deciding_settings(config: Any) -> dict[str, Any]:
 OTHER_SETTINGS = (
     "_*", "name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "attn_implementation", "*_attn_implementation", "use_cache", "cache_implementation",
-    "return_dict*", "output_*", "torchscript", "id2label", "label2id", "num_labels", "problem_type",
-    "task_specific_params", "finetuning_task", "tokenizer_class", "*_token_id", "*_dropout", "dropout", "*_pdrop",
-    "initializer_*", "router_*", "chunk_size_feed_forward", "gradient_checkpointing", "keys_to_ignore_at_inference",
+    "return_dict*", "output_attentions", "output_hidden_states", "output_router_logits", "torchscript", "id2label",
+    "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task", "tokenizer_class",
+    "*_token_id", "*_dropout", "dropout", "*_pdrop", "initializer_range", "initializer_factor", "router_aux_loss_coef",
+    "router_jitter_noise", "chunk_size_feed_forward", "gradient_checkpointing", "keys_to_ignore_at_inference",
 )  # fmt: skip
 
 

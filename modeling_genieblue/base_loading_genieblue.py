@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from .base_identity_genieblue import cached_commits, compare_with_samples, weight_file_hashes
+from .base_identity_genieblue import cached_commits, compare_with_samples, different_settings, weight_file_hashes
 from .loading_genieblue import ACCESS_KEYS, LoadRequest, is_inner_folder, is_local_reference
 from .quantized_base_genieblue import load_quantized_base, read_base_quantization
 from .settings_files_genieblue import HUB_KEYS, refuse_broken_settings
@@ -119,7 +119,7 @@ def _refuse_other_files(location: str, config: Any, kwargs: dict[str, Any]) -> N
 
 def refuse_wrong_base(base: PreTrainedModel, config: Any, samples: dict[str, dict], request: LoadRequest) -> None:
     """`ValueError` with both identities if `base` is not the base that the adapter was trained on."""
-    differences = compare_with_samples(base, samples)
+    differences = [*compare_with_samples(base, samples), *different_settings(base.config, config.text_config)]
     if differences:
         recorded = request.base_location(config, required=False) or config.base_model_name_or_path
         at = f" at {config.base_model_revision}" if config.base_model_revision else ""

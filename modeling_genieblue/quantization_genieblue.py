@@ -24,6 +24,7 @@ except ImportError:  # only needed where something is quantized
     QLinear, WeightQBytesTensor, quanto_cpp = nn.Linear, torch.Tensor, None
 
 
+QUANT_METHOD = "genieblue_quanto"
 QMAP_NAME = "quanto_qmap.json"
 # Of a quantized base. Not transformers' own name: its classes would find the file, miss every weight in it, and go on
 # with random ones.
@@ -45,6 +46,11 @@ def require_quanto() -> None:
         )
     if quanto_cpp._lib is None:  # quanto would compile it in C++ on first use; this is bit-equal and as fast
         quanto_cpp._lib = SimpleNamespace(unpack=unpack)
+
+
+def is_our_quantization(settings: Any) -> bool:
+    """Whether the `quantization_config` of a base is one that GenieBlue wrote."""
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
 
 
 def group_size_of(in_features: int) -> int:

@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from .precision_guard_genieblue import PrecisionGuard, guard_tree
-from .quantization_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, require_quanto
+from .quantization_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, is_our_quantization, require_quanto
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
 from .settings_files_genieblue import BASE_PARTS, HUB_KEYS, check_quantization, read_settings
 
@@ -23,7 +23,6 @@ try:
 except ImportError:  # only needed where something is quantized
     init_empty_weights = None
 
-QUANT_METHOD = "genieblue_quanto"
 # What `AutoModel` hands on, or what has no meaning where weights are read from safetensors onto one device.
 OTHER_OPTIONS = (
     "quantization_config", "torch_dtype", "use_safetensors", "low_cpu_mem_usage", "max_memory", "offload_folder",
@@ -36,8 +35,7 @@ def read_base_quantization(location: str | os.PathLike, **hub_kwargs: Any) -> di
     """How the base at `location` (folder or Hub id) was quantized by GenieBlue; `None` if it was not."""
     path = cached_file(str(location), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     quantization = None if path is None else read_settings(path).get("quantization_config")
-    is_ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-    return quantization if is_ours else None
+    return quantization if is_our_quantization(quantization) else None
 
 
 def nothing_missing() -> dict[str, Any]:
@@ -110,7 +108,7 @@ def load_quantized_base(
         else copy.deepcopy(config)
     )
     settings = getattr(own_config, "quantization_config", None) or read_base_quantization(location, **hub_kwargs)
-    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
+    if not is_our_quantization(settings):
         raise ValueError(f"{location} is no base that GenieBlue quantized: load it without this class.")
     check_quantization(settings, BASE_PARTS, f"`quantization_config` of {location}")
     model_class = _own_class(location, own_config, settings, trust_remote_code, hub_kwargs)
