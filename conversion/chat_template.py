@@ -52,8 +52,8 @@ def _try(
     except Exception as error:  # a template can fail in any way of Jinja, and of the Python within it
         line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
         raise UnusableTemplate(
-            f"{name} fails on {what} ({type(error).__name__}{line}: {error}): correct it, or give the tokenizer the "
-            "special token that it asks for."
+            f"{name} fails on {what} ({type(error).__name__}{line}: {error}): correct the template, or what it "
+            "asks of the tokenizer."
         ) from error
     pieces = [piece for message in strings for piece in message["content"].split("\n")]
     if missing := [piece for piece in pieces if piece not in text]:

@@ -2,19 +2,32 @@
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, SiglipVisionModel
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from conversion.chat_template import refuse_unusable_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import INDEX_NAME, WEIGHTS_NAME
 from modeling_genieblue.base_loading_genieblue import refuse_incomplete_base
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
+from modeling_genieblue.language_views_genieblue import tensors_of_other_kinds
+from modeling_genieblue.settings_files_genieblue import read_settings, refuse_broken_settings
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +100,21 @@ def create_genieblue(
 
     weights = {"use_safetensors": True, "dtype": dtype}
     load_base = AutoModelForCausalLM.from_pretrained
-    base_model, info = _load("base", base, load_base, output_loading_info=True, **from_base, **weights)
+    refuse_broken_settings(base, {GENERATION_CONFIG_NAME: None}, revision=base_revision, **hub)
+    # Weights of another shape are refused by name, too, and not by transformers' RuntimeError.
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    base_model, info = _load("base", base, load_base, **reported, **from_base, **weights)
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{name} of {base} has shape {list(found)}, but its config.json means {list(expected)}: fetch the files "
+            "that belong together."
+        )
     refuse_incomplete_base(base, info)
+    _refuse_other_numbers("base", base, base_model, revision=base_revision, **hub)
     weights["dtype"] = base_model.dtype
     vision_tower = _load_vision_tower(vision, vision_config, revision=vision_revision, **hub, **weights)
+    _refuse_other_numbers("vision model", vision, vision_tower, revision=vision_revision, **hub)
     if device is not None:
         base_model.to(device)
         vision_tower.to(device)
@@ -156,6 +180,39 @@ def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
         raise kind(f"The {what} {name} could not be loaded: {error}") from error
 
 
+def _refuse_other_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> None:
+    """`ValueError` for weights that are integers in their file, which transformers casts, or hold NaN or infinity."""
+    parameters = dict(model.named_parameters())
+    problems = []
+    for path in _weight_paths(name, **hub):
+        with safe_open(path, framework="pt") as file:
+            # Masks and positions may lie there too, as integers. Names may begin with one module more than here.
+            weights = [key for key in file.keys() if key in parameters or key.partition(".")[2] in parameters]
+            problems += tensors_of_other_kinds(file, weights)
+    problems = problems or [
+        f"{key} holds NaN or infinity"
+        for key, parameter in parameters.items()
+        # The bounds are NaN if any number is, and need no second tensor.
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax())
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights of the {what} {name} cannot be used, {len(problems)} in all: {'; '.join(problems[:3])}. "
+            "Fetch them again, or convert them to floating-point numbers."
+        )
+
+
+def _weight_paths(name: str, **hub: Any) -> list[str]:
+    """The safetensors files that were loaded from a folder or Hub id."""
+    hub = {key: value for key, value in hub.items() if value is not None}
+    find = partial(cached_file, name, **hub, _raise_exceptions_for_missing_entries=False)
+    if (path := find(WEIGHTS_NAME)) is not None:
+        return [path]
+    index = find(INDEX_NAME)
+    names = set() if index is None else set(read_settings(index, ["weight_map"])["weight_map"].values())
+    return [path for file in sorted(names) if (path := find(file)) is not None]
+
+
 def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
 
@@ -191,7 +248,7 @@ def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
 
 
 def _load_vision_tower(vision: str, config: PreTrainedConfig, **kwargs: Any) -> SiglipVisionModel:
-    kwargs |= {"config": config, "output_loading_info": True}
+    kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     # A whole SigLIP holds a text half too, which transformers would report at length as unexpected.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

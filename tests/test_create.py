@@ -216,7 +216,62 @@ def drop_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def change_tensor(folder: Path, name: str, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard_with_integers(folder: Path) -> None:
+    change_tensor(folder, "model.norm.weight", lambda tensor: tensor.to(torch.int64))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shard = "model-00001-of-00001.safetensors"
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+FC1 = "encoder.layers.1.mlp.fc1.weight"
+BAD_NUMBERS = {
+    "integers in the base": ("base", "lm_head.weight", lambda tensor: tensor.long(), "lm_head.weight holds I64"),
+    "NaN in the base": ("base", "model.norm.weight", lambda tensor: tensor * torch.nan, "model.norm.weight holds NaN"),
+    "infinity in the base": ("base", "lm_head.weight", lambda tensor: tensor / 0, "lm_head.weight holds NaN"),
+    "integers in the vision model": ("vision", FC1, lambda tensor: tensor.char(), f"{FC1} holds I8"),
+    "NaN in the vision model": ("vision", FC1, lambda tensor: tensor * torch.nan, f"{FC1} holds NaN"),
+    "integers in a whole SigLIP": (
+        "siglip", f"vision_model.{FC1}", lambda tensor: tensor.char(), f"{FC1} holds I8"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_NUMBERS)
+def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(pair, case):
+    source, name, change, message = BAD_NUMBERS[case]
+    change_tensor(pair / source, name, change)
+    vision = "vision" if source == "base" else source
+    with pytest.raises(ValueError, match=f"weights of the (base|vision model) .*{source} cannot be used.*{message}"):
+        create_genieblue(pair / "base", pair / vision, pair / "reader")
+    assert not (pair / "reader").exists()
+
+
+def test_integers_in_a_base_that_are_no_weights_are_no_fault(pair):
+    tensors = load_file(pair / "base/model.safetensors") | {"model.layers.0.self_attn.bias": torch.ones(3).bool()}
+    save_file(tensors, pair / "base/model.safetensors", metadata={"format": "pt"})
+    assert create_genieblue(pair / "base", pair / "vision", pair / "reader").is_dir()
+
+
 BAD = {
+    "integers in a shard": (lambda pair: shard_with_integers(pair / "base"), {}, "model.norm.weight holds I64"),
+    "a smaller vocabulary than its weights'": (
+        lambda pair: change_config(pair / "base", vocab_size=100), {}, r"lm_head.weight of .*\[128, 32\], .*\[100, 32\]"
+    ),
+    "a larger image than the vision model's weights'": (
+        lambda pair: change_config(pair / "vision", image_size=48), {}, "position_embedding.weight.*another shape"
+    ),
+    "a list for generation settings": (
+        lambda pair: (pair / "base/generation_config.json").write_text("[]"), {}, "generation_config.json holds a JSON"
+    ),
     "a short base": (lambda pair: change_config(pair / "base", num_hidden_layers=3), {}, "at least 4 blocks"),
     "a quantized base": (
         lambda pair: change_config(pair / "base", quantization_config={"quant_method": "bitsandbytes"}),
