@@ -12,7 +12,6 @@ from transformers.utils.hub import cached_file
 BASE_PARTS = ("llm", "lm_head", "embeddings")
 QUANTIZED_PARTS = (*BASE_PARTS, "replicated_blocks", "lora", "vision_tower", "multi_modal_projector")
 PRECISIONS = ("w4a16", "w8a16", "w16a16")
-QUANT_METHOD = "genieblue_quanto"
 ACTIVATIONS = ("bfloat16", "float16", "float32")
 # Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
 SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -58,11 +57,6 @@ def check_config_kinds(settings: dict[str, Any], where: str | os.PathLike) -> No
         if not isinstance(value, kind) and (value is not None or name == "auto_map" and name in settings):
             expected = {dict: "settings by name", str: "a text"}.get(kind, "a number")
             raise OSError(f"{where} has {value!r} for {name}, expected {expected}: it is damaged; fetch it again.")
-
-
-def is_our_quantization(settings: Any) -> bool:
-    """Whether the `quantization_config` of a base is one that GenieBlue wrote."""
-    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
 
 
 def check_quantization(
