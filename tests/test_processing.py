@@ -56,9 +56,6 @@ def test_text_only_tensors(tokenizer):
     assert torch.equal(asked["input_ids"], right["input_ids"])
 
 
-CONVERSATIONS["batch"] = [CONVERSATIONS["question"], CONVERSATIONS["turns"]]
-
-
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize(
     "options", [{}, {"add_generation_prompt": True, "style": "brief"}, {"tools": [{"type": "function"}]}]

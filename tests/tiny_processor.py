@@ -34,6 +34,7 @@ CONVERSATIONS = {
         {"role": "assistant", "content": "yes"},
     ],
 }
+CONVERSATIONS["batch"] = [CONVERSATIONS["question"], CONVERSATIONS["turns"]]
 KINDS = ("byte_level", "metaspace_first", "metaspace_legacy")
 
 
