@@ -1,6 +1,6 @@
 """Which precision each part of a GenieBlue is quantized to, and which layers stay at 16 bits, with the reason."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conversion.rounding import ROUNDING_METHODS
-from modeling_genieblue.language_views_genieblue import find_blocks
+from modeling_genieblue.language_views_genieblue import adapter_parameters, find_blocks
 from modeling_genieblue.quantization_genieblue import is_frozen, reason_against
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
 from modeling_genieblue.settings_files_genieblue import ACTIVATIONS, PRECISIONS
@@ -93,6 +93,13 @@ class LayerPlan:
             reasons.append(reason)
         self.kept[name] = f"16 bits: {reasons[-1]}"
 
+    def keep_the_rest(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Lists matrices and stacks of them that are no weight of a linear, such as the experts of a mixture."""
+        for name, parameter in parameters:
+            if parameter.ndim >= 2 and parameter.is_floating_point():
+                shape = " x ".join(map(str, parameter.shape))
+                self.kept[name] = f"16 bits: a parameter of {shape}, no plain linear"
+
 
 def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Linears of `tree` that are no more than that: a subclass (a router, attention's own) may be used otherwise.
@@ -111,6 +118,10 @@ def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
     path, blocks = find_blocks(base)
     for name, linear in plain_linears(blocks):
         plan.add(f"{path}.{name}", tuple(linear.weight.shape), recipe.llm)
+    if recipe.llm != "w16a16":
+        known = {f"{name}.weight" for name in (*plan.kinds, *plan.kept)}
+        plan.keep_the_rest((f"{path}.{name}", parameter) for name, parameter in blocks.named_parameters()
+                           if f"{path}.{name}" not in known)  # fmt: skip
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     names = {id(module): name for name, module in base.named_modules()}
     if head is not None and head.weight is embedding.weight and recipe.lm_head != recipe.embeddings:
@@ -146,6 +157,10 @@ def plan_adapter(view: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
             plan.add(stock, tuple(weight.shape), recipe.replicated_blocks)
         elif recipe.lora != "w16a16":
             plan.kinds[stock] = KINDS[recipe.lora]  # expanded in memory, so that no kernel limits its shape
+    if recipe.replicated_blocks != "w16a16":
+        known = {f"{stock}.weight" for _, stock, _ in quantized_adapter_entries(view)}
+        plan.keep_the_rest((stock, parameter) for _, stock, parameter in adapter_parameters(view)
+                           if stock not in known and ".lora_" not in stock)  # fmt: skip
     return plan
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from conversion.calibration import linear_hessians, walk_blocks
+from conversion.existing_base import check_existing_base, rounding_of, use_existing_base
 from conversion.precision import (
     LayerPlan,
     QuantizationRecipe,
@@ -34,13 +34,14 @@ from conversion.quantized_base import (
     write_quantized_base,
 )
 from conversion.rounding import round_weight
+from conversion.workplaces import Workplace, explained_full_disk
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
 from modeling_genieblue.base_loading_genieblue import hub_commit
 from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
-from modeling_genieblue.loading_genieblue import ACCESS_KEYS
-from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, scales_of, stored_tensors
-from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
+from modeling_genieblue.loading_genieblue import ACCESS_KEYS, LoadRequest
+from modeling_genieblue.quantization_genieblue import BITS, QMAP_NAME, group_size_of, stored_tensors
+from modeling_genieblue.quantized_base_genieblue import load_quantized_base
 from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_parts_genieblue import QUANTIZED_ADAPTER_NAME, quantized_adapter_entries
 from modeling_genieblue.saving_genieblue import save_model, use_stored_parts
@@ -51,7 +52,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 VISION_BLOCKS = "encoder.layers"
 BLOCK_TITLES = {"vision_tower": "vision tower", "llm": "language model", "replicated_blocks": "replicated blocks"}
-LARGEST_ROUNDING_ERROR = 0.5  # relative, of one weight matrix: far above 4 bits', far below another model's
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def quantize_genieblue(
         load_kwargs: how `source` is loaded (`token`, `revision`, `trust_remote_code`, …).
 
     Raises `ValueError` or `OSError`, with nothing half-written, for a source that is quantized already, folders that
-    are taken, a recipe that does not fit, and too few samples.
+    are taken, a recipe or a quantized base that does not fit, options without a meaning, and samples that are too few
+    or too long.
     """
     recipe, samples, progress = recipe or QuantizationRecipe(), samples or CalibrationSamples(), progress or _silent
     output = Path(os.path.realpath(output))
@@ -107,32 +108,41 @@ def quantize_genieblue(
         )
     if recipe.rounding == "gptq" and not samples.text:
         raise ValueError("gptq needs calibration samples of text: give some, or round with hqq or rtn.")
+    if not recipe.changes_base and (base_output or quantized_base or self_contained):
+        raise ValueError(
+            "The base is left at 16 bits, so there is no quantized base to write or to use: leave `base_output`, "
+            "`quantized_base` and `self_contained` out, or quantize the language model."
+        )
     where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
+    LoadRequest.from_arguments(source, where).check_layout()
     config = GenieBlueConfig.from_pretrained(source, **where)
     refuse_unfit_source(source, config)
     target = None
     if recipe.changes_base and not self_contained and quantized_base is None:
         name = f"{os.path.basename(os.path.normpath(config.base_model_name_or_path))}-{recipe.llm}"
-        target = output.with_name(name) if base_output is None else Path(os.path.realpath(base_output))
-    refuse_taken_places(source, config, output, target, overwrite)
-
+        target = output.parent / name if base_output is None else Path(os.path.realpath(base_output))
+    refuse_taken_places(source, config, output, target, overwrite, is_base_named=base_output is not None)
+    _refuse_long_samples(samples, config)
     access = {key: load_kwargs[key] for key in ACCESS_KEYS if load_kwargs.get(key) is not None}
+    existing = None
+    if quantized_base is not None:
+        quantized_base = os.fspath(quantized_base)
+        existing = check_existing_base(quantized_base, recipe, config, access)
+
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
-    rounder = _Rounder(recipe, samples, progress)
+    rounder = _Rounder(recipe, samples, progress, {} if existing is None else rounding_of(existing, recipe))
     plans = [plan_own_parts(model, recipe), plan_base(model.language_model, recipe)]
     before = view_logits(model)
     origin = _origin(source, output, load_kwargs.get("revision"), access)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        workplace = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.quantizing-"))
-        )
+        stack.enter_context(explained_full_disk(output, target))
+        workplace = stack.enter_context(Workplace(output, "quantizing"))
         # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
         new_base = stack.enter_context(NewFolder(target)) if target is not None else None
         files = _round_own_parts(model, plans[0], rounder, workplace)
         base_samples = None
-        if quantized_base is not None and recipe.changes_base:
-            base_samples = _use_existing_base(model, os.fspath(quantized_base), rounder, access)
+        if existing is not None:
+            base_samples = use_existing_base(model, quantized_base, existing, access)
         elif recipe.changes_base:
             folder = workplace / "base" if new_base is None else new_base.staging
             base_samples = _quantize_base(model, plans[1], rounder, folder, access)
@@ -161,6 +171,17 @@ def quantize_genieblue(
     return QuantizationReport(output, name, quantized.config.quantization["other_precision"], errors)
 
 
+def _refuse_long_samples(samples: CalibrationSamples, config: GenieBlueConfig) -> None:
+    """`ValueError` for rows of text that are longer than the base can take."""
+    longest = max((ids.shape[1] for ids in samples.text), default=0)
+    most = getattr(config.text_config, "max_position_embeddings", None)
+    if isinstance(most, int) and longest > most:
+        raise ValueError(
+            f"Calibration rows have {longest} tokens, the base takes at most {most}: give shorter ones "
+            "(--sample-length)."
+        )
+
+
 def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:
     """Where the unquantized GenieBlue is, for a reader and for `verify`."""
     if os.path.isdir(source):
@@ -171,11 +192,13 @@ def _origin(source: Any, output: Path, revision: str | None, access: dict[str, A
 class _Rounder:
     """Rounds linears one by one, and puts the rounded values in their place, for what comes after them to see."""
 
-    def __init__(self, recipe: QuantizationRecipe, samples: CalibrationSamples, progress: Progress):
+    def __init__(
+        self, recipe: QuantizationRecipe, samples: CalibrationSamples, progress: Progress, of_existing: dict[str, str]
+    ):
         self.recipe, self.samples, self.progress = recipe, samples, progress
         self.uses_samples = recipe.rounding == "gptq"
         self.methods: dict[str, Counter[str]] = {}  # by part, how many layers were rounded by which method
-        self.of_existing_base: dict[str, str] = {}  # as `other_rounding`
+        self.of_existing_base = of_existing  # as `other_rounding`
 
     def other_rounding(self) -> dict[str, str]:
         """Parts with layers that were rounded otherwise than the recipe says, and how."""
@@ -296,7 +319,8 @@ def _quantize_base(
     is_local = os.path.isabs(config.base_model_name_or_path)
     # A path of this computer is nobody else's business.
     origin = os.path.basename(source) if is_local else config.base_model_name_or_path
-    settings = describe(rounder.recipe, [plan]) | {"source": {"name": origin, "revision": config.base_model_revision}}
+    origin = {"name": origin, "revision": config.base_model_revision, "fingerprint": config.base_model_fingerprint}
+    settings = describe(rounder.recipe, [plan]) | {"source": origin}
     for part in ("replicated_blocks", "lora", "vision_tower", "multi_modal_projector"):
         settings.pop(part)
     path, _ = find_blocks(base)
@@ -318,53 +342,6 @@ def _quantize_base(
     config.base_model_fingerprint = weight_file_hashes(folder)
     config.base_model_revision = None
     return tensor_samples(load_quantized_base(folder, trust_remote_code=base.is_remote_code()))
-
-
-def _use_existing_base(model: Any, name: str, rounder: _Rounder, access: dict[str, Any]) -> dict[str, dict]:
-    """Points the model at a base that is quantized already; returns samples of its tensors.
-
-    Raises `ValueError` if it is another base, or not quantized.
-    """
-    recipe = rounder.recipe
-    settings = read_base_quantization(name, **access)
-    if settings is None:
-        raise ValueError(f"{name} is no base that GenieBlue quantized: leave it out, and one is made.")
-    for part in (*BASE_PARTS, "activations"):
-        if settings[part] != getattr(recipe, part):
-            raise ValueError(
-                f"{name} has {part} {settings[part]}, and {getattr(recipe, part)} was asked for: ask for what it has, "
-                "or have another one made."
-            )
-    trust = model.language_model.is_remote_code()
-    base = load_quantized_base(name, trust_remote_code=trust, **access)
-    _copy_rounded_values(base, model.language_model, name)
-    model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else name
-    # The one that was just loaded, which the cache knows.
-    model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **access)
-    model.config.base_model_fingerprint = weight_file_hashes(name, model.config.base_model_revision, **access)
-    if settings.get("rounding") != recipe.rounding:
-        rounder.of_existing_base = {part: f"{settings.get('rounding')}, as the base was rounded before"
-                                    for part in BASE_PARTS if getattr(recipe, part) != "w16a16"}  # fmt: skip
-    rounder.of_existing_base |= settings.get("other_rounding") or {}
-    return tensor_samples(base)
-
-
-@torch.no_grad()
-def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str) -> None:
-    """Gives `base` the values of the quantized one; `ValueError` if they are not roundings of its own."""
-    others = dict(quantized.named_parameters(remove_duplicate=False))
-    for parameter_name, parameter in base.named_parameters():
-        other = others.get(parameter_name)
-        if other is None or other.shape != parameter.shape:
-            raise ValueError(f"{name} is no quantized copy of this model's base: it has no {parameter_name} like its.")
-        is_quantized = scales_of(other) is not None
-        values = (other.dequantize() if is_quantized else other).float()
-        distance = float((values - parameter.float()).norm() / parameter.float().norm().clamp(min=1e-12))
-        if distance > (LARGEST_ROUNDING_ERROR if is_quantized else 0):
-            raise ValueError(
-                f"{name} is no quantized copy of this model's base: {parameter_name} differs by {distance:.1%}."
-            )
-        parameter.copy_(values)
 
 
 def _round_adapter(

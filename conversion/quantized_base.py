@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import modeling_genieblue
+from conversion.workplaces import Workplace
 from hub_cards.code_files import with_siblings
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
@@ -24,6 +24,7 @@ from modeling_genieblue.quantization_genieblue import CODE_ALIGNMENT, QMAP_NAME,
 from modeling_genieblue.quantized_base_genieblue import read_base_quantization
 from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.saving_genieblue import refuse_foreign_folder
+from modeling_genieblue.settings_files_genieblue import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,18 @@ def refuse_unfit_source(source: str | os.PathLike, config: GenieBlueConfig) -> N
 
 
 def refuse_taken_places(
-    source: str | os.PathLike, config: GenieBlueConfig, output: Path, base_output: Path | None, overwrite: bool
+    source: str | os.PathLike,
+    config: GenieBlueConfig,
+    output: Path,
+    base_output: Path | None,
+    overwrite: bool,
+    is_base_named: bool = False,
 ) -> None:
-    """`OSError` or `ValueError` for folders that hold something, above all what is to be quantized."""
+    """`OSError` or `ValueError` for folders that hold something, above all what is to be quantized.
+
+    A base is only replaced if the user named its folder (`is_base_named`), or if it is that of the GenieBlue which is
+    replaced as well: others may run on it.
+    """
     read: list[Path] = []
     if os.path.isdir(source):
         read.append(Path(os.path.realpath(source)))
@@ -54,21 +64,44 @@ def refuse_taken_places(
     for folder in (output, base_output):
         if folder is None:
             continue
-        if folder.is_file():
-            raise OSError(f"{folder} is a file: give a folder.")
+        _refuse_impossible_place(folder)
         for other in read:
             if folder == other or folder in other.parents or other in folder.parents:
                 raise ValueError(f"{folder} overlaps {other}, which is only read: give another folder.")
-        if folder.exists() and not overwrite:
-            raise OSError(f"{folder} exists already: give a new folder, or allow it to be replaced (--overwrite).")
+    if output.exists() and not overwrite:
+        raise OSError(f"{output} exists already: give a new folder, or allow it to be replaced (--overwrite).")
     if base_output is not None and (output in (base_output, *base_output.parents) or base_output in output.parents):
         raise ValueError(f"{output} and {base_output} lie in one another: give two folders, side by side.")
     if output.exists():
         refuse_foreign_folder(output)
-    if base_output is not None and base_output.exists():
-        is_ours = (base_output / "config.json").is_file() and read_base_quantization(base_output) is not None
-        if not is_ours:
-            raise ValueError(f"{base_output} holds no quantized base, so it is not replaced: give another folder.")
+    if base_output is None or not base_output.exists():
+        return
+    is_ours = (base_output / "config.json").is_file() and read_base_quantization(base_output) is not None
+    if not is_ours:
+        raise ValueError(f"{base_output} exists already and holds no quantized base, so it is not replaced: give "
+                         "another folder (--base-out).")  # fmt: skip
+    if not overwrite or not (is_base_named or base_output == _base_of(output)):
+        raise OSError(
+            f"The quantized base {base_output} exists already, and other GenieBlues may run on it: use it again "
+            f"(--quantized-base {base_output}), or give another folder for a new one (--base-out). It is replaced "
+            "only with both --overwrite and --base-out; other GenieBlues on it no longer load then."
+        )
+
+
+def _refuse_impossible_place(folder: Path) -> None:
+    if folder.parent == folder:
+        raise ValueError(f"{folder} is the root of all folders: give a new folder in it.")
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        inside = "" if there == folder else f", so {folder} cannot be made"
+        raise OSError(f"{there} is a file{inside}: give a folder.")
+
+
+def _base_of(output: Path) -> Path | None:
+    """Folder of the base that the GenieBlue in `output` names, if one is there."""
+    path = output / "config.json"
+    name = read_settings(path).get("base_model_name_or_path") if path.is_file() else None
+    return Path(os.path.realpath(output / name)) if isinstance(name, str) and is_local_reference(name) else None
 
 
 class NewFolder:
@@ -82,9 +115,9 @@ class NewFolder:
         self.target = target
 
     def __enter__(self) -> "NewFolder":
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._workplace = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.name}.writing-"))
-        self.staging, self._old = self._workplace / self.target.name, self._workplace / f"{self.target.name}.old"
+        self._workplace = Workplace(self.target, "writing")
+        place = self._workplace.folder
+        self.staging, self._old = place / self.target.name, place / f"{self.target.name}.old"
         self.staging.mkdir()
         return self
 
@@ -97,7 +130,7 @@ class NewFolder:
     def __exit__(self, kind: type[BaseException] | None, *_error: Any) -> None:
         if kind is not None:
             self._put_back()
-        shutil.rmtree(self._workplace, ignore_errors=True)
+        self._workplace.remove()
 
     def _put_back(self) -> None:
         try:

@@ -1,5 +1,9 @@
 """`genieblue quantize`: the recipe by options, the result as a table or JSON."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +76,8 @@ def quantize(
     chosen = rounding.value if rounding is not None else "gptq" if calibration else "hqq"
     if calibration and chosen != "gptq":
         raise typer.BadParameter(f"{chosen} uses no samples: leave --calibration out, or use gptq.")
+    if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
+        raise typer.BadParameter("--image-folder is for the images of a JSONL file: give one (--calibration).")
     recipe = QuantizationRecipe(
         llm=llm.value,
         replicated_blocks=None if replicated is None else replicated.value,
@@ -85,7 +91,7 @@ def quantize(
     )
     out = out.expanduser()
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
-    with stdout_for_json(json_output), looking_for(model):
+    with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
         quiet_transformers()
         data = None
         if calibration:
@@ -133,6 +139,23 @@ def quantize(
         typer.echo(f"Error of the {view} view's logits against {recipe.activations}: {error:.3f} (relative L2)")
     typer.echo(f"{report.output}, on the base {report.base}")
     note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that hidden folders are removed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal arrives
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bits(size: Any) -> float:

@@ -21,6 +21,7 @@ W8 = {"llm": "w8a16", "rounding": "rtn"}
 @pytest.fixture
 def must_not_load(monkeypatch):
     """A refusal that comes after the model was loaded comes too late: that takes minutes."""
+    quantized_pair()  # made while it still can be
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("The model was loaded before the request was refused.")

@@ -79,9 +79,10 @@ def quantize(source: Path, folder: Path, options: dict | None = None, **recipe: 
     options = dict(options or {})
     if recipe.get("rounding") == "gptq":
         options.setdefault("samples", calibration_samples())
-    if not options.keys() & {"base_output", "quantized_base", "self_contained"}:
+    recipe = QuantizationRecipe(**recipe)
+    if recipe.changes_base and not options.keys() & {"base_output", "quantized_base", "self_contained"}:
         options["base_output"] = folder / "base"
-    return quantize_genieblue(source, folder / "genieblue", QuantizationRecipe(**recipe), **options)
+    return quantize_genieblue(source, folder / "genieblue", recipe, **options)
 
 
 @functools.cache
