@@ -29,11 +29,13 @@ def check_existing_base(
     Raises `ValueError` if it is not quantized, or otherwise than `recipe` asks for, or was made from other weights
     than those of the base that `config` names; `OSError` if it is not there. No weight is read.
     """
-    if name.startswith((".", "~", os.sep)) and not os.path.isdir(name):
-        raise FileNotFoundError(f"There is no quantized base in {name}: give its folder or Hub id.")
+    is_folder = os.path.isdir(name)
+    if not is_folder and (name.startswith((".", "~", os.sep)) or name.count("/") != 1):
+        raise FileNotFoundError(f"There is no quantized base in {name}: give its folder or Hub id (org/name).")
     settings = read_base_quantization(name, **access)
     if settings is None:
-        raise ValueError(f"{name} is no base that GenieBlue quantized: leave it out, and one is made.")
+        unseen = "" if is_folder else ", or it cannot be reached on the Hub"
+        raise ValueError(f"{name} is no base that GenieBlue quantized{unseen}: leave it out, and one is made.")
     for part in (*BASE_PARTS, "activations"):
         if settings.get(part) != getattr(recipe, part):
             raise ValueError(

@@ -94,7 +94,7 @@ def test_quantized_base_without_a_fingerprint_is_known_by_its_values(mix, fine_t
     assert same(answers(load(tmp_path / "genieblue"))[:1], answers(load(quantized_pair(**mix) / "genieblue"))[:1])
 
 
-@pytest.mark.parametrize("given", ["/nowhere/at-all", "./nowhere", "W8"])
+@pytest.mark.parametrize("given", ["/nowhere/at-all", "./nowhere", "nowhere", "W8"])
 def test_unfit_quantized_base_is_refused_before_the_model_is_loaded(given, tmp_path, must_not_load):
     base = quantized_pair(**W8) / "base" if given == "W8" else given
     with pytest.raises((OSError, ValueError), match="was asked for" if given == "W8" else "no quantized base in"):
