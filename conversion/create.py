@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 from conversion.chat_template import refuse_unusable_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.base_identity_genieblue import INDEX_NAME, WEIGHTS_NAME
-from modeling_genieblue.base_loading_genieblue import refuse_incomplete_base
+from modeling_genieblue.base_loading_genieblue import refuse_incomplete_base, refuse_other_models
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
 from modeling_genieblue.language_views_genieblue import tensors_of_other_kinds
 from modeling_genieblue.settings_files_genieblue import read_settings, refuse_broken_settings
@@ -81,6 +81,7 @@ def create_genieblue(
     from_base = {**hub, "revision": base_revision, "trust_remote_code": trust_remote_code}
     config = _load("base", base, AutoConfig.from_pretrained, **from_base)
     _check_base_config(base, config, placement)
+    refuse_broken_settings(base, {GENERATION_CONFIG_NAME: None}, revision=base_revision, **hub)
     vision_config = _load_vision_config(vision, revision=vision_revision, **hub)
     tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
     if chat_template is not None and tokenizer.chat_template is not None:
@@ -219,22 +220,13 @@ def _looks_like_a_path(name: str) -> bool:
 
 def _check_base_config(base: str, config: PreTrainedConfig, placement: str) -> None:
     """`ValueError` for a base that cannot be one, while nothing but its configuration has been read."""
-    if config.model_type == "genieblue":
-        raise ValueError(f"{base} is a GenieBlue already: give the language model that it should be made from.")
-    num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    is_causal = has_code or type(config) in AutoModelForCausalLM._model_mapping
-    if num_blocks is None or not is_causal or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{base} has model_type {config.model_type!r}: expected a decoder-only language model that "
-            "`AutoModelForCausalLM` loads, such as a Llama or a Qwen."
-        )
+    refuse_other_models(base, config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"The weights of {base} are quantized, so no block can be copied for training: give the base in 16 or 32 "
             "bits. A GenieBlue that is trained loads onto a quantized base."
         )
-    select_replicated_layers(num_blocks, placement)
+    select_replicated_layers(config.get_text_config(decoder=True).num_hidden_layers, placement)
 
 
 def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:

@@ -72,17 +72,24 @@ def _answer(chat: Conversation, line: str, images: list[Any], at_terminal: bool,
         result = chat.ask(line, images, on_text=show, **settings)
     except KeyboardInterrupt:
         typer.echo()
-        note("Stopped; this turn is forgotten.")
+        note(f"Stopped. {_forgotten(images)}")
         return False
     except Exception as error:
         message = message_for_user(error)
         if message is None:
             raise
         typer.echo(f"Error: {message}", err=True)
+        note(_forgotten(images))
         return False
     typer.echo()
     note(describe(result))
     return True
+
+
+def _forgotten(images: list[Any]) -> str:
+    if images:  # perhaps they are what was wrong, and then every later line would fail with them
+        return "This turn is forgotten, but its images go with your next line; /reset drops them and begins anew."
+    return "This turn is forgotten; /reset begins a new conversation."
 
 
 def show(piece: str) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.info_command import print_info
+from genieblue.input_files import data_source, read_template
 from genieblue.options import (
     Backend,
     Base,
@@ -26,11 +27,14 @@ from genieblue.qnn_commands import export_app, is_bundle, open_bundle, refuse_op
 from genieblue.quantize_command import quantize
 from genieblue.terminal import (
     ReportingGroup,
+    check_name,
     choose_device,
+    in_command_words,
     looking_for,
     note,
     print_json,
     print_table,
+    quiet_hub,
     quiet_transformers,
     speak_plainly,
     stdout_for_json,
@@ -78,6 +82,9 @@ def init(
     trust_remote_code: BaseCode = False,
 ) -> None:
     """Make a new GenieBlue from a base and a SigLIP."""
+    check_name(base, "The base")
+    check_name(vision, "The vision model")
+    template = None if chat_template is None else read_template(chat_template)
     quiet_transformers()
     from conversion.create import create_genieblue
 
@@ -90,7 +97,7 @@ def init(
         lora_rank=rank,
         lora_alpha=alpha,
         max_tiles=max_tiles,
-        chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+        chat_template=template,
         dtype=dtype.value,
         trust_remote_code=trust_remote_code,
         base_revision=base_revision,
@@ -167,7 +174,7 @@ def train(
     )
     out = out.expanduser()  # shells leave `--out=~/x` as it is
     refuse_taken_output(out.absolute())
-    chats = ChatDataset(_data_source(data), image_folder=image_folder, skip_bad=skip_bad)
+    chats = ChatDataset(data_source(data), image_folder=image_folder, skip_bad=skip_bad)
     quiet_transformers()
     chat = _load_chat(model, base, None, dtype, "cpu", trust_remote_code)  # Trainer moves it to the GPU
     result = run(chat.model, chat.processor, chats, out, settings, resume=resume)
@@ -178,20 +185,6 @@ def train(
         note(f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …")
     else:
         note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
-
-
-def _data_source(data: Path) -> Any:
-    if not data.is_dir():
-        return data
-    if not any((data / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ValueError(f"{data} is a folder that `datasets` did not save: give a JSONL file, or one that it saved.")
-    from datasets import DatasetDict, load_from_disk
-
-    dataset = load_from_disk(str(data))
-    if isinstance(dataset, DatasetDict):
-        splits = ", ".join(str(data / name) for name in dataset)
-        raise ValueError(f"{data} holds several splits: give the folder of one of them ({splits}).")
-    return dataset
 
 
 @app.command()
@@ -349,7 +342,7 @@ def verify(
 
     def show_check(check: Any) -> None:
         typer.secho("ok    " if check.ok else "FAIL  ", nl=False, fg="green" if check.ok else "red", bold=True)
-        typer.echo(f"{check.name:<17} {check.detail}")
+        typer.echo(f"{check.name:<17} {in_command_words(check.detail)}")
 
     with stdout_for_json(json_output), looking_for(model):
         quiet_transformers()
@@ -369,7 +362,7 @@ def verify(
             )
     passed = sum(check.ok for check in checks)
     if json_output:
-        listed = [{"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks]
+        listed = [{"name": check.name, "ok": check.ok, "detail": in_command_words(check.detail)} for check in checks]
         print_json({"ok": passed == len(checks), "checks": listed})
     else:
         typer.echo(f"{passed} of {len(checks)} checks passed.")
@@ -410,6 +403,7 @@ def push(
     from hub_cards.publish import publish_folder
     from hub_cards.publish_base import publish_quantized_base
 
+    quiet_hub()
     options = {
         "private": private, "token": token, "revision": revision, "commit_message": message, "create_pr": create_pr
     }  # fmt: skip

@@ -98,11 +98,22 @@ class Backend(StrEnum):
     onnxruntime = "onnxruntime"
 
 
+def _refuse_empty(name: str | None) -> str | None:
+    """What an unset variable of the shell gives is not taken for an option that was left out."""
+    if name is not None and not name.strip():
+        raise typer.BadParameter("The name is empty: give a folder or a Hub id.")
+    return name
+
+
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Base = Annotated[
     str | None,
-    typer.Option(help="Folder or Hub id of the base, if it is not where the model says.", show_default=False),
+    typer.Option(
+        help="Folder or Hub id of the base, if it is not where the model says.",
+        show_default=False,
+        callback=_refuse_empty,
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
 Dtype = Annotated[Precision, typer.Option(help="Precision to load the weights in.")]

@@ -4,10 +4,13 @@ Nothing here imports torch, so that `genieblue --help` is there at once.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -28,6 +31,26 @@ EXTRAS = {
     "onnxruntime": "onnxruntime",
     "onnx": "onnxruntime",
 }
+UNREACHABLE = "The Hub cannot be reached: check the network, or HF_ENDPOINT."
+OFFLINE = "It is not in the cache, and HF_HUB_OFFLINE keeps the Hub from being asked."
+# What the Hub's clients say when nothing answers, and what comes before it.
+NO_ANSWER = re.compile(
+    r"[:.]?\s*(We couldn't connect to '.*?offline-mode'\.|"
+    r"(Got: Connect.*\s)?An error happened while trying to locate the files? on the Hub.*?(connection is on|again)\.|"
+    r"Cannot find an appropriate cached snapshot folder.*?variable\.)",
+    re.DOTALL,
+)
+# transformers' list of all that it knows.
+ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
+# What Python programs are advised, and what the command line has for it.
+COMMAND_WORDS = (
+    ("pass `base_model=` (a loaded model, a folder or a Hub id)", "give its folder or Hub id as --base"),
+    ("A base that is already in memory can be given as `base_model=`.", "Another copy of it can be given as --base."),
+    ("Load that base, or pass `check_base=False` to run on this one all the same.", "Give that base as --base."),
+    (" Pass `check_base=False` and `base_model=` to use it.", ""),
+    (", or pass `check_base=False`", ""),
+    ("`base_model=` will be needed to load it", "--base will be needed to load it"),
+)
 _debug = False
 
 
@@ -61,14 +84,40 @@ def message_for_user(error: Exception) -> str | None:
         return f"The GPU's memory is full: {_first_line(error)} Use a smaller batch, fewer tiles or another dtype."
     if not isinstance(error, (ValueError, OSError)) and not _is_for_users(error):
         return None
-    message = str(error).strip() or type(error).__name__
+    if _fills_the_cache(error):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return f"The disk of the Hub's cache, {HF_HUB_CACHE}, is full: make room, or set HF_HOME to another folder."
+    message = in_command_words(str(error).strip() or type(error).__name__)
+    if message.startswith("[Errno") and getattr(error, "filename", None):
+        message = f"{error.filename} cannot be used ({error.strerror}): give a place that you may read and write."
     if type(error).__name__.startswith("Connect") and _is_for_users(error):
-        return f"The Hub cannot be reached ({message}): check the network, or HF_ENDPOINT."
+        return UNREACHABLE
     if "401 Unauthorized" in message:
         message += "\nLog in with `hf auth login`, set HF_TOKEN, or give --token where there is that option."
     if "trust_remote_code" in message and "--trust-remote-code" not in message:
         message += "\nOn the command line the option is --trust-remote-code."
     return message
+
+
+def in_command_words(message: str) -> str:
+    """An error of the libraries with the command line's options in it, and without what is long about the network."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
+    message = ALL_KINDS.sub("", message)
+    for words, ours in COMMAND_WORDS:
+        message = message.replace(words, ours)
+    return message
+
+
+def _fills_the_cache(error: BaseException | None) -> bool:
+    """Whether a disk was full while the Hub's client wrote to it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+            return any(module.startswith("huggingface_hub") for module in modules)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_for_users(error: Exception) -> bool:
@@ -89,13 +138,15 @@ def speak_plainly(debug: bool = False) -> None:
         return
     # Libraries warn about themselves, which helps their developers, and not the user of a command.
     warnings.simplefilter("ignore")
-    for package in (*OUR_PACKAGES, "huggingface_hub"):
-        logger = logging.getLogger(package)
-        logger.setLevel(logging.INFO if package == "genieblue" else logging.WARNING)
-        if package == "huggingface_hub":
-            logger.handlers.clear()
-        if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
-            logger.addHandler(_StderrHandler())
+    for package in OUR_PACKAGES:
+        _speak_for(package, logging.INFO if package == "genieblue" else logging.WARNING)
+
+
+def _speak_for(package: str, level: int) -> None:
+    logger = logging.getLogger(package)
+    logger.setLevel(level)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
 
 
 class _StderrHandler(logging.Handler):
@@ -104,7 +155,7 @@ class _StderrHandler(logging.Handler):
     told_of_retries = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        message = in_command_words(record.getMessage())
         if record.name.startswith("huggingface_hub") and ("Retrying in" in message or "thrown while" in message):
             if self.told_of_retries:
                 return
@@ -114,10 +165,22 @@ class _StderrHandler(logging.Handler):
         typer.echo(prefix + message, err=True)
 
 
+def quiet_hub() -> None:
+    """Lets the Hub's client speak through us alone; it takes a handler of its own when it is imported."""
+    import huggingface_hub  # noqa: F401
+
+    if not _debug:
+        logger = logging.getLogger("huggingface_hub")
+        for handler in [handler for handler in logger.handlers if not isinstance(handler, _StderrHandler)]:
+            logger.removeHandler(handler)
+        _speak_for("huggingface_hub", logging.WARNING)
+
+
 def quiet_transformers() -> None:
     """Keeps transformers' own warnings and loading bars off the terminal; downloads still show a bar."""
     from transformers.utils import logging as transformers_logging
 
+    quiet_hub()
     if not _debug:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -125,14 +188,30 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def looking_for(name: str) -> Iterator[None]:
-    """Names what was looked for, and where, in the error of a client that found neither a folder nor a repository."""
+    """Names what was looked for, and where, in the error of a client that found neither a folder nor a repository.
+
+    What is neither a folder nor the name of a repository is refused at once.
+    """
+    check_name(name)
+    quiet_hub()
     try:
         yield
     except Exception as error:
         is_from_client = isinstance(error, OSError) or _is_for_users(error)
         if os.path.isdir(name) or not is_from_client or f"{name} is no folder" in str(error):
             raise
-        raise OSError(f"{name} is no folder here, so it was looked up on the Hub: {error}") from error
+        message = in_command_words(str(error))
+        if UNREACHABLE in message:
+            raise OSError(f"{name} is no folder here. {UNREACHABLE}") from error
+        raise OSError(f"{name} is no folder here, so it was looked up on the Hub: {message}") from error
+
+
+def check_name(name: str, what: str = "The model") -> None:
+    """`ValueError` for an empty name, which an unset variable of the shell is; `OSError` for that of a file."""
+    if not name.strip():
+        raise ValueError(f"{what}'s name is empty: give a folder or a Hub id.")
+    if os.path.isfile(name):
+        raise OSError(f"{name} is a file: give the folder that it belongs to, or a Hub id.")
 
 
 @contextlib.contextmanager

@@ -35,10 +35,12 @@ def check_vision_tower(vision_tower: Any) -> None:
 
 
 def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> None:
-    """`TypeError` or `ValueError` for what `from_pretrained` can make nothing of; nothing has been read by then."""
+    """An error for what `from_pretrained` can make nothing of; nothing has been read by then."""
     for name, value in (("model", path), ("base", base_model)):
         if isinstance(value, str) and not value:
             raise ValueError(f"The {name}'s name is empty: give a folder or a Hub id.")
+        if isinstance(value, str | os.PathLike) and os.path.isfile(value):
+            raise OSError(f"{value} is a file: give the {name}'s folder, or a Hub id.")
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"The model is {_described(path)}: expected a folder or a Hub id.")
     if base_model is not None and not isinstance(base_model, str | os.PathLike):

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import resolve_revision as resolve_hub_revision
 from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .base_identity_genieblue import cached_commits, compare_with_samples, different_settings, weight_file_hashes
@@ -72,8 +72,9 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         kwargs["revision"] = config.base_model_revision
     try:
         where = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+        quantization = read_base_quantization(location, **where)
         refuse_broken_settings(location, {GENERATION_CONFIG_NAME: None}, **where)
-        if read_base_quantization(location, **where) is not None:
+        if quantization is not None:
             base, info = load_quantized_base(location, **kwargs), {}
         else:
             kwargs.pop("for_kernel", None)
@@ -83,6 +84,8 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     except SafetensorError as error:
         raise OSError(f"The weights of the base {location} cannot be read ({error}): fetch them again.") from error
     except (OSError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):  # all known ones follow
+            refuse_other_models(location, AutoConfig.from_pretrained(location, **where))
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(
             f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory "
@@ -92,6 +95,20 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     if "revision" in kwargs:
         _refuse_other_files(location, config, kwargs)
     return base
+
+
+def refuse_other_models(location: str, config: PreTrainedConfig) -> None:
+    """`ValueError` unless `config`, that of `location`, is of a model that can be a base."""
+    if config.model_type == "genieblue":
+        raise ValueError(f"{location} is a GenieBlue already: give the language model that it should be made from.")
+    num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_causal = has_code or type(config) in AutoModelForCausalLM._model_mapping
+    if num_blocks is None or not is_causal or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{location} has model_type {config.model_type!r}: expected a decoder-only language model that "
+            "`AutoModelForCausalLM` loads, such as a Llama or a Qwen."
+        )
 
 
 def refuse_incomplete_base(location: str, loading_info: dict[str, Any]) -> None:

@@ -247,6 +247,8 @@ def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
         raise FileNotFoundError(
             f"Image file '{source[:200]}' does not exist; expected a path, an http(s) address or a data:image/ string."
         ) from error
+    except PermissionError as error:
+        raise PermissionError(f"Image file '{source[:200]}' may not be read: change its permissions.") from error
     except Exception as error:  # Pillow's readers raise nearly anything for a damaged file.
         raise _unreadable(source, error) from error
 

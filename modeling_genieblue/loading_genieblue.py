@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file, resolve_revision
 
 from .base_identity_genieblue import (
     BASE_FINGERPRINT_NAME,
+    INDEX_NAME,
     WEIGHTS_NAME,
     is_sample,
 )
@@ -138,7 +139,8 @@ class LoadRequest:
 
     def _refuse_other_kinds(self) -> None:
         """`ValueError` for integer or complex tensors among our own weights, which transformers casts in silence."""
-        path = self.file(WEIGHTS_NAME, required=False)
+        sharded = self.file(INDEX_NAME, required=False) is not None
+        path = self.file(WEIGHTS_NAME, required=os.path.isdir(self.path) and not sharded)
         if path is None:
             return
         with safe_open(path, framework="pt") as file:

@@ -268,7 +268,9 @@ class GenieBlueProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "GenieBlueProcessor":
         """Load a saved processor; `OSError` for a file of it that holds something else than its settings."""
         if not os.path.isfile(pretrained_model_name_or_path):
-            refuse_broken_settings(pretrained_model_name_or_path, PROCESSOR_FILES, **kwargs)
+            refuse_broken_settings(
+                pretrained_model_name_or_path, PROCESSOR_FILES, required="processor_config.json", **kwargs
+            )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

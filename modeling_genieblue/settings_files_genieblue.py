@@ -40,8 +40,13 @@ def read_settings(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict[s
     return settings
 
 
-def refuse_broken_settings(source: str | os.PathLike, files: dict[str, str | None], **kwargs: Any) -> None:
-    """`OSError` if one of `files` of a folder or Hub id is there and broken; what is absent is not looked at."""
+def refuse_broken_settings(
+    source: str | os.PathLike, files: dict[str, str | None], required: str | None = None, **kwargs: Any
+) -> None:
+    """`OSError` if one of `files` of a folder or Hub id is there and broken, or a folder lacks the `required` one."""
+    if required is not None and os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, kwargs.get("subfolder") or "", required)):
+            raise FileNotFoundError(f"{source} has no {required}: it is incomplete; save or fetch it again.")
     hub_kwargs = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
     lenient = ("gated_repo", "missing_entries", "connection_errors")
     hub_kwargs |= {f"_raise_exceptions_for_{problem}": False for problem in lenient}

@@ -64,6 +64,45 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """`base`, `vision`, a trained-looking `genieblue`, and `scan.png`."""
+    from PIL import Image
+    from tiny_genieblue import save_tiny_pair
+    from tiny_models import tiny_vision_tower
+
+    folder = tmp_path_factory.mktemp("good")
+    save_tiny_pair(folder)
+    tiny_vision_tower().save_pretrained(folder / "vision")
+    Image.new("RGB", (48, 24), "red").save(folder / "scan.png")
+    return folder
+
+
+@pytest.fixture
+def work(good, tmp_path, monkeypatch) -> Path:
+    """A copy of `good` that a test may change, as the current folder."""
+    folder = shutil.copytree(good, tmp_path / "work")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def settings_of_the_process_are_restored(monkeypatch):
+    """For tests that run the command in this process, which quiets libraries for good."""
+    from transformers.utils import logging as transformers_logging
+
+    from genieblue import terminal
+
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    monkeypatch.delenv("GENIEBLUE_DEBUG", raising=False)
+    yield
+    terminal._debug = False
+    transformers_logging.set_verbosity(verbosity)
+    if had_bars:
+        transformers_logging.enable_progress_bar()
+
+
 @pytest.fixture
 def impatient_client(monkeypatch) -> None:
     """Lets huggingface_hub repeat a failed request at once, instead of after up to 23 seconds of waiting."""

@@ -99,6 +99,7 @@ def test_settings_that_are_something_else_are_named(file, content, saved_pair):
 ], ids=str)  # fmt: skip
 def test_settings_of_another_kind_name_config_json(changes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**json.loads(tiny_config_text()), **changes}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")  # looked at after the settings
     for read in (load, Chat.from_pretrained):
         with pytest.raises((OSError, ValueError), match="config.json.*(has|cannot be used)"):
             read(tmp_path)

@@ -11,9 +11,9 @@ from tiny_models import VOCABULARY, tiny_tokenizer
 
 from conversion.chat_template import UnusableTemplate
 from genieblue.calibration_data import read_chats
-from genieblue.cli import _data_source
 from genieblue.collation import IGNORED, ChatCollator, EncodedChats
 from genieblue.data import ChatDataset, parse_chat
+from genieblue.input_files import data_source
 from modeling_genieblue import GenieBlueProcessor
 
 IMAGE_TOKENS = 4
@@ -409,7 +409,7 @@ def test_what_is_no_data_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no file"):
         ChatDataset(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="a folder that `datasets` did not save: give a JSONL file"):
-        _data_source(tmp_path)
+        data_source(tmp_path)
     with pytest.raises(ValueError, match="give one split"):
         ChatDataset({"train": [good_line()]})
     with pytest.raises(OSError, match="is no folder"):

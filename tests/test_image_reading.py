@@ -370,3 +370,13 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_postscript_is_not_run(tmp_path):
     flat_image(BLUE).save(tmp_path / "a.eps")
     assert "PostScript" in refused(tmp_path / "a.eps")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def forbidden(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "secret.png").write_bytes(b"")
+    monkeypatch.setattr(Image, "open", forbidden)
+    with pytest.raises(PermissionError, match="secret.png' may not be read: change its permissions"):
+        read_image(str(tmp_path / "secret.png"))

@@ -1,0 +1,152 @@
+"""What the command line says of models, bases, files and networks that are not as they should be."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import REPOSITORY, error_of
+from PIL import Image
+from tiny_models import save_tiny_base
+
+pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "chat"])
+def test_what_is_no_genieblue_is_told(work, command):
+    options = ["-p", "hi"] if command == "chat" else []
+    assert "no folder" in error_of(command, work / "nothing", *options)
+    (work / "empty").mkdir()
+    assert "config.json" in error_of(command, "empty", *options)
+
+
+def test_a_truncated_weight_file_is_told(work):
+    path = work / "genieblue/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "truncated or damaged" in error_of("info", "genieblue")
+    assert "is damaged" in error_of("chat", "genieblue", "-p", "hi")
+
+
+@pytest.fixture
+def bad_images(work) -> Path:
+    (work / "notes.png").write_text("dear diary")
+    (work / "half.png").write_bytes((work / "scan.png").read_bytes()[:60])
+    Image.new("1", (20_000, 20_000)).save(work / "bomb.png")
+    return work
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.png", "does not exist"),
+        ("notes.png", "notes.png cannot be read as an image"),
+        ("half.png", "half.png cannot be read as an image"),
+        ("bomb.png", "decompression bomb"),
+        (".", "cannot be read as an image"),
+    ],
+)
+def test_bad_images_are_told_before_anything_is_loaded(bad_images, name, message):
+    shutil.rmtree(bad_images / "base")  # would be missed later
+    assert message in error_of("chat", "genieblue", "-p", "What is it?", "-i", name)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("genieblue", "genieblue is a GenieBlue already"),
+        ("vision", "vision has model_type 'siglip_vision_model': expected a decoder-only language model"),
+        ("nothing/here", "give its folder or Hub id as --base"),
+        ("other", "Give that base as --base."),
+    ],
+)
+def test_a_wrong_base_is_told_in_words_of_the_command_line(work, base, message):
+    save_tiny_base("llama", work / "other", seed=2)
+    error = error_of("chat", "genieblue", "-p", "hi", "--base", f"./{base}")
+    assert message in error.replace("./", "")
+    assert "base_model=" not in error and "check_base" not in error and len(error) < 500
+
+
+@pytest.mark.parametrize("name", ["scan.png", "genieblue/config.json", ""])
+def test_a_model_that_can_be_neither_a_folder_nor_on_the_hub_is_told(work, name):
+    expected = "is a file: give the folder" if name else "name is empty: give a folder"
+    for command in (["info", name], ["verify", name], ["chat", name, "-p", "hi"]):
+        assert expected in error_of(*command)
+    assert expected in error_of("init", "--base", name, "--vision", "vision", "--out", "reader")
+    if not name:
+        assert "name is empty" in error_of("info", "genieblue", "--base", "", code=2)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "processor_config.json"])
+def test_an_incomplete_folder_is_told_in_one_sentence(work, file):
+    (work / "genieblue" / file).unlink()
+    message = error_of("chat", "genieblue", "-p", "hi")
+    assert message == f"Error: genieblue has no {file}: it is incomplete; save or fetch it again.\n"
+
+
+@pytest.mark.parametrize(("change", "name"), [(5, "text_config"), ([1], "base_model_name_or_path")])
+def test_info_names_a_damaged_config(work, change, name):
+    path = work / "genieblue/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: change}))
+    assert f"config.json has {change} for {name}" in error_of("info", "genieblue")
+
+
+def test_a_device_that_is_not_there_is_told(work):
+    assert "Unknown device 'gpu'" in error_of("chat", "genieblue", "-p", "hi", "--device", "gpu")
+    if not torch.cuda.is_available():
+        assert "0 CUDA devices" in error_of("chat", "genieblue", "-p", "hi", "--device", "cuda")
+
+
+def test_a_missing_repository_is_told(hub):
+    for command in (["info"], ["verify"], ["chat", "-p", "hi"]):
+        message = error_of(command[0], "you/nothing", *command[1:])
+        assert "you/nothing is no folder here" in message
+
+
+def test_a_gated_repository_is_told(hub, good, monkeypatch):
+    hub.commit_folder("you/reader", good / "genieblue")
+    hub.gate("you/reader")
+    monkeypatch.setenv("HF_TOKEN", hub.stranger_token)
+    for command in (["info"], ["verify"], ["chat", "-p", "hi"]):
+        assert "gated" in error_of(command[0], "you/reader", *command[1:]).lower()
+
+
+def test_no_network_is_told(no_network):
+    for command in (["info"], ["verify"], ["chat", "-p", "hi"]):
+        message = error_of(command[0], "you/reader", *command[1:])
+        assert "you/reader is no folder here. The Hub cannot be reached: check the network, or HF_ENDPOINT." in message
+        assert "offline" not in message and len(message.splitlines()) == 1 + ("trying again" in message)
+
+
+def test_no_network_is_told_of_a_base(no_network, work):
+    message = error_of("init", "--base", "you/base", "--vision", "vision", "--out", "reader")
+    assert (
+        "base you/base could not be loaded. The Hub cannot be reached: check the network, or HF_ENDPOINT." in message
+    )
+
+
+def test_retries_of_the_hub_are_one_line():
+    """In a process of its own, whose libraries are imported after the command has begun to speak."""
+    script = (
+        "import logging; from genieblue import terminal\nterminal.speak_plainly()\nterminal.quiet_hub()\n"
+        "log = logging.getLogger('huggingface_hub.utils._http')\n"
+        "for number in (1, 2): log.warning('thrown while requesting'); log.warning('Retrying in %ds', number)\n"
+        "log.warning('Something else')"
+    )
+    process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.stderr.splitlines() == [
+        "Warning: The Hub does not answer; trying again …", "Warning: Something else"
+    ]  # fmt: skip
+
+
+def test_a_full_disk_of_the_cache_is_named(hub, work, monkeypatch):
+    def disk_full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    hub.commit_folder("you/reader", work / "genieblue")
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", disk_full)
+    for command in (["info"], ["chat", "-p", "hi"]):
+        message = error_of(command[0], "you/reader", *command[1:])
+        assert f"cache, {hub.home}/hub, is full" in message and "HF_HOME" in message
