@@ -237,7 +237,8 @@ def test_source_on_the_hub_is_quantized(hub, tmp_path):
     expected = quantized_pair()
     assert same(answers(load(tmp_path / "genieblue")), answers(load(expected / "genieblue")))
     settings = json.loads((tmp_path / "base/config.json").read_text())["quantization_config"]
-    assert settings["source"] == {"name": "you/base-llm", "revision": source_base}
+    assert (settings["source"]["name"], settings["source"]["revision"]) == ("you/base-llm", source_base)
+    assert settings["source"]["fingerprint"] == weight_file_hashes(large_pair().parent / "base-llm")
     own = json.loads((tmp_path / "genieblue/config.json").read_text())["quantization"]["source"]
     assert own == {"name": "you/genieblue", "revision": hub.commits("you/genieblue")[-1].sha}
     assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab()

@@ -27,8 +27,9 @@ WITHOUT_CODE = "folder base_files language_adapter tokenizer text_view stock_pef
 
 
 def make(folder: Path, source: Path, self_contained: bool = False, **recipe) -> Path:
+    recipe = QuantizationRecipe(**recipe)
     place = {"self_contained": True} if self_contained else {"base_output": folder / "base"}
-    quantize_genieblue(source, folder / "genieblue", QuantizationRecipe(**recipe), **place)
+    quantize_genieblue(source, folder / "genieblue", recipe, **(place if recipe.changes_base else {}))
     return folder
 
 
