@@ -11,6 +11,8 @@ from clean_process import ask, run_clean
 from tiny_quantized import TEXT, answers, large_pair, load, load_base, quantize, quantized_pair, same, trust_of
 from transformers import AutoModel, AutoTokenizer
 
+from modeling_genieblue.base_identity_genieblue import weight_file_hashes
+
 BASE, REPO = "you/base-llm-w4a16", "you/genieblue-w4a16"
 MIXES = {"llama-tied": {"lm_head": "w8a16", "embeddings": "w8a16"}, "bluelm": {}}
 
