@@ -49,8 +49,12 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
     Raises `CompileError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails;
     `ValueError` for a graph with a shape that is not fixed.
     """
+    needed = {path.name for path in graphs.values()}
     for name, path in graphs.items():
-        _refuse_open_shapes(name, path)
+        graph = onnx.load(path, load_external_data=False).graph
+        _refuse_open_shapes(name, graph)
+        needed |= {entry.value for tensor in graph.initializer for entry in tensor.external_data
+                   if entry.key == "location"}  # fmt: skip
     sources = {path.resolve().parent for path in graphs.values()}
     if len(sources) != 1:
         raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")
@@ -58,9 +62,8 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
     # The length of this folder's path decides where things lie in the compiler's memory, and so some of its choices;
     # that is why it is not beside the output.
     with staged_folder(output) as folder, TemporaryDirectory(prefix="qnn-") as work:
-        links = [Path(work) / path.name for path in source.iterdir() if path.is_file()]
-        for link in links:
-            link.symlink_to(source / link.name)
+        for name in sorted(needed):
+            _link_or_copy(source / name, Path(work) / name)
         job = {"graphs": {name: path.name for name, path in graphs.items()}, "soc": soc.name}
         done = subprocess.run(
             [sys.executable, "-m", "conversion.qnn.compile_worker"],
@@ -70,8 +73,8 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
             cwd=work,
             env=_worker_environment(),
         )
-        for link in links:
-            link.unlink()
+        for name in needed:
+            (Path(work) / name).unlink()
         if done.returncode:
             reason = _reason(done, list(graphs))
             if NOT_WRITTEN in reason:
@@ -101,8 +104,15 @@ def _worker_environment() -> dict[str, str]:
     return {**environment, "PADDING": "x" * max(ENVIRONMENT_BYTES - taken, 0)}
 
 
-def _refuse_open_shapes(name: str, path: Path) -> None:
-    graph = onnx.load(path, load_external_data=False).graph
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Puts a file into another folder; not by a symbolic link, whose end's path would be as telling as its own."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or somebody else's file
+        shutil.copyfile(source, target)
+
+
+def _refuse_open_shapes(name: str, graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output):
         dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
         if not all(isinstance(dim, int) for dim in dims):
