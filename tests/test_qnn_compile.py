@@ -1,5 +1,6 @@
 """Compiling for the NPU: every chip, a compiler that dies or has no space, equal bytes."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,11 +68,14 @@ def test_a_compiler_that_dies_leaves_nothing_and_says_of_what(graph, tmp_path, m
         compile_graphs(*arguments)
 
 
-def test_bytes_do_not_depend_on_the_environment(graph, tmp_path, monkeypatch):
+def test_bytes_depend_neither_on_the_environment_nor_on_the_place(graph, tmp_path, monkeypatch):
     found = set()
-    for size in (0, 300, 3000):
-        monkeypatch.setenv("LONGER", "x" * size)
-        compile_graphs({"product": graph}, find_soc("sm8750"), tmp_path / str(size), "out.bin")
+    for size in (0, 30, 240):
+        monkeypatch.setenv("LONGER", "x" * 10 * size)
+        source = tmp_path / ("y" * size) / "qdq"  # nor on the path of the graphs
+        source.mkdir(parents=True)
+        shutil.copy(graph, source)
+        compile_graphs({"product": source / graph.name}, find_soc("sm8750"), tmp_path / str(size), "out.bin")
         found.add((tmp_path / str(size) / "out.bin").read_bytes())
         sizes = sum(len(f"{name}={value}") for name, value in compile_module._worker_environment().items())
         assert sizes + 3 * len(sys.executable) == compile_module.ENVIRONMENT_BYTES + len("PADDING=")

@@ -3,7 +3,8 @@
 Equal graphs shall become equal bytes. So files are named without a path (that would become part of the names in the
 binary), and it runs on one processor, at memory addresses that are always the same: the compiler goes through some of
 its tables in the order of addresses, and its threads race. Its environment is padded to one size for the same reason.
-What is left of chance is rare, and only in the order of things inside of a binary.
+What is left is the place where Python and this program are installed, and rarely chance: both change the order of
+things inside of a binary, and no more.
 """
 
 import ctypes
