@@ -34,7 +34,7 @@ from conversion.quantized_base import (
     write_quantized_base,
 )
 from conversion.rounding import round_weight
-from conversion.workplaces import Workplace, explained_full_disk
+from conversion.staging import StagingFolder, explained_full_disk
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
 from modeling_genieblue.base_loading_genieblue import hub_commit
@@ -136,20 +136,20 @@ def quantize_genieblue(
     origin = _origin(source, output, load_kwargs.get("revision"), access)
     with ExitStack() as stack:
         stack.enter_context(explained_full_disk(output, target))
-        workplace = stack.enter_context(Workplace(output, "quantizing"))
+        staging = stack.enter_context(StagingFolder(output, "quantizing"))
         # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
         new_base = stack.enter_context(NewFolder(target)) if target is not None else None
-        files = _round_own_parts(model, plans[0], rounder, workplace)
+        files = _round_own_parts(model, plans[0], rounder, staging)
         base_samples = None
         if existing is not None:
             base_samples = use_existing_base(model, quantized_base, existing, access)
         elif recipe.changes_base:
-            folder = workplace / "base" if new_base is None else new_base.staging
+            folder = staging / "base" if new_base is None else new_base.staging
             base_samples = _quantize_base(model, plans[1], rounder, folder, access)
             model.config.base_model_name_or_path = "./base" if self_contained else str(folder)
             if self_contained:
                 files |= {f"base/{path.name}": path for path in folder.iterdir()}
-        files |= _round_adapter(model, recipe, plans[0], rounder, workplace)
+        files |= _round_adapter(model, recipe, plans[0], rounder, staging)
         use_stored_parts(model, files, base_samples)
         model.config.quantization = describe(recipe, plans) | {
             "other_rounding": rounder.other_rounding(), "source": origin
@@ -157,9 +157,9 @@ def quantize_genieblue(
         rounder.warn_of_missing_samples()
         model.requires_grad_(False)
         # Saved once in passing, to measure what a user will load.
-        save_model(model, workplace / "trial")
+        save_model(model, staging / "trial")
         consent = {key: load_kwargs[key] for key in ("trust_remote_code",) if key in load_kwargs}
-        quantized = GenieBlueForConditionalGeneration.from_pretrained(workplace / "trial", **access, **consent)
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **access, **consent)
         errors, measurements = measured_errors(before, view_logits(quantized), recipe)
         if new_base is not None:
             # Before the GenieBlue, which never points at a base that is not there, and whose card reads the base's.
@@ -279,7 +279,7 @@ class _Rounder:
         return [pixels.to(tower.device, tower.dtype) for pixels in tiles if pixels is not None]
 
 
-def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, workplace: Path) -> dict[str, Path]:
+def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, staging: Path) -> dict[str, Path]:
     """Vision tower and projector as files of the new folder."""
     tower, projector = model.vision_tower, model.multi_modal_projector
     in_blocks = {name: kind for name, kind in plan.kinds.items() if name.startswith(f"vision_tower.{VISION_BLOCKS}.")}
@@ -303,7 +303,7 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, workplace: 
             part = ".".join(name.split(".")[:2]) if name.startswith("vision_tower.") else "multi_modal_projector"
             tensors |= stored_tensors(name, **rounder.round(weight, kind, part, hessian))
     own = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": projector})
-    return _write(workplace, WEIGHTS_NAME, QMAP_NAME, plain_state(own, plan.kinds) | tensors, plan.kinds)
+    return _write(staging, WEIGHTS_NAME, QMAP_NAME, plain_state(own, plan.kinds) | tensors, plan.kinds)
 
 
 def _quantize_base(
@@ -345,7 +345,7 @@ def _quantize_base(
 
 
 def _round_adapter(
-    model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: _Rounder, workplace: Path
+    model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: _Rounder, staging: Path
 ) -> dict[str, Path]:
     """LoRA and the copied blocks as files of the new folder; LoRA first, which the blocks after it run with."""
     view = model.multimodal_language_model
@@ -373,7 +373,7 @@ def _round_adapter(
         if stock.removesuffix(".weight") not in adapter.kinds
     }
     weights, qmap = f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
-    return _write(workplace, weights, qmap, state | tensors, adapter.kinds)
+    return _write(staging, weights, qmap, state | tensors, adapter.kinds)
 
 
 @torch.no_grad()
@@ -408,11 +408,11 @@ def _embedded(model: Any, rounder: _Rounder) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def _write(workplace: Path, weights: str, qmap: str, tensors: dict, kinds: dict[str, str]) -> dict[str, Path]:
-    (workplace / weights).parent.mkdir(exist_ok=True)
-    save_aligned(tensors, workplace / weights)
-    write_json(workplace / qmap, qmap_content(kinds))
-    return {weights: workplace / weights, qmap: workplace / qmap}
+def _write(staging: Path, weights: str, qmap: str, tensors: dict, kinds: dict[str, str]) -> dict[str, Path]:
+    (staging / weights).parent.mkdir(exist_ok=True)
+    save_aligned(tensors, staging / weights)
+    write_json(staging / qmap, qmap_content(kinds))
+    return {weights: staging / weights, qmap: staging / qmap}
 
 
 def _silent(steps: Iterable[Any], _title: str) -> Iterable[Any]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import modeling_genieblue
-from conversion.workplaces import Workplace
+from conversion.staging import StagingFolder
 from hub_cards.code_files import with_siblings
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
@@ -115,8 +115,8 @@ class NewFolder:
         self.target = target
 
     def __enter__(self) -> "NewFolder":
-        self._workplace = Workplace(self.target, "writing")
-        place = self._workplace.folder
+        self._staging_folder = StagingFolder(self.target, "writing")
+        place = self._staging_folder.folder
         self.staging, self._old = place / self.target.name, place / f"{self.target.name}.old"
         self.staging.mkdir()
         return self
@@ -130,7 +130,7 @@ class NewFolder:
     def __exit__(self, kind: type[BaseException] | None, *_error: Any) -> None:
         if kind is not None:
             self._put_back()
-        self._workplace.remove()
+        self._staging_folder.remove()
 
     def _put_back(self) -> None:
         try:
@@ -139,7 +139,7 @@ class NewFolder:
             if self._old.exists():
                 os.rename(self._old, self.target)
         except OSError as error:
-            # Nothing is removed: the old folder is in the workplace.
+            # Nothing is removed: the old folder is in there.
             where = f"move {self._old} there" if self._old.exists() else "remove it"
             raise OSError(f"{self.target} cannot be put back as it was ({error}): {where} by hand.") from error
 

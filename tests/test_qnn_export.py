@@ -23,7 +23,7 @@ from conversion.qnn.bundle import Bundle
 from conversion.qnn.calibration import prepare_calibration
 from conversion.qnn.decoder_shape import compare_with_graphs, make_decoder_shape
 from conversion.qnn.export import divide_blocks, export_bundle
-from conversion.qnn.export_state import Workplace, lock_output
+from conversion.qnn.export_state import UnfinishedExport, lock_output
 from conversion.qnn.verify import verify_bundle
 from conversion.qnn.vision_export import quantize_vision
 from genieblue.calibration_data import read_calibration, read_chats
@@ -88,7 +88,7 @@ def test_an_export_that_was_stopped_at_the_end_compiles_nothing_again(pair, tmp_
     monkeypatch.setattr(export_module, "compile_graphs", dies)
     # Once more: stopped when all was written, and nothing but the name was left to do.
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Workplace, "hand_over", dies)
+        patched.setattr(UnfinishedExport, "hand_over", dies)
         export_bundle(pair, out, calibration=requests(), lora="inputs", **SETTINGS)
     monkeypatch.setattr(export_module, "write_runtime_files", dies)
     export_bundle(pair, out, calibration=requests(), lora="inputs", **SETTINGS)

@@ -31,8 +31,8 @@ from conversion.precision import QuantizationRecipe
 from conversion.quantize import quantize_genieblue
 from conversion.quantized_base import NewFolder
 from conversion.saved_model import SavedModel
+from conversion.staging import StagingFolder, explained_full_disk
 from conversion.verify_quantized import check_quantization
-from conversion.workplaces import Workplace, explained_full_disk
 from genieblue.cli import app
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
@@ -179,9 +179,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from conversion.quantized_base import NewFolder
-from conversion.workplaces import Workplace
+from conversion.staging import StagingFolder
 target = Path(sys.argv[1])
-with Workplace(target, "quantizing") as folder, NewFolder(target) as new:
+with StagingFolder(target, "quantizing") as folder, NewFolder(target) as new:
     (folder / "half").write_text("half")
     if sys.argv[2] == "after":
         new.put_in_place()
@@ -193,10 +193,10 @@ with Workplace(target, "quantizing") as folder, NewFolder(target) as new:
 def test_what_a_killed_run_left_is_removed_and_what_is_in_use_or_the_users_stays(when, tmp_path, caplog):
     target = tmp_path / "q"
     (target / "inner").mkdir(parents=True)
-    with Workplace(target, "quantizing") as mine:
+    with StagingFolder(target, "quantizing") as mine:
         assert subprocess.run([sys.executable, "-c", KILLED, str(target), when]).returncode == -signal.SIGKILL
         assert len(leftovers(tmp_path)) == 4
-        with Workplace(target, "quantizing") as other, NewFolder(target):
+        with StagingFolder(target, "quantizing") as other, NewFolder(target):
             assert mine.is_dir() and other.is_dir()
         assert mine.is_dir() and not other.exists()
     if when == "before":

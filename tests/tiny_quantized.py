@@ -32,13 +32,13 @@ TEXT, REQUEST, PIXELS = prompt(9), row(5, IMAGE, 9, 40, 41), tiles()
 
 
 @functools.cache
-def _workplace() -> tempfile.TemporaryDirectory:
+def _storage() -> tempfile.TemporaryDirectory:
     """A folder for this process, which goes with it."""
     return tempfile.TemporaryDirectory(prefix="genieblue-quantized-")
 
 
 def _folder(*key: Any) -> Path:
-    return Path(_workplace().name, str(len(list(Path(_workplace().name).iterdir()))) + "-" + "-".join(map(str, key)))
+    return Path(_storage().name, str(len(list(Path(_storage().name).iterdir()))) + "-" + "-".join(map(str, key)))
 
 
 def save_large_pair(folder: Path, family: str = "llama", *, tower: dict | None = None, **overrides: Any) -> Path:

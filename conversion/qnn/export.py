@@ -22,7 +22,7 @@ from conversion.qnn.compile import compile_graphs, read_context
 from conversion.qnn.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
 from conversion.qnn.digests import tensors_digest, trained_digests
 from conversion.qnn.encoding import LEVELS, Encoding, Range
-from conversion.qnn.export_state import Workplace, lock_output, telling_of_a_full_disk, write_json
+from conversion.qnn.export_state import UnfinishedExport, lock_output, telling_of_a_full_disk, write_json
 from conversion.qnn.language_export import LanguageSettings, PartResult, codes_digest, quantize_part
 from conversion.qnn.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
 from conversion.qnn.npu import compiler_version, npu_devices, require_libraries
@@ -98,7 +98,7 @@ def export_bundle(
         settings = replace(settings, context_length=min(LONGEST_DEFAULT, limit))
     _check_config(config, settings, parts, str(model_folder))
     wanted = _export_settings(chip, settings, parts, vision_tiles)
-    work = Workplace(out)
+    work = UnfinishedExport(out)
     with lock_output(out), telling_of_a_full_disk(out):
         work.refuse_other_export(wanted)
         model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
@@ -189,7 +189,11 @@ class _Export:
         self.digests = trained_digests(model)
 
     def run(
-        self, work: Workplace, encoded: Iterable[Mapping[str, Any]], parts: Sequence[range], wanted: Mapping[str, Any]
+        self,
+        work: UnfinishedExport,
+        encoded: Iterable[Mapping[str, Any]],
+        parts: Sequence[range],
+        wanted: Mapping[str, Any],
     ) -> None:
         """Does the steps that are left, and hands the bundle over; `wanted` are the settings, all but the model's."""
         chunk, context = self.settings.chunk_length, self.settings.context_length
@@ -199,7 +203,7 @@ class _Export:
             self._make(work, calibration, parts)
         work.hand_over()
 
-    def _make(self, work: Workplace, calibration: Calibration, parts: Sequence[range]) -> None:
+    def _make(self, work: UnfinishedExport, calibration: Calibration, parts: Sequence[range]) -> None:
         (work.bundle / "qdq").mkdir(exist_ok=True)
         steps = len(parts) + 2
         self._tell("vision tower", 0, steps)
@@ -239,7 +243,7 @@ class _Export:
             "calibration": tensors_digest((name, torch.from_numpy(array)) for name, array in samples.items()),
         }
 
-    def _vision(self, work: Workplace, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
+    def _vision(self, work: UnfinishedExport, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
         if (record := work.finished("vision")) is not None:
             return record
         float_folder = work.bundle / "qairt" if self.settings.encodings else None
@@ -263,7 +267,7 @@ class _Export:
 
     def _part(
         self,
-        work: Workplace,
+        work: UnfinishedExport,
         number: int,
         blocks: range,
         streams: Mapping[str, list[np.ndarray]],
@@ -376,7 +380,7 @@ class _Export:
         }
 
 
-def _gather(work: Workplace, parts: Sequence[str], calibration: Calibration) -> None:
+def _gather(work: UnfinishedExport, parts: Sequence[str], calibration: Calibration) -> None:
     """Writes the probes and the adapters of all steps, and the requests that the probes are for, in a file each."""
     values = {f"request/{view}": calibration.requests[view][0] for view in VIEWS}
     adapter: dict[str, np.ndarray] = {}

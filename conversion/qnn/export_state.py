@@ -65,7 +65,7 @@ def telling_of_a_full_disk(out: Path) -> Iterator[None]:
         ) from error
 
 
-class Workplace:
+class UnfinishedExport:
     """Where the bundle `out` is made: `bundle` becomes `out`, the rest is what a run that goes on has to know."""
 
     def __init__(self, out: Path):
@@ -146,4 +146,4 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(staged, path)
 
 
-__all__ = ["Workplace", "lock_output", "telling_of_a_full_disk", "write_json"]
+__all__ = ["UnfinishedExport", "lock_output", "telling_of_a_full_disk", "write_json"]

@@ -20,7 +20,7 @@ except ImportError:  # not on every system: there, what a killed run left is not
 logger = logging.getLogger(__name__)
 
 
-class Workplace:
+class StagingFolder:
     """A new folder `.<name of target>.<purpose>-*` beside `target`; as a context, it is removed at the end.
 
     It is locked, by a lock that the system lifts if the process dies: so the leftovers of killed runs are told from
@@ -99,4 +99,4 @@ def explained_full_disk(*folders: Path | None) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Workplace", "explained_full_disk"]
+__all__ = ["StagingFolder", "explained_full_disk"]
