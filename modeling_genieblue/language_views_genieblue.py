@@ -150,7 +150,7 @@ def _meta_skeleton(block: nn.Module) -> nn.Module:
     memo = {id(buffer): buffer for buffer in block.buffers()}
     for parameter in block.parameters():
         memo[id(parameter)] = (
-            nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), requires_grad=False)
+            nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
             if parameter.is_floating_point()
             else parameter
         )
