@@ -101,7 +101,6 @@ def create_genieblue(
 
     weights = {"use_safetensors": True, "dtype": dtype}
     load_base = AutoModelForCausalLM.from_pretrained
-    refuse_broken_settings(base, {GENERATION_CONFIG_NAME: None}, revision=base_revision, **hub)
     # Weights of another shape are refused by name, too, and not by transformers' RuntimeError.
     reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     base_model, info = _load("base", base, load_base, **reported, **from_base, **weights)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +11,12 @@ from transformers import TextStreamer
 
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.image_processing_genieblue import read_image
+from modeling_genieblue.requests_genieblue import MULTIMODAL, TEXT
 
 logger = logging.getLogger(__name__)
 
-TEXT, MULTIMODAL = "text", "multimodal"
 
-
-class Conversation:
+class Conversation(ABC):
     """Keeps the messages of a conversation; what answers them is the subclass's.
 
     While there is no image, turns run the text view on the base's own cache. From the first image on the whole
@@ -85,9 +85,9 @@ class Conversation:
             "generated_tokens": len(answer_ids),
         }
 
+    @abstractmethod
     def _answer(self, ids: list[int], pixel_values: Any, **settings: Any) -> tuple[list[int], str]:
         """Ids of the answer to `ids`, and the view that gave it; keeps its cache, or forgets it if that fails."""
-        raise NotImplementedError
 
     def _forget_cache(self) -> None:
         self._cache: Any = None
