@@ -46,7 +46,7 @@ setup(
         "tqdm>=4.67",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["genieblue = genieblue.cli:app"]},
+    entry_points={"console_scripts": ["genieblue = genieblue.cli.app:app"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -25,11 +25,11 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
+from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
-from conversion.qnn.names import BASE_BITS, LORA_BITS, UNFINISHED
-from conversion.qnn.runner import QnnRunner
+from conversion.qnn.graphs.names import BASE_BITS, LORA_BITS, UNFINISHED
 from conversion.qnn.verify import verify_bundle
-from genieblue.terminal import short_bytes
+from genieblue.cli.terminal import short_bytes
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.language_views_genieblue import adapter_parameters
 
@@ -179,10 +179,10 @@ def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **opti
     """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
     from PIL import Image
 
-    from genieblue.collation import ChatCollator
     from genieblue.demo.answers import read_scans
     from genieblue.demo.scans import NumberScans, split_scans
     from genieblue.demo.text import split_documents, training_stream
+    from genieblue.training.collation import ChatCollator
 
     processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
     numbers = NumberScans(split_scans()[0], 48, seed=99, curriculum=0)

@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.full_size import peak_bytes, run_requests
 from benchmarks.views import compare, decode_seconds, make_model
-from conversion.precision import QuantizationRecipe
-from conversion.quantize import CalibrationSamples, quantize_genieblue
+from conversion.quantization.precision import QuantizationRecipe
+from conversion.quantization.quantize import CalibrationSamples, quantize_genieblue
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
 W8 = {"llm": "w8a16"}
@@ -63,10 +63,10 @@ def measure_speed(pairs: int, tokens: int) -> dict[str, dict[str, float]]:
 
 def measure_accuracy(demo: Path) -> dict[str, dict[str, float]]:
     """Exact match on the demo's held-out scans and perplexity of its held-out text, by precision and rounding."""
-    from genieblue.collation import ChatCollator
     from genieblue.demo.answers import read_scans
     from genieblue.demo.scans import NumberScans, split_scans
     from genieblue.demo.text import held_out_stream, perplexity, split_documents, training_stream
+    from genieblue.training.collation import ChatCollator
 
     processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
     documents = split_documents()
@@ -103,7 +103,7 @@ def measure_accuracy(demo: Path) -> dict[str, dict[str, float]]:
 
 def stored_sizes(folder: Path) -> dict[str, dict[str, float]]:
     """Bytes by part, against parameters × bits / 8; what the scales and the rest at 16 bits add is the difference."""
-    from genieblue.info import model_info
+    from hub_cards.model_parts import model_info
 
     found = model_info(folder)
     precision = found.config["quantization"]
@@ -119,7 +119,7 @@ def stored_sizes(folder: Path) -> dict[str, dict[str, float]]:
 def _base_sizes(base: Path, bits: int) -> dict[str, dict[str, float]]:
     """The base's blocks at `bits`, apart from its embedding, LM head and norms at 16."""
     from hub_cards.model_folder import parameter_sizes
-    from modeling_genieblue.quantization_genieblue import QUANTIZED_WEIGHTS_NAME
+    from modeling_genieblue.quantized_linears_genieblue import QUANTIZED_WEIGHTS_NAME
 
     totals = {"llm blocks": [0, 0, 0], "embedding, head, norms": [0, 0, 0]}
     for name, size in parameter_sizes(base / QUANTIZED_WEIGHTS_NAME).items():

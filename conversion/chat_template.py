@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_genieblue.conversations_genieblue import with_string_contents
+from modeling_genieblue.chat_messages_genieblue import with_string_contents
 
 IMAGE = "<image>"  # to a template, a placeholder is text like any other
 QUESTION, ANSWER = "Which colour is this?", "Blue, I think."

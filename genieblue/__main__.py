@@ -1,6 +1,6 @@
 """`python -m genieblue`, the same as the command `genieblue`."""
 
-from genieblue.cli import app
+from genieblue.cli.app import app
 
 if __name__ == "__main__":
     app(prog_name="genieblue")

@@ -17,7 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 
-from .quantization_genieblue import QUANTIZED_WEIGHTS_NAME, is_our_quantization, sampled_codes, scales_of
+from .quantized_linears_genieblue import QUANTIZED_WEIGHTS_NAME, is_our_quantization, sampled_codes, scales_of
 
 logger = logging.getLogger(__name__)
 

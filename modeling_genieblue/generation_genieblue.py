@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from .requests_genieblue import MULTIMODAL, TEXT, as_mixed_cache, check_inputs, join_sequences, take_rows
+from .view_routing_genieblue import MULTIMODAL, TEXT, as_mixed_cache, check_inputs, join_sequences, take_rows
 
 
 class GenieBlueGenerationMixin(GenerationMixin):

@@ -27,7 +27,6 @@ from .language_views_genieblue import (
     make_lora_config,
 )
 from .loading_genieblue import ACCESS_KEYS, LoadRequest
-from .precision_guard_genieblue import PrecisionGuard
 from .projector_genieblue import GenieBlueMultiModalProjector
 from .quantized_parts_genieblue import (
     check_backend,
@@ -37,7 +36,9 @@ from .quantized_parts_genieblue import (
     refuse_unquantized_base,
     run_on_onnxruntime,
 )
-from .requests_genieblue import (
+from .quantized_precision_guard_genieblue import PrecisionGuard
+from .saving_genieblue import push_model, save_model
+from .view_routing_genieblue import (
     MULTIMODAL,
     TEXT,
     as_mixed_cache,
@@ -49,7 +50,6 @@ from .requests_genieblue import (
     merge_rows,
     take_rows,
 )
-from .saving_genieblue import push_model, save_model
 
 
 class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBlueGenerationMixin):

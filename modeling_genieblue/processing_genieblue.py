@@ -11,7 +11,7 @@ from transformers.processing_utils import ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, AddedToken, PreTrainedTokenizerBase
 from transformers.utils.generic import to_py_obj
 
-from .conversations_genieblue import image_sources, text_for_template, with_string_contents
+from .chat_messages_genieblue import image_sources, text_for_template, with_string_contents
 from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs, flatten_images
 from .settings_files_genieblue import PROCESSOR_FILES, refuse_broken_settings
 

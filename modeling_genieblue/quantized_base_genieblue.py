@@ -13,9 +13,9 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from .precision_guard_genieblue import PrecisionGuard, guard_tree
-from .quantization_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, is_our_quantization, require_quanto
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
+from .quantized_linears_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, is_our_quantization, require_quanto
+from .quantized_precision_guard_genieblue import PrecisionGuard, guard_tree
 from .settings_files_genieblue import BASE_PARTS, HUB_KEYS, check_quantization, read_settings
 
 try:

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .quantization_genieblue import (
+from .quantized_linears_genieblue import (
     BITS,
     FrozenLinear,
     FrozenWeight,

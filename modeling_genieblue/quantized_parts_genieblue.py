@@ -21,8 +21,6 @@ from .language_views_genieblue import (
     set_parameter,
 )
 from .loading_genieblue import LoadRequest, is_inner_folder
-from .precision_guard_genieblue import guard_tree
-from .quantization_genieblue import QMAP_NAME, FrozenLinear, is_frozen, scales_of, stored_codes
 from .quantized_base_genieblue import (
     chosen_dtype,
     nothing_missing,
@@ -37,6 +35,8 @@ from .quantized_files_genieblue import (
     fill_from_quantized_file,
     stored_layout,
 )
+from .quantized_linears_genieblue import QMAP_NAME, FrozenLinear, is_frozen, scales_of, stored_codes
+from .quantized_precision_guard_genieblue import guard_tree
 from .settings_files_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_m
         raise ValueError(f"`backend` is {backend!r}: choose quanto or onnxruntime.")
     if backend == "quanto":
         return True
-    from .onnxruntime_linears_genieblue import require_onnxruntime  # imports ONNX Runtime, which few need
+    from .quantized_onnxruntime_genieblue import require_onnxruntime  # imports ONNX Runtime, which few need
 
     require_onnxruntime()
     if not is_quantized:
@@ -109,7 +109,7 @@ def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_m
 
 def run_on_onnxruntime(model: Any) -> None:
     """Replaces the 4-bit linears of both views by ones that ONNX Runtime runs; both share those of the base."""
-    from .onnxruntime_linears_genieblue import use_onnxruntime
+    from .quantized_onnxruntime_genieblue import use_onnxruntime
 
     # At once, so that what both views share stays one, and each original is freed in turn.
     count = use_onnxruntime(nn.ModuleList([model.language_model, model.multimodal_language_model]), stored_codes)

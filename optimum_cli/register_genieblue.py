@@ -12,7 +12,7 @@ import typer
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from genieblue.cli import app
+from genieblue.cli.app import app
 
 
 class GenieBlueCommand(BaseOptimumCLICommand):

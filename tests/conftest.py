@@ -15,7 +15,7 @@ if "huggingface_hub" in sys.modules:
 
 from hub_server import HubServer  # noqa: E402
 
-NETWORK_GUARD = Path(__file__).parent / "network_guard"
+NETWORK_GUARD = Path(__file__).parent / "support" / "network_guard"
 SESSION_HOME = Path(tempfile.mkdtemp(prefix="genieblue-tests-"))
 HUB = HubServer()
 # Processes of `pytest -n` that waited for each other's threads would be slower than one alone.
@@ -91,7 +91,7 @@ def settings_of_the_process_are_restored(monkeypatch):
     """For tests that run the command in this process, which quiets libraries for good."""
     from transformers.utils import logging as transformers_logging
 
-    from genieblue import terminal
+    from genieblue.cli.app import terminal
 
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from conversion.qnn.bundle import Bundle, scale_name
-from conversion.qnn.decoder_graph import DecoderGraph
-from conversion.qnn.digests import trained_digests
-from conversion.qnn.encoding import WeightCodes, round_with_scales
-from conversion.qnn.names import UNFINISHED, is_lora, weight_bits
+from conversion.qnn.bundle.digests import trained_digests
+from conversion.qnn.bundle.metadata import Bundle, scale_name
+from conversion.qnn.graphs.decoder_graph import DecoderGraph
+from conversion.qnn.graphs.names import UNFINISHED, is_lora, weight_bits
+from conversion.qnn.qdq.encoding import WeightCodes, round_with_scales
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.settings_files_genieblue import HUB_KEYS
 

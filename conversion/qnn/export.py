@@ -14,23 +14,23 @@ import numpy as np
 import torch
 
 from conversion.qnn.adapters import adapter_entries
-from conversion.qnn.aimet_rounding import require_aimet
-from conversion.qnn.bundle import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
-from conversion.qnn.calibration import Calibration, embedding_rows, prepare_calibration
-from conversion.qnn.chunked_decoder import DecoderShape, boundary_names
-from conversion.qnn.compile import compile_graphs, read_context
-from conversion.qnn.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
-from conversion.qnn.digests import tensors_digest, trained_digests
-from conversion.qnn.encoding import LEVELS, Encoding, Range
-from conversion.qnn.export_state import UnfinishedExport, lock_output, telling_of_a_full_disk, write_json
-from conversion.qnn.language_export import LanguageSettings, PartResult, codes_digest, quantize_part
-from conversion.qnn.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
-from conversion.qnn.npu import compiler_version, npu_devices, require_libraries
-from conversion.qnn.qdq_files import describe_boundary
-from conversion.qnn.quantize import CACHE_DTYPES
-from conversion.qnn.runtime_files import write_runtime_files
-from conversion.qnn.soc import Soc, find_soc
-from conversion.qnn.vision_export import quantize_vision
+from conversion.qnn.bundle.digests import tensors_digest, trained_digests
+from conversion.qnn.bundle.export_state import UnfinishedExport, lock_output, telling_of_a_full_disk, write_json
+from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
+from conversion.qnn.bundle.runtime_files import write_runtime_files
+from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names
+from conversion.qnn.graphs.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
+from conversion.qnn.graphs.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
+from conversion.qnn.npu.compile import compile_graphs, read_context
+from conversion.qnn.npu.sessions import compiler_version, npu_devices, require_libraries
+from conversion.qnn.npu.soc import Soc, find_soc
+from conversion.qnn.qdq.aimet_rounding import require_aimet
+from conversion.qnn.qdq.calibration import Calibration, embedding_rows, prepare_calibration
+from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range
+from conversion.qnn.qdq.files import describe_boundary
+from conversion.qnn.qdq.language import LanguageSettings, PartResult, codes_digest, quantize_part
+from conversion.qnn.qdq.quantize import CACHE_DTYPES
+from conversion.qnn.qdq.vision import quantize_vision
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.settings_files_genieblue import HUB_KEYS
 

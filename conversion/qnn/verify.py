@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from conversion.qnn.agreement import Agreement, agreement, worst
-from conversion.qnn.bundle import Bundle, encoding_of
-from conversion.qnn.chunked_decoder import ChunkedDecoder, boundary_names
-from conversion.qnn.compile import compile_graphs
-from conversion.qnn.decoder_graph import DecoderGraph
-from conversion.qnn.encoding import constant_encoding
-from conversion.qnn.language_export import base_codes, codes_digest, probe_lengths
-from conversion.qnn.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora
-from conversion.qnn.npu import cpu_session, npu_session
-from conversion.qnn.qdq_files import read_codes, read_constants
-from conversion.qnn.runner import CodedGraph, ViewGraphs
-from conversion.qnn.soc import find_soc
-from conversion.verify import Check
+from conversion.qnn.bundle.metadata import Bundle, encoding_of
+from conversion.qnn.bundle.runner import CodedGraph, ViewGraphs
+from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
+from conversion.qnn.graphs.decoder_graph import DecoderGraph
+from conversion.qnn.graphs.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora
+from conversion.qnn.npu.compile import compile_graphs
+from conversion.qnn.npu.sessions import cpu_session, npu_session
+from conversion.qnn.npu.soc import find_soc
+from conversion.qnn.qdq.encoding import constant_encoding
+from conversion.qnn.qdq.files import read_codes, read_constants
+from conversion.qnn.qdq.language import base_codes, codes_digest, probe_lengths
+from conversion.verification.verify import Check
 
 logger = logging.getLogger(__name__)
 SIZE_TOLERANCE = 0.02

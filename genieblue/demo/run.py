@@ -19,7 +19,7 @@ from genieblue.demo.contact_sheet import draw_contact_sheet
 from genieblue.demo.scans import LONGEST_NUMBER, QUESTION, NumberScans, Scans, split_scans, write_held_out
 from genieblue.demo.text import make_base
 from genieblue.demo.vision import make_vision_tower
-from genieblue.training import TrainingSettings, train
+from genieblue.training.stages import TrainingSettings, train
 from hub_cards.model_card import MEASUREMENTS, card_info_from_folder, write_model_card
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 

@@ -1,0 +1,1 @@
+"""The folder that an export leaves, and what runs it."""

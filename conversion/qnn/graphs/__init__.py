@@ -1,0 +1,1 @@
+"""Float graphs of both views and of the vision tower."""

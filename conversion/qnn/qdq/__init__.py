@@ -1,0 +1,1 @@
+"""Graphs quantized: ranges, encodings, QDQ files."""

@@ -1,0 +1,93 @@
+"""Real requests as the graphs see them: embeddings for the decoders, tiles for the vision tower."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from conversion.qnn.qdq.encoding import Range
+from conversion.qnn.qdq.ranges import union
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the graphs are calibrated on."""
+
+    requests: dict[str, list[np.ndarray]]  # by view, embeddings (tokens, hidden_size), the longest request first
+    tiles: list[np.ndarray]  # each (3, image_size, image_size)
+    embedding_range: Range  # of all embeddings there are, images included
+
+
+@torch.no_grad()
+def prepare_calibration(
+    model: Any, encoded: Iterable[Mapping[str, Any]], chunk_length: int, context_length: int
+) -> Calibration:
+    """Embeds requests that a processor has encoded.
+
+    Args:
+        encoded: each with `input_ids`, (length,) or (1, length), image tokens in their places, and `pixel_values`
+            (num_tiles, 3, image_size, image_size) where there are images. Whole conversations, answers included,
+            calibrate better than questions. What does not fit into the context is left out.
+        chunk_length: tokens per call. A request that is longer shows how graphs go on from their cache: a view without
+            such a one is warned of.
+
+    Texts calibrate the text view; those with images calibrate the multimodal view and, without their images, the text
+    view too. Raises `ValueError` if no request has an image, or none has a text.
+    """
+    image_token = model.config.image_token_id
+    requests: dict[str, list[np.ndarray]] = {"text": [], "multimodal": []}
+    tiles: list[np.ndarray] = []
+    for request in encoded:
+        ids = torch.as_tensor(request["input_ids"]).reshape(1, -1)
+        pixels = request.get("pixel_values")
+        text_ids = ids[ids != image_token][None, :context_length]
+        if text_ids.numel():
+            requests["text"].append(_embed(model, text_ids, None))
+        if pixels is not None:
+            pixels = torch.as_tensor(pixels)
+            requests["multimodal"].append(_embed(model, ids, pixels)[:context_length])
+            tiles.extend(pixels.float().cpu().numpy())
+    if not requests["text"]:
+        raise ValueError("The calibration has no requests with text: give some from your training data.")
+    if not tiles:
+        raise ValueError(
+            "The calibration has no images, so nothing is known about what the vision tower and the multimodal view "
+            "meet: give requests with images."
+        )
+    for view, arrays in requests.items():
+        # The first one is what `verify` will read: only a long one shows all that the graphs do.
+        arrays.sort(key=len, reverse=True)
+        if len(arrays[0]) <= chunk_length + 2:
+            logger.warning(
+                "The longest %s request of the calibration has %d tokens, a chunk takes %d of them: how the graphs go "
+                "on from their cache is hardly calibrated, nor compared by `verify`. Give longer ones.",
+                view, len(arrays[0]), chunk_length,
+            )  # fmt: skip
+    seen = [(float(array.min()), float(array.max())) for array in requests["multimodal"]]
+    return Calibration(requests, tiles, union(_table_range(model), *seen))
+
+
+def _embed(model: Any, ids: torch.Tensor, pixels: torch.Tensor | None) -> np.ndarray:
+    device = model.language_model.device
+    pixels = None if pixels is None else pixels.to(device)
+    return model.embed_request(ids.to(device), pixels)[0].float().cpu().numpy()
+
+
+def embedding_rows(model: Any, batch: int = 4096) -> Iterable[np.ndarray]:
+    """The base's embeddings in the order of their ids, `batch` rows at a time, (rows, hidden_size)."""
+    count = model.get_input_embeddings().weight.shape[0]
+    for start in range(0, count, batch):
+        yield _embed(model, torch.arange(start, min(start + batch, count))[None], None)
+
+
+def _table_range(model: Any) -> Range:
+    with torch.no_grad():
+        return union(*((float(rows.min()), float(rows.max())) for rows in embedding_rows(model)))
+
+
+__all__ = ["Calibration", "embedding_rows", "prepare_calibration"]

@@ -1,0 +1,297 @@
+"""Float graph + ranges → QDQ graph: 16-bit activations, symmetric int4 or int8 weights with a scale per channel.
+
+Everything at the boundary of the graph is quantized too (uint16), caches included, so that nothing is converted on
+the way from one call to the next.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from conversion.qnn.qdq.encoding import (
+    LEVELS,
+    Encoding,
+    Range,
+    Rounding,
+    WeightCodes,
+    constant_encoding,
+    round_to_nearest,
+)
+from conversion.qnn.qdq.ranges import union
+
+KINDS = {"uint16": TensorProto.UINT16, "int16": TensorProto.INT16, "uint8": TensorProto.UINT8}
+# These move values without changing them, so both sides have one encoding.
+MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Pad")
+# The NPU fixes the encoding of these.
+FIXED_RANGES = {"Sigmoid": (0.0, LEVELS / 65536), "Softmax": (0.0, 1.0)}
+CACHE_DTYPES = {16: "int16", 8: "uint8"}
+WEIGHT_OPERATORS = {"MatMul": 1, "Conv": 0}  # and the axis of their output channels
+
+
+def tensor_groups(model: onnx.ModelProto, tied: Mapping[str, str]) -> dict[str, str]:
+    """By tensor the representative of those that share one encoding: moved values, and the pairs of `tied`."""
+    parents: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while parents.setdefault(name, name) != name:
+            name = parents[name]
+        return name
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        find(value.name)
+    for node in model.graph.node:
+        for name in node.output:
+            find(name)
+        if node.op_type in MOVES:
+            data = node.input if node.op_type == "Concat" else node.input[:1]
+            for name in (*data, *node.output):
+                if name not in weights:
+                    parents[find(name)] = find(node.output[0])
+    for first, second in tied.items():
+        parents[find(first)] = find(second)
+    return {name: find(name) for name in parents}
+
+
+def encodings_of(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, Range],
+    tied: Mapping[str, str] | None = None,
+    *,
+    cache_bits: int = 16,
+) -> dict[str, Encoding]:
+    """The encoding of every activation; `ValueError` if one was never measured.
+
+    Args:
+        tied: pairs that must agree besides: the caches that go in and come out.
+        cache_bits: 16, or 8 for half the cache: of keys and values, the second factors of attention's products.
+    """
+    if cache_bits not in CACHE_DTYPES:
+        raise ValueError(f"`cache_bits` is {cache_bits!r}: expected 16 or 8.")
+    groups = tensor_groups(model, tied or {})
+    if missing := [name for name in groups if name not in ranges]:
+        raise ValueError(
+            f"The calibration has no range for {len(missing)} tensors ({', '.join(sorted(missing)[:3])} …): it was "
+            "measured on a graph of another structure."
+        )
+    fixed = {
+        groups[name]: FIXED_RANGES[node.op_type]
+        for node in model.graph.node
+        if node.op_type in FIXED_RANGES
+        for name in node.output
+    }
+    together: dict[str, Range] = {}
+    for name, root in groups.items():
+        together[root] = union(together[root], ranges[name]) if root in together else ranges[name]
+    together.update(fixed)
+    factors = _second_factors(model)
+    dtype = CACHE_DTYPES[cache_bits]
+    return {name: Encoding.of(together[root], dtype if name in factors else "uint16") for name, root in groups.items()}
+
+
+def _second_factors(model: onnx.ModelProto) -> set[str]:
+    """What is second in a product of two activations, and what that is joined from: keys and values, the cache too.
+
+    Given unsigned 16-bit codes there, the compiler would round them to 8 bits by itself, without a word. Signed
+    symmetric ones of 16 bits, or unsigned ones of 8, it multiplies as they are.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    waiting = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        if name in producers and producers[name].op_type == "Concat":
+            waiting += producers[name].input
+    return found
+
+
+def round_weights(
+    model: onnx.ModelProto,
+    bits_of: Callable[[str], int],
+    *,
+    rounding: Rounding = round_to_nearest,
+    as_inputs: Callable[[str], bool] = lambda _name: False,
+) -> dict[str, WeightCodes]:
+    """Codes by name of every matrix and kernel in a float graph.
+
+    Args:
+        bits_of: 4 or 8 for the name of a weight.
+        as_inputs: which weights will be inputs of the graph instead of constants. They get one scale for all of
+            their channels, since the NPU takes more only for constants.
+    """
+    codes = {}
+    for name, (weight, axis) in weights_of(model).items():
+        codes[name] = rounding(name, weight, bits_of(name), None if as_inputs(name) else axis)
+    return codes
+
+
+def weights_of(model: onnx.ModelProto) -> dict[str, tuple[np.ndarray, int]]:
+    """By name every matrix and kernel of a float graph, and the axis of its output channels."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {
+        node.input[1]: (numpy_helper.to_array(constants[node.input[1]]), WEIGHT_OPERATORS[node.op_type])
+        for node in model.graph.node
+        if node.op_type in WEIGHT_OPERATORS and node.input[1] in constants
+    }
+
+
+def quantize_graph(
+    model: onnx.ModelProto, encodings: Mapping[str, Encoding], codes: Mapping[str, WeightCodes], *, name: str
+) -> onnx.ModelProto:
+    """The QDQ graph of a float graph.
+
+    Args:
+        encodings: of every activation, as `encodings_of` gives them.
+        codes: of every matrix, as `round_weights` gives them; those with one scale become inputs of the graph.
+        name: of the graph, for whoever looks at it.
+    """
+    return _Quantizer(model, encodings, codes, name).run()
+
+
+class _Quantizer:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        encodings: Mapping[str, Encoding],
+        codes: Mapping[str, WeightCodes],
+        name: str,
+    ):
+        self.source, self.encodings, self.codes = model.graph, dict(encodings), codes
+        self.model = onnx.ModelProto(ir_version=model.ir_version, producer_name="genieblue")
+        self.model.opset_import.extend(model.opset_import)
+        self.graph = self.model.graph
+        self.graph.name = name
+        self.constants = {tensor.name: tensor for tensor in self.source.initializer}
+        self.decoded: dict[str, str] = {}  # float tensor → name of the DequantizeLinear output that stands for it
+
+    def run(self) -> onnx.ModelProto:
+        outputs = {value.name for value in self.source.output}
+        for value in self.source.input:
+            self.graph.input.append(self._coded(value))
+            self._decode_activation(value.name, value.name)
+        for node in self.source.node:
+            inputs = [self._input(node, place) for place in range(len(node.input))]
+            copied = self.graph.node.add()
+            copied.CopyFrom(node)
+            copied.input[:] = inputs
+            copied.output[:] = [self._float(name) for name in node.output]
+            for name in node.output:
+                self._encode_result(node, name, name if name in outputs else f"{name}/codes")
+        self.graph.output.extend(self._coded(value) for value in self.source.output)
+        self._drop_unused_decoders()
+        onnx.checker.check_model(self.model)
+        return self.model
+
+    def _float(self, name: str) -> str:
+        return f"{self.graph.name}/{name}"
+
+    def _coded(self, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+        dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        return helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims)
+
+    def _append(self, operator: str, inputs: list[str], output: str, **attributes: int) -> None:
+        self.graph.node.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def _encoding_of(self, name: str) -> list[str]:
+        encoding = self.encodings[name]
+        key = f"{name}/scale"
+        if key not in self.decoded:
+            self._constant(key, np.float32(encoding.scale))
+            self._constant(f"{name}/zero_point", encoding.zero)
+            self.decoded[key] = key
+        return [key, f"{name}/zero_point"]
+
+    def _decode_activation(self, name: str, codes: str) -> None:
+        self.decoded[name] = f"{name}/decoded"
+        self._append("DequantizeLinear", [codes, *self._encoding_of(name)], f"{name}/decoded")
+
+    def _encode_result(self, node: onnx.NodeProto, name: str, codes: str) -> None:
+        encoding = self.encodings[name]
+        joins = node.op_type == "Concat" and all(self.encodings[part].dtype == encoding.dtype for part in node.input)
+        value = self._float(name)
+        if encoding.dtype != "uint16" and not joins:
+            # Operators compute in 16 bits; a conversion of its own makes 8 of them.
+            wide = f"{name}/wide"
+            limits = np.iinfo(encoding.dtype)
+            ends = [(limit - encoding.zero_point) * encoding.scale for limit in (limits.min, limits.max)]
+            self.encodings[wide] = Encoding.of((ends[0], ends[1]))
+            self._append("QuantizeLinear", [value, *self._encoding_of(wide)], f"{wide}/codes")
+            self._append("DequantizeLinear", [f"{wide}/codes", *self._encoding_of(wide)], f"{wide}/decoded")
+            value = f"{wide}/decoded"
+        self._append("QuantizeLinear", [value, *self._encoding_of(name)], codes)
+        self._decode_activation(name, codes)
+
+    def _input(self, node: onnx.NodeProto, place: int) -> str:
+        name = node.input[place]
+        if name in self.decoded or name == "":
+            return self.decoded.get(name, name)
+        tensor = self.constants[name]
+        if tensor.data_type != TensorProto.FLOAT:
+            if name not in {constant.name for constant in self.graph.initializer}:
+                self.graph.initializer.append(tensor)
+            return name
+        if name in self.codes:
+            self._decode_weight(name, self.codes[name])
+        else:
+            self._decode_constant(name, numpy_helper.to_array(tensor))
+        return self.decoded[name]
+
+    def _decode_weight(self, name: str, weight: WeightCodes) -> None:
+        kind = TensorProto.INT4 if weight.bits == 4 else TensorProto.INT8
+        if weight.axis is None:
+            self.graph.input.append(helper.make_tensor_value_info(name, kind, weight.codes.shape))
+        else:
+            raw = pack_int4(weight.codes) if weight.bits == 4 else np.ascontiguousarray(weight.codes).tobytes()
+            self.graph.initializer.append(helper.make_tensor(name, kind, weight.codes.shape, raw, raw=True))
+        self._constant(f"{name}/scale", weight.scales)
+        zeros = np.zeros(weight.scales.shape, np.int8)
+        raw = pack_int4(zeros) if weight.bits == 4 else zeros.tobytes()
+        self.graph.initializer.append(helper.make_tensor(f"{name}/zero_point", kind, zeros.shape, raw, raw=True))
+        self.decoded[name] = f"{name}/decoded"
+        attributes = {} if weight.axis is None else {"axis": weight.axis}
+        inputs = [name, f"{name}/scale", f"{name}/zero_point"]
+        self._append("DequantizeLinear", inputs, f"{name}/decoded", **attributes)
+
+    def _decode_constant(self, name: str, values: np.ndarray) -> None:
+        """Biases, norm weights and single numbers: 16 bits."""
+        encoding = constant_encoding(values)
+        self._constant(f"{name}/codes", encoding.encode(values))
+        self._constant(f"{name}/scale", np.float32(encoding.scale))
+        self._constant(f"{name}/zero_point", encoding.zero)
+        self.decoded[name] = f"{name}/decoded"
+        inputs = [f"{name}/codes", f"{name}/scale", f"{name}/zero_point"]
+        self._append("DequantizeLinear", inputs, f"{name}/decoded")
+
+    def _drop_unused_decoders(self) -> None:
+        used = {name for node in self.graph.node for name in node.input}
+        kept = [node for node in self.graph.node if node.op_type != "DequantizeLinear" or node.output[0] in used]
+        del self.graph.node[:]
+        self.graph.node.extend(kept)
+
+
+def apply_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> None:
+    """Replaces the matrices of a float graph by what their codes stand for: what is left to differ is activations."""
+    for tensor in model.graph.initializer:
+        if tensor.name in codes:
+            tensor.CopyFrom(numpy_helper.from_array(codes[tensor.name].decode().astype(np.float32), tensor.name))
+
+
+def pack_int4(codes: np.ndarray) -> bytes:
+    """Two codes to a byte, the first in the low half, as ONNX stores them."""
+    flat = codes.astype(np.int8).reshape(-1).view(np.uint8) & 15
+    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
+    return (flat[0::2] | (flat[1::2] << 4)).tobytes()
+
+
+__all__ = [
+    "CACHE_DTYPES", "apply_codes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "tensor_groups",
+    "weights_of",
+]  # fmt: skip

@@ -1,0 +1,178 @@
+"""Which precision each part of a GenieBlue is quantized to, and which layers stay at 16 bits, with the reason."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from conversion.quantization.rounding import ROUNDING_METHODS
+from modeling_genieblue.language_views_genieblue import adapter_parameters, find_blocks
+from modeling_genieblue.quantized_linears_genieblue import is_frozen, reason_against
+from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
+from modeling_genieblue.settings_files_genieblue import ACTIVATIONS, PRECISIONS
+
+KINDS = {"w4a16": "qint4", "w8a16": "qint8"}
+
+
+@dataclass(frozen=True)
+class QuantizationRecipe:
+    """Precision of each part; the default is the paper's deployment recipe.
+
+    `w4a16` holds weights in 4 bits, `w8a16` in 8, `w16a16` leaves them in 16; activations are always in 16 bits.
+    Raises `ValueError` for a precision that a part cannot have.
+
+    Attributes:
+        llm: linears of the base's blocks.
+        replicated_blocks: linears of the trained copies; by default as `llm`.
+        lora, vision_tower, multi_modal_projector: at 8 or 16 bits, the projector and the tower at 4 as well.
+        lm_head, embeddings: of the base; if they share one weight, they are quantized together or not at all.
+        rounding: `rtn` (nearest), `hqq` (fits scales to the weights, needs no data) or `gptq` (needs samples).
+        activations: number format of scales, of what is not quantized, and of the activations.
+    """
+
+    llm: str = "w4a16"
+    replicated_blocks: str | None = None
+    lora: str = "w8a16"
+    vision_tower: str = "w8a16"
+    multi_modal_projector: str = "w8a16"
+    lm_head: str = "w16a16"
+    embeddings: str = "w16a16"
+    rounding: str = "hqq"
+    activations: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.replicated_blocks is None:
+            object.__setattr__(self, "replicated_blocks", self.llm)
+        for name, precision in self.parts().items():
+            allowed = PRECISIONS[1:] if name in ("lora", "lm_head", "embeddings") else PRECISIONS
+            if precision not in allowed:
+                raise ValueError(f"`{name}` is {precision!r}: choose one of {', '.join(allowed)}.")
+        if self.rounding not in ROUNDING_METHODS:
+            raise ValueError(f"`rounding` is {self.rounding!r}: choose one of {', '.join(ROUNDING_METHODS)}.")
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"`activations` is {self.activations!r}: choose one of {', '.join(ACTIVATIONS)}.")
+        if set(self.parts().values()) == {"w16a16"}:
+            raise ValueError("Every part is left at 16 bits, so there is nothing to quantize: choose one that is not.")
+
+    def parts(self) -> dict[str, str]:
+        """Precision by part."""
+        return {name: value for name, value in asdict(self).items() if name not in ("rounding", "activations")}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`activations` as torch has it."""
+        return getattr(torch, self.activations)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether a quantized copy of the base is needed at all."""
+        return any(part != "w16a16" for part in (self.llm, self.lm_head, self.embeddings))
+
+
+@dataclass
+class LayerPlan:
+    """What is quantized in one module tree: `kinds` as in a quantization map, `kept` with the reason."""
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, shape: tuple[int, int], precision: str) -> None:
+        """Plans a linear: at most `precision`, in 8 bits where 4 do not fit its shape, else left at 16 bits."""
+        if precision == "w16a16":
+            return
+        reasons = []
+        for bits in (4, 8) if precision == "w4a16" else (8,):
+            reason = reason_against(*shape, bits)
+            if reason is None:
+                self.kinds[name] = f"qint{bits}"
+                if reasons:
+                    self.kept[name] = f"8 bits instead of 4: {reasons[0]}"
+                return
+            reasons.append(reason)
+        self.kept[name] = f"16 bits: {reasons[-1]}"
+
+    def keep_the_rest(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Lists matrices and stacks of them that are no weight of a linear, such as the experts of a mixture."""
+        for name, parameter in parameters:
+            if parameter.ndim >= 2 and parameter.is_floating_point():
+                shape = " x ".join(map(str, parameter.shape))
+                self.kept[name] = f"16 bits: a parameter of {shape}, no plain linear"
+
+
+def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linears of `tree` that are no more than that: a subclass (a router, attention's own) may be used otherwise.
+
+    Those that are quantized count too, so that the plan of a quantized model can be made again.
+    """
+    return ((name, module) for name, module in tree.named_modules() if type(module) is nn.Linear or is_frozen(module))
+
+
+def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
+    """Layers of the base by their names in its own tree.
+
+    Raises `ValueError` for an LM head and an embedding that share their weight and are to have different precisions.
+    """
+    plan = LayerPlan()
+    path, blocks = find_blocks(base)
+    for name, linear in plain_linears(blocks):
+        plan.add(f"{path}.{name}", tuple(linear.weight.shape), recipe.llm)
+    if recipe.llm != "w16a16":
+        known = {f"{name}.weight" for name in (*plan.kinds, *plan.kept)}
+        plan.keep_the_rest((f"{path}.{name}", parameter) for name, parameter in blocks.named_parameters()
+                           if f"{path}.{name}" not in known)  # fmt: skip
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    names = {id(module): name for name, module in base.named_modules()}
+    if head is not None and head.weight is embedding.weight and recipe.lm_head != recipe.embeddings:
+        raise ValueError(
+            "The LM head and the embedding of this base share one weight: ask for both at w8a16, or for neither (got "
+            f"lm_head {recipe.lm_head}, embeddings {recipe.embeddings})."
+        )
+    for module, precision in ((embedding, recipe.embeddings), (head, recipe.lm_head)):
+        if module is not None:
+            plan.add(names[id(module)], tuple(module.weight.shape), precision)
+    return plan
+
+
+def plan_own_parts(model: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
+    """Layers of the vision tower and the projector, by their names in the model."""
+    plan = LayerPlan()
+    for part in ("vision_tower", "multi_modal_projector"):
+        precision = getattr(recipe, part)
+        tree = getattr(model, part)
+        for name, linear in plain_linears(tree):
+            plan.add(f"{part}.{name}", tuple(linear.weight.shape), precision)
+        if precision != "w16a16":
+            convolutions = [name for name, module in tree.named_modules() if isinstance(module, nn.Conv2d)]
+            plan.kept |= {f"{part}.{name}": "16 bits: a convolution" for name in convolutions}
+    return plan
+
+
+def plan_adapter(view: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
+    """LoRA and the copied blocks of a multimodal view, by their names in the adapter's file."""
+    plan = LayerPlan()
+    for name, stock, weight in quantized_adapter_entries(view):
+        if ".lora_" not in name:
+            plan.add(stock, tuple(weight.shape), recipe.replicated_blocks)
+        elif recipe.lora != "w16a16":
+            plan.kinds[stock] = KINDS[recipe.lora]  # expanded in memory, so that no kernel limits its shape
+    if recipe.replicated_blocks != "w16a16":
+        known = {f"{stock}.weight" for _, stock, _ in quantized_adapter_entries(view)}
+        plan.keep_the_rest((stock, parameter) for _, stock, parameter in adapter_parameters(view)
+                           if stock not in known and ".lora_" not in stock)  # fmt: skip
+    return plan
+
+
+def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, Any]:
+    """What stands in config.json for a reader."""
+    kept: dict[str, str] = {}
+    for plan in plans:
+        kept |= plan.kept
+    return {
+        "format": "optimum-quanto", **recipe.parts(), "rounding": recipe.rounding, "activations": recipe.activations,
+        "other_precision": kept,
+    }  # fmt: skip
+
+
+__all__ = ["LayerPlan", "QuantizationRecipe", "describe", "plan_adapter", "plan_base", "plan_own_parts"]

@@ -1,0 +1,1 @@
+"""Proof that a saved model is what it says."""

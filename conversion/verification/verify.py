@@ -1,0 +1,442 @@
+"""Proof that a saved GenieBlue is what it says: the base's bytes, the text answers, the adapter, the code."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from filecmp import cmp
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+
+import modeling_genieblue
+from conversion.verification import clean_process
+from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of, some
+from conversion.verification.verify_quantized import check_quantization, check_quantized_adapter, may_run_code_of_base
+from hub_cards.model_folder import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    OUR_MODULES,
+    not_finite,
+    read_json,
+    read_model_config,
+    read_tensor_sizes,
+    weight_files,
+)
+from modeling_genieblue import GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import (
+    BASE_FINGERPRINT_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    compare_with_samples,
+    different_settings,
+    file_sha256,
+)
+from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
+from modeling_genieblue.loading_genieblue import is_inner_folder
+from modeling_genieblue.quantized_linears_genieblue import QUANTIZED_WEIGHTS_NAME
+
+logger = logging.getLogger(__name__)
+
+QUESTION = "What is in this picture?"
+CONVERSATION = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "And another one?"},
+]
+NEW_TOKENS = 16
+# Largest difference of two logits, as a part of the logits' range, that is taken for rounding. While gradients are
+# recorded GenieBlue runs PEFT's own arithmetic; when it serves, it adds a LoRA's product in another order, and in 16
+# bits every block rounds that anew. A missing or foreign adapter moves the logits by far more.
+SAME_ARITHMETIC = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+OTHER_ORDER = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+CLEAN_PROCESS_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: whether it holds, and in words what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def verify_model(
+    model: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    on_check: Callable[[Check], None] | None = None,
+) -> list[Check]:
+    """Runs every check on a saved GenieBlue (folder or Hub id); what raises is a failed check, and the others go on.
+
+    The last check runs the repository's own Python files, in a process of its own: verify what you would also load
+    with `trust_remote_code=True`. At most two copies of the base are in memory at a time.
+
+    Args:
+        base: folder or Hub id of the base, if it lies elsewhere than recorded; it must still be the same base.
+        trust_remote_code: allows the code of the *base's* repository to run.
+        dtype: precision of the comparisons; `"auto"` is the base's own.
+        on_check: called with each check as it is done.
+
+    Raises `ValueError` or `OSError` only if there is no GenieBlue at `model` at all.
+    """
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub = {key: value for key, value in hub.items() if value is not None}
+    subject = SavedModel(os.fspath(model), base, revision, hub, trust_remote_code, dtype, device)
+    checks = []
+    for name, function in CHECKS.items():
+        name, function = QUANTIZED_CHECKS.get(name, (name, function)) if subject.is_quantized else (name, function)
+        try:
+            check = Check(name, True, function(subject))
+        except CheckFailed as failure:
+            check = Check(name, False, str(failure))
+        except Exception as error:  # whatever keeps a check from ending is a reason to report, not to stop
+            logger.debug("Check %s could not be made", name, exc_info=error)
+            check = Check(name, False, f"could not be checked: {_one_line(error)}")
+        checks.append(check)
+        if on_check is not None:
+            on_check(check)
+    return checks
+
+
+def check_folder(subject: SavedModel) -> str:
+    """The auto classes take the folder for a GenieBlue; its weights are finite numbers, and none is the base's."""
+    folder = subject.folder
+    problems = []
+    root_files = subject.root_files()
+    if "adapter_config.json" in root_files:
+        problems.append(
+            "adapter_config.json lies in the root, so `AutoModel` of a Hub id would load the base instead: it belongs "
+            f"into {ADAPTER_FOLDER}/"
+        )
+    files = weight_files(folder)
+    names = {name for file in files for name in read_tensor_sizes(folder / file)}
+    foreign = sorted(name for name in names if name.split(".", 1)[0] not in OUR_MODULES)
+    if foreign:
+        problems.append(f"{', '.join(files)} hold {some(foreign)}, expected only {' and '.join(OUR_MODULES)}")
+    if broken := [name for file in files for name in not_finite(folder / file)]:
+        problems.append(f"NaN or infinity in {some(broken)}")
+    others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
+    if others:
+        problems.append(f"weight files of other origin lie in it: {some(sorted(others))}")
+    fail_on(problems)
+    base = read_model_config(folder).get("base_model_name_or_path")
+    of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
+    return f"{len(names)} tensors of {' and '.join(OUR_MODULES)}, all finite; {of_base}, no adapter in the root"
+
+
+def check_base_files(subject: SavedModel) -> str:
+    """Every byte of the base's weight files, by sha256, and the recorded sample of each tensor."""
+    name, options = subject.base
+    recorded = subject.config.base_model_fingerprint or {}
+    if not recorded:
+        raise CheckFailed(
+            "config.json records no sha256 of the base's files: load the base from its folder or the Hub, and save."
+        )
+    is_quantized = subject.base_quantization is not None
+    found = {file: file_sha256(path) for file, path in _base_weight_files(name, options, is_quantized).items()}
+    problems = [
+        f"{file} is missing" if file not in found else f"{file} is not recorded" if file not in recorded
+        else f"sha256 of {file} is {found[file]}, recorded is {recorded[file]}"
+        for file in sorted(recorded.keys() | found.keys())
+        if found.get(file) != recorded.get(file)
+    ]  # fmt: skip
+    fail_on(problems)
+    samples = read_json(subject.folder / BASE_FINGERPRINT_NAME)
+    fail_on(compare_with_samples(subject.plain, samples))
+    fail_on(different_settings(subject.plain.config, subject.config.text_config))
+    return f"settings, sha256 of {len(found)} file(s) and samples of {len(samples)} tensors are those of {name}"
+
+
+def _base_weight_files(name: str, options: dict[str, Any], is_quantized: bool) -> dict[str, str]:
+    """Path by name of each weight file of the base; what is not there yet is downloaded."""
+    hub = {key: value for key, value in options.items() if key != "trust_remote_code"}
+
+    def find(file: str) -> str | None:
+        if os.path.isdir(name):
+            path = os.path.join(name, file)
+            return path if os.path.isfile(path) else None
+        try:
+            return hf_hub_download(name, file, **hub)
+        except EntryNotFoundError:  # also where there is no network and no such file in the cache
+            return None
+
+    if is_quantized:
+        path = find(QUANTIZED_WEIGHTS_NAME)
+        return {} if path is None else {QUANTIZED_WEIGHTS_NAME: path}
+    # transformers takes the single file where there are both.
+    index = None if find(WEIGHTS_NAME) is not None else find(INDEX_NAME)
+    files = [WEIGHTS_NAME] if index is None else sorted(set(read_json(Path(index))["weight_map"].values()))
+    if outside := [file for file in files if Path(file).name != file]:
+        raise CheckFailed(f"{INDEX_NAME} of {name} names a file outside of its folder: {outside[0]!r}")
+    return {file: path for file in files if (path := find(file)) is not None}
+
+
+def check_language_adapter(subject: SavedModel) -> str:
+    """Every tensor of the adapter is expected, finite and of the right shape, none is missing, its settings agree."""
+    lora_config = make_lora_config(subject.plain, subject.config)
+    view = build_multimodal_view(subject.plain, lora_config)
+    expected = {stock: list(parameter.shape) for _, stock, parameter in adapter_parameters(view)}
+    read_tensor_sizes(subject.folder / ADAPTER_WEIGHTS)  # refuses a truncated file
+    problems = []
+    count = 0
+    with safe_open(subject.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        found = set(file.keys())
+        problems += [f"missing: {some(names)}" for names in [sorted(expected.keys() - found)] if names]
+        problems += [f"unexpected: {some(names)}" for names in [sorted(found - expected.keys())] if names]
+        for name in sorted(found & expected.keys()):
+            tensor = file.get_tensor(name)
+            count += tensor.numel()
+            if list(tensor.shape) != expected[name]:
+                problems.append(f"{name} has shape {list(tensor.shape)}, expected {expected[name]}")
+            elif not tensor.isfinite().all():
+                problems.append(f"{name} holds NaN or infinity")
+    problems += subject.different_settings(lora_config)
+    fail_on(problems)
+    layers = ", ".join(map(str, subject.config.replicated_layers))
+    return (
+        f"{len(expected)} tensors, {count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the "
+        f"blocks {layers}, as config.json says"
+    )
+
+
+def check_tokenizer(subject: SavedModel) -> str:
+    """Text-only requests are formatted and tokenized exactly as the base's own tokenizer does it."""
+    trust = {"trust_remote_code": subject.trust}
+    processor = GenieBlueProcessor.from_pretrained(subject.name, **trust, **subject.source)
+    own = subject.base_tokenizer
+    problems = []
+    if processor.tokenizer.get_vocab() != own.get_vocab():
+        problems.append("the vocabulary is another than the base's")
+    if processor.image_token_id != subject.config.image_token_id:
+        problems.append(
+            f"the processor's image_token_id is {processor.image_token_id}, config.json has "
+            f"{subject.config.image_token_id}"
+        )
+    texts = [*PROMPTS, processor.image_token, "".join(own.all_special_tokens)]
+    problems += [
+        f"{text!r} becomes {list(ids)[:8]}, the base's tokenizer makes {list(expected)[:8]} of it"
+        for text in texts
+        if (ids := processor(text)["input_ids"]) != (expected := own(text)["input_ids"])
+    ]
+    formatted = "the base has no chat template"
+    if own.chat_template is not None:
+        formatted = "and a conversation"
+        for settings in ({"add_generation_prompt": True}, {}):
+            settings |= {"tokenize": True, "return_dict": True}
+            ids = processor.apply_chat_template(CONVERSATION, **settings)["input_ids"]
+            if ids != own.apply_chat_template(CONVERSATION, **settings)["input_ids"]:
+                problems.append(f"a conversation is formatted in another way ({settings})")
+    fail_on(problems)
+    return f"{len(own)} tokens, {len(texts)} texts {formatted}: equal to the base's own"
+
+
+def check_text_view(subject: SavedModel) -> str:
+    """Logits and greedy generation of the text view equal those of the base loaded by hand, bit for bit."""
+    base, model = subject.plain, subject.model
+    problems = []
+    tokens = 0
+    for ids, expected in zip(subject.prompts, subject.plain_logits, strict=True):
+        logits = logits_of(model, ids)
+        if not torch.equal(logits, expected):
+            worst = (logits.float() - expected.float()).abs().max()
+            problems.append(f"logits of a prompt of {ids.shape[1]} tokens differ by up to {worst:.3g}")
+    # Rows of different lengths, padded on the left as in batched serving.
+    batch = _left_padded(subject.prompts, base.config.get_text_config(decoder=True))
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    for inputs in (*({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in subject.prompts), batch):
+        if not torch.equal(logits_of(model, **inputs), logits_of(base, **inputs)):
+            problems.append(f"logits of {len(inputs['input_ids'])} row(s) with an attention mask differ")
+        generated, expected = model.generate(**inputs, **settings), base.generate(**inputs, **settings)
+        tokens += generated[:, inputs["input_ids"].shape[1] :].numel()
+        if not torch.equal(generated, expected):
+            ours, plain = (ids[:, -NEW_TOKENS:].tolist() for ids in (generated, expected))
+            problems.append(f"generated {ours}, the base {plain}")
+    fail_on(problems)
+    return (
+        f"logits of {len(PROMPTS)} prompts and of their batch, and {tokens} generated tokens equal the plain base's "
+        f"bit for bit ({_name(base.dtype)}, {base.device.type})"
+    )
+
+
+def check_stock_peft(subject: SavedModel) -> str:
+    """`PeftModel.from_pretrained` on the plain base gives the multimodal view's logits; disabled, the base's."""
+    base_logits = subject.plain_logits  # taken before PEFT changes the plain base
+    training, serving = (
+        [logits_of(subject.model, ids, view="multimodal", gradients=gradients) for ids in subject.prompts]
+        for gradients in (True, False)
+    )
+    peft = PeftModel.from_pretrained(subject.plain, subject.folder, subfolder=ADAPTER_FOLDER)
+    stock = [logits_of(peft, ids) for ids in subject.prompts]
+    problems = []
+    dtype = subject.plain.dtype
+    worst = {}
+    for name, ours, allowed in (
+        ("in PEFT's own arithmetic", training, SAME_ARITHMETIC),
+        ("as it serves", serving, OTHER_ORDER),
+    ):
+        worst[name] = max(_relative_difference(*pair) for pair in zip(ours, stock, strict=True))
+        limit = allowed.get(dtype, allowed[torch.bfloat16])
+        if not worst[name] <= limit:  # NaN fails too
+            problems.append(
+                f"the multimodal view {name} differs from stock PEFT by {worst[name]:.2g} of the logits' range, "
+                f"allowed are {limit:g}"
+            )
+    with peft.disable_adapter():
+        if not all(
+            torch.equal(logits_of(peft, ids), expected)
+            for ids, expected in zip(subject.prompts, base_logits, strict=True)
+        ):
+            problems.append("with the adapter disabled, the logits of stock PEFT are not the base's")
+    fail_on(problems)
+    moved = max(_relative_difference(*pair) for pair in zip(serving, base_logits, strict=True))
+    measured = ", ".join(f"{difference:.1g} {name}" for name, difference in worst.items())
+    return (
+        f"largest difference, of the logits' range: {measured} ({_name(dtype)}); the adapter moves the base's by "
+        f"{moved:.2g}; disabled, they are the base's bit for bit"
+    )
+
+
+def _relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    logits, expected = logits.float(), expected.float()
+    return float((logits - expected).abs().max() / (expected.max() - expected.min()))
+
+
+def check_remote_code(subject: SavedModel) -> str:
+    """The repository's own code files load, where the package cannot be imported, and answer about an image."""
+    base_name, base_options = subject.base  # refuses a base whose code may not run: here it would
+    if not subject.is_local and not subject.trust and (foreign := _code_of_others(subject.folder)):
+        raise CheckFailed(
+            f"{some(foreign)} differ from the installed package's files, and were not run: look at them, then allow "
+            "it with trust_remote_code (--trust-remote-code)"
+        )
+    alone = subject.base_quantization is not None and may_run_code_of_base(subject)
+    subject.release()
+    settings = {
+        "model": str(subject.folder) if subject.is_local else subject.name,
+        "hub": _as_json(subject.source),
+        "quantized_base": base_name if alone else None,
+        "base_hub": _as_json(base_options),
+        "base": {} if subject.base_override is None else {"base_model": os.path.abspath(base_name)
+                                                  if os.path.isdir(base_name) else base_name},
+        "dtype": subject.dtype if isinstance(subject.dtype, str) else _name(subject.dtype),
+        "device": None if subject.device is None else str(subject.device),
+        "prompt": QUESTION,
+        "max_new_tokens": 4,
+    }  # fmt: skip
+    report = _run_clean_process(settings, subject.hub.get("token"))
+    installed = {name: module for name, module in report["modules"].items() if "transformers_modules" not in module}
+    if installed:
+        raise CheckFailed(f"not taken from the repository: {installed}; config.json lacks their `auto_map` entries")
+    if report["base_class"] is not None and not report["base_is_equal"]:
+        raise CheckFailed(f"the base {base_name}, loaded by its own code files, gives other logits than the text view")
+    of_base = f"; its base alone, a {report['base_class']}, gives the text view's logits" if alone else ""
+    others = _code_of_others(subject.folder)
+    return (
+        f"{', '.join(report['modules'])} run the repository's own files "
+        f"({f'{some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
+        f"process; it answered about an image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
+        f"{of_base}"
+    )
+
+
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    """Hub options for another process, which gets the token and its consent in other ways."""
+    kept = {key: value for key, value in options.items() if key not in ("token", "trust_remote_code")}
+    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in kept.items()}
+
+
+def _code_of_others(folder: Path) -> list[str]:
+    """Python files of a repository that are not byte for byte those of the installed package."""
+    own = Path(modeling_genieblue.__file__).parent
+    files = sorted(folder.glob("*.py"))
+    return [path.name for path in files if not (own / path.name).is_file() or not cmp(path, own / path.name, False)]
+
+
+def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> dict[str, Any]:
+    """Runs `clean_process` in an empty folder with a cache of code files of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "HF_MODULES_CACHE": os.path.join(folder, "modules")}
+        if isinstance(token, str):
+            environment["HF_TOKEN"] = token
+        try:
+            process = subprocess.run(
+                [sys.executable, "-P", clean_process.__file__],
+                input=json.dumps(settings),
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=CLEAN_PROCESS_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CheckFailed(
+                f"a clean process had not answered after {CLEAN_PROCESS_SECONDS} seconds and was ended: a code file "
+                "of the repository may hang"
+            ) from error
+    if process.returncode != 0:
+        raise CheckFailed(f"a clean process failed with exit code {process.returncode}: {_last_error(process.stderr)}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+CHECKS: dict[str, Callable[[SavedModel], str]] = {
+    "folder": check_folder,
+    "base_files": check_base_files,
+    "language_adapter": check_language_adapter,
+    "tokenizer": check_tokenizer,
+    "text_view": check_text_view,
+    "stock_peft": check_stock_peft,
+    "remote_code": check_remote_code,
+}
+# What takes the place of a check if the GenieBlue is quantized.
+QUANTIZED_CHECKS = {
+    "language_adapter": ("language_adapter", check_quantized_adapter),
+    "stock_peft": ("quantization", check_quantization),
+}
+
+
+def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    length = max(row.shape[1] for row in rows)
+    pad = getattr(config, "pad_token_id", None) or 0
+    padded = [nn.functional.pad(row, (length - row.shape[1], 0), value=pad) for row in rows]
+    mask = [nn.functional.pad(torch.ones_like(row), (length - row.shape[1], 0)) for row in rows]
+    return {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _last_error(stderr: str) -> str:
+    """The message of the exception that ended a process, which may have several lines."""
+    lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
+    starts = [index for index, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    message = " ".join(lines[starts[-1] :] if starts else lines[-3:])
+    return message if len(message) <= 500 else f"{message[:500]} …"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+__all__ = ["Check", "verify_model"]

@@ -1,0 +1,217 @@
+"""What `verify` checks of a quantized GenieBlue in other ways: the adapter's codes, precisions, quantization error."""
+
+import logging
+import os
+from collections.abc import Iterator
+from filecmp import cmp
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+import modeling_genieblue
+from conversion.quantization.error import ViewLogits, measured_errors, view_logits
+from conversion.quantization.precision import (
+    LayerPlan,
+    QuantizationRecipe,
+    describe,
+    plan_adapter,
+    plan_base,
+    plan_own_parts,
+)
+from conversion.quantization.rounding import TOP_CODE
+from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, some
+from hub_cards.model_card import MEASUREMENTS
+from hub_cards.model_folder import (
+    ADAPTER_FOLDER,
+    QUANTIZED_ADAPTER_WEIGHTS,
+    WEIGHTS,
+    is_hub_id,
+    read_json,
+    read_tensor_sizes,
+)
+from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
+from modeling_genieblue.loading_genieblue import LoadRequest
+from modeling_genieblue.quantized_files_genieblue import read_qmap
+from modeling_genieblue.quantized_linears_genieblue import QMAP_NAME, is_frozen
+from modeling_genieblue.quantized_parts_genieblue import load_quantized_adapter
+from modeling_genieblue.settings_files_genieblue import BASE_PARTS
+
+logger = logging.getLogger(__name__)
+
+STOCK_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Relative L2 error of logits that have nothing to do with each other is above this.
+LARGEST_ERROR = 1.0
+UNSEEN = "no hash of this repository's own files is recorded, so a code or a scale that was changed is not seen"
+
+
+def check_quantized_adapter(subject: SavedModel) -> str:
+    """The loader's own strict reading of the adapter, then the range of every number; its settings agree."""
+    lora_config = make_lora_config(subject.plain, subject.config)
+    path = subject.folder / QUANTIZED_ADAPTER_WEIGHTS
+    read_tensor_sizes(path)  # refuses a truncated file
+    view = build_multimodal_view(subject.plain, lora_config)
+    problems = []
+    try:
+        load_quantized_adapter(view, str(path), LoadRequest.from_arguments(subject.folder, {}), subject.plain.dtype)
+    except ValueError as error:
+        problems.append(str(error))
+    problems += [*impossible_numbers(path), *subject.different_settings(lora_config)]
+    fail_on(problems)
+    count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
+    layers = ", ".join(map(str, subject.config.replicated_layers))
+    return (
+        f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as "
+        "config.json says; codes and zero points in range, scales positive and finite"
+    )
+
+
+def may_run_code_of_base(subject: SavedModel) -> bool:
+    """Whether the code files in a quantized base's repository may run: the user's own, or ours byte for byte."""
+    name, options = subject.base
+    is_folder = os.path.isdir(name)
+    if subject.trust or is_folder and (subject.is_local or subject.base_override is not None):
+        return True
+    hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+    # A folder is that of a self-contained model here, which was downloaded.
+    folder = Path(name) if is_folder else Path(snapshot_download(name, allow_patterns="*.py", **hub))
+    own = Path(modeling_genieblue.__file__).parent
+    return all((own / path.name).is_file() and cmp(path, own / path.name, False) for path in folder.glob("*.py"))
+
+
+def impossible_numbers(path: Path) -> Iterator[str]:
+    """Tensors of a file with quantized weights that hold what no rounding gives, one sentence each."""
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                yield f"{name} holds NaN or infinity"
+            elif name.endswith("._scale") and not (tensor > 0).all():
+                yield f"{name} holds a scale that is not positive"
+            elif name.endswith("._shift") and (tensor > TOP_CODE[4]).any():
+                yield f"{name} holds a zero point above {TOP_CODE[4]}"
+            elif tensor.dtype == torch.int8 and (tensor < -TOP_CODE[8]).any():
+                yield f"{name} holds a code below {-TOP_CODE[8]}"
+
+
+def check_quantization(subject: SavedModel) -> str:
+    """Each part has the precision that config.json says, no number is impossible, each view is near the 16-bit one."""
+    recorded = subject.config.quantization
+    recipe = _recipe(recorded)
+    model = subject.model  # read strictly by its maps, so that stored types are those of the maps
+    plans = {
+        QMAP_NAME: plan_own_parts(model, recipe),
+        f"{ADAPTER_FOLDER}/{QMAP_NAME}": plan_adapter(model.multimodal_language_model, recipe),
+    }
+    problems = []
+    for name, plan in plans.items():
+        problems += _other_precisions(name, plan.kinds, read_qmap(subject.folder / name))
+    of_base = LayerPlan()
+    if recipe.changes_base:
+        of_base = plan_base(subject.plain, recipe)
+        problems += _other_precisions("the base", of_base.kinds, _kinds_in_memory(subject.plain))
+        own = subject.base_quantization or {}
+        problems += [
+            f"the base's config.json has {part} {own.get(part)!r}, this one {recorded.get(part)!r}"
+            for part in (*BASE_PARTS, "activations")
+            if own.get(part) != recorded.get(part)
+        ]
+    explained = describe(recipe, [*plans.values(), of_base])["other_precision"]
+    if recorded.get("other_precision") != explained:
+        names = sorted(set(recorded.get("other_precision") or {}) ^ set(explained)) or sorted(explained)
+        problems.append(f"config.json does not list rightly which layers have another precision: {some(names)}")
+    problems += impossible_numbers(subject.folder / WEIGHTS)
+    stock = [file for file in STOCK_PEFT_FILES if (subject.folder / ADAPTER_FOLDER / file).exists()]
+    problems += [f"{ADAPTER_FOLDER}/{file} is there, which stock PEFT would load" for file in stock]
+    fail_on(problems)
+    parts = ", ".join(f"{part} {precision}" for part, precision in recipe.parts().items())
+    return (
+        f"{parts}: as the maps and the stored types say; {_errors(subject, recipe)}; stock PEFT does not load the "
+        f"adapter, as intended; {UNSEEN}"
+    )
+
+
+def _recipe(recorded: dict[str, Any]) -> QuantizationRecipe:
+    try:
+        return QuantizationRecipe(**{name: recorded[name] for name in QuantizationRecipe.__dataclass_fields__})
+    except KeyError as error:
+        raise CheckFailed(f"config.json does not say the precision of {error}: quantize the model again.") from error
+
+
+def _kinds_in_memory(base: Any) -> dict[str, str]:
+    """The quantization map of a loaded base; an 8-bit embedding is no linear, but has such a weight too."""
+    kinds = {name: module.weight_qtype.name for name, module in base.named_modules()
+             if is_frozen(module)}  # fmt: skip
+    embedding = base.get_input_embeddings()
+    if hasattr(embedding.weight, "qtype"):
+        names = {id(module): name for name, module in base.named_modules()}
+        kinds[names[id(embedding)]] = embedding.weight.qtype.name
+    return kinds
+
+
+def _other_precisions(place: str, meant: dict[str, str], found: dict[str, str]) -> list[str]:
+    other = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
+    if not other:
+        return []
+    first = other[0]
+    return [
+        f"{place} has another precision than config.json says for {len(other)} layer(s): {first} is "
+        f"{found.get(first, '16 bits')}, meant is {meant.get(first, '16 bits')}"
+    ]
+
+
+def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:
+    """The error of each view's logits, in words: measured again if the 16-bit GenieBlue is there, else as recorded.
+
+    Raises `CheckFailed` for logits that have nothing to do with those of 16 bits.
+    """
+    after = view_logits(subject.model)
+    subject.release()  # the next model is as large as both
+    try:
+        source, before = _logits_of_source(subject, recipe)
+    except (OSError, ValueError) as error:
+        logger.info("The quantization error is not measured again: %s", error)
+        return _recorded_errors(subject, error)
+    errors, _ = measured_errors(before, after, recipe)
+    listed = ", ".join(f"{view} view {error:.3f}" for view, error in errors.items())
+    if not max(errors.values()) < LARGEST_ERROR:  # NaN fails too
+        raise CheckFailed(
+            f"the logits have nothing to do with those of {source}, which it was made from: relative L2 error of the "
+            f"{listed}"
+        )
+    return f"relative L2 error of the logits, measured again against {source}: {listed}"
+
+
+def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[str, ViewLogits]:
+    """Name and logits of the 16-bit GenieBlue; `OSError` or `ValueError` if it cannot be had."""
+    origin = subject.config.quantization.get("source") or {}
+    name, where = origin.get("name"), {}
+    if not isinstance(name, str):
+        raise OSError("config.json does not say what it was made from")
+    if is_hub_id(name, subject.folder):
+        where = {**subject.hub, "revision": origin.get("revision")}
+    elif not subject.is_local:
+        raise OSError(f"{name} is a folder on the computer where it was quantized")
+    else:
+        name = os.path.normpath(subject.folder / name)
+        if not os.path.isdir(name):
+            raise OSError(f"there is no folder {name}")
+    model = GenieBlueForConditionalGeneration.from_pretrained(
+        name, dtype=recipe.dtype, trust_remote_code=subject.trust, **where
+    )
+    return name, view_logits(model.to(subject.device) if subject.device is not None else model)
+
+
+def _recorded_errors(subject: SavedModel, reason: Exception) -> str:
+    path = subject.folder / MEASUREMENTS
+    rows = [row for row in read_json(path) if " logits against " in row["name"]] if path.is_file() else []
+    why = " ".join(str(reason).split())
+    if not rows:
+        return f"quantization error neither recorded nor measured ({why})"
+    return f"as recorded, not measured again ({why}): " + ", ".join(f"{row['name']} {row['value']}" for row in rows)
+
+
+__all__ = ["check_quantization", "check_quantized_adapter", "may_run_code_of_base"]

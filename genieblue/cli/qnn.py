@@ -1,0 +1,170 @@
+"""`genieblue export qnn`, and what `chat` and `verify` do with a bundle for a phone's NPU."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from conversion.qnn.npu.soc import SOCS, find_soc
+from genieblue.cli.options import Base, BaseCode, Json, LoraMode, QnnRounding, Revision
+from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
+
+export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@export_app.callback()
+def export() -> None:
+    """Export a GenieBlue for a device."""
+
+
+@export_app.command()
+def qnn(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.", show_default=False)],
+    soc: Annotated[str, typer.Option(help=f"Chip: {', '.join(SOCS)}.", show_default=False)],
+    calibration: Annotated[
+        Path, typer.Option(help="JSONL of chats, some with images, as for training.", show_default=False)
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where image paths of the JSONL begin.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Chats to calibrate on.")] = 16,
+    chunk_length: Annotated[int, typer.Option(min=1, help="Tokens that prefill takes at a time.")] = 128,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that a conversation may have; by default at most 2048.", show_default=False),
+    ] = None,
+    parts: Annotated[int, typer.Option(min=1, help="Binaries that hold the blocks; more need less memory.")] = 1,
+    lora: Annotated[
+        LoraMode, typer.Option(help="constants, or inputs, so that one binary serves several adapters.")
+    ] = LoraMode.constants,
+    cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
+    vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
+    rounding: Annotated[
+        QnnRounding, typer.Option(help="rtn, to nearest, or seqmse (extra aimet): slower, by what is lost.")
+    ] = QnnRounding.rtn,
+    encodings: Annotated[
+        bool, typer.Option("--encodings", help="Write float graphs with AIMET .encodings too, for qairt-converter.")
+    ] = False,
+    base: Base = None,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+    json_output: Json = False,
+) -> None:
+    """Compile a bundle of context binaries for a Snapdragon NPU.
+
+    One vision graph, and text and multimodal prefill and decode that share their weights in one binary. An export that
+    was stopped goes on where it was when it is started again with the same settings.
+    """
+    from conversion.qnn.npu.sessions import check_platform, require_libraries
+
+    find_soc(soc)
+    check_platform()
+    require_libraries()
+    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    with stdout_for_json(json_output):
+        quiet_transformers()
+        from conversion.qnn.export import export_bundle
+        from genieblue.training.calibration_chats import read_chats
+        from genieblue.training.collation import ChatCollator
+        from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
+        from modeling_genieblue.loading_genieblue import LoadRequest
+
+        with looking_for(model):
+            LoadRequest.from_arguments(model, dict(options)).check_layout()
+            GenieBlueConfig.from_pretrained(model, revision=revision)  # which says best what is no GenieBlue
+            encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
+        chats = read_chats(calibration, samples, image_folder=image_folder)
+        bundle = export_bundle(
+            model,
+            out.expanduser(),
+            soc=soc,
+            calibration=map(encode, chats),  # images are read when all else has been found good
+            chunk_length=chunk_length,
+            context_length=context_length,
+            parts=parts,
+            lora=lora.value,
+            cache_bits=cache_bits,
+            vision_tiles=vision_tiles,
+            rounding=rounding.value,
+            encodings=encodings,
+            on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
+            base_model=base,
+            **options,
+        )
+    files = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
+    if json_output:
+        print_json({"bundle": str(bundle), "files": files})
+        return
+    for name, size in sorted(files.items(), key=lambda item: -item[1])[:12]:
+        typer.echo(f"{short_bytes(size):>12}  {name}")
+    typer.echo(f"{bundle}: {short_bytes(sum(files.values()))} in {len(files)} files, for {soc}.")
+    note(f"Next: genieblue verify {bundle}; genieblue chat --qnn {bundle} --image photo.jpg --prompt …")
+
+
+@export_app.command()
+def adapter(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
+    bundle: Annotated[Path, typer.Option(help="Bundle of `export qnn --lora inputs`.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write, such as other.npz.", show_default=False)],
+    base: Base = None,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+) -> None:
+    """Write the LoRA of another GenieBlue for the graphs of a bundle, which must share all but LoRA with it."""
+    from conversion.qnn.adapters import export_adapter
+
+    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    quiet_transformers()
+    with looking_for(model):
+        path = export_adapter(model, bundle.expanduser(), out.expanduser(), base_model=base, **options)
+    typer.echo(f"{path}: {short_bytes(path.stat().st_size)}")
+    note(f"Next: genieblue chat --qnn {bundle} --adapter {path} --image photo.jpg --prompt …")
+
+
+def is_bundle(path: str) -> bool:
+    """Whether `path` is the folder of an exported bundle, and not of a model."""
+    folder = Path(path)
+    return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
+
+
+def refuse_options(ctx: typer.Context, names: Sequence[str], subject: str) -> None:
+    """`BadParameter` for an option of `names` that was given, but has no meaning for `subject`."""
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name)
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"It has no meaning for {subject}: leave it out.", param_hint=option.opts[0])
+
+
+def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:
+    """The checks of a bundle; with `base` its text graphs are compared with what the base alone gives."""
+    from conversion.qnn.npu.sessions import require_libraries
+
+    # Without the compiler too: then the checks that need it fail, and tell why.
+    require_libraries(("onnxruntime", "onnx"))
+    from conversion.qnn.verify import verify_bundle
+
+    loaded = None
+    if base is not None:
+        from transformers import AutoModelForCausalLM
+
+        with looking_for(base):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                base, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+    return verify_bundle(path, base=loaded, on_check=on_check)
+
+
+def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
+    """A conversation with a bundle's graphs, as `genieblue.serving.conversation.Chat` is with a model."""
+    from conversion.qnn.npu.sessions import require_libraries
+
+    require_libraries(("onnxruntime",))  # the emulator's own is asked for where it is opened
+    from conversion.qnn.bundle.runner import QnnRunner
+    from genieblue.serving.qnn_conversation import QnnChat
+
+    return QnnChat(QnnRunner(bundle, backend=backend, adapter=adapter))
+
+
+__all__ = ["export_app", "is_bundle", "open_bundle", "refuse_options", "verify_qnn_bundle"]

@@ -1,0 +1,166 @@
+"""`genieblue quantize`: the recipe by options, the result as a table or JSON."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from genieblue.cli.options import Activations, BaseCode, EightBits, Json, Revision, Rounding, Weights
+from genieblue.cli.terminal import (
+    looking_for,
+    note,
+    print_json,
+    print_table,
+    progress_bar,
+    quiet_transformers,
+    short_bytes,
+    stdout_for_json,
+)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the quantized GenieBlue.", show_default=False)],
+    llm: Annotated[Weights, typer.Option(help="Linears of the base's blocks, and of their copies.")] = Weights.w4a16,
+    replicated: Annotated[
+        Weights | None, typer.Option(help="Linears of the copies; as --llm if left out.", show_default=False)
+    ] = None,
+    lora: Annotated[EightBits, typer.Option(help="LoRA.")] = EightBits.w8a16,
+    vision: Annotated[Weights, typer.Option(help="Vision tower.")] = Weights.w8a16,
+    projector: Annotated[Weights, typer.Option(help="Projector.")] = Weights.w8a16,
+    lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = EightBits.w16a16,
+    embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = EightBits.w16a16,
+    rounding: Annotated[
+        Rounding | None, typer.Option(help="gptq with --calibration, else hqq.", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file, or JSONL of chats with images; may be repeated.", show_default=False),
+    ] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where image paths of the JSONL begin.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Most calibration samples of each kind.")] = 64,
+    sample_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration text.")] = 512,
+    activations: Annotated[Activations, typer.Option(help="Format of the 16 bits.")] = Activations.bfloat16,
+    base_out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the quantized base; by default beside --out.", show_default=False),
+    ] = None,
+    quantized_base: Annotated[
+        str | None, typer.Option(help="A base that was quantized before, to use again.", show_default=False)
+    ] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Put the quantized base into the folder `base` of --out.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the folders.")] = False,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+    json_output: Json = False,
+) -> None:
+    """Quantize a GenieBlue and its base, for a CPU, a GPU or the Hub.
+
+    The default is the paper's recipe for phones: LLM W4A16, vision tower, projector and LoRA W8A16. The quantized
+    base is a repository of its own, which serves any number of adapters and plain users of the base.
+    """
+    from conversion.quantization.precision import QuantizationRecipe
+    from conversion.quantization.quantize import quantize_genieblue
+    from genieblue.training.calibration_chats import read_calibration
+    from hub_cards.model_parts import model_info
+    from modeling_genieblue import GenieBlueProcessor
+
+    chosen = rounding.value if rounding is not None else "gptq" if calibration else "hqq"
+    if calibration and chosen != "gptq":
+        raise typer.BadParameter(f"{chosen} uses no samples: leave --calibration out, or use gptq.")
+    if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
+        raise typer.BadParameter("--image-folder is for the images of a JSONL file: give one (--calibration).")
+    recipe = QuantizationRecipe(
+        llm=llm.value,
+        replicated_blocks=None if replicated is None else replicated.value,
+        lora=lora.value,
+        vision_tower=vision.value,
+        multi_modal_projector=projector.value,
+        lm_head=lm_head.value,
+        embeddings=embeddings.value,
+        rounding=chosen,
+        activations=activations.value,
+    )
+    out = out.expanduser()
+    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
+        quiet_transformers()
+        data = None
+        if calibration:
+            processor = GenieBlueProcessor.from_pretrained(model, **options)
+            data = read_calibration(
+                calibration, processor, count=samples, length=sample_length, image_folder=image_folder
+            )
+        report = quantize_genieblue(
+            model,
+            out,
+            recipe,
+            base_output=None if base_out is None else base_out.expanduser(),
+            quantized_base=quantized_base,
+            self_contained=self_contained,
+            samples=data,
+            overwrite=overwrite,
+            progress=progress_bar,
+            **options,
+        )
+        parts = model_info(report.output).parts
+    sizes = {name: size for name, size in parts.items() if size is not None}
+    precisions = {**recipe.parts(), "language_model": recipe.llm}
+    if json_output:
+        print_json(
+            {
+                "output": str(report.output),
+                "base": report.base,
+                "parts": {
+                    name: {"precision": precisions[name], "parameters": size.parameters, "bytes": size.bytes}
+                    for name, size in sizes.items()
+                },
+                "errors": report.errors,
+                "other_precision": report.other_precision,
+            }
+        )
+        return
+    rows = [
+        (name, precisions[name], f"{size.parameters:,}", short_bytes(size.bytes), f"{_bits(size):.2f}")
+        for name, size in sizes.items()
+    ]
+    print_table(("part", "precision", "parameters", "on disk", "bits each"), rows)
+    for name, reason in report.other_precision.items():
+        note(f"{name}: {reason}")
+    for view, error in report.errors.items():
+        typer.echo(f"Error of the {view} view's logits against {recipe.activations}: {error:.3f} (relative L2)")
+    typer.echo(f"{report.output}, on the base {report.base}")
+    note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that hidden folders are removed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal arrives
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _bits(size: Any) -> float:
+    """Bits on disk for each parameter, scales and what stayed at 16 bits included."""
+    return 8 * size.bytes / size.parameters
+
+
+__all__ = ["quantize"]

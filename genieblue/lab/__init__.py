@@ -1,0 +1,1 @@
+"""The structures that the paper compares."""

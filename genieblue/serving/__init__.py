@@ -1,0 +1,1 @@
+"""Talking to a model: conversations with a cache by view."""

@@ -1,0 +1,1 @@
+"""Training: chats in, batches, stages, a trainer."""

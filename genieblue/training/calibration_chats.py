@@ -1,0 +1,68 @@
+"""Calibration samples from the user's own text or chats, for `gptq` and for the graphs of an NPU."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.quantization.hessians import read_paragraphs, text_batches
+from conversion.quantization.quantize import CalibrationSamples
+from genieblue.training.chats import ChatDataset, ChatSample
+from genieblue.training.collation import ChatCollator
+
+
+def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> list[ChatSample]:
+    """At most `count` chats of a JSONL file in its order, half of them with images, whatever the file is sorted by.
+
+    They are the first ones of either kind; where one kind has too few, the other one fills up. Raises `ValueError` or
+    `OSError` for data that is missing, empty or bad.
+    """
+    dataset = ChatDataset(path, image_folder=image_folder, skip_bad=None)
+    half = count // 2
+    found: dict[bool, list[tuple[int, ChatSample]]] = {True: [], False: []}  # by whether there are images
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        kind = found[bool(sample.images)]
+        if len(kind) < count:
+            kind.append((index, sample))
+        if len(found[True]) >= count - half and len(found[False]) >= half:
+            break
+    images = found[True][: max(count - half, count - len(found[False]))]
+    return [sample for _, sample in sorted(images + found[False][: count - len(images)], key=lambda item: item[0])]
+
+
+def read_calibration(
+    paths: list[Path], processor: Any, *, count: int, length: int, image_folder: Path | None = None
+) -> CalibrationSamples:
+    """Samples from text files (paragraphs) and JSONL files of chats, as training reads them.
+
+    Texts, those of the chats too, are packed into at most `count` rows of `length` tokens; the first `count` chats
+    with an image become requests with images. Raises `ValueError` or `OSError` for data that is missing, empty, or
+    does not fill one row.
+    """
+    texts: list[str] = []
+    chats: list[Any] = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            samples = read_chats(path, 4 * count, image_folder=image_folder)
+            chats += [sample for sample in samples if sample.images]
+            texts += ["\n".join(_texts(sample)) for sample in samples]
+        else:
+            texts += read_paragraphs(path)
+    collator = ChatCollator(processor)
+    return CalibrationSamples(
+        text=text_batches(processor.tokenizer, texts, length, count),
+        multimodal=[_request(collator.encode(chat)) for chat in chats[:count]],
+    )
+
+
+def _texts(sample: Any) -> list[str]:
+    parts = [part for message in sample.messages for part in message["content"]]
+    return [part["text"] for part in parts if part["type"] == "text"]
+
+
+def _request(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([row["input_ids"]]), "pixel_values": row["pixel_values"]}
+
+
+__all__ = ["read_calibration", "read_chats"]

@@ -1,0 +1,332 @@
+"""Training data: chats with images, read lazily from JSONL or from any sequence, and checked before they are used."""
+
+import hashlib
+import json
+import logging
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from modeling_genieblue.chat_messages_genieblue import image_sources
+
+logger = logging.getLogger(__name__)
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+PLACEHOLDER = "<image>"  # in the strings of a data file, whatever the placeholder of the processor is
+SECONDS_WITHOUT_BAR = 2
+BAD_SAMPLE = (ValueError, OSError)
+CORRECT_OR_SKIP = "Correct it, or leave bad samples out with `skip_bad` (--skip-bad)."
+
+
+@dataclass(frozen=True)
+class ChatSample:
+    """One conversation that ends with an answer.
+
+    Attributes:
+        messages: `{"role", "content"}`, contents as lists of `{"type": "text", "text"}` and `{"type": "image"}`.
+        images: one by image part, in order: a path, a PIL image, an array or the bytes of a file.
+        where: `file:line`, or the sample's number, for messages.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[Any]
+    where: str
+
+
+class ChatDataset(torch.utils.data.Dataset):
+    """Chats from a JSONL file, a `datasets.Dataset` or any sequence of dictionaries; an item is a `ChatSample`.
+
+    Two forms are read. `{"messages": [{"role", "content"}], "images": [...]}`: a content is a string, in which
+    `<image>` stands for the next of `images`, or a list of parts, in which an image part may hold its own image
+    (`image` or `path`) and a text stands for itself; in a chat with images, no text may hold `<image>`. And LLaVA's
+    `{"image": ..., "conversations": [{"from", "value"}]}`.
+
+    A JSONL file or a list is checked as a whole when it is opened; other sequences, which may make or decode their
+    samples, are checked sample by sample when they are used. With `skip_bad` a bad sample is left out and logged;
+    without, it is a `ValueError` that names its file and line. With `None` too, which is for data of which nothing may
+    be left out: its message does not offer it.
+
+    `sha256` is that of the good lines or, of a list, of the texts and paths; of a `datasets.Dataset` its own
+    fingerprint, and `None` for other sequences.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike | Sequence[dict[str, Any]],
+        *,
+        image_folder: str | os.PathLike | None = None,
+        skip_bad: bool | None = False,
+    ):
+        """Opens `source`; paths of images are relative to `image_folder`, by default the JSONL file's own folder."""
+        self.skip_bad = skip_bad
+        self.num_skipped = 0
+        self.sha256: str | None = getattr(source, "_fingerprint", None)
+        self._file: Path | None = None
+        self._sequence: Sequence[dict[str, Any]] | None = None
+        self._image_counts: array | None = None  # of each sample, once all were checked
+        if image_folder is not None and not os.path.isdir(image_folder):
+            raise OSError(f"The image folder {image_folder} is no folder.")
+        if isinstance(source, (str, os.PathLike)):
+            self._file = Path(source)
+            if not self._file.is_file():
+                raise FileNotFoundError(f"{source} is no file: expected a JSONL file of chats.")
+            self._folder = Path(os.path.realpath(image_folder or self._file.parent))
+            self._check_lines()
+            return
+        if isinstance(source, dict) or not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+            raise ValueError(
+                f"The data is of type {type(source).__name__}: expected a JSONL file or a sequence of dictionaries "
+                "with a length; of a `DatasetDict` give one split."
+            )
+        self._sequence = source
+        self._folder = None if image_folder is None else Path(os.path.realpath(image_folder))
+        self._numbers = range(len(source))
+        if isinstance(source, (list, tuple)):
+            self._check_sequence()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> ChatSample:
+        number = self._numbers[index]
+        if self._file is None:
+            return self._sample(self._sequence[number], self._where(number))
+        with self._file.open("rb") as file:
+            file.seek(self._offsets[number])
+            return self._sample(_parse_line(file.readline()), self._where(number))
+
+    def where(self, index: int) -> str:
+        """Names a sample for a message: `file:line`, or its number."""
+        return self._where(self._numbers[index])
+
+    def with_images(self) -> "ChatDataset":
+        """This data without the samples that have no image; `self` if it is not known which ones these are."""
+        if self._image_counts is None:
+            return self
+        chosen = [number for number in self._numbers if self._image_counts[number]]
+        if len(chosen) < len(self):
+            logger.info("%d of %d samples have no image and are left out.", len(self) - len(chosen), len(self))
+        subset = object.__new__(type(self))
+        subset.__dict__.update(self.__dict__)
+        subset._numbers = array("q", chosen)
+        return subset
+
+    def _where(self, number: int) -> str:
+        return f"{self._file}:{self._lines[number]}" if self._file is not None else f"sample {number}"
+
+    def _sample(self, raw: Any, where: str) -> ChatSample:
+        return parse_chat(raw, where, self._folder)
+
+    def _check_lines(self) -> None:
+        self._offsets, self._lines = array("q"), array("q")
+
+        def lines() -> Iterator[tuple[int, Any]]:
+            offset = 0
+            with self._file.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        self._offsets.append(offset)
+                        self._lines.append(number)
+                        yield len(line), line
+                    offset += len(line)
+
+        size = self._file.stat().st_size
+        self._check(lines(), _parse_line, total=size, unit="B", unit_scale=True)
+
+    def _check_sequence(self) -> None:
+        self._check(((1, raw) for raw in self._sequence), lambda raw: raw, total=len(self._sequence))
+
+    def _check(self, entries: Iterator[tuple[int, Any]], parse: Any, **bar_options: Any) -> None:
+        """Looks at every sample once; keeps the numbers of the good ones."""
+        good = array("q")
+        digest = hashlib.sha256()
+        self._image_counts = array("I")
+        with tqdm(desc="Checking the data", delay=SECONDS_WITHOUT_BAR, **bar_options) as bar:
+            for number, (size, entry) in enumerate(entries):
+                try:
+                    sample = self._sample(parse(entry), self._where(number))
+                    for image in sample.images:
+                        _check_exists(image)
+                except BAD_SAMPLE as error:
+                    message = f"{self._where(number)}: {_without_prefix(error, self._where(number))}"
+                    if not self.skip_bad:
+                        offered = " Correct it." if self.skip_bad is None else f" {CORRECT_OR_SKIP}"
+                        raise ValueError(f"{message}{offered}") from error
+                    logger.warning("Left out %s", message)
+                    self._image_counts.append(0)
+                else:
+                    good.append(number)
+                    digest.update(entry if isinstance(entry, bytes) else _texts_and_paths(sample))
+                    self._image_counts.append(len(sample.images))
+                bar.update(size)
+        self._numbers = good
+        self.sha256 = digest.hexdigest()
+        self.num_skipped = len(self._image_counts) - len(good)
+        if self.num_skipped:
+            logger.warning("%d of %d samples are bad and left out.", self.num_skipped, len(self._image_counts))
+
+
+def _texts_and_paths(sample: ChatSample) -> bytes:
+    paths = [os.fspath(image) for image in sample.images if isinstance(image, (str, os.PathLike))]
+    return json.dumps([sample.messages, paths]).encode()
+
+
+def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
+    """One sample in either form as a `ChatSample`, without opening its images; `ValueError` says what is wrong.
+
+    `image_folder` is a real path (without links), outside of which no image may lie.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: a sample is {_shown(raw)}, expected an object with `messages` or `conversations`.")
+    turns = raw.get("messages") if raw.get("messages") is not None else raw.get("conversations")
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise ValueError(
+            f"{where}: expected a list of turns as `messages` or `conversations`, found the keys {sorted(raw)}."
+        )
+    messages = [_parse_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1)]
+    _check_turns(messages, where)
+    for message in messages:
+        if message["role"] != "user" and any(part["type"] == "image" for part in message["content"]):
+            raise ValueError(f"{where}: an image in a turn of the {message['role']}; only the user shows images.")
+    given = raw.get("images") if raw.get("images") is not None else raw.get("image")
+    given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    sources = image_sources(messages)
+    missing = sum(source is None for source in sources)
+    if missing != len(given):
+        raise ValueError(
+            f"{where}: {missing} placeholders ({PLACEHOLDER}, or an image part without an image) for {len(given)} "
+            "images; expected one for each. Reword a text in which the placeholder means its own characters."
+        )
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    if sources and any(PLACEHOLDER in text for text in texts):
+        raise ValueError(
+            f"{where}: a text part holds {PLACEHOLDER}, which in a chat with images would stand for one more; reword "
+            "it, or give the image as a part."
+        )
+    remaining = iter(given)
+    images = [next(remaining) if source is None else source for source in sources]
+    for message in messages:
+        message["content"] = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
+    return ChatSample(messages, [_resolve_image(image, image_folder, where) for image in images], where)
+
+
+def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where} is {_shown(turn)}, expected an object.")
+    role = turn.get("role") if turn.get("role") is not None else turn.get("from")
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{where}: the role is {_shown(role)}, expected one of {', '.join(ROLES)}.")
+    if isinstance(content, str):
+        return {"role": ROLES[role], "content": _split_placeholders(_encodable(content, where))}
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{where}: the content is {_shown(content)}, expected a string or a list of parts.")
+    parts = []
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": _encodable(part["text"], where)})
+        elif kind == "image":
+            parts.append(part)
+        else:
+            raise ValueError(
+                f'{where}: a part is {_shown(part)}, expected {{"type": "text", "text": ...}} or '
+                '{"type": "image", "image": ...}.'
+            )
+    return {"role": ROLES[role], "content": parts}
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text holds half a character ({error}); write it as UTF-8.") from error
+    return text
+
+
+def _split_placeholders(text: str) -> list[dict[str, Any]]:
+    """`"<image>\\nWhat is it?"` → an image part and a text part; the processor puts the newline between them."""
+    pieces = text.split(PLACEHOLDER)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] or len(pieces) == 1 else []
+    for piece in pieces[1:]:
+        parts.append({"type": "image"})
+        piece = piece.removeprefix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user" if index % 2 == 0 else "assistant" for index in range(len(turns))]
+    if turns != expected or not turns or turns[-1] != "assistant":
+        raise ValueError(
+            f"{where}: the roles are {', '.join(roles)}; expected user and assistant in turn, ending with the "
+            "assistant, after at most one system message."
+        )
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not any(part.get("text", "").strip() for answer in answers for part in answer):
+        raise ValueError(f"{where}: all answers are empty, so there is nothing to learn; expected text.")
+
+
+def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
+    """An image as it can be opened; a path becomes absolute and must stay in `folder`."""
+    if isinstance(image, dict):  # what `datasets` gives for an image that it does not decode
+        # Only real bytes: a string there would be opened as a path, past the checks below.
+        image = image["bytes"] if isinstance(image.get("bytes"), bytes) else image.get("path")
+    if isinstance(image, (Image.Image, np.ndarray, torch.Tensor, bytes)):
+        return image
+    if not isinstance(image, (str, os.PathLike)) or not os.fspath(image):
+        raise ValueError(f"{where}: an image is {_shown(image)}, expected a path, a PIL image or bytes.")
+    name = os.fspath(image)
+    if "\0" in name:
+        raise ValueError(f"{where}: the image {name!r} is no path: it holds a null byte.")
+    if name.startswith("data:image/"):
+        return name
+    if name.startswith(("http://", "https://")):
+        raise ValueError(f"{where}: the image {name} is an address; download it and give its path.")
+    if folder is None:
+        raise ValueError(f"{where}: the image {name} is a path; say with `image_folder` where such paths begin.")
+    path = os.path.realpath(folder / name)
+    if not Path(path).is_relative_to(folder):
+        raise ValueError(
+            f"{where}: the image {name} lies outside of {folder} (at {path}); put it inside, or give another "
+            "`image_folder`."
+        )
+    return path
+
+
+def _check_exists(image: Any) -> None:
+    if isinstance(image, str) and not image.startswith("data:") and not os.path.isfile(image):
+        raise FileNotFoundError(f"there is no image file {image}.")
+
+
+def _parse_line(line: bytes) -> Any:
+    if line.lstrip().startswith(b"["):
+        raise ValueError("the line is a list: expected JSONL, one object a line (`jq -c '.[]'` makes it of a list).")
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error}).") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _without_prefix(error: Exception, where: str) -> str:
+    return str(error).removeprefix(where).removeprefix(": ").removeprefix(", ")
+
+
+__all__ = ["ChatDataset", "ChatSample", "parse_chat"]

@@ -1,0 +1,51 @@
+"""What the QNN commands say on a computer that lacks a library, or on which the compiler does not run."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from conversion.qnn.npu import sessions as npu
+from genieblue.cli.app import app
+
+EXPORT = ["export", "qnn", "model", "--out", "bundle", "--soc", "sm8750", "--calibration", "chats.jsonl"]
+VERIFY = ["verify", "bundle"]
+CHAT = ["chat", "--qnn", "bundle", "--prompt", "hi"]
+NEEDED = [
+    *((EXPORT, name) for name in npu.LIBRARIES),
+    (VERIFY, "onnx"),
+    (VERIFY, "onnxruntime"),
+    (CHAT, "onnxruntime"),
+]
+
+
+@pytest.mark.parametrize(("command", "library"), NEEDED, ids=[f"{words[0]}-{name}" for words, name in NEEDED])
+def test_a_missing_library_names_the_extra_of_the_export(tmp_path, monkeypatch, command, library):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle/metadata.json").write_text("{}")
+    monkeypatch.setattr(npu, "check_platform", lambda: None)
+    util = SimpleNamespace(find_spec=lambda name: None if name == library else name)
+    monkeypatch.setattr(npu, "importlib", SimpleNamespace(util=util))
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and result.stdout == ""
+    told = f"needs the library {library}, which is not installed: pip install 'genieblue[qnn]'"
+    assert told in " ".join(result.stderr.split())
+
+
+def test_without_any_of_its_libraries_the_export_tells_first_where_the_compiler_runs(tmp_path):
+    script = (
+        "import platform, sys\n"
+        "sys.modules.update(dict.fromkeys(('onnxruntime', 'onnxruntime_qnn', 'onnx', 'onnxscript')))\n"
+        "platform.machine = lambda: 'aarch64'\n"
+        "from genieblue.cli.app import app\n"
+        "app()\n"
+    )
+    command = [sys.executable, "-c", script, *EXPORT[:4], str(tmp_path / "out"), *EXPORT[5:]]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "on aarch64; the compiler is checked on Linux on x86-64 only" in done.stderr
