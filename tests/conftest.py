@@ -91,7 +91,7 @@ def settings_of_the_process_are_restored(monkeypatch):
     """For tests that run the command in this process, which quiets libraries for good."""
     from transformers.utils import logging as transformers_logging
 
-    from genieblue.cli.app import terminal
+    from genieblue.cli import terminal
 
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()

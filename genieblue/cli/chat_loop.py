@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from genieblue.cli.terminal import message_for_user, note
+from genieblue.cli.errors import message_for_user
+from genieblue.cli.terminal import note
 from genieblue.serving.conversation import Conversation
 from modeling_genieblue.image_processing_genieblue import read_image
 

@@ -1,8 +1,9 @@
-"""`genieblue info`: what a GenieBlue is made of, as a table."""
+"""`genieblue info`: what a GenieBlue is made of, as a table or JSON."""
 
 import typer
 
-from genieblue.cli.terminal import looking_for, note, print_table, short_bytes
+from genieblue.cli.options import Base, Json, Model, Revision
+from genieblue.cli.terminal import looking_for, note, print_json, print_table, short_bytes, stdout_for_json
 
 
 def print_info(model: str, base: str | None, revision: str | None) -> None:
@@ -37,4 +38,16 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
         note("language_model is the base, whose files are its own: none of its weights lies in a GenieBlue.")
 
 
-__all__ = ["print_info"]
+def info(model: Model, json_output: Json = False, base: Base = None, revision: Revision = None) -> None:
+    """List the parts of a GenieBlue, their parameters and bytes."""
+    if not json_output:
+        print_info(model, base, revision)
+        return
+    from hub_cards.model_parts import model_info
+
+    with stdout_for_json(True), looking_for(model):
+        found = model_info(model, base=base, revision=revision)
+    print_json(found.as_json())
+
+
+__all__ = ["info", "print_info"]

@@ -4,13 +4,10 @@ Nothing here imports torch, so that `genieblue --help` is there at once.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
-import re
 import sys
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,39 +15,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from conversion.stdout import stdout_to_stderr
+from genieblue.cli.errors import UNREACHABLE, in_command_words, is_for_users, message_for_user
+
 OUR_PACKAGES = ("genieblue", "conversion", "hub_cards", "modeling_genieblue")
-# Errors of these libraries say what is wrong with a file, a network or a template: they are for the user.
-LIBRARIES_WITH_ERRORS_FOR_USERS = ("huggingface_hub", "httpx", "httpx2", "safetensors", "jinja2")
-EXTRAS = {
-    "datasets": "train",
-    "accelerate": "train",
-    "sklearn": "demo",
-    "scipy": "demo",
-    "sentencepiece": "sentencepiece",
-    "optimum": "quantization",
-    "onnxruntime": "onnxruntime",
-    "onnx": "onnxruntime",
-}
-UNREACHABLE = "The Hub cannot be reached: check the network, or HF_ENDPOINT."
-OFFLINE = "It is not in the cache, and HF_HUB_OFFLINE keeps the Hub from being asked."
-# What the Hub's clients say when nothing answers, and what comes before it.
-NO_ANSWER = re.compile(
-    r"[:.]?\s*(We couldn't connect to '.*?offline-mode'\.|"
-    r"(Got: Connect.*\s)?An error happened while trying to locate the files? on the Hub.*?(connection is on|again)\.|"
-    r"Cannot find an appropriate cached snapshot folder.*?variable\.)",
-    re.DOTALL,
-)
-# transformers' list of all that it knows.
-ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
-# What Python programs are advised, and what the command line has for it.
-COMMAND_WORDS = (
-    ("pass `base_model=` (a loaded model, a folder or a Hub id)", "give its folder or Hub id as --base"),
-    ("A base that is already in memory can be given as `base_model=`.", "Another copy of it can be given as --base."),
-    ("Load that base, or pass `check_base=False` to run on this one all the same.", "Give that base as --base."),
-    (" Pass `check_base=False` and `base_model=` to use it.", ""),
-    (", or pass `check_base=False`", ""),
-    ("`base_model=` will be needed to load it", "--base will be needed to load it"),
-)
 _debug = False
 
 
@@ -68,65 +36,6 @@ class ReportingGroup(TyperGroup):
             typer.secho("Error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
             typer.echo(message, err=True)
             raise typer.Exit(1) from error
-
-
-def message_for_user(error: Exception) -> str | None:
-    """What to tell the user; None for an error that is no user's but a mistake of the program."""
-    if isinstance(error, BrokenPipeError):
-        return None  # `genieblue … | head`: handled by the caller
-    if isinstance(error, ModuleNotFoundError):
-        if "genieblue[" in str(error):  # whoever raised it knows best which extra brings the library
-            return str(error)
-        package = (error.name or "").split(".")[0]
-        extra = EXTRAS.get(package)
-        return extra and f"This needs the library {package}, which is not installed: pip install 'genieblue[{extra}]'."
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"The GPU's memory is full: {_first_line(error)} Use a smaller batch, fewer tiles or another dtype."
-    if not isinstance(error, (ValueError, OSError)) and not _is_for_users(error):
-        return None
-    if _fills_the_cache(error):
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        return f"The disk of the Hub's cache, {HF_HUB_CACHE}, is full: make room, or set HF_HOME to another folder."
-    message = in_command_words(str(error).strip() or type(error).__name__)
-    if message.startswith("[Errno") and getattr(error, "filename", None):
-        message = f"{error.filename} cannot be used ({error.strerror}): give a place that you may read and write."
-    if type(error).__name__.startswith("Connect") and _is_for_users(error):
-        return UNREACHABLE
-    if "401 Unauthorized" in message:
-        message += "\nLog in with `hf auth login`, set HF_TOKEN, or give --token where there is that option."
-    if "trust_remote_code" in message and "--trust-remote-code" not in message:
-        message += "\nOn the command line the option is --trust-remote-code."
-    return message
-
-
-def in_command_words(message: str) -> str:
-    """An error of the libraries with the command line's options in it, and without what is long about the network."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
-    message = ALL_KINDS.sub("", message)
-    for words, ours in COMMAND_WORDS:
-        message = message.replace(words, ours)
-    return message
-
-
-def _fills_the_cache(error: BaseException | None) -> bool:
-    """Whether a disk was full while the Hub's client wrote to it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-            return any(module.startswith("huggingface_hub") for module in modules)
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _is_for_users(error: Exception) -> bool:
-    libraries = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
-    return bool(libraries & set(LIBRARIES_WITH_ERRORS_FOR_USERS))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def speak_plainly(debug: bool = False) -> None:
@@ -197,7 +106,7 @@ def looking_for(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_from_client = isinstance(error, OSError) or _is_for_users(error)
+        is_from_client = isinstance(error, OSError) or is_for_users(error)
         if os.path.isdir(name) or not is_from_client or f"{name} is no folder" in str(error):
             raise
         message = in_command_words(str(error))
@@ -214,22 +123,9 @@ def check_name(name: str, what: str = "The model") -> None:
         raise OSError(f"{name} is a file: give the folder that it belongs to, or a Hub id.")
 
 
-@contextlib.contextmanager
-def stdout_for_json(active: bool) -> Iterator[None]:
-    """While it lasts, whatever prints goes to stderr: stdout is to carry one JSON document and nothing else."""
-    if not active:
-        yield
-        return
-    # Libraries in C print to the descriptor itself.
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+def stdout_for_json(active: bool) -> contextlib.AbstractContextManager[None]:
+    """While it lasts and is `active`, stdout is kept for one JSON document and nothing else."""
+    return stdout_to_stderr() if active else contextlib.nullcontext()
 
 
 def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from conversion.qnn.bundle.runner import QnnRunner, choose_view
-from genieblue.cli.terminal import stdout_for_json
+from conversion.stdout import stdout_to_stderr
 from genieblue.serving.conversation import Conversation
 
 
@@ -23,7 +23,7 @@ class QnnChat(Conversation):
     ) -> tuple[list[int], str]:
         view = choose_view(view, pixel_values)
         graphs = self.runner.views[view]
-        with stdout_for_json(True):  # the emulator greets on stdout
+        with stdout_to_stderr():  # the emulator greets on stdout
             graphs.open()
         cached = self._shared_with_cache(ids, view)
         if cached < len(self._cached_ids):  # graphs have no way back to what was read before

@@ -1,0 +1,104 @@
+"""Errors as the command line tells them: one clear message, in the words of its own options.
+
+Nothing here imports torch, so that `genieblue --help` is there at once.
+"""
+
+import errno
+import os
+import re
+import traceback
+
+# Errors of these libraries say what is wrong with a file, a network or a template: they are for the user.
+LIBRARIES_WITH_ERRORS_FOR_USERS = ("huggingface_hub", "httpx", "httpx2", "safetensors", "jinja2")
+EXTRAS = {
+    "datasets": "train",
+    "accelerate": "train",
+    "sklearn": "demo",
+    "scipy": "demo",
+    "sentencepiece": "sentencepiece",
+    "optimum": "quantization",
+    "onnxruntime": "onnxruntime",
+    "onnx": "onnxruntime",
+}
+UNREACHABLE = "The Hub cannot be reached: check the network, or HF_ENDPOINT."
+OFFLINE = "It is not in the cache, and HF_HUB_OFFLINE keeps the Hub from being asked."
+# What the Hub's clients say when nothing answers, and what comes before it.
+NO_ANSWER = re.compile(
+    r"[:.]?\s*(We couldn't connect to '.*?offline-mode'\.|"
+    r"(Got: Connect.*\s)?An error happened while trying to locate the files? on the Hub.*?(connection is on|again)\.|"
+    r"Cannot find an appropriate cached snapshot folder.*?variable\.)",
+    re.DOTALL,
+)
+# transformers' list of all that it knows.
+ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
+# What Python programs are advised, and what the command line has for it.
+COMMAND_WORDS = (
+    ("pass `base_model=` (a loaded model, a folder or a Hub id)", "give its folder or Hub id as --base"),
+    ("A base that is already in memory can be given as `base_model=`.", "Another copy of it can be given as --base."),
+    ("Load that base, or pass `check_base=False` to run on this one all the same.", "Give that base as --base."),
+    (" Pass `check_base=False` and `base_model=` to use it.", ""),
+    (", or pass `check_base=False`", ""),
+    ("`base_model=` will be needed to load it", "--base will be needed to load it"),
+)
+
+
+def message_for_user(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is no user's but a mistake of the program."""
+    if isinstance(error, BrokenPipeError):
+        return None  # `genieblue … | head`: handled by the caller
+    if isinstance(error, ModuleNotFoundError):
+        if "genieblue[" in str(error):  # whoever raised it knows best which extra brings the library
+            return str(error)
+        package = (error.name or "").split(".")[0]
+        extra = EXTRAS.get(package)
+        return extra and f"This needs the library {package}, which is not installed: pip install 'genieblue[{extra}]'."
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"The GPU's memory is full: {_first_line(error)} Use a smaller batch, fewer tiles or another dtype."
+    if not isinstance(error, (ValueError, OSError)) and not is_for_users(error):
+        return None
+    if _fills_the_cache(error):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return f"The disk of the Hub's cache, {HF_HUB_CACHE}, is full: make room, or set HF_HOME to another folder."
+    message = in_command_words(str(error).strip() or type(error).__name__)
+    if message.startswith("[Errno") and getattr(error, "filename", None):
+        message = f"{error.filename} cannot be used ({error.strerror}): give a place that you may read and write."
+    if type(error).__name__.startswith("Connect") and is_for_users(error):
+        return UNREACHABLE
+    if "401 Unauthorized" in message:
+        message += "\nLog in with `hf auth login`, set HF_TOKEN, or give --token where there is that option."
+    if "trust_remote_code" in message and "--trust-remote-code" not in message:
+        message += "\nOn the command line the option is --trust-remote-code."
+    return message
+
+
+def in_command_words(message: str) -> str:
+    """An error of the libraries with the command line's options in it, and without what is long about the network."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
+    message = ALL_KINDS.sub("", message)
+    for words, ours in COMMAND_WORDS:
+        message = message.replace(words, ours)
+    return message
+
+
+def _fills_the_cache(error: BaseException | None) -> bool:
+    """Whether a disk was full while the Hub's client wrote to it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+            return any(module.startswith("huggingface_hub") for module in modules)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_for_users(error: Exception) -> bool:
+    libraries = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
+    return bool(libraries & set(LIBRARIES_WITH_ERRORS_FOR_USERS))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+__all__ = ["in_command_words", "is_for_users", "message_for_user"]

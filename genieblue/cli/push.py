@@ -1,0 +1,52 @@
+"""`genieblue push`: checked, with a card, as one commit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genieblue.cli.terminal import quiet_hub
+
+
+def push(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, or of a quantized base.", show_default=False)
+    ],
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub: you/model.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where a local base is on the Hub: you/base or you/base@commit.", show_default=False),
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="For a new repository.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.", show_default=False)] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="By default HF_TOKEN, or what `hf auth login` stored.", show_default=False)
+    ] = None,
+) -> None:
+    """Check a GenieBlue, or a quantized base, and publish it on the Hub.
+
+    It becomes one commit. The base of a GenieBlue must be on the Hub already, or lie within its folder; --base names
+    the repository if the folder has a local one, whose files must be the same.
+    """
+    from hub_cards.model_folder import read_base_quantization
+    from hub_cards.publish import publish_folder
+    from hub_cards.publish_base import publish_quantized_base
+
+    quiet_hub()
+    options = {
+        "private": private, "token": token, "revision": revision, "commit_message": message, "create_pr": create_pr
+    }  # fmt: skip
+    if read_base_quantization(folder) is None:
+        commit = publish_folder(folder, repo_id, base=base, **options)
+    elif base is None:
+        commit = publish_quantized_base(folder, repo_id, **options)
+    else:
+        raise typer.BadParameter(f"{folder} is itself a base: leave --base out.", param_hint="--base")
+    typer.echo(commit.pr_url or commit.commit_url)
+
+
+__all__ = ["push"]

@@ -1,0 +1,92 @@
+"""`genieblue train`: one of the two stages."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genieblue.cli.chat import load_chat
+from genieblue.cli.input_files import data_source
+from genieblue.cli.options import Base, BaseCode, Dtype, Precision
+from genieblue.cli.terminal import note, quiet_transformers
+
+
+def train(
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: the projector; 2: all that GenieBlue adds.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the GenieBlue to begin with.", show_default=False)],
+    data: Annotated[
+        Path, typer.Option(help="JSONL file of chats, or a folder that `datasets` saved.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the trained GenieBlue.", show_default=False)],
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where image paths begin; by default beside the JSONL file.", show_default=False),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default=False)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data; 1 by default.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches in one optimizer step.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; the paper's by default.", show_default=False)
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens in a sample, image tokens included.")] = 4096,
+    max_tiles: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tiles of an image; by default 1 in stage 1, as at `init` in stage 2.", show_default=False
+        ),
+    ] = None,
+    bf16: Annotated[
+        bool | None,
+        typer.Option("--bf16/--no-bf16", help="bfloat16 autocast; as the base by default.", show_default=False),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Save memory, take a third more time.")
+    ] = False,
+    save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 writes none.")] = 500,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that prepare the data.")] = 0,
+    seed: int = 42,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad samples out instead of stopping.")] = False,
+    base: Base = None,
+    dtype: Dtype = Precision.auto,
+    trust_remote_code: BaseCode = False,
+) -> None:
+    """Train one of the two stages; the base stays as it is."""
+    from genieblue.training.chats import ChatDataset
+    from genieblue.training.stages import TrainingSettings, refuse_taken_output
+    from genieblue.training.stages import train as run
+
+    settings = TrainingSettings(
+        stage=stage,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        max_tiles=max_tiles,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        num_workers=num_workers,
+        seed=seed,
+    )
+    out = out.expanduser()  # shells leave `--out=~/x` as it is
+    refuse_taken_output(out.absolute())
+    chats = ChatDataset(data_source(data), image_folder=image_folder, skip_bad=skip_bad)
+    quiet_transformers()
+    chat = load_chat(model, base, None, dtype, "cpu", trust_remote_code)  # Trainer moves it to the GPU
+    result = run(chat.model, chat.processor, chats, out, settings, resume=resume)
+    loss = "" if result.loss is None else f", last loss {result.loss:.4g}"
+    typer.echo(f"{result.output}: stage {stage}, {result.steps} steps over {result.num_samples} samples{loss}.")
+    note("The base's bytes are what they were before.")
+    if stage == 1:
+        note(f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …")
+    else:
+        note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
+
+
+__all__ = ["train"]

@@ -1,0 +1,69 @@
+"""`genieblue verify`: the checks of a model or a bundle, one line each."""
+
+from typing import Any
+
+import typer
+
+from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Precision, Revision
+from genieblue.cli.qnn import is_bundle, refuse_options, verify_qnn_bundle
+from genieblue.cli.terminal import (
+    choose_device,
+    in_command_words,
+    looking_for,
+    print_json,
+    quiet_transformers,
+    stdout_for_json,
+)
+
+
+def verify(
+    ctx: typer.Context,
+    model: Model,
+    json_output: Json = False,
+    base: Base = None,
+    revision: Revision = None,
+    dtype: Dtype = Precision.auto,
+    device: Device = None,
+    trust_remote_code: BaseCode = False,
+) -> None:
+    """Prove that a GenieBlue, or a bundle of `export qnn`, is what it says.
+
+    The exit code is 1 if any check fails. The last check runs the Python files of the model's own repository, in a
+    process of its own. Of a bundle, --base says what the weights of its text graphs are compared with.
+    """
+    bundled = is_bundle(model)
+    if bundled:
+        code = ("trust_remote_code",) if base is None else ()  # it would be the base's
+        refuse_options(ctx, ("revision", "dtype", "device", *code), "a bundle, which is complete as it was compiled")
+
+    def show_check(check: Any) -> None:
+        typer.secho("ok    " if check.ok else "FAIL  ", nl=False, fg="green" if check.ok else "red", bold=True)
+        typer.echo(f"{check.name:<17} {in_command_words(check.detail)}")
+
+    with stdout_for_json(json_output), looking_for(model):
+        quiet_transformers()
+        if bundled:
+            checks = verify_qnn_bundle(model, base, show_check, trust_remote_code)
+        else:
+            from conversion.verification.verify import verify_model
+
+            checks = verify_model(
+                model,
+                base=base,
+                revision=revision,
+                dtype=dtype.value,
+                device=choose_device(device),
+                trust_remote_code=trust_remote_code,
+                on_check=show_check,
+            )
+    passed = sum(check.ok for check in checks)
+    if json_output:
+        listed = [{"name": check.name, "ok": check.ok, "detail": in_command_words(check.detail)} for check in checks]
+        print_json({"ok": passed == len(checks), "checks": listed})
+    else:
+        typer.echo(f"{passed} of {len(checks)} checks passed.")
+    if passed < len(checks):
+        raise typer.Exit(1)
+
+
+__all__ = ["verify"]
