@@ -130,7 +130,7 @@ def test_no_network_is_told_of_a_base(no_network, work):
 def test_retries_of_the_hub_are_one_line():
     """In a process of its own, whose libraries are imported after the command has begun to speak."""
     script = (
-        "import logging; from genieblue import terminal\nterminal.speak_plainly()\nterminal.quiet_hub()\n"
+        "import logging; from genieblue.cli import terminal\nterminal.speak_plainly()\nterminal.quiet_hub()\n"
         "log = logging.getLogger('huggingface_hub.utils._http')\n"
         "for number in (1, 2): log.warning('thrown while requesting'); log.warning('Retrying in %ds', number)\n"
         "log.warning('Something else')"
