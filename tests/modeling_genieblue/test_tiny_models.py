@@ -20,7 +20,8 @@ TEXT = "How many digits are there?\n  Four: 1, 2, 3, 4."
 PROMPT = torch.tensor([[17, 80, 33, 64, 25, 90, 110, 41, 77, 58, 12, 99]])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# A plain family, one with several kinds of attention, one with its own code.
+@pytest.fixture(scope="module", params=("llama", "gemma3_text", "bluelm"))
 def family_and_model(request, tmp_path_factory):
     folder = save_tiny_base(request.param, tmp_path_factory.mktemp("base"))
     trust = request.param in REMOTE_CODE_FAMILIES
@@ -120,7 +121,7 @@ def test_equal_arguments_give_equal_weights_and_leave_the_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", *FAMILIES_WITH_BOS[:1], "bluelm"])
 def test_saved_tokenizer_comes_back_the_same(family, tmp_path):
     saved = tiny_tokenizer(add_bos=family in FAMILIES_WITH_BOS)
     trust = family in REMOTE_CODE_FAMILIES
