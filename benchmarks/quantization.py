@@ -119,7 +119,7 @@ def stored_sizes(folder: Path) -> dict[str, dict[str, float]]:
 def _base_sizes(base: Path, bits: int) -> dict[str, dict[str, float]]:
     """The base's blocks at `bits`, apart from its embedding, LM head and norms at 16."""
     from hub_cards.model_folder import parameter_sizes
-    from modeling_genieblue.quantized_linears_genieblue import QUANTIZED_WEIGHTS_NAME
+    from modeling_genieblue.model_files_genieblue import QUANTIZED_WEIGHTS_NAME
 
     totals = {"llm blocks": [0, 0, 0], "embedding, head, norms": [0, 0, 0]}
     for name, size in parameter_sizes(base / QUANTIZED_WEIGHTS_NAME).items():

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,22 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionModel,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
 from conversion.chat_template import refuse_unusable_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
-from modeling_genieblue.base_identity_genieblue import INDEX_NAME, WEIGHTS_NAME
-from modeling_genieblue.base_loading_genieblue import refuse_incomplete_base, refuse_other_models
+from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
 from modeling_genieblue.language_views_genieblue import tensors_of_other_kinds
-from modeling_genieblue.settings_files_genieblue import read_settings, refuse_broken_settings
+from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_FOLDER,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    ModelFiles,
+    check_folder_or_id,
+    check_settings_files,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ def create_genieblue(
     from_base = {**hub, "revision": base_revision, "trust_remote_code": trust_remote_code}
     config = _load("base", base, AutoConfig.from_pretrained, **from_base)
     _check_base_config(base, config, placement)
-    refuse_broken_settings(base, {GENERATION_CONFIG_NAME: None}, revision=base_revision, **hub)
+    check_settings_files(base, {GENERATION_CONFIG_NAME: None}, revision=base_revision, **hub)
     vision_config = _load_vision_config(vision, revision=vision_revision, **hub)
     tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
     if chat_template is not None and tokenizer.chat_template is not None:
@@ -110,7 +114,7 @@ def create_genieblue(
             f"{name} of {base} has shape {list(found)}, but its config.json means {list(expected)}: fetch the files "
             "that belong together."
         )
-    refuse_incomplete_base(base, info)
+    check_complete(base, info)
     _refuse_other_numbers("base", base, base_model, revision=base_revision, **hub)
     weights["dtype"] = base_model.dtype
     vision_tower = _load_vision_tower(vision, vision_config, revision=vision_revision, **hub, **weights)
@@ -138,7 +142,7 @@ def create_genieblue(
         chat_template=chat_template,
     )
     model.save_pretrained(output, processor=processor)
-    foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != "language_adapter")
+    foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER)
     if foreign:
         logger.warning("%s still holds %s, which are not part of the new model.", output, ", ".join(foreign))
     return output
@@ -154,7 +158,7 @@ def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool
         return
     if not overwrite:
         raise OSError(f"{output} is not empty: give a new folder, or pass overwrite (--overwrite) to replace it.")
-    config = output / "config.json"
+    config = output / CONFIG_NAME
     if not config.is_file() or '"genieblue"' not in config.read_text(encoding="utf-8", errors="replace"):
         raise OSError(f"{output} holds something else than a GenieBlue, which is not overwritten: give a new folder.")
 
@@ -169,8 +173,7 @@ def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
     except ImportError as error:
         raise OSError(f"The {what} {name} needs a library that is not installed: {error}") from error
     except (OSError, ValueError, HFValidationError) as error:
-        if _looks_like_a_path(name) and not os.path.isdir(name):
-            raise FileNotFoundError(f"The {what} {name} is no folder: give a folder or a Hub id.") from error
+        check_folder_or_id(name, f"The {what} ")
         if "trust_remote_code" in str(error) and not kwargs.get("trust_remote_code"):
             raise ValueError(
                 f"The {what} {name} needs Python code of its own repository. Read that code and, if you trust it, "
@@ -184,7 +187,7 @@ def _refuse_other_numbers(what: str, name: str, model: PreTrainedModel, **hub: A
     """`ValueError` for weights that are integers in their file, which transformers casts, or hold NaN or infinity."""
     parameters = dict(model.named_parameters())
     problems = []
-    for path in _weight_paths(name, **hub):
+    for path in weight_files(ModelFiles(name, **hub).cached).values():
         with safe_open(path, framework="pt") as file:
             # Masks and positions may lie there too, as integers. Names may begin with one module more than here.
             weights = [key for key in file.keys() if key in parameters or key.partition(".")[2] in parameters]
@@ -202,24 +205,9 @@ def _refuse_other_numbers(what: str, name: str, model: PreTrainedModel, **hub: A
         )
 
 
-def _weight_paths(name: str, **hub: Any) -> list[str]:
-    """The safetensors files that were loaded from a folder or Hub id."""
-    hub = {key: value for key, value in hub.items() if value is not None}
-    find = partial(cached_file, name, **hub, _raise_exceptions_for_missing_entries=False)
-    if (path := find(WEIGHTS_NAME)) is not None:
-        return [path]
-    index = find(INDEX_NAME)
-    names = set() if index is None else set(read_settings(index, ["weight_map"])["weight_map"].values())
-    return [path for file in sorted(names) if (path := find(file)) is not None]
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
-
-
 def _check_base_config(base: str, config: PreTrainedConfig, placement: str) -> None:
     """`ValueError` for a base that cannot be one, while nothing but its configuration has been read."""
-    refuse_other_models(base, config)
+    check_base_type(base, config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"The weights of {base} are quantized, so no block can be copied for training: give the base in 16 or 32 "

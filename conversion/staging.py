@@ -1,88 +1,45 @@
-"""Hidden folders in which results are made: taken away at the end, and by the next run where one was killed."""
+"""Writing safely: folders that are whole or not there, one run for one output, a full disk that is named."""
 
 import errno
-import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-try:
-    import fcntl
-except ImportError:  # not on every system: there, what a killed run left is not told from what is in use
-    fcntl = None
+from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder, fcntl, lock
 
-logger = logging.getLogger(__name__)
-
-
-class StagingFolder:
-    """A new folder `.<name of target>.<purpose>-*` beside `target`; as a context, it is removed at the end.
-
-    It is locked, by a lock that the system lifts if the process dies: so the leftovers of killed runs are told from
-    what is in use, and removed first. One that holds a folder of the user's (`*.old`) is named and stays.
-    """
-
-    def __init__(self, target: Path, purpose: str):
-        prefix = f".{target.name}.{purpose}-"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers([path for path in target.parent.iterdir() if path.name.startswith(prefix)])
-        while True:
-            self.folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
-            self._lock = _lock(self.folder)
-            if self._lock is not None or self.folder.exists():
-                break  # else another run, which looked before the lock was there, took it for a leftover
-
-    def remove(self) -> None:
-        """Removes the folder and all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> Path:
-        return self.folder
-
-    def __exit__(self, *_error: Any) -> None:
-        self.remove()
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock of a folder; `None` if it cannot be had: it is in use, or gone."""
-    if fcntl is None:
-        return None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-            return descriptor
-    except OSError as error:  # also on a file system without locks
-        logger.debug("No lock of %s: %s", folder, error)
-    os.close(descriptor)
-    return None
-
-
-def _remove_leftovers(folders: list[Path]) -> None:
-    for folder in folders:
-        lock = _lock(folder)
-        if lock is None:
-            continue
-        if kept := sorted(folder.glob("*.old")):
-            logger.warning("%s was there before a run that was ended: move it back, or remove it.", kept[0])
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+NOTHING_STAYS = "free some, or give folders on another disk. Nothing half-written stays"
 
 
 @contextmanager
-def explained_full_disk(*folders: Path | None) -> Iterator[None]:
+def lock_output(out: Path, purpose: str) -> Iterator[None]:
+    """Keeps a second run away from `out`, by a lock that the system lifts if the process dies.
+
+    `purpose` is what is done (`export`, `training`). Raises `OSError` at once if another run holds the lock.
+    """
+    path = out.with_name(f".{out.name}.{purpose}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise OSError(f"Nothing can be written to {out.parent} ({error.strerror}): give another output.") from error
+    descriptor = lock(path)  # not of a file that a run which has just ended removed: it would keep nobody away
+    if descriptor is None and fcntl is not None:
+        raise BlockingIOError(
+            f"Another {purpose} writes to {out} at this moment: wait for it, end it, or give another output."
+        )
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def explained_full_disk(*folders: Path | None, remedy: str = NOTHING_STAYS) -> Iterator[None]:
     """A full disk as an `OSError` that names the folders which are written to, and says what to do."""
     try:
         yield
@@ -92,11 +49,7 @@ def explained_full_disk(*folders: Path | None) -> Iterator[None]:
         if not is_full:
             raise
         places = " and ".join(str(folder) for folder in folders if folder is not None)
-        raise OSError(
-            errno.ENOSPC,
-            f"No space left on device while {places} was written: free some, or give folders on another disk. Nothing "
-            "half-written stays",
-        ) from error
+        raise OSError(errno.ENOSPC, f"No space left on device while {places} was written: {remedy}") from error
 
 
-__all__ = ["StagingFolder", "explained_full_disk"]
+__all__ = ["NewFolder", "StagingFolder", "explained_full_disk", "lock_output"]

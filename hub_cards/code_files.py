@@ -4,16 +4,20 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from hub_cards.model_folder import read_json
+from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
+    PROCESSOR_CONFIGS,
+    TOKENIZER_CONFIG_NAME,
+    read_json,
+)
 
-PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
-CONFIGS_THAT_NAME_CODE = ("config.json", *PROCESSOR_CONFIGS, "tokenizer_config.json")
+CONFIGS_THAT_NAME_CODE = (CONFIG_NAME, *PROCESSOR_CONFIGS, TOKENIZER_CONFIG_NAME)
 
 
 def code_files(folder: Path) -> list[str]:
     """Files that any `auto_map` names, and what they import from siblings, whether they are there or not.
 
-    Raises `SyntaxError` for a file that is not valid Python, `ValueError` for a configuration that is not JSON.
+    Raises `SyntaxError` for a file that is not valid Python, `OSError` for a configuration that is damaged.
     """
     waiting: list[str] = []
     for config_name in CONFIGS_THAT_NAME_CODE:

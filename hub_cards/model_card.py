@@ -14,21 +14,18 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hub_cards.model_folder import (
-    BASE_PARTS,
-    PartSize,
-    count_parts,
+from hub_cards.model_folder import BASE_PARTS, PartSize, count_parts, read_model_config
+from modeling_genieblue.model_files_genieblue import (
+    CARD_NAME,
+    MEASUREMENTS_NAME,
+    RECIPE_NAME,
     is_hub_id,
     is_inner_folder,
     read_json,
-    read_model_config,
 )
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-RECIPE = "training_recipe.json"
-MEASUREMENTS = "measurements.json"
 TAGS = ("genieblue", "multimodal", "vision-language-model", "siglip", "peft", "lora")
 PLACEMENT_WORDS = {"skip": "every fourth block", "pre": "the first quarter", "post": "the last quarter"}
 HUB = "https://huggingface.co"
@@ -160,7 +157,7 @@ def is_as_generated(card: str) -> bool:
 def write_model_card(folder: str | Path, info: ModelCardInfo) -> bool:
     """Writes `README.md` into a folder; returns False, and leaves it as it is, if there already is one."""
     card = render_model_card(info)
-    path = Path(folder) / CARD
+    path = Path(folder) / CARD_NAME
     try:
         file = path.open("x", encoding="utf-8", newline="\n")
     except FileExistsError:
@@ -214,8 +211,8 @@ def card_info_from_folder(
         tile_size=images.get("tile_size"),
         max_tiles=images.get("max_tiles"),
         image_seq_length=config.get("image_seq_length"),
-        recipe=_read_recipe(folder / RECIPE),
-        measurements=_read_measurements(folder / MEASUREMENTS),
+        recipe=_read_recipe(folder / RECIPE_NAME),
+        measurements=_read_measurements(folder / MEASUREMENTS_NAME),
         languages=_as_list(base_card.get("language")),
         quantization=_quantization(config.get("quantization"), folder),
     )
@@ -288,7 +285,7 @@ def _read_measurements(path: Path) -> list[Measurement]:
 
 
 def _local_metadata(base: Path) -> dict[str, Any]:
-    path = base / CARD
+    path = base / CARD_NAME
     try:
         metadata = metadata_load(path) if path.is_file() else None
     except Exception as error:  # a base's README may hold any YAML, and no card depends on it

@@ -1,39 +1,37 @@
 """What lies in the folder of a saved GenieBlue, read without loading it: configuration, weight headers, sizes."""
 
-import json
-import re
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import SafetensorsParsingError
 
-ADAPTER_FOLDER = "language_adapter"
-ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
-ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
-QUANTIZED_ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/quantized_adapter.safetensors"
-QMAP = "quanto_qmap.json"
-QMAPS = (QMAP, f"{ADAPTER_FOLDER}/{QMAP}")
-WEIGHTS = "model.safetensors"
-QUANTIZED_BASE_WEIGHTS = "quantized_model.safetensors"
+from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    MODEL_TYPE,
+    QMAP_NAME,
+    QUANTIZED_ADAPTER_NAME,
+    WEIGHTS_NAME,
+    ModelFiles,
+    read_settings,
+    weight_files,
+)
+
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME}"
+QMAPS = (QMAP_NAME, f"{ADAPTER_FOLDER}/{QMAP_NAME}")
 QUANT_METHOD = "genieblue_quanto"  # of a base that GenieBlue quantized
 BASE_PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings": "embeddings"}
-WEIGHTS_INDEX = "model.safetensors.index.json"
-OUR_MODULES = ("vision_tower", "multi_modal_projector")  # the language parts lie in the adapter
 
-# Patterns of what tokenizers keep their vocabulary in, and of all files of tokenizers and licences.
-VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "vocab.*")
-TOKENIZER_FILES = (
-    *VOCABULARIES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*",
-)  # fmt: skip
-LICENSE_FILES = ("*LICENSE*", "*NOTICE*", "USE_POLICY*")
 # Of a floating-point format of safetensors: unsigned integers of its width, and the bits of its exponent.
 EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 NUMBERS_AT_A_TIME = 1 << 22
-COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -44,78 +42,40 @@ class PartSize:
     bytes: int
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; `OSError` if it cannot be read, `ValueError` naming it if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): save the model again or restore the file.") from error
-
-
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a GenieBlue; `OSError` if it is missing, `ValueError` if it describes another model."""
-    path = folder / "config.json"
+    """`config.json` of a GenieBlue; `OSError` if it is missing or damaged, `ValueError` for another model's."""
+    path = folder / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: expected the folder of a saved GenieBlue.")
-    config = read_json(path)
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != "genieblue":
-        raise ValueError(f"{path} has model_type {model_type!r}, expected 'genieblue': this is another kind of model.")
+        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}: expected the folder of a saved GenieBlue.")
+    return check_is_genieblue(read_settings(path), path)
+
+
+def check_is_genieblue(config: dict[str, Any], where: str | os.PathLike) -> dict[str, Any]:
+    """`config`, or `ValueError` if it describes another kind of model."""
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"{where} has model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}: this is another kind of "
+            "model."
+        )
     return config
 
 
 def read_base_quantization(folder: Path) -> dict[str, Any] | None:
     """How the base in a folder was quantized by GenieBlue; `None` for any other folder.
 
-    Raises `ValueError` for a `config.json` that is not JSON.
+    Raises `OSError` for a `config.json` that is damaged.
     """
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else None
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    path = folder / CONFIG_NAME
+    quantization = read_settings(path).get("quantization_config") if path.is_file() else None
     is_ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
     return quantization if is_ours else None
 
 
-def is_inner_folder(name: Any) -> bool:
-    """Whether a base lies in a subfolder of the GenieBlue that names it."""
-    return isinstance(name, str) and name.startswith("./") and ".." not in name.split("/")
-
-
-def is_hub_id(name: Any, folder: Path) -> bool:
-    """Whether a recorded name is a Hub id rather than a path, absolute or relative to `folder`."""
-    if not isinstance(name, str) or Path(name).is_absolute() or (folder / name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the model's own weights: `model.safetensors`, or the shards that its index lists.
-
-    Raises `OSError` if there is neither, `ValueError` for an index without a weight map.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    if not (folder / WEIGHTS_INDEX).is_file():
-        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: save the model again.")
-    return sorted(set(read_weight_map(folder).values()))
-
-
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Shard file of each tensor, from the index; `ValueError` if it does not hold that or a shard lies elsewhere."""
-    index = read_json(folder / WEIGHTS_INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / WEIGHTS_INDEX} has no weight_map: save the model again.")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(
-                f"{folder / WEIGHTS_INDEX} names the shard {shard!r}, expected a .safetensors file next to it."
-            )
-    return weight_map
+def own_weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the model's own weights; `OSError` if they or their index are not whole."""
+    if files := weight_files(ModelFiles(folder).find):
+        return list(files)
+    raise FileNotFoundError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: save the model again.")
 
 
 def read_tensor_sizes(path: Path) -> dict[str, PartSize]:
@@ -177,7 +137,8 @@ def not_finite(path: Path) -> list[str]:
 
 def adapter_weights(config: dict[str, Any]) -> str:
     """Path in the folder of the adapter's weights: quantized ones have a name that stock PEFT does not take."""
-    return ADAPTER_WEIGHTS if config.get("quantization") is None else QUANTIZED_ADAPTER_WEIGHTS
+    name = ADAPTER_WEIGHTS_NAME if config.get("quantization") is None else QUANTIZED_ADAPTER_NAME
+    return f"{ADAPTER_FOLDER}/{name}"
 
 
 def parameter_sizes(path: Path) -> dict[str, PartSize]:
@@ -200,7 +161,7 @@ def count_parts(folder: Path) -> dict[str, PartSize]:
     Raises `OSError` for a missing or damaged weight file.
     """
     parts: dict[str, PartSize] = {}
-    for file in weight_files(folder):
+    for file in own_weight_files(folder):
         for name, size in parameter_sizes(folder / file).items():
             _add(parts, name.split(".", 1)[0], size)
     for name, size in parameter_sizes(folder / adapter_weights(read_model_config(folder))).items():

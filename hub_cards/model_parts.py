@@ -6,20 +6,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, SafetensorsParsingError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 
 from hub_cards.model_folder import (
-    QUANTIZED_BASE_WEIGHTS,
-    WEIGHTS,
-    WEIGHTS_INDEX,
     PartSize,
     adapter_weights,
     as_parameters,
-    is_inner_folder,
+    check_is_genieblue,
     parameter_sizes,
-    read_base_quantization,
-    read_json,
+)
+from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    ModelFiles,
+    is_inner_folder,
+    read_settings,
+    weight_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,14 +76,11 @@ def model_info(
     `base` says where the base lies if not where the model says. Raises `OSError` or `ValueError` if `model` is no
     GenieBlue, or its files are missing or damaged.
     """
-    files = _Files(os.fspath(model), revision, token, cache_dir)
-    config_path = files.find("config.json")
+    files = _Files(model, revision=revision, token=token, cache_dir=cache_dir)
+    config_path = files.find(CONFIG_NAME, must_answer=True)
     if config_path is None:
-        raise FileNotFoundError(f"{model} has no config.json: give the folder of a saved GenieBlue, or a Hub id.")
-    config = read_json(config_path)
-    if not isinstance(config, dict) or config.get("model_type") != "genieblue":
-        found = config.get("model_type") if isinstance(config, dict) else None
-        raise ValueError(f"{model} has model_type {found!r}, expected 'genieblue': this is another kind of model.")
+        raise FileNotFoundError(f"{model} has no {CONFIG_NAME}: give the folder of a saved GenieBlue, or a Hub id.")
+    config = check_is_genieblue(read_settings(config_path), model)
     for name, kind in (("text_config", dict), ("base_model_name_or_path", str)):
         if not isinstance(config.get(name), kind | None):
             raise OSError(f"{config_path} has {config[name]!r} for {name}: it is damaged; fetch it again.")
@@ -101,12 +102,13 @@ def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> Par
         return None
     subfolder = ""
     if base is None and files.folder is None and is_inner_folder(name):
-        name, revision, subfolder = files.name, files.revision, f"{name[2:]}/"
+        name, revision, subfolder = files.name, files.hub.get("revision"), name[2:]
     elif base is None and name.startswith("."):  # relative to the model's own folder
         name = os.path.normpath(os.path.join(os.path.realpath(files.name), name))
     parts: dict[str, PartSize | None] = {}
     try:
-        base_files = _Files(name, None if base is not None else revision, files.token, files.cache_dir, subfolder)
+        hub = files.hub | {"revision": None if base is not None else revision}
+        base_files = _Files(name, subfolder=subfolder, **hub)
         for file in base_files.weight_files():
             for size in base_files.tensor_sizes(file).values():
                 _add(parts, LANGUAGE_MODEL, size)
@@ -125,51 +127,33 @@ def _stored_size(tensor: Any) -> PartSize:
     return PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
 
 
-class _Files:
+class _Files(ModelFiles):
     """Files of a model in a folder or on the Hub, of which the large ones are not downloaded."""
-
-    def __init__(self, name: str, revision: str | None, token: str | bool | None, cache_dir: Any, subfolder: str = ""):
-        self.name, self.revision, self.token, self.cache_dir = name, revision, token, cache_dir
-        self.subfolder = subfolder  # of a repository, with a slash at its end
-        self.folder = Path(name) if os.path.isdir(name) else None
-        if self.folder is None and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
-            raise FileNotFoundError(f"{name} is no folder: give a folder or a Hub id.")
-
-    def find(self, file: str, **options: Any) -> Path | None:
-        """Path of a file, downloaded if it must be; None if there is none."""
-        if self.folder is not None:
-            path = self.folder / file
-            return path if path.is_file() else None
-        hub = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
-        try:
-            return Path(hf_hub_download(self.name, self.subfolder + file, **hub, **options))
-        except LocalEntryNotFoundError:  # not in the cache, and the Hub was not asked or does not answer
-            if not options:
-                raise
-            return None
-        except EntryNotFoundError:
-            return None
 
     def weight_files(self) -> list[str]:
         """The one file of weights, or the shards that the index names."""
-        config = self.find("config.json")
-        if config is not None and read_base_quantization(config.parent) is not None:
-            return [QUANTIZED_BASE_WEIGHTS]
-        index = self.find(WEIGHTS_INDEX)
-        if index is None:
-            return [WEIGHTS]
-        return sorted(set(read_json(index)["weight_map"].values()))
+        if files := weight_files(self._locate):
+            return list(files)
+        raise FileNotFoundError(f"{self.name} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: save or download it again.")
+
+    def _locate(self, file: str) -> Path | None:
+        """As `find`; of weights on the Hub, some path if they are there."""
+        if self.folder is not None or not file.endswith(".safetensors"):
+            return self.find(file)
+        api, revision = HfApi(token=self.hub.get("token")), self.hub.get("revision")
+        is_there = self.cached(file) is not None or api.file_exists(self.name, self.place(file), revision=revision)
+        return Path(file) if is_there else None
 
     def tensor_sizes(self, file: str) -> dict[str, PartSize]:
         """Size of each tensor in a safetensors file, from its header; `OSError` if it is missing or damaged."""
-        path = self.find(file) if self.folder is not None else self.find(file, local_files_only=True)
+        path = self.cached(file)
         if path is not None:
             return parameter_sizes(path)
         if self.folder is not None:
             raise FileNotFoundError(f"{self.folder} has no {file}: save or download the model again.")
         try:
-            api = HfApi(token=self.token)
-            metadata = api.parse_safetensors_file_metadata(self.name, self.subfolder + file, revision=self.revision)
+            api, revision = HfApi(token=self.hub.get("token")), self.hub.get("revision")
+            metadata = api.parse_safetensors_file_metadata(self.name, self.place(file), revision=revision)
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
         return {name: as_parameters(name, _stored_size(tensor)) for name, tensor in metadata.tensors.items()}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
-from hub_cards.model_card import CARD, is_as_generated
+from hub_cards.model_card import is_as_generated
+from modeling_genieblue.model_files_genieblue import CARD_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +58,12 @@ def send(
     if foreign := sorted(path for path in remote if matches(path, upload.foreign)):
         raise ValueError(f"{repo_id} holds another model ({', '.join(foreign[:3])}): give a repository of its own.")
 
-    additions = [CommitOperationAdd(path, content) for path, content in sorted(upload.files.items()) if path != CARD]
+    additions = [
+        CommitOperationAdd(path, content) for path, content in sorted(upload.files.items()) if path != CARD_NAME
+    ]
     card = _card_to_send(api, upload, repo_id, head.sha, remote)
     if card is not None:
-        additions.append(CommitOperationAdd(CARD, card.encode()))
+        additions.append(CommitOperationAdd(CARD_NAME, card.encode()))
     sent = {addition.path_in_repo for addition in additions}
     deletions = [CommitOperationDelete(path) for path in sorted(remote - sent) if matches(path, upload.stale)]
     if deletions:
@@ -83,8 +86,8 @@ def _card_to_send(api: HfApi, upload: Upload, repo_id: str, revision: str | None
     """Text of the card for this push; None to keep the one on the Hub."""
     if upload.card is not None and not is_as_generated(upload.card):
         return upload.card
-    if CARD in remote:
-        published = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
+    if CARD_NAME in remote:
+        published = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text(encoding="utf-8")
         if not is_as_generated(published):
             logger.warning("The card of %s was edited on the Hub and is kept.", repo_id)
             return None
@@ -97,11 +100,11 @@ def matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(path.count("/") == pattern.count("/") and fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def refuse_problems(folder: Path, problems: list[str]) -> None:
+def check_no_problems(folder: Path, problems: list[str]) -> None:
     """`ValueError` that lists the problems, if there are any."""
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(f"{folder} was not published, nothing was sent:\n{listed}")
 
 
-__all__ = ["Upload", "matches", "refuse_problems", "send"]
+__all__ = ["Upload", "matches", "check_no_problems", "send"]

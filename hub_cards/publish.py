@@ -9,45 +9,45 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from hub_cards.code_files import PROCESSOR_CONFIGS, code_files, code_problems
-from hub_cards.model_card import (
-    CARD,
-    MEASUREMENTS,
-    RECIPE,
-    card_info_from_folder,
-    render_model_card,
-    write_model_card,
-)
+from hub_cards.code_files import code_files, code_problems
+from hub_cards.model_card import card_info_from_folder, render_model_card, write_model_card
 from hub_cards.model_folder import (
     ADAPTER_CONFIG,
-    ADAPTER_FOLDER,
-    COMMIT_SHA,
-    LICENSE_FILES,
-    OUR_MODULES,
     QMAPS,
-    QUANTIZED_BASE_WEIGHTS,
-    TOKENIZER_FILES,
-    VOCABULARIES,
-    WEIGHTS,
-    WEIGHTS_INDEX,
     adapter_weights,
     are_zero,
-    is_hub_id,
-    is_inner_folder,
     not_finite,
-    read_json,
+    own_weight_files,
     read_model_config,
     read_tensor_sizes,
-    read_weight_map,
-    weight_files,
 )
-from hub_cards.one_commit import Upload, matches, refuse_problems, send
-from hub_cards.publish_base import (
-    base_files_to_publish,
+from hub_cards.one_commit import Upload, check_no_problems, matches, send
+from hub_cards.publish_base import base_files_to_publish, find_base_problems, map_problems, published_base
+from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FOLDER,
+    BASE_FINGERPRINT_NAME,
+    CARD_NAME,
+    CODE_FILES,
+    COMMIT_SHA,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    INDEX_NAME,
+    LICENSE_FILES,
+    MEASUREMENTS_NAME,
+    OWN_MODULES,
+    PROCESSOR_CONFIGS,
+    QUANTIZED_WEIGHTS_NAME,
+    RECIPE_NAME,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    WEIGHT_SHARDS,
+    WEIGHTS_NAME,
     file_sha256,
-    find_base_problems,
-    map_problems,
-    published_base,
+    is_hub_id,
+    is_inner_folder,
+    read_json,
+    read_weight_map,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,15 +55,14 @@ logger = logging.getLogger(__name__)
 # What may be published beside the weights and the code. Anything else in the folder (checkpoints, optimizer states,
 # logs, data) stays at home.
 PUBLISHED_NAMES = (
-    "config.json",
-    "base_fingerprint.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
+    CONFIG_NAME,
+    BASE_FINGERPRINT_NAME,
+    GENERATION_CONFIG_NAME,
+    *PROCESSOR_CONFIGS,
     *TOKENIZER_FILES,
-    RECIPE,
-    MEASUREMENTS,
-    CARD,
+    RECIPE_NAME,
+    MEASUREMENTS_NAME,
+    CARD_NAME,
     *LICENSE_FILES,
     "*.png",  # pictures that a card shows
     "*.jpg",
@@ -71,15 +70,15 @@ PUBLISHED_NAMES = (
 
 # Files of an earlier push that would disagree with this one if they stayed. Patterns match within one folder.
 STALE_PATTERNS = (
-    WEIGHTS,
-    "model-*-of-*.safetensors",
-    WEIGHTS_INDEX,
+    WEIGHTS_NAME,
+    WEIGHT_SHARDS,
+    INDEX_NAME,
     f"{ADAPTER_FOLDER}/*",
     QMAPS[0],
-    "*_genieblue.py",
-    "adapter_config.json",
-    RECIPE,
-    MEASUREMENTS,
+    CODE_FILES,
+    ADAPTER_CONFIG_NAME,
+    RECIPE_NAME,
+    MEASUREMENTS_NAME,
     "base/*",  # the quantized base of a self-contained one
 )
 
@@ -108,21 +107,21 @@ def publish_folder(
     """
     folder = Path(folder)
     config = _config_to_publish(folder, base, token)
-    refuse_problems(folder, find_problems(folder, config))
+    check_no_problems(folder, find_problems(folder, config))
 
     def card(name: str) -> str:
         return render_model_card(card_info_from_folder(folder, name, config))
 
     files: dict[str, Path | bytes] = {name: folder / name for name in files_to_publish(folder, config)}
     if config != read_model_config(folder):
-        files["config.json"] = _json_bytes(config)
+        files[CONFIG_NAME] = _json_bytes(config)
     if base is not None:
         adapter = read_json(folder / ADAPTER_CONFIG)
         names = {"base_model_name_or_path": config["base_model_name_or_path"]}
         files[ADAPTER_CONFIG] = _json_bytes(adapter | names | {"revision": config["base_model_revision"]})
-    elif not (folder / CARD).exists():
+    elif not (folder / CARD_NAME).exists():
         write_model_card(folder, card_info_from_folder(folder, repo_id))
-    own_card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else None
+    own_card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).exists() else None
     return send(
         Upload(files, own_card, card, stale=STALE_PATTERNS),
         repo_id,
@@ -181,17 +180,17 @@ def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -
     """
     folder = Path(folder)
     config = config or read_model_config(folder)
-    chosen = {ADAPTER_CONFIG, adapter_weights(config), *weight_files(folder), *code_files(folder)}
+    chosen = {ADAPTER_CONFIG, adapter_weights(config), *own_weight_files(folder), *code_files(folder)}
     if config.get("quantization") is not None:
         chosen |= set(QMAPS)
     inner_base = config.get("base_model_name_or_path")
     if is_inner_folder(inner_base):
         chosen |= {f"{inner_base[2:]}/{name}" for name in base_files_to_publish(folder / inner_base)}
-    if WEIGHTS not in chosen:
-        chosen.add(WEIGHTS_INDEX)
+    if WEIGHTS_NAME not in chosen:
+        chosen.add(INDEX_NAME)
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     chosen |= {name for name in names if matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
-    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else ""
     chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
     if left_out:
@@ -215,7 +214,7 @@ def _base_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
             f"Its base {base} is recorded at the revision {revision!r}, expected the 40 digits of a commit: save it "
             "with the base loaded from the Hub at that commit, so that a later change of the base cannot reach it."
         )
-    if not config.get("base_model_fingerprint") or not (folder / "base_fingerprint.json").is_file():
+    if not config.get("base_model_fingerprint") or not (folder / BASE_FINGERPRINT_NAME).is_file():
         yield (
             "Its base's fingerprint is missing (base_fingerprint.json, and sha256 in config.json), so nobody could "
             "tell whether they have the right base: save the model again with the base's files at hand."
@@ -231,22 +230,22 @@ def _inner_base_problems(inner: Path, config: dict[str, Any]) -> Iterator[str]:
     if problems:
         return
     recorded = config.get("base_model_fingerprint") or {}
-    if recorded.get(QUANTIZED_BASE_WEIGHTS) != file_sha256(inner / QUANTIZED_BASE_WEIGHTS):
+    if recorded.get(QUANTIZED_WEIGHTS_NAME) != file_sha256(inner / QUANTIZED_WEIGHTS_NAME):
         yield (
-            f"{inner.name}/{QUANTIZED_BASE_WEIGHTS} does not have the recorded sha256: it was changed, or is another "
+            f"{inner.name}/{QUANTIZED_WEIGHTS_NAME} does not have the recorded sha256: it was changed, or is another "
             "base's; quantize the model again."
         )
 
 
 def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     try:
-        files = weight_files(folder)
+        files = own_weight_files(folder)
         found: dict[str, str] = {}
         for file in files:
             found |= dict.fromkeys(read_tensor_sizes(folder / file), file)
-        if files != [WEIGHTS] and (weight_map := read_weight_map(folder)) != found:
+        if files != [WEIGHTS_NAME] and (weight_map := read_weight_map(folder / INDEX_NAME)) != found:
             differing = sorted({name for name, _ in set(weight_map.items()) ^ set(found.items())})
-            yield f"{WEIGHTS_INDEX} and the shards disagree about {_some(differing)}: save the model again."
+            yield f"{INDEX_NAME} and the shards disagree about {_some(differing)}: save the model again."
     except (OSError, ValueError) as error:
         yield str(error)
         return
@@ -254,13 +253,13 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         yield _not_finite_problem(broken)
     if config.get("quantization") is not None:
         yield from map_problems(folder / QMAPS[0], set(found))
-    foreign = sorted(name for name in found if name.split(".", 1)[0] not in OUR_MODULES)
+    foreign = sorted(name for name in found if name.split(".", 1)[0] not in OWN_MODULES)
     if foreign:
         yield (
-            f"The weights hold {_some(foreign)}, expected only {' and '.join(OUR_MODULES)}: weights of the base are "
+            f"The weights hold {_some(foreign)}, expected only {' and '.join(OWN_MODULES)}: weights of the base are "
             "not published; save the model with `save_pretrained`, which leaves them out."
         )
-    missing = [module for module in OUR_MODULES if not any(name.startswith(f"{module}.") for name in found)]
+    missing = [module for module in OWN_MODULES if not any(name.startswith(f"{module}.") for name in found)]
     if missing:
         yield f"The weights hold nothing of {' and '.join(missing)}: save the model again."
 
@@ -270,7 +269,7 @@ def _not_finite_problem(names: list[str]) -> str:
 
 
 def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG_NAME).exists():
         yield (
             "adapter_config.json lies in the root: `AutoModel.from_pretrained` of the repo would then load the base "
             f"with an adapter in place of a GenieBlue. The adapter belongs into {ADAPTER_FOLDER}/; remove the file."

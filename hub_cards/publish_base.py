@@ -1,6 +1,5 @@
 """Publishing a quantized base, and finding one that is published: the same bytes, at a commit."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,33 +9,36 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_cards.code_files import code_files, code_problems
-from hub_cards.model_card import CARD
-from hub_cards.model_folder import (
+from hub_cards.model_folder import read_base_quantization, read_tensor_sizes
+from hub_cards.one_commit import Upload, check_no_problems, matches, send
+from hub_cards.quantized_base_card import render_quantized_base_card
+from modeling_genieblue.model_files_genieblue import (
+    CARD_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    INDEX_NAME,
     LICENSE_FILES,
-    QMAP,
-    QUANTIZED_BASE_WEIGHTS,
+    QMAP_NAME,
+    QUANTIZED_WEIGHTS_NAME,
     TOKENIZER_FILES,
     VOCABULARIES,
-    WEIGHTS,
-    WEIGHTS_INDEX,
+    WEIGHT_SHARDS,
+    WEIGHTS_NAME,
+    file_sha256,
     is_hub_id,
-    read_base_quantization,
     read_json,
-    read_tensor_sizes,
 )
-from hub_cards.one_commit import Upload, matches, refuse_problems, send
-from hub_cards.quantized_base_card import render_quantized_base_card
 
 logger = logging.getLogger(__name__)
 
 CODE_CLASS = "AutoModelForCausalLM"
 # What a base has beside its weights, configuration and code, and a user of it needs.
-BASE_COMPANIONS = ("generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
+BASE_COMPANIONS = (GENERATION_CONFIG_NAME, "preprocessor_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
 PUBLISHED_NAMES = (
-    "config.json", QUANTIZED_BASE_WEIGHTS, QMAP, CARD, *BASE_COMPANIONS
+    CONFIG_NAME, QUANTIZED_WEIGHTS_NAME, QMAP_NAME, CARD_NAME, *BASE_COMPANIONS
 )  # fmt: skip
 # Where they lie, transformers and the base's fingerprint take them instead of the quantized ones.
-FOREIGN_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors")
+FOREIGN_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS)
 
 
 def publish_quantized_base(
@@ -54,10 +56,10 @@ def publish_quantized_base(
     Raises `ValueError` with every problem found, before anything is sent; the Hub's own errors pass through.
     """
     folder = Path(folder)
-    refuse_problems(folder, find_base_problems(folder))
+    check_no_problems(folder, find_base_problems(folder))
     upload = Upload(
         files={name: folder / name for name in base_files_to_publish(folder)},
-        card=(folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None,
+        card=(folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else None,
         render_card=lambda name: render_quantized_base_card(folder, name),
         stale=("*_genieblue.py",),
         foreign=FOREIGN_WEIGHTS,
@@ -95,12 +97,12 @@ def base_files_to_publish(folder: Path) -> list[str]:
 
 def _weight_problems(folder: Path) -> Iterator[str]:
     try:
-        found = read_tensor_sizes(folder / QUANTIZED_BASE_WEIGHTS)
+        found = read_tensor_sizes(folder / QUANTIZED_WEIGHTS_NAME)
     except OSError as error:
-        yield str(error) if (folder / QUANTIZED_BASE_WEIGHTS).exists() else f"{QUANTIZED_BASE_WEIGHTS} is missing."
+        yield str(error) if (folder / QUANTIZED_WEIGHTS_NAME).exists() else f"{QUANTIZED_WEIGHTS_NAME} is missing."
         return
-    tied = bool(read_json(folder / "config.json").get("tie_word_embeddings"))
-    yield from map_problems(folder / QMAP, set(found), allowed_without_tensors=1 if tied else 0)
+    tied = bool(read_json(folder / CONFIG_NAME).get("tie_word_embeddings"))
+    yield from map_problems(folder / QMAP_NAME, set(found), allowed_without_tensors=1 if tied else 0)
     for name in sorted(path.name for path in folder.iterdir() if matches(path.name, FOREIGN_WEIGHTS)):
         yield f"{name} lies beside the quantized weights and would be loaded in their place: remove it."
 
@@ -126,7 +128,7 @@ def map_problems(path: Path, tensors: set[str], allowed_without_tensors: int = 0
 
 
 def _loading_problems(folder: Path) -> Iterator[str]:
-    if CODE_CLASS not in (read_json(folder / "config.json").get("auto_map") or {}):
+    if CODE_CLASS not in (read_json(folder / CONFIG_NAME).get("auto_map") or {}):
         yield f"config.json has no auto_map entry for {CODE_CLASS}, so nobody could load it: quantize the model again."
     yield from code_problems(folder)
     names = [path.name for path in folder.iterdir()]
@@ -150,7 +152,7 @@ def published_base(reference: str, recorded: dict[str, str] | None, token: str |
         raise ValueError(f"{name} is not on the Hub, or not for you to see: push the base first ({error}).") from error
     names = {file.rfilename for file in info.siblings}
     # As transformers chooses: one file, else the shards.
-    taken = {WEIGHTS} if WEIGHTS in names else set(recorded)
+    taken = {WEIGHTS_NAME} if WEIGHTS_NAME in names else set(recorded)
     found = {file.rfilename: _sha256(file, info, token) for file in info.siblings if file.rfilename in taken}
     for file in sorted(recorded.keys() | found.keys()):
         if found.get(file) != recorded.get(file):
@@ -158,7 +160,7 @@ def published_base(reference: str, recorded: dict[str, str] | None, token: str |
                 f"{name} at {info.sha} is not the base that this model was made on: sha256 of {file} there is "
                 f"{found.get(file, 'that of no file')}, recorded is {recorded.get(file, 'no such file')}."
             )
-    if "config.json" not in names:
+    if CONFIG_NAME not in names:
         raise ValueError(f"{name} at {info.sha} has no config.json, so nobody could load it: publish the whole base.")
     return info.id, info.sha
 
@@ -166,14 +168,7 @@ def published_base(reference: str, recorded: dict[str, str] | None, token: str |
 def _sha256(file: Any, info: Any, token: str | bool | None) -> str:
     if file.lfs is not None:
         return file.lfs.sha256
-    path = HfApi(token=token).hf_hub_download(info.id, file.rfilename, revision=info.sha)
-    return file_sha256(Path(path))
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(HfApi(token=token).hf_hub_download(info.id, file.rfilename, revision=info.sha))
 
 
 __all__ = ["base_files_to_publish", "find_base_problems", "publish_quantized_base", "published_base"]

@@ -6,21 +6,16 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hub_cards.model_card import CARD, HUB, License, assemble_card, base_facts, card_environment, folder_facts
-from hub_cards.model_folder import (
-    BASE_PARTS,
-    QUANTIZED_BASE_WEIGHTS,
-    PartSize,
-    is_hub_id,
-    parameter_sizes,
-    read_base_quantization,
-    read_json,
-)
+from hub_cards.model_card import HUB, License, assemble_card, base_facts, card_environment, folder_facts
+from hub_cards.model_folder import BASE_PARTS, PartSize, parameter_sizes, read_base_quantization
+from modeling_genieblue.model_files_genieblue import CARD_NAME, QUANTIZED_WEIGHTS_NAME, is_hub_id, read_json
 
 
 def write_quantized_base_card(folder: Path, source: Path | None = None) -> None:
     """Writes `README.md` into the folder of a quantized base; see `render_quantized_base_card`."""
-    (folder / CARD).write_text(render_quantized_base_card(folder, folder.name, source), encoding="utf-8", newline="\n")
+    (folder / CARD_NAME).write_text(
+        render_quantized_base_card(folder, folder.name, source), encoding="utf-8", newline="\n"
+    )
 
 
 def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None = None) -> str:
@@ -37,7 +32,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
     origin = settings["source"]
     on_hub = is_hub_id(origin["name"], folder) and "/" in origin["name"]
     licence, languages = _facts(folder, origin if on_hub else None, source)
-    sizes = parameter_sizes(folder / QUANTIZED_BASE_WEIGHTS).values()
+    sizes = parameter_sizes(folder / QUANTIZED_WEIGHTS_NAME).values()
     auto_map = read_json(folder / "config.json").get("auto_map") or {}
     info = {
         "repo_name": repo_name,

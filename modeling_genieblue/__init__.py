@@ -14,12 +14,18 @@ from .image_processing_genieblue import GenieBlueImageProcessor
 from .modeling_genieblue import GenieBlueForConditionalGeneration
 from .processing_genieblue import GenieBlueProcessor
 from .projector_genieblue import GenieBlueMultiModalProjector
+from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
+from .quantized_modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
 
 AutoConfig.register("genieblue", GenieBlueConfig, exist_ok=True)
-AutoImageProcessor.register(GenieBlueConfig, GenieBlueImageProcessor, exist_ok=True)
-AutoProcessor.register(GenieBlueConfig, GenieBlueProcessor, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    _auto_class.register(GenieBlueConfig, GenieBlueForConditionalGeneration, exist_ok=True)
+for _config, _model in (
+    (GenieBlueConfig, GenieBlueForConditionalGeneration),
+    (QuantizedGenieBlueConfig, QuantizedGenieBlueForConditionalGeneration),
+):
+    AutoImageProcessor.register(_config, GenieBlueImageProcessor, exist_ok=True)
+    AutoProcessor.register(_config, GenieBlueProcessor, exist_ok=True)
+    for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        _auto_class.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "GenieBlueConfig",
@@ -27,4 +33,6 @@ __all__ = [
     "GenieBlueImageProcessor",
     "GenieBlueMultiModalProjector",
     "GenieBlueProcessor",
+    "QuantizedGenieBlueConfig",
+    "QuantizedGenieBlueForConditionalGeneration",
 ]

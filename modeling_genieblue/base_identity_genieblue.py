@@ -1,37 +1,40 @@
 """Which base a GenieBlue belongs to: sha256 of the base's weight files, and a sample of each tensor's values."""
 
-import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 
-from .quantized_linears_genieblue import QUANTIZED_WEIGHTS_NAME, is_our_quantization, sampled_codes, scales_of
+from .model_files_genieblue import (
+    QUANTIZED_WEIGHTS_NAME,
+    WEIGHT_SHARDS,
+    WEIGHTS_NAME,
+    ModelFiles,
+    cached_sha256,
+    file_sha256,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
-BASE_FINGERPRINT_NAME = "base_fingerprint.json"
 VALUES_PER_PLACE = 4
 WEIGHT_FILES = "*.safetensors"
-WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 
-def tensor_samples(model: nn.Module) -> dict[str, dict]:
-    """`{name: {"shape", "dtype", "positions", "values"}}`: some values of each parameter.
+def tensor_samples(values: nn.Module | dict[str, torch.Tensor]) -> dict[str, dict]:
+    """`{name: {"shape", "dtype", "positions", "values"}}`: some numbers of each of a model's tensors.
 
-    Of a quantized one scales and codes are sampled. Parameters on the meta device (offloaded ones) are left out, and
-    quantized ones of a kind that is not ours.
+    `values` are tensors by name, or a model of which the `plain_values` are taken.
     """
     return {
         name: {
@@ -40,20 +43,13 @@ def tensor_samples(model: nn.Module) -> dict[str, dict]:
             "positions": (positions := _positions(values.numel())),
             "values": _values_at(values, positions).float().tolist(),
         }
-        for name, values in _readable_values(model).items()
+        for name, values in (plain_values(values) if isinstance(values, nn.Module) else values).items()
     }
 
 
-def _readable_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What can be compared by value: plain parameters; scales and some codes of quantized ones, by other names."""
-    readable = {}
-    for name, parameter in model.named_parameters():
-        if is_plain_weight(parameter):
-            readable[name] = parameter
-        elif (scales := scales_of(parameter)) is not None:
-            readable[f"{name}._scale"] = scales
-            readable[f"{name}._codes"] = sampled_codes(parameter)
-    return readable
+def plain_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that can be compared by value: offloaded ones, and those that were quantized, cannot."""
+    return {name: parameter for name, parameter in model.named_parameters() if is_plain_weight(parameter)}
 
 
 def _positions(count: int) -> list[int]:
@@ -91,38 +87,42 @@ def is_sample(sample: Any) -> bool:
     return whole and fits and is_dtype and all(position < math.prod(shape) for position in positions)
 
 
-def compare_with_samples(model: nn.Module, samples: dict[str, dict]) -> list[str]:
+def compare_with_samples(
+    model: nn.Module, samples: dict[str, dict], values: dict[str, torch.Tensor] | None = None
+) -> list[str]:
     """Differences between `model` and recorded samples, one sentence each; an empty list if it is the same base.
 
-    A base in another dtype is the same base if one set of values rounds to the other. Offloaded tensors, and those
-    that transformers quantized, cannot be compared value by value and are passed over.
+    A base in another dtype is the same base if one set of values rounds to the other. Tensors that cannot be compared
+    value by value (offloaded, or quantized by transformers) are passed over.
+
+    Args:
+        values: what is compared, if not the `plain_values` of the model.
     """
+    if values is None:
+        quantization = getattr(model.config, "quantization_config", None)
+        if isinstance(quantization, dict):  # transformers' own method would have left an object
+            return [
+                f"it was quantized by {quantization.get('quant_method')!r}, which transformers does not know, and the "
+                "recorded base was not: give the unquantized base, or load the quantized GenieBlue that it belongs to"
+            ]
+        values = plain_values(model)
+        # A name that was not recorded tells another base, unless some were not compared at all.
+        is_complete = len(values) == sum(1 for _ in model.parameters())
+    else:
+        is_complete = True
     differences = []
-    compared = 0
-    parameters = _readable_values(model)
-    both = [any(name.endswith("._scale") for name in names) for names in (samples, parameters)]
-    if is_our_quantization(getattr(model.config, "quantization_config", None)) and not both[0]:
-        return [
-            "it was quantized by GenieBlue, and the recorded base was not: give the unquantized base, or load the "
-            "quantized GenieBlue that it belongs to"
-        ]
-    found = {name.removesuffix("._scale").removesuffix("._codes") for name in parameters}
-    readable = both[0] == both[1] and len(found) == sum(1 for _ in model.parameters())
-    for name, sample in samples.items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            if readable:
-                differences.append(f"{name} is missing")
-        else:
-            compared += 1
-            if list(parameter.shape) != sample["shape"]:
-                differences.append(f"{name} has shape {list(parameter.shape)}, expected {sample['shape']}")
-            elif not _same_values(found := _values_at(parameter, sample["positions"]), sample):
-                expected = torch.tensor(sample["values"])
-                worst = int((found.float() - expected).abs().argmax())
-                differences.append(f"{name} holds {found[worst]:.7g} where {expected[worst]:.7g} was recorded")
-    if readable:
-        differences += [f"{name} is unknown to the recorded base" for name in parameters if name not in samples]
+    compared = [name for name in samples if name in values]
+    for name in compared:
+        found, sample = values[name], samples[name]
+        if list(found.shape) != sample["shape"]:
+            differences.append(f"{name} has shape {list(found.shape)}, expected {sample['shape']}")
+        elif not _same_values(found := _values_at(found, sample["positions"]), sample):
+            expected = torch.tensor(sample["values"])
+            worst = int((found.float() - expected).abs().argmax())
+            differences.append(f"{name} holds {found[worst]:.7g} where {expected[worst]:.7g} was recorded")
+    if is_complete:
+        differences += [f"{name} is missing" for name in samples if name not in values]
+        differences += [f"{name} is unknown to the recorded base" for name in values if name not in samples]
     if samples and not compared and not differences:
         differences.append("none of its tensors could be compared with the recorded ones")
     return differences
@@ -199,42 +199,19 @@ def _holds(folder: Path, samples: dict[str, dict]) -> bool:
 
 
 def weight_file_hashes(
-    base: str | os.PathLike,
-    revision: str | None = None,
-    *,
-    read_files: bool = True,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
+    base: str | os.PathLike, revision: str | None = None, *, token: str | bool | None = None, **hub: Any
 ) -> dict[str, str]:
-    """sha256 by name of each safetensors file of a base, a folder or a Hub id.
+    """sha256 by name of each weight file of a base, a folder or a Hub id.
 
-    Files of the Hub cache are named by their sha256; with `read_files=False` only such names are returned, and nothing
-    is read or asked for. The Hub is asked about files that are not in the cache, unless `local_files_only`. Returns
-    `{}` when there are no files (a base that lives in memory only).
+    Files of the Hub's cache are named by theirs. The Hub is asked about files that are not there, unless
+    `local_files_only`. Returns `{}` when there are no files (a base that lives in memory only).
     """
-    folder = Path(base)
-    if folder.is_dir():
-        files = _weight_files(lambda name: folder / name if (folder / name).is_file() else None)
-        return {name: file_sha256(path) for name, path in files.items()}
-
-    def find(name: str) -> Path | None:
-        try:
-            return Path(
-                hf_hub_download(str(base), name, revision=revision, cache_dir=cache_dir, local_files_only=True)
-            )
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            logger.debug("No %s of %s: %s", name, base, error)
-            return None
-
-    hashes = {}
-    for name, path in _weight_files(find).items():
-        blob = os.path.basename(os.path.realpath(path))
-        if len(blob) == 64 and all(character in "0123456789abcdef" for character in blob):
-            hashes[name] = blob
-        elif read_files:
-            hashes[name] = file_sha256(path)
-    if hashes or not read_files or local_files_only:
+    try:
+        files = ModelFiles(base, revision=revision, token=token, **hub)
+        hashes = {name: cached_sha256(path) or file_sha256(path) for name, path in weight_files(files.cached).items()}
+    except (FileNotFoundError, HFValidationError):
+        return {}
+    if hashes or files.folder is not None or hub.get("local_files_only"):
         return hashes
     return _published_hashes(str(base), revision, token)
 
@@ -247,27 +224,10 @@ def _published_hashes(name: str, revision: str | None, token: str | bool | None)
         logger.debug("No files of %s: %s", name, error)
         return {}
     hashes = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
-    if WEIGHTS_NAME in hashes:
-        return {WEIGHTS_NAME: hashes[WEIGHTS_NAME]}
-    if QUANTIZED_WEIGHTS_NAME in hashes:
-        return {QUANTIZED_WEIGHTS_NAME: hashes[QUANTIZED_WEIGHTS_NAME]}
-    return {name: sha256 for name, sha256 in hashes.items() if fnmatchcase(name, "model-*-of-*.safetensors")}
+    for single in (WEIGHTS_NAME, QUANTIZED_WEIGHTS_NAME):
+        if single in hashes:
+            return {single: hashes[single]}
+    return {name: sha256 for name, sha256 in hashes.items() if fnmatchcase(name, WEIGHT_SHARDS)}
 
 
-def _weight_files(find: Callable[[str], Path | None]) -> dict[str, Path]:
-    """The weight files that transformers would load: one file, or else the shards of an index."""
-    names = [WEIGHTS_NAME if find(WEIGHTS_NAME) is not None else QUANTIZED_WEIGHTS_NAME]
-    if names != [WEIGHTS_NAME] and (index := find(INDEX_NAME)) is not None:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index} names a file outside of its folder ({outside[0]!r}): do not trust this base.")
-    return {name: path for name in names if (path := find(name)) is not None}
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-__all__ = ["compare_with_samples", "different_settings", "tensor_samples", "weight_file_hashes"]
+__all__ = ["compare_with_samples", "different_settings", "plain_values", "tensor_samples", "weight_file_hashes"]

@@ -2,20 +2,34 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub import resolve_revision as resolve_hub_revision
 from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
-from .base_identity_genieblue import cached_commits, compare_with_samples, different_settings, weight_file_hashes
-from .loading_genieblue import ACCESS_KEYS, LoadRequest, is_inner_folder, is_local_reference
-from .quantized_base_genieblue import load_quantized_base, read_base_quantization
-from .settings_files_genieblue import HUB_KEYS, refuse_broken_settings
+from .base_identity_genieblue import cached_commits, compare_with_samples, different_settings
+from .loading_genieblue import LoadRequest
+from .model_files_genieblue import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    HUB_KEYS,
+    MODEL_TYPE,
+    ModelFiles,
+    cached_sha256,
+    check_settings_files,
+    is_inner_folder,
+    is_path,
+    read_settings,
+)
 
 logger = logging.getLogger(__name__)
+
+# What loads a base whose `quant_method` is none that transformers knows, by that method; filled by the files that do.
+BASE_LOADERS: dict[str, Callable[..., PreTrainedModel]] = {}
 
 
 def resolve_base(
@@ -62,7 +76,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     # Consent to our code is not needed, and not used, for a base that transformers itself knows.
     needs_code = config.base_model_runs_remote_code or not is_recorded
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code")) and needs_code
-    if is_local_reference(location):
+    if is_path(location):
         if not os.path.isdir(location):
             raise OSError(
                 f"The base of {request.path} should be in {location}, but there is no such folder. Put it there, or "
@@ -72,12 +86,13 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         kwargs["revision"] = config.base_model_revision
     try:
         where = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
-        quantization = read_base_quantization(location, **where)
-        refuse_broken_settings(location, {GENERATION_CONFIG_NAME: None}, **where)
-        if quantization is not None:
-            base, info = load_quantized_base(location, **kwargs), {}
+        config_file = cached_file(location, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
+        quantization = None if config_file is None else read_settings(config_file).get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        check_settings_files(location, {GENERATION_CONFIG_NAME: None}, **where)
+        if isinstance(method, str) and method in BASE_LOADERS:
+            base, info = BASE_LOADERS[method](location, **kwargs, **request.base_loader_kwargs), {}
         else:
-            kwargs.pop("for_kernel", None)
             base, info = AutoModelForCausalLM.from_pretrained(
                 location, use_safetensors=True, output_loading_info=True, **kwargs
             )
@@ -85,21 +100,21 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         raise OSError(f"The weights of the base {location} cannot be read ({error}): fetch them again.") from error
     except (OSError, ValueError) as error:
         if "Unrecognized configuration class" in str(error):  # all known ones follow
-            refuse_other_models(location, AutoConfig.from_pretrained(location, **where))
+            check_base_type(location, AutoConfig.from_pretrained(location, **where))
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(
             f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory "
             "can be given as `base_model=`."
         ) from error
-    refuse_incomplete_base(location, info)
+    check_complete(location, info)
     if "revision" in kwargs:
-        _refuse_other_files(location, config, kwargs)
+        _check_cached_files(location, config, kwargs)
     return base
 
 
-def refuse_other_models(location: str, config: PreTrainedConfig) -> None:
+def check_base_type(location: str, config: PreTrainedConfig) -> None:
     """`ValueError` unless `config`, that of `location`, is of a model that can be a base."""
-    if config.model_type == "genieblue":
+    if config.model_type == MODEL_TYPE:
         raise ValueError(f"{location} is a GenieBlue already: give the language model that it should be made from.")
     num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -111,7 +126,7 @@ def refuse_other_models(location: str, config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_incomplete_base(location: str, loading_info: dict[str, Any]) -> None:
+def check_complete(location: str, loading_info: dict[str, Any]) -> None:
     """`ValueError` if weights of the base were not in its files: transformers would go on with random ones."""
     missing = sorted(map(str, [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]))
     if missing:
@@ -121,22 +136,31 @@ def refuse_incomplete_base(location: str, loading_info: dict[str, Any]) -> None:
         )
 
 
-def _refuse_other_files(location: str, config: Any, kwargs: dict[str, Any]) -> None:
+def _check_cached_files(location: str, config: Any, kwargs: dict[str, Any]) -> None:
     """Compares the names of the files in the Hub cache, which are their sha256, with the recorded ones: no reading."""
-    hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir") if key in kwargs}
-    found = weight_file_hashes(location, kwargs["revision"], read_files=False, **hub_kwargs)
-    recorded = config.base_model_fingerprint or {}
-    other = sorted(name for name in found if name in recorded and found[name] != recorded[name])
-    if other:
-        raise ValueError(
-            f"{location} at {kwargs['revision']} is not the recorded base: sha256 of {other[0]} is "
-            f"{found[other[0]]}, expected {recorded[other[0]]}. Pass `check_base=False` and `base_model=` to use it."
-        )
+    files = ModelFiles(location, **{key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs})
+    for name, recorded in sorted((config.base_model_fingerprint or {}).items()):
+        path = files.cached(name)
+        found = recorded if path is None else cached_sha256(path) or recorded
+        if found != recorded:
+            raise ValueError(
+                f"{location} at {kwargs['revision']} is not the recorded base: sha256 of {name} is {found}, expected "
+                f"{recorded}. Pass `check_base=False` and `base_model=` to use it."
+            )
 
 
-def refuse_wrong_base(base: PreTrainedModel, config: Any, samples: dict[str, dict], request: LoadRequest) -> None:
-    """`ValueError` with both identities if `base` is not the base that the adapter was trained on."""
-    differences = [*compare_with_samples(base, samples), *different_settings(base.config, config.text_config)]
+def check_identity(
+    base: PreTrainedModel,
+    config: Any,
+    samples: dict[str, dict],
+    request: LoadRequest,
+    values: dict[str, Any] | None = None,
+) -> None:
+    """`ValueError` with both identities if `base` is not the base that the adapter was trained on.
+
+    `values` as for `compare_with_samples`.
+    """
+    differences = [*compare_with_samples(base, samples, values), *different_settings(base.config, config.text_config)]
     if differences:
         recorded = request.base_location(config, required=False) or config.base_model_name_or_path
         at = f" at {config.base_model_revision}" if config.base_model_revision else ""
@@ -156,12 +180,11 @@ def record_location(config: Any, request: LoadRequest, base: PreTrainedModel, gi
     if is_inner_folder(config.base_model_name_or_path):
         return
     location = request.base_location(config, required=given is None)
-    is_gone = location is None or is_local_reference(location) and not os.path.isdir(location)
+    is_gone = location is None or is_path(location) and not os.path.isdir(location)
     if given is not None and is_gone:
         name = os.fspath(given) if isinstance(given, str | os.PathLike) else None
-        access = {key: request.hub_kwargs[key] for key in ACCESS_KEYS if key in request.hub_kwargs}
-        location, config.base_model_revision = resolve_base(base, name, None, access)
+        location, config.base_model_revision = resolve_base(base, name, None, request.access())
     config.base_model_name_or_path = location
 
 
-__all__ = ["load_base", "record_location", "refuse_wrong_base", "resolve_base"]
+__all__ = ["check_identity", "load_base", "record_location", "resolve_base"]

@@ -8,11 +8,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .settings_files_genieblue import check_config_kinds, check_quantization
-
 PLACEMENTS = ("skip", "pre", "post")
 # What is raised by whatever reads a setting first that is not of its kind.
 BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
+# By setting of config.json, what it holds where it is not null; a map of code is never null.
+CONFIG_KINDS = {
+    "text_config": dict, "vision_config": dict, "base_model_name_or_path": str, "base_model_revision": str,
+    "base_model_fingerprint": dict, "lora_dropout": (int, float), "dtype": str, "auto_map": dict,
+}  # fmt: skip
 
 
 def select_replicated_layers(num_hidden_layers: int, placement: str) -> list[int]:
@@ -67,8 +70,8 @@ class GenieBlueConfig(PreTrainedConfig):
             request of the base can contain it.
         image_seq_length: tokens per image tile.
         downsample_factor: side of the square of neighbouring patch tokens that become one image token.
-        quantization: precision of each part (`w4a16`, `w8a16` or `w16a16`) and how it was rounded; `None` if nothing
-            is quantized.
+
+    A subclass may describe models of the same type with settings of their own: see `describes`.
     """
 
     model_type = "genieblue"
@@ -88,7 +91,6 @@ class GenieBlueConfig(PreTrainedConfig):
     image_token_id: int | None = None
     image_seq_length: int | None = None
     downsample_factor: int = 2
-    quantization: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -108,8 +110,6 @@ class GenieBlueConfig(PreTrainedConfig):
         for name in ("image_token_id", "image_seq_length"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
-        if self.quantization is not None:
-            check_quantization(self.quantization)
         num_layers = getattr(self.text_config, "num_hidden_layers", None)
         if self.replicated_layers is None and num_layers is not None and self.placement is not None:
             self.replicated_layers = select_replicated_layers(num_layers, self.placement)
@@ -132,6 +132,16 @@ class GenieBlueConfig(PreTrainedConfig):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    def describes(cls, settings: dict[str, Any]) -> bool:
+        """Whether settings are of this class rather than of the one that it is made from."""
+        return False
+
+    @classmethod
+    def kind_of(cls, settings: dict[str, Any]) -> type["GenieBlueConfig"]:
+        """The class that settings are of: this one, or a subclass of it that describes them."""
+        return next((kind for kind in cls.__subclasses__() if kind.describes(settings)), cls)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """The configuration in a dictionary.
 
@@ -145,6 +155,8 @@ class GenieBlueConfig(PreTrainedConfig):
                 "GenieBlue is loaded from its own folder or repository, which names its base; `from_base` (`genieblue "
                 "init`) makes one."
             )
+        if (kind := cls.kind_of(config_dict)) is not cls:
+            return kind.from_dict(config_dict, **kwargs)
         where = f"config.json of {kwargs['name_or_path']}" if kwargs.get("name_or_path") else "config.json"
         check_config_kinds(config_dict, where)
         try:
@@ -159,6 +171,15 @@ class GenieBlueConfig(PreTrainedConfig):
         """Image tokens of one tile: the patch grid, zero-padded to a multiple of `downsample_factor`, downsampled."""
         side = self.vision_config.image_size // self.vision_config.patch_size
         return math.ceil(side / self.downsample_factor) ** 2
+
+
+def check_config_kinds(settings: dict[str, Any], where: str | os.PathLike) -> None:
+    """`OSError` that names `where` if a setting of a GenieBlue's config.json is of a kind that it cannot be."""
+    for name, kind in CONFIG_KINDS.items():
+        value = settings.get(name)
+        if not isinstance(value, kind) and (value is not None or name == "auto_map" and name in settings):
+            expected = {dict: "settings by name", str: "a text"}.get(kind, "a number")
+            raise OSError(f"{where} has {value!r} for {name}, expected {expected}: it is damaged; fetch it again.")
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -1,40 +1,43 @@
-"""Loading: our own files, from a folder or the Hub."""
+"""Loading: our own files, from a folder or the Hub, and what a model remembers of where it came from."""
 
+import json
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
-from .base_identity_genieblue import (
-    BASE_FINGERPRINT_NAME,
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    is_sample,
-)
-from .language_views_genieblue import (
+from .base_identity_genieblue import is_sample
+from .configuration_genieblue import check_config_kinds
+from .language_views_genieblue import tensors_of_other_kinds
+from .model_files_genieblue import (
+    ACCESS_KEYS,
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS_NAME,
-    QUANTIZED_ADAPTER_NAME,
-    tensors_of_other_kinds,
-)
-from .settings_files_genieblue import (
+    BASE_FINGERPRINT_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     HUB_KEYS,
+    INDEX_NAME,
+    RECIPE_NAME,
     SHARED_HUB_KEYS,
-    check_config_kinds,
+    WEIGHTS_NAME,
+    check_settings_files,
+    is_inner_folder,
+    is_path,
     read_settings,
-    refuse_broken_settings,
 )
 
-# With which a base that was loaded is found again.
-ACCESS_KEYS = ("token", "cache_dir", "local_files_only")
+logger = logging.getLogger(__name__)
+
 # What the base is given as it would be by hand.
 BASE_KEYS = ("dtype", "torch_dtype", "max_memory", "offload_folder", "offload_buffers", "trust_remote_code")
 
@@ -47,6 +50,7 @@ class LoadRequest:
     hub_kwargs: dict[str, Any]
     own_kwargs: dict[str, Any]
     base_kwargs: dict[str, Any]
+    base_loader_kwargs: dict[str, Any] = field(default_factory=dict)  # for a loader that is not transformers' own
 
     @classmethod
     def from_arguments(cls, path: str | os.PathLike, kwargs: dict[str, Any]) -> "LoadRequest":
@@ -87,26 +91,31 @@ class LoadRequest:
         hub_kwargs = {**self.hub_kwargs, "subfolder": subfolder}
         return cached_file(self.path, name, _raise_exceptions_for_missing_entries=required, **hub_kwargs)
 
-    def check_layout(self) -> None:
-        """`OSError` without a `config.json`, `ValueError` for an adapter in the root, which `AutoModel` prefers."""
+    def access(self) -> dict[str, Any]:
+        """What our files were looked up with, and the base's are too."""
+        return {key: self.hub_kwargs[key] for key in ACCESS_KEYS if key in self.hub_kwargs}
+
+    def check_layout(self) -> dict[str, Any]:
+        """The settings in `config.json`.
+
+        Raises `OSError` if there is none, `ValueError` for an adapter in the root, which `AutoModel` prefers.
+        """
         try:
             has_config = self.file(CONFIG_NAME, required=not os.path.isdir(self.path)) is not None
         except OSError as error:
             raise OSError(f"{self.path} could not be loaded: {error}") from error
         if not has_config:  # transformers would go on with a default configuration
             raise OSError(f"{self.path} has no {CONFIG_NAME}: expected the folder or Hub id of a saved GenieBlue.")
-        refuse_broken_settings(self.path, {CONFIG_NAME: "model_type", GENERATION_CONFIG_NAME: None}, **self.hub_kwargs)
+        check_settings_files(self.path, {CONFIG_NAME: "model_type", GENERATION_CONFIG_NAME: None}, **self.hub_kwargs)
         config_file = self.file(CONFIG_NAME)
-        check_config_kinds(read_settings(config_file), config_file)
+        settings = read_settings(config_file)
+        check_config_kinds(settings, config_file)
         if self.file(ADAPTER_CONFIG_NAME, required=False) is not None:
             raise ValueError(
                 f"{self.path} has {ADAPTER_CONFIG_NAME} in its root, so `AutoModel` takes it for a plain adapter and "
                 f"loads the base instead of GenieBlue. Move the adapter's files to {ADAPTER_FOLDER}/."
             )
-
-    def is_quantized(self) -> bool:
-        """Whether our files are those of a quantized GenieBlue."""
-        return read_settings(self.file(CONFIG_NAME)).get("quantization") is not None
+        return settings
 
     def load_own_weights(
         self, from_pretrained: Callable, model_args: tuple, base_model: Any
@@ -147,13 +156,13 @@ class LoadRequest:
             if problems := tensors_of_other_kinds(file, file.keys()):
                 raise ValueError(f"{path} does not fit its configuration: {'; '.join(problems[:3])}. Fetch it again.")
 
-    def adapter_file(self, is_quantized: bool = False) -> str:
-        """Path of the adapter's weights, in a folder or in the cache; `OSError` if there are none."""
-        return self.file(QUANTIZED_ADAPTER_NAME if is_quantized else ADAPTER_WEIGHTS_NAME, folder=ADAPTER_FOLDER)
+    def adapter_file(self, name: str = ADAPTER_WEIGHTS_NAME) -> str:
+        """Path of a file of the adapter, in a folder or in the cache; `OSError` if there is none."""
+        return self.file(name, folder=ADAPTER_FOLDER)
 
     def adapter_settings(self) -> dict[str, Any]:
         """PEFT's configuration beside the adapter's weights; `OSError` if it is missing or damaged."""
-        return read_settings(self.file(ADAPTER_CONFIG_NAME, folder=ADAPTER_FOLDER))
+        return read_settings(self.adapter_file(ADAPTER_CONFIG_NAME))
 
     def base_samples(self, required: bool) -> dict[str, dict]:
         """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
@@ -172,13 +181,13 @@ class LoadRequest:
         A base in a subfolder of our own repository on the Hub is downloaded, and loaded from there as from a folder.
         """
         name = config.base_model_name_or_path
-        if name is None or not is_local_reference(name):
+        if name is None or not is_path(name):
             return name
         if os.path.isabs(name):  # once loaded
             return name
         if not os.path.isdir(self.path):
             if is_inner_folder(name):
-                options = {key: self.hub_kwargs[key] for key in (*ACCESS_KEYS, "revision") if key in self.hub_kwargs}
+                options = self.access() | {"revision": self.hub_kwargs.get("revision")}
                 return os.path.join(snapshot_download(self.path, allow_patterns=f"{name[2:]}/*", **options), name[2:])
             if not required:
                 return None
@@ -190,14 +199,37 @@ class LoadRequest:
         return os.path.normpath(os.path.join(folder, name))
 
 
-def is_local_reference(name: str) -> bool:
-    """Whether a base is named by a path (`../base`, `/models/base`) and not by a Hub id (`org/base`)."""
-    return name.startswith(".") or os.path.isabs(name)
+@dataclass
+class Provenance:
+    """Where a GenieBlue came from: what a save writes again although it is not in memory.
 
+    Attributes:
+        source: the load that made it; `None` for a new one.
+        access: `token`, `cache_dir` and `local_files_only`, with which the base's files are found again.
+        base_samples: the recorded sample of the base's values.
+        files: stored files that a save copies as they are, by their place in the folder.
+        training_recipe: `{stage: {setting: value}}` of what was trained in this process, and before.
+    """
 
-def is_inner_folder(name: str | None) -> bool:
-    """Whether a base lies in a subfolder of the GenieBlue that names it."""
-    return name is not None and name.startswith("./") and ".." not in name.split("/")
+    source: LoadRequest | None = None
+    access: dict[str, Any] = field(default_factory=dict)
+    base_samples: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    training_recipe: dict[str, dict[str, Any]] | None = None
+
+    def facts(self, names: Iterable[str]) -> dict[str, Any]:
+        """Content by name of JSON files that lay in the loaded folder; one that is gone or damaged is left out."""
+        facts = {}
+        for name in names:
+            try:
+                path = None if self.source is None else self.source.file(name, required=False)
+                if path is not None:
+                    facts[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                logger.warning("%s of %s is not known any more: %s", name, self.source.path, error)
+        if self.training_recipe is not None and RECIPE_NAME in names:
+            facts[RECIPE_NAME] = self.training_recipe
+        return facts
 
 
 def _split_device_map(device_map: Any) -> tuple[Any, Any]:
@@ -214,4 +246,4 @@ def _split_device_map(device_map: Any) -> tuple[Any, Any]:
     return own, base or None
 
 
-__all__ = ["LoadRequest", "is_local_reference"]
+__all__ = ["LoadRequest", "Provenance"]

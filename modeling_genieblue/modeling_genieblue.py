@@ -6,6 +6,7 @@ weights with trained copies of a quarter of the blocks and LoRA on the others. T
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .arguments_genieblue import check_base_model, check_load_arguments, check_vision_tower
 from .base_identity_genieblue import tensor_samples
-from .base_loading_genieblue import load_base, record_location, refuse_wrong_base, resolve_base
+from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
 from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
 from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
@@ -26,18 +27,10 @@ from .language_views_genieblue import (
     load_adapter,
     make_lora_config,
 )
-from .loading_genieblue import ACCESS_KEYS, LoadRequest
+from .loading_genieblue import LoadRequest, Provenance
+from .model_files_genieblue import RECIPE_NAME
 from .projector_genieblue import GenieBlueMultiModalProjector
-from .quantized_parts_genieblue import (
-    check_backend,
-    load_quantized_adapter,
-    load_quantized_parts,
-    quantized_files,
-    refuse_unquantized_base,
-    run_on_onnxruntime,
-)
-from .quantized_precision_guard_genieblue import PrecisionGuard
-from .saving_genieblue import push_model, save_model
+from .saving_genieblue import push_model, save_model, write_trained_weights
 from .view_routing_genieblue import (
     MULTIMODAL,
     TEXT,
@@ -52,13 +45,17 @@ from .view_routing_genieblue import (
 )
 
 
-class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBlueGenerationMixin):
+class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixin):
     """A base LLM with eyes; see the module's docstring, and `from_base` / `from_pretrained` for ways to get one.
 
     Attributes:
         language_model: the base, the very object that was loaded or given; text requests run it.
         multimodal_language_model: a second tree over the same parameters, with the adapter in place.
         vision_tower, multi_modal_projector: image tiles → image features.
+        provenance: where all of this came from.
+
+    A model whose weights are stored in another form is a subclass with a configuration class of its own, and differs
+    in the methods under "How weights are stored".
     """
 
     config_class = GenieBlueConfig
@@ -84,7 +81,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         # Attached after the weights above are in place: `from_pretrained` would initialise what its file lacks.
         self.language_model: PreTrainedModel | None = None
         self.multimodal_language_model: PreTrainedModel | None = None
-        self._hub_kwargs: dict[str, Any] = {}
+        self.provenance = Provenance()
         self.post_init()
 
     # Making and loading
@@ -152,8 +149,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         model.vision_tower = vision_tower
         model.multi_modal_projector = GenieBlueMultiModalProjector(config).to(base_model.device, base_model.dtype)
         model.multi_modal_projector.apply(model._init_weights)
-        model._hub_kwargs = dict(hub_kwargs or {})
-        model._base_samples = tensor_samples(base_model)
+        model.provenance = Provenance(access=dict(hub_kwargs or {}), base_samples=tensor_samples(base_model))
         model._attach(base_model, make_lora_config(base_model, config))
         initialize_adapter(model.multimodal_language_model, base_model.dtype)
         model.generation_config = copy.deepcopy(base_model.generation_config)
@@ -166,7 +162,6 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         *model_args: Any,
         base_model: PreTrainedModel | str | os.PathLike | None = None,
         check_base: bool = True,
-        backend: str = "quanto",
         **kwargs: Any,
     ) -> "GenieBlueForConditionalGeneration":
         """Loads a GenieBlue and the base that it names, or puts it onto a base that is already there.
@@ -176,47 +171,34 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
                 turned off); or the id or folder of one. By default the base that the repository names, at the commit
                 that it names.
             check_base: compare the base with the recorded fingerprint, and refuse another one.
-            backend: what multiplies 4-bit weights of a quantized GenieBlue: `quanto` with 16-bit activations, or
-                `onnxruntime`, which is faster on a CPU and computes with 8-bit activations.
             kwargs: as for every `from_pretrained`; `dtype`, `device_map`, `attn_implementation`, `token`,
                 `cache_dir`, `local_files_only`, `trust_remote_code` and `quantization_config` reach the base too
-                (quantization only the base).
+                (quantization only the base). A subclass that the folder asks for may know more of them.
 
         Raises `OSError` for missing or damaged files, `ValueError` for files or a base that do not belong together.
         """
         check_load_arguments(pretrained_model_name_or_path, base_model, kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
         request = LoadRequest.from_arguments(pretrained_model_name_or_path, kwargs)
-        request.check_layout()
-        is_quantized = request.is_quantized()
-        for_kernel = check_backend(backend, is_quantized, request, base_model)
-        if is_quantized:
-            model, loading_info = load_quantized_parts(cls, request, base_model)
-        else:
-            model, loading_info = request.load_own_weights(super().from_pretrained, model_args, base_model)
+        model_class = cls._class_for(request.check_layout())
+        model, loading_info = model_class._load_own_weights(request, model_args, base_model)
         base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
-        if is_quantized:
-            refuse_unquantized_base(base, model.config, request.path)
-        model._base_samples = request.base_samples(required=check_base)
-        if check_base:
-            refuse_wrong_base(base, model.config, model._base_samples, request)
-        adapter_file = request.adapter_file(is_quantized)
+        samples = request.base_samples(required=check_base)
+        model.provenance = Provenance(source=request, access=request.access(), base_samples=samples)
+        model._check_base(base, request, samples if check_base else None)
         lora_config = make_lora_config(base, model.config)
         check_adapter_settings(lora_config, request.adapter_settings())
         model._attach(base, lora_config)
-        view = model.multimodal_language_model
-        if is_quantized:
-            load_quantized_adapter(view, adapter_file, request, base.dtype, for_kernel=for_kernel)
-            model._quantized_files = quantized_files(request, model.config)
-        else:
-            load_adapter(view, adapter_file, base.dtype)
-        if backend == "onnxruntime":
-            run_on_onnxruntime(model)
-        model._source = request
-        model._hub_kwargs = {key: request.hub_kwargs[key] for key in ACCESS_KEYS if key in request.hub_kwargs}
+        model._load_adapter(request)
         record_location(model.config, request, base, base_model)
         model.eval()
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _class_for(cls, settings: dict[str, Any]) -> type["GenieBlueForConditionalGeneration"]:
+        """The class that a folder with these settings is of: this one, or a subclass for settings of its own."""
+        config_class = GenieBlueConfig.kind_of(settings)
+        return next((kind for kind in cls.__subclasses__() if kind.config_class is config_class), cls)
 
     def _attach(self, base: PreTrainedModel, lora_config) -> None:
         """Registers the base and builds the multimodal view over its parameters."""
@@ -281,6 +263,31 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         already has is left as it is.
         """
         return push_model(self, repo_id, processor=processor, **kwargs)
+
+    # How weights are stored
+
+    kept_facts = (RECIPE_NAME,)  # files of facts that hold for a save of a loaded model too
+
+    @classmethod
+    def _load_own_weights(cls, request: LoadRequest, model_args: tuple, base_model: Any) -> tuple[Any, dict]:
+        """A model with vision tower and projector, still without a base, and what transformers reports of its load."""
+        return request.load_own_weights(super().from_pretrained, model_args, base_model)
+
+    def _check_base(self, base: PreTrainedModel, request: LoadRequest, samples: dict[str, dict] | None) -> None:
+        """`ValueError` unless `base` fits, and is the one of which `samples` were taken; `None` allows any other."""
+        if samples is not None:
+            check_identity(base, self.config, samples, request)
+
+    def _load_adapter(self, request: LoadRequest) -> None:
+        load_adapter(self.multimodal_language_model, request.adapter_file(), self.language_model.dtype)
+
+    def _check_save(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The precision that a save is to be written in; `ValueError` if what is in memory cannot be saved so."""
+        return dtype or next(self.multi_modal_projector.parameters()).dtype
+
+    def _write_weights(self, folder: Path, dtype: torch.dtype) -> None:
+        """Vision tower, projector and adapter as files of a folder that is being saved."""
+        write_trained_weights(self, folder, dtype)
 
     # Requests
 

@@ -13,7 +13,7 @@ from transformers.utils.generic import to_py_obj
 
 from .chat_messages_genieblue import image_sources, text_for_template, with_string_contents
 from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs, flatten_images
-from .settings_files_genieblue import PROCESSOR_FILES, refuse_broken_settings
+from .model_files_genieblue import PROCESSOR_FILES, check_settings_files
 
 PLACEHOLDERS = ("<image>", "<|image|>", "<|genieblue_image|>")
 ROW_OPTIONS = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask")
@@ -268,7 +268,7 @@ class GenieBlueProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "GenieBlueProcessor":
         """Load a saved processor; `OSError` for a file of it that holds something else than its settings."""
         if not os.path.isfile(pretrained_model_name_or_path):
-            refuse_broken_settings(
+            check_settings_files(
                 pretrained_model_name_or_path, PROCESSOR_FILES, required="processor_config.json", **kwargs
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

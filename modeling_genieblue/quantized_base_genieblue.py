@@ -10,13 +10,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from .model_files_genieblue import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    HUB_KEYS,
+    QMAP_NAME,
+    QUANTIZED_WEIGHTS_NAME,
+    read_settings,
+)
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
-from .quantized_linears_genieblue import QMAP_NAME, QUANTIZED_WEIGHTS_NAME, is_our_quantization, require_quanto
+from .quantized_linears_genieblue import require_quanto
 from .quantized_precision_guard_genieblue import PrecisionGuard, guard_tree
-from .settings_files_genieblue import BASE_PARTS, HUB_KEYS, check_quantization, read_settings
+from .quantized_settings_genieblue import BASE_PARTS, check_quantization, is_our_quantization
 
 try:
     from accelerate import init_empty_weights
@@ -94,7 +101,7 @@ def load_quantized_base(
     `quantization_config` on top.
     """
     require_quanto()
-    refuse_unknown_options(kwargs)
+    check_options(kwargs)
     if kwargs.get("quantization_config") is not None:
         raise ValueError(
             f"{location} is quantized already; `quantization_config` would quantize it again. Leave it out, or load "
@@ -135,7 +142,7 @@ def use_stored_generation_config(model: PreTrainedModel, location: str, hub_kwar
         model.generation_config = GenerationConfig.from_pretrained(location, **hub_kwargs)
 
 
-def refuse_unknown_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """`TypeError` for keyword arguments that mean nothing when a quantized model is loaded."""
     given = {name for name, value in options.items() if value is not None}
     if unknown := sorted(given - set(HUB_KEYS) - set(OTHER_OPTIONS)):

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .model_files_genieblue import read_settings
 from .quantized_linears_genieblue import (
     BITS,
     FrozenLinear,
@@ -18,7 +19,6 @@ from .quantized_linears_genieblue import (
     reason_against,
     require_quanto,
 )
-from .settings_files_genieblue import read_settings
 
 FLOATING = ("BF16", "F16", "F32")  # as safetensors calls them
 _PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}

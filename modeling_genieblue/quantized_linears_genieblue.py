@@ -24,11 +24,6 @@ except ImportError:  # only needed where something is quantized
     QLinear, WeightQBytesTensor, quanto_cpp = nn.Linear, torch.Tensor, None
 
 
-QUANT_METHOD = "genieblue_quanto"
-QMAP_NAME = "quanto_qmap.json"
-# Of a quantized base. Not transformers' own name: its classes would find the file, miss every weight in it, and go on
-# with random ones.
-QUANTIZED_WEIGHTS_NAME = "quantized_model.safetensors"
 BITS = {"qint4": 4, "qint8": 8}
 # Rows of codes that torch's 4-bit CPU kernel multiplies: others are expanded at each call.
 KERNEL_GROUPS = (32, 64, 128, 256)
@@ -46,11 +41,6 @@ def require_quanto() -> None:
         )
     if quanto_cpp._lib is None:  # quanto would compile it in C++ on first use; this is bit-equal and as fast
         quanto_cpp._lib = SimpleNamespace(unpack=unpack)
-
-
-def is_our_quantization(settings: Any) -> bool:
-    """Whether the `quantization_config` of a base is one that GenieBlue wrote."""
-    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
 
 
 def group_size_of(in_features: int) -> int:

@@ -10,38 +10,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base_identity_genieblue import WEIGHTS_NAME
-from .configuration_genieblue import GenieBlueConfig
+from .base_identity_genieblue import is_plain_weight
 from .language_views_genieblue import (
-    ADAPTER_FOLDER,
-    QUANTIZED_ADAPTER_NAME,
     adapter_dtype,
     adapter_parameters,
     parameter_device,
     set_parameter,
 )
-from .loading_genieblue import LoadRequest, is_inner_folder
+from .loading_genieblue import LoadRequest
+from .model_files_genieblue import (
+    ADAPTER_FOLDER,
+    QMAP_NAME,
+    QUANTIZED_ADAPTER_NAME,
+    WEIGHTS_NAME,
+    is_inner_folder,
+)
 from .quantized_base_genieblue import (
+    check_options,
     chosen_dtype,
     nothing_missing,
     on_meta_device,
     one_device,
-    refuse_unknown_options,
     use_stored_generation_config,
 )
-from .quantized_files_genieblue import (
-    FLOATING,
-    QuantizedFile,
-    fill_from_quantized_file,
-    stored_layout,
-)
-from .quantized_linears_genieblue import QMAP_NAME, FrozenLinear, is_frozen, scales_of, stored_codes
+from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
+from .quantized_files_genieblue import FLOATING, QuantizedFile, fill_from_quantized_file, stored_layout
+from .quantized_linears_genieblue import FrozenLinear, is_frozen, sampled_codes, scales_of, stored_codes
 from .quantized_precision_guard_genieblue import guard_tree
-from .settings_files_genieblue import BASE_PARTS
+from .quantized_settings_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
 
-QUANTIZED_FILES = (
+BACKENDS = ("quanto", "onnxruntime")
+STORED_FILES = (
     WEIGHTS_NAME, QMAP_NAME, f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
 )  # fmt: skip
 
@@ -53,15 +54,15 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     `quantization_config` on top, and for a device map that spreads the model.
     """
     kwargs = dict(request.own_kwargs)
-    refuse_unknown_options({key: value for key, value in kwargs.items() if key != "config"})
+    config = kwargs.pop("config", None)
+    check_options(kwargs)
     if request.base_kwargs.get("quantization_config") is not None:
         raise ValueError(
             f"{request.path} is quantized already; `quantization_config` would quantize it again. Leave it out, or "
             "load the unquantized model."
         )
-    config = kwargs.pop("config", None)
     if config is None:
-        config = GenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
+        config = QuantizedGenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
     config = copy.deepcopy(config)
     own = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
     dtype = chosen_dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), own)
@@ -83,28 +84,25 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     return model, nothing_missing()
 
 
-def check_backend(backend: str, is_quantized: bool, request: LoadRequest, base_model: Any) -> bool:
-    """Whether 4-bit weights are to be packed for quanto's kernels; tells the loading of the base, too.
+def check_backend(backend: str, request: LoadRequest, base_model: Any) -> None:
+    """Tells the loading of the base whether 4-bit weights are to be packed for quanto's kernels.
 
-    Raises `ValueError` for an unknown backend, and where ONNX Runtime cannot run: a model that is not quantized, a
-    GPU, a base that is packed already.
+    Raises `ValueError` for an unknown backend, and where ONNX Runtime cannot run: a GPU, a base that is packed
+    already.
     """
-    if backend not in ("quanto", "onnxruntime"):
-        raise ValueError(f"`backend` is {backend!r}: choose quanto or onnxruntime.")
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` is {backend!r}: choose {' or '.join(BACKENDS)}.")
+    request.base_loader_kwargs["for_kernel"] = backend == "quanto"
     if backend == "quanto":
-        return True
+        return
     from .quantized_onnxruntime_genieblue import require_onnxruntime  # imports ONNX Runtime, which few need
 
     require_onnxruntime()
-    if not is_quantized:
-        raise ValueError(f"{request.path} is not quantized, as the ONNX Runtime backend needs: leave `backend` out.")
     if isinstance(base_model, nn.Module):
         raise ValueError("ONNX Runtime takes the base's codes at load: give `base_model` as a folder or Hub id.")
     for device_map in (request.own_kwargs.get("device_map"), request.base_kwargs.get("device_map")):
         if one_device(device_map).type != "cpu":
             raise ValueError("ONNX Runtime runs on the CPU: load with `device_map='cpu'`, or leave `backend` out.")
-    request.base_kwargs["for_kernel"] = False
-    return False
 
 
 def run_on_onnxruntime(model: Any) -> None:
@@ -116,10 +114,25 @@ def run_on_onnxruntime(model: Any) -> None:
     logger.info("ONNX Runtime runs %d linears, with activations rounded to 8 bits.", count)
 
 
-def refuse_unquantized_base(base: nn.Module, config: GenieBlueConfig, path: str) -> None:
+def has_quantized_base(config: QuantizedGenieBlueConfig) -> bool:
+    """Whether the base that a quantized GenieBlue runs on is quantized as well."""
+    return any(config.quantization[part] != "w16a16" for part in BASE_PARTS)
+
+
+def quantized_values(base: nn.Module) -> dict[str, torch.Tensor]:
+    """What a base is compared by: plain parameters; scales and some codes of quantized ones, by names of their own."""
+    values = {}
+    for name, parameter in base.named_parameters():
+        if is_plain_weight(parameter):
+            values[name] = parameter
+        elif (scales := scales_of(parameter)) is not None:
+            values |= {f"{name}._scale": scales, f"{name}._codes": sampled_codes(parameter)}
+    return values
+
+
+def check_base_is_quantized(base: nn.Module, config: QuantizedGenieBlueConfig, path: str) -> None:
     """`ValueError` for a 16-bit base under an adapter that was made for a quantized one."""
-    needs_quantized = any(config.quantization[part] != "w16a16" for part in BASE_PARTS)
-    if needs_quantized and all(scales_of(parameter) is None for parameter in base.parameters()):
+    if has_quantized_base(config) and all(scales_of(parameter) is None for parameter in base.parameters()):
         raise ValueError(
             f"{path} is for a base quantized to {config.quantization['llm']}, and was given one that is not: load it "
             f"onto {config.base_model_name_or_path}, or use the unquantized GenieBlue."
@@ -140,14 +153,14 @@ def lora_layout(name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple, tup
 
 
 def load_quantized_adapter(
-    view: nn.Module, weights_file: str, request: LoadRequest, base_dtype: torch.dtype, *, for_kernel: bool = True
+    view: nn.Module, request: LoadRequest, base_dtype: torch.dtype, *, for_kernel: bool = True
 ) -> None:
     """Fills the adapter of `view`: copied blocks stay quantized, LoRA is expanded (in memory it is float32).
 
     Raises `ValueError` for missing, unexpected or differently shaped tensors, `OSError` for a damaged file.
     """
-    qmap = request.file(QMAP_NAME, folder=ADAPTER_FOLDER)
-    file = QuantizedFile(weights_file, qmap, for_kernel=for_kernel)
+    qmap = request.adapter_file(QMAP_NAME)
+    file = QuantizedFile(request.adapter_file(QUANTIZED_ADAPTER_NAME), qmap, for_kernel=for_kernel)
     linears = {stock: (name, parameter) for name, stock, parameter in quantized_adapter_entries(view)}
     if unknown := sorted(set(file.qmap) - set(linears)):
         raise ValueError(f"{qmap} names {unknown[0]!r}, which is no linear of this adapter.")
@@ -182,9 +195,9 @@ def load_quantized_adapter(
         parameter.requires_grad_(False)  # what is saved is the files: training would be lost
 
 
-def quantized_files(request: LoadRequest, config: GenieBlueConfig) -> dict[str, Path]:
+def stored_files(request: LoadRequest, config: QuantizedGenieBlueConfig) -> dict[str, Path]:
     """The stored files of a quantized model, by their place in its folder: a save copies them."""
-    places = {name: os.path.split(name) for name in QUANTIZED_FILES}
+    places = {name: os.path.split(name) for name in STORED_FILES}
     files = {name: Path(request.file(file, folder=folder)) for name, (folder, file) in places.items()}
     if is_inner_folder(config.base_model_name_or_path):
         folder = Path(request.base_location(config))

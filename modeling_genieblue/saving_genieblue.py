@@ -1,6 +1,5 @@
 """Saving and publishing: a complete folder of what GenieBlue adds, written whole or not at all."""
 
-import contextlib
 import copy
 import json
 import logging
@@ -16,37 +15,51 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .arguments_genieblue import weight_dtype
-from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
-from .language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, save_adapter, save_adapter_config
-from .loading_genieblue import is_inner_folder, is_local_reference
+from .base_identity_genieblue import weight_file_hashes
+from .language_views_genieblue import save_adapter, save_adapter_config
+from .model_files_genieblue import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS_NAME,
+    BASE_FINGERPRINT_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    INDEX_NAME,
+    MEASUREMENTS_NAME,
+    MODEL_TYPE,
+    OWN_MODULES,
+    PROCESSOR_CONFIGS,
+    QMAP_NAME,
+    QUANTIZED_ADAPTER_NAME,
+    QUANTIZED_CODE_FILES,
+    RECIPE_NAME,
+    TOKENIZER_FILES,
+    WEIGHT_SHARDS,
+    WEIGHTS_NAME,
+    is_inner_folder,
+    is_path,
+    read_settings,
+)
 from .processing_genieblue import GenieBlueProcessor
-from .settings_files_genieblue import read_settings
+from .staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
-OWN_MODULES = ("vision_tower", "multi_modal_projector")
+MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 AUTO_MAP = {
-    "AutoConfig": "configuration_genieblue.GenieBlueConfig",
-    "AutoModel": "modeling_genieblue.GenieBlueForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_genieblue.GenieBlueForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_genieblue.GenieBlueForConditionalGeneration",
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
 }
-PROCESSOR_SETTINGS = ("processor_config.json", "preprocessor_config.json")
-RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
-SHORT_NAME = 200  # of a name, so that it can be part of another one
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_NAMES = (
-    "model.safetensors.index.json", "model-*-of-*.safetensors", "adapter_config.json", RECIPE_NAME,
-    MEASUREMENTS_NAME, "adapter_model.safetensors", "quantized_adapter.safetensors", "quanto_qmap.json",
+    INDEX_NAME, WEIGHT_SHARDS, ADAPTER_CONFIG_NAME, RECIPE_NAME, MEASUREMENTS_NAME, ADAPTER_WEIGHTS_NAME,
+    QUANTIZED_ADAPTER_NAME, QMAP_NAME, QUANTIZED_CODE_FILES,
 )  # fmt: skip
-STALE_PROCESSOR_NAMES = (
-    "processor_config.json", "preprocessor_config.json", "chat_template.*", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-)  # fmt: skip
+STALE_PROCESSOR_NAMES = (*PROCESSOR_CONFIGS, *TOKENIZER_FILES)
 
 
 def save_model(
@@ -58,67 +71,34 @@ def save_model(
     facts: dict[str, Any] | None = None,
 ) -> None:
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
-    if model.multimodal_language_model is None:
-        raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
-    dtype = None if dtype is None else weight_dtype(dtype)
-    quantized = model.config.quantization
-    if quantized is not None and dtype not in (None, getattr(torch, quantized["activations"])):
-        raise ValueError(
-            f"This GenieBlue is quantized for {quantized['activations']} and cannot be saved in {dtype}: quantize the "
-            "16-bit one again."
-        )
-    trained = (value.requires_grad for _, _, value in adapter_parameters(model.multimodal_language_model))
-    if quantized is not None and any(trained):
-        raise ValueError("A quantized GenieBlue is saved as it was loaded, and training lost: train in 16 bits.")
     target = Path(os.path.realpath(save_directory))
-    if os.path.isfile(target):
-        raise OSError(f"{target} is a file: give a folder to save into.")
-    refuse_foreign_folder(target)
-    staging = _make_staging(target)
-    try:
+    dtype = _check_save(model, target, dtype)
+    with NewFolder(target, "saving") as new:
         try:
-            has_processor = _write_files(model, staging, target, processor, dtype, facts)
+            has_processor = _write_files(model, new.staging, target, processor, dtype, facts)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
-        file_mode, folder_mode = _usual_modes(staging)
-        for path in staging.rglob("*"):
-            path.chmod(folder_mode if path.is_dir() else file_mode)  # safetensors writes files for their owner alone
-        staging.chmod(target.stat().st_mode if target.exists() else folder_mode)
         stale = (*STALE_NAMES, *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
-        _put_in_place(staging, target, stale)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        new.put_in_place(lambda old: _foreign_files(old, stale))
 
 
-def _make_staging(target: Path) -> Path:
-    """A new folder beside `target`; `OSError` that names `target` and not that folder if there can be none."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(target)  # refuses a name that is too long, which only the last rename would otherwise
-        return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:SHORT_NAME]}.saving-"))
-    except OSError as error:
-        raise OSError(
-            f"{target} cannot be written ({error.strerror or error}): give a folder in which you may create files."
-        ) from error
+def _check_save(model: Any, target: Path, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The precision to save in; `ValueError` or `OSError` if the model cannot be saved, or not there."""
+    if model.multimodal_language_model is None:
+        raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
+    dtype = model._check_save(None if dtype is None else weight_dtype(dtype))
+    if os.path.isfile(target):
+        raise OSError(f"{target} is a file: give a folder to save into.")
+    check_replaceable(target)
+    return dtype
 
 
-def use_stored_parts(model: Any, files: dict[str, Path], base_samples: dict[str, dict] | None = None) -> None:
-    """Lets saves of a quantized `model` copy `files`, by their place in its folder: they hold what it consists of.
-
-    `base_samples` are those of a base that takes the place of the model's own (`tensor_samples`).
-    """
-    model._quantized_files = files
-    if base_samples is not None:
-        model._base_samples = base_samples
-
-
-def refuse_foreign_folder(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """`ValueError` where a save would destroy another model, above all the base's own folder."""
-    config_file = target / "config.json"
+    config_file = target / CONFIG_NAME
     if os.path.isfile(config_file):
         model_type = read_settings(config_file).get("model_type")
-        if model_type != "genieblue":
+        if model_type != MODEL_TYPE:
             raise ValueError(
                 f"{target} holds a model of type {model_type!r}, which this save would replace: give another folder."
             )
@@ -127,71 +107,73 @@ def refuse_foreign_folder(target: Path) -> None:
 
 
 def _inner_base(folder: Path) -> list[str]:
-    """The subfolder in which a quantized model that was saved into `folder` has its base, if it has one."""
-    config_file = folder / "config.json"
+    """The subfolder into which an earlier save of a model with a base of its own wrote that base."""
+    config_file = folder / CONFIG_NAME
     config = read_settings(config_file) if config_file.is_file() else {}
     name = config.get("base_model_name_or_path")
-    is_ours = config.get("quantization") is not None and isinstance(name, str) and is_inner_folder(name)
+    is_ours = config.get("quantization") is not None and is_inner_folder(name)
     return [name.removeprefix("./")] if is_ours else []
 
 
-def _usual_modes(folder: Path) -> tuple[int, int]:
-    """The modes that new files and new folders get; asking the process for its umask would change it for a moment."""
-    file, inner = folder / ".file", folder / ".folder"
-    file.touch()
-    inner.mkdir()
-    modes = file.stat().st_mode & 0o777, inner.stat().st_mode & 0o777
-    file.unlink()
-    inner.rmdir()
-    return modes
+def _foreign_files(folder: Path, stale: tuple[str, ...]) -> list[Path]:
+    """What lies in a model's folder, or in its adapter's, and is not ours (notes, checkpoints), as paths in it."""
+    return [
+        entry.relative_to(folder)
+        for place in (folder / ADAPTER_FOLDER, folder)
+        for entry in (list(place.iterdir()) if place.is_dir() else ())
+        if not any(fnmatchcase(entry.name, pattern) for pattern in stale)
+    ]
 
 
 def _write_files(
-    model: Any,
-    staging: Path,
-    target: Path,
-    processor: Any,
-    dtype: torch.dtype | None,
-    facts: dict[str, Any] | None,
+    model: Any, staging: Path, target: Path, processor: Any, dtype: torch.dtype, facts: dict[str, Any] | None
 ) -> bool:
     """Writes all files into `staging`; returns whether a processor is among them."""
-    quantized = model.config.quantization
-    if quantized is not None:
-        dtype = getattr(torch, quantized["activations"])
-        for name, source in model._quantized_files.items():  # byte for byte: what is in memory is packed for a kernel
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, staging / name)
-    else:
-        dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
-        _write_own_weights(model, staging, dtype)
-        save_adapter(model.multimodal_language_model, staging / ADAPTER_FOLDER, dtype)
+    model._write_weights(staging, dtype)
     config = _config_to_save(model, target, dtype)
     config.save_pretrained(staging)
     # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
-    model.generation_config.to_json_file(staging / "generation_config.json")
+    model.generation_config.to_json_file(staging / GENERATION_CONFIG_NAME)
     lora_config = copy.deepcopy(model._lora_config)
     lora_config.base_model_name_or_path = config.base_model_name_or_path
     lora_config.revision = config.base_model_revision
     save_adapter_config(lora_config, staging / ADAPTER_FOLDER)
-    _write_samples(model._base_samples, staging / BASE_FINGERPRINT_NAME)
-    for source in sorted(Path(__file__).parent.glob("*_genieblue.py")):
+    _write_samples(model.provenance.base_samples, staging / BASE_FINGERPRINT_NAME)
+    for source in code_files(_own_class(model)):
         shutil.copyfile(source, staging / source.name)
     processor = processor or _own_processor(model)
     if processor is not None:
         processor.save_pretrained(staging)
-    for name, content in {**_own_facts(model), **(facts or {})}.items():
+    for name, content in {**model.provenance.facts(model.kept_facts), **(facts or {})}.items():
         (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _write_card(staging, target)
     return processor is not None
 
 
-def _write_own_weights(model: Any, staging: Path, dtype: torch.dtype) -> None:
+def _own_class(model: Any) -> type:
+    """The class that a repository is to name: ours, and not one that a user made from it."""
+    package = __name__.rpartition(".")[0]
+    return next(kind for kind in type(model).__mro__ if kind.__module__.rpartition(".")[0] == package)
+
+
+def code_files(model_class: type) -> list[Path]:
+    """The Python files that a model of a class needs: those of the class, its configuration and its processor."""
+    folder = Path(__file__).parent
+    names = [kind.__module__.rpartition(".")[2] for kind in (model_class, model_class.config_class)]
+    names += [reference.partition(".")[0] for reference in AUTO_MAP.values()]
+    files = {folder / f"{name}.py" for name in names}
+    return sorted(files.union(*(map(Path, get_relative_import_files(file)) for file in files)))
+
+
+def write_trained_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Vision tower and projector into `model.safetensors`, copied blocks and LoRA into the adapter."""
     state = {
         f"{part}.{name}": value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         for part in OWN_MODULES
         for name, value in getattr(model, part).state_dict().items()
     }
-    save_file(state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_adapter(model.multimodal_language_model, folder / ADAPTER_FOLDER, dtype)
 
 
 def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
@@ -200,17 +182,24 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
     if name is None:
         logger.warning("This GenieBlue does not say where its base is: `base_model=` will be needed to load it.")
     elif model.config.base_model_fingerprint is None:
-        model.config.base_model_fingerprint = weight_file_hashes(name, revision, **model._hub_kwargs) or None
+        model.config.base_model_fingerprint = weight_file_hashes(name, revision, **model.provenance.access) or None
         if model.config.base_model_fingerprint is None:
             logger.warning("The weight files of %s are not on this computer: their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
-    config.auto_map = dict(AUTO_MAP)
-    config.architectures = [type(model).__name__]
+    own_class = _own_class(model)
+    config.auto_map = {"AutoConfig": _reference(own_class.config_class), **AUTO_MAP}
+    config.auto_map |= dict.fromkeys(MODEL_CLASSES, _reference(own_class))
+    config.architectures = [own_class.__name__]
     config.dtype = config.vision_config.dtype = dtype
     if name is not None and os.path.isabs(name):
         relative = os.path.relpath(name, target)
         config.base_model_name_or_path = relative if relative.startswith(".") else os.path.join(".", relative)
     return config
+
+
+def _reference(kind: type) -> str:
+    """A class as an `auto_map` names it."""
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
 def _write_samples(samples: dict[str, dict], path: Path) -> None:
@@ -223,11 +212,11 @@ def _own_processor(model: Any) -> Any:
 
     `None` if there is none, or if the model's own cannot be read: one with other settings must not take its place.
     """
-    request = getattr(model, "_source", None)
+    request = model.provenance.source
     try:
-        if request is not None and not os.path.exists(request.path) and request.path.count("/") != 1:
+        if request is not None and is_path(request.path) and not os.path.exists(request.path):
             logger.warning("%s is gone: the processor is made anew, from the base's tokenizer.", request.path)
-        elif request is not None and any(request.file(name, required=False) for name in PROCESSOR_SETTINGS):
+        elif request is not None and any(request.file(name, required=False) for name in PROCESSOR_CONFIGS):
             trust = bool(request.base_kwargs.get("trust_remote_code"))
             return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
         if model.config.base_model_name_or_path is not None:
@@ -235,7 +224,7 @@ def _own_processor(model: Any) -> Any:
                 model.config.base_model_name_or_path,
                 revision=model.config.base_model_revision,
                 trust_remote_code=model.language_model.is_remote_code(),  # then its code was allowed to run already
-                **model._hub_kwargs,
+                **model.provenance.access,
             )
             return GenieBlueProcessor.from_base(
                 tokenizer,
@@ -248,27 +237,9 @@ def _own_processor(model: Any) -> Any:
     return None
 
 
-def _own_facts(model: Any) -> dict[str, Any]:
-    """How the model was trained before it was loaded; what was measured then holds as long as it is quantized.
-
-    Other weights may have been trained since; quantized ones cannot.
-    """
-    request = getattr(model, "_source", None)
-    facts = {}
-    for name in (RECIPE_NAME, MEASUREMENTS_NAME) if model.config.quantization is not None else (RECIPE_NAME,):
-        try:
-            path = None if request is None else request.file(name, required=False)
-        except (OSError, ValueError) as error:  # the folder it was loaded from may be gone
-            logger.info("No %s of %s: %s", name, request.path, error)
-            continue
-        if path is not None:
-            facts[name] = json.loads(Path(path).read_text(encoding="utf-8"))
-    return facts
-
-
 def _write_card(folder: Path, target: Path) -> None:
     """The card that `target` has if somebody wrote or edited it, otherwise one that is rendered from the new files."""
-    existing = target / "README.md"
+    existing = target / CARD_NAME
     try:
         from hub_cards.model_card import card_info_from_folder, is_as_generated, write_model_card
     except ModuleNotFoundError as error:  # running as remote code, without the package that renders cards
@@ -276,45 +247,12 @@ def _write_card(folder: Path, target: Path) -> None:
             raise
         logger.info("The package `genieblue` is not installed: no model card is rendered.")
         if existing.is_file():
-            shutil.copyfile(existing, folder / "README.md")
+            shutil.copyfile(existing, folder / CARD_NAME)
         return
     if existing.is_file() and not is_as_generated(existing.read_text(encoding="utf-8")):
-        shutil.copyfile(existing, folder / "README.md")
+        shutil.copyfile(existing, folder / CARD_NAME)
     else:
         write_model_card(folder, card_info_from_folder(folder, repo_name=target.name))
-
-
-def _put_in_place(staging: Path, target: Path, stale_names: tuple[str, ...]) -> None:
-    """Swaps the finished folder in; foreign files of the old one (checkpoints, notes) move over.
-
-    A process that is killed between the two renames leaves the old folder, whole, as `.<name>.old-…` beside it.
-    """
-    if not target.exists():
-        os.rename(staging, target)
-        return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:SHORT_NAME]}.old-"))
-    try:
-        os.rename(target, old)
-    except OSError as error:
-        old.rmdir()
-        raise OSError(f"{target} cannot be replaced ({error}): give a folder inside of it instead.") from error
-    moved: list[Path] = []  # foreign files, as paths in the folder
-    try:
-        os.rename(staging, target)
-        for folder in (ADAPTER_FOLDER, "."):
-            for entry in list((old / folder).iterdir()) if (old / folder).is_dir() else ():
-                is_stale = any(fnmatchcase(entry.name, pattern) for pattern in stale_names)
-                if not is_stale and not (target / folder / entry.name).exists():
-                    os.rename(entry, target / folder / entry.name)
-                    moved.append(Path(folder, entry.name))
-    except BaseException:
-        for path in moved:
-            os.rename(target / path, old / path)
-        if target.exists():
-            os.rename(target, staging)
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)  # the save is done, whatever is left of the old folder
 
 
 def push_model(
@@ -331,8 +269,8 @@ def push_model(
 ) -> Any:
     """Saves into a temporary folder and uploads it as one commit; see `push_to_hub` of the model."""
     name = model.config.base_model_name_or_path
-    goes_along = model.config.quantization is not None and is_inner_folder(name)
-    if not goes_along and (name is None or is_local_reference(name) or model.config.base_model_revision is None):
+    goes_along = is_inner_folder(name) and any(place.startswith(f"{name[2:]}/") for place in model.provenance.files)
+    if not goes_along and (name is None or is_path(name) or model.config.base_model_revision is None):
         raise ValueError(
             f"The base is recorded as {name!r} at {model.config.base_model_revision!r}; others can only load this "
             "GenieBlue if its base is on the Hub: make it with `base_model_name_or_path` (Hub id) and "
@@ -377,4 +315,4 @@ def _is_stale(name: str) -> bool:
     return folder in ("", ADAPTER_FOLDER) and any(fnmatchcase(file, pattern) for pattern in STALE_NAMES)
 
 
-__all__ = ["push_model", "refuse_foreign_folder", "save_model", "use_stored_parts"]
+__all__ = ["check_replaceable", "code_files", "push_model", "save_model", "write_trained_weights"]

@@ -18,8 +18,8 @@ from conversion.qnn.bundle.metadata import Bundle, scale_name
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
 from conversion.qnn.graphs.names import UNFINISHED, is_lora, weight_bits
 from conversion.qnn.qdq.encoding import WeightCodes, round_with_scales
-from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
-from modeling_genieblue.settings_files_genieblue import HUB_KEYS
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, QuantizedGenieBlueConfig
+from modeling_genieblue.model_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
 # Share of the LoRA values that may lie beyond the scales of the bundle, and are cut.
@@ -59,7 +59,7 @@ def export_adapter(
         )
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
-    if config.quantization is not None:
+    if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(f"{model_folder} is quantized: give the GenieBlue in 16 bits that it was made from.")
     if config.base_model_fingerprint != facts["base"]["fingerprint"]:
         raise ValueError(f"{model_folder} was made for another base than {bundle_folder}: its LoRA would not fit.")

@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 
 from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
-from conversion.qnn.bundle.export_state import UnfinishedExport, lock_output, telling_of_a_full_disk, write_json
+from conversion.qnn.bundle.export_state import UnfinishedExport, write_json
 from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
 from conversion.qnn.bundle.runtime_files import write_runtime_files
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.graphs.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
-from conversion.qnn.graphs.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
+from conversion.qnn.graphs.names import LORA_MODES, ROUNDINGS, STAGES, UNFINISHED, VIEWS
 from conversion.qnn.npu.compile import compile_graphs, read_context
 from conversion.qnn.npu.sessions import compiler_version, npu_devices, require_libraries
 from conversion.qnn.npu.soc import Soc, find_soc
@@ -31,8 +32,14 @@ from conversion.qnn.qdq.files import describe_boundary
 from conversion.qnn.qdq.language import LanguageSettings, PartResult, codes_digest, quantize_part
 from conversion.qnn.qdq.quantize import CACHE_DTYPES
 from conversion.qnn.qdq.vision import quantize_vision
-from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, GenieBlueProcessor
-from modeling_genieblue.settings_files_genieblue import HUB_KEYS
+from conversion.staging import explained_full_disk, lock_output
+from modeling_genieblue import (
+    GenieBlueConfig,
+    GenieBlueForConditionalGeneration,
+    GenieBlueProcessor,
+    QuantizedGenieBlueConfig,
+)
+from modeling_genieblue.model_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
 # Which versions of what decide over the bytes of a bundle, besides the compiler's.
@@ -99,8 +106,12 @@ def export_bundle(
     _check_config(config, settings, parts, str(model_folder))
     wanted = _export_settings(chip, settings, parts, vision_tiles)
     work = UnfinishedExport(out)
-    with lock_output(out), telling_of_a_full_disk(out):
-        work.refuse_other_export(wanted)
+    remedy = (
+        f"the disk is full, of {out.parent} or of {tempfile.gettempdir()}, where the compiler works (TMPDIR): free "
+        f"space and start again with the same settings. What is finished lies in {out.name}{UNFINISHED}"
+    )
+    with lock_output(out, "export"), explained_full_disk(out, remedy=remedy):
+        work.check_same_export(wanted)
         model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
         trust = {"trust_remote_code": bool(load_options.get("trust_remote_code"))}
         processor = GenieBlueProcessor.from_pretrained(model_folder, **trust, **hub)
@@ -126,7 +137,7 @@ def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: 
 
 def _check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
     """`ValueError` for what a configuration tells of a model already, and its weights would tell much later."""
-    if config.quantization is not None:
+    if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(f"{name} is quantized: export the 16-bit GenieBlue that it was made from.")
     base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)
     check_lengths(base, settings.chunk_length, settings.context_length)

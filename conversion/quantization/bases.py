@@ -1,4 +1,4 @@
-"""A quantized copy of a base LLM as a repository of its own, for any number of adapters and for plain users."""
+"""A quantized base LLM as a repository of its own, for any number of adapters and plain users: made, or used again."""
 
 import json
 import logging
@@ -14,32 +14,44 @@ from safetensors.torch import save_file
 from torch import nn
 
 import modeling_genieblue
-from conversion.staging import StagingFolder
+from conversion.quantization.precision import QuantizationRecipe
 from hub_cards.code_files import with_siblings
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
-from modeling_genieblue import GenieBlueConfig
-from modeling_genieblue.loading_genieblue import ACCESS_KEYS, is_local_reference
-from modeling_genieblue.quantized_base_genieblue import read_base_quantization
-from modeling_genieblue.quantized_files_genieblue import qmap_content
-from modeling_genieblue.quantized_linears_genieblue import (
-    CODE_ALIGNMENT,
+from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
+from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
+from modeling_genieblue.base_loading_genieblue import hub_commit
+from modeling_genieblue.model_files_genieblue import (
+    ACCESS_KEYS,
+    CONFIG_NAME,
     QMAP_NAME,
-    QUANT_METHOD,
     QUANTIZED_WEIGHTS_NAME,
+    check_folder_or_id,
+    is_path,
+    read_settings,
+    write_json,
 )
-from modeling_genieblue.saving_genieblue import refuse_foreign_folder
-from modeling_genieblue.settings_files_genieblue import read_settings
+from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
+from modeling_genieblue.quantized_files_genieblue import qmap_content
+from modeling_genieblue.quantized_linears_genieblue import CODE_ALIGNMENT, scales_of
+from modeling_genieblue.quantized_parts_genieblue import quantized_values
+from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS, QUANT_METHOD
+from modeling_genieblue.saving_genieblue import check_replaceable
 
 logger = logging.getLogger(__name__)
 
 COMPANIONS = (*BASE_COMPANIONS, "*.py")
 BASE_CODE = "quantized_base_genieblue.py"
+# Relative, of one weight matrix: far above what any rounding costs.
+LARGEST_ROUNDING_ERROR = 0.5
+# Where nothing is recorded of what a base was made from: above what rounding costs most matrices, below what many
+# fine-tunes differ by.
+LARGEST_UNRECORDED_ERROR = {"qint4": 0.25, "qint8": 0.1}
 
 
-def refuse_unfit_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
+def check_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
     """`ValueError` for a GenieBlue that is quantized already, or whose base could not be found again."""
-    if config.quantization is not None:
+    if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(
             f"{source} is quantized already ({config.quantization['llm']}): give the 16-bit GenieBlue it was made "
             "from."
@@ -48,7 +60,7 @@ def refuse_unfit_source(source: str | os.PathLike, config: GenieBlueConfig) -> N
         raise ValueError(f"{source} names no base, whose configuration and tokenizer are needed: save it with one.")
 
 
-def refuse_taken_places(
+def check_places(
     source: str | os.PathLike,
     config: GenieBlueConfig,
     output: Path,
@@ -64,12 +76,12 @@ def refuse_taken_places(
     read: list[Path] = []
     if os.path.isdir(source):
         read.append(Path(os.path.realpath(source)))
-        if is_local_reference(config.base_model_name_or_path):
+        if is_path(config.base_model_name_or_path):
             read.append(Path(os.path.realpath(read[0] / config.base_model_name_or_path)))
     for folder in (output, base_output):
         if folder is None:
             continue
-        _refuse_impossible_place(folder)
+        _check_place(folder)
         for other in read:
             if folder == other or folder in other.parents or other in folder.parents:
                 raise ValueError(f"{folder} overlaps {other}, which is only read: give another folder.")
@@ -78,10 +90,10 @@ def refuse_taken_places(
     if base_output is not None and (output in (base_output, *base_output.parents) or base_output in output.parents):
         raise ValueError(f"{output} and {base_output} lie in one another: give two folders, side by side.")
     if output.exists():
-        refuse_foreign_folder(output)
+        check_replaceable(output)
     if base_output is None or not base_output.exists():
         return
-    is_ours = (base_output / "config.json").is_file() and read_base_quantization(base_output) is not None
+    is_ours = (base_output / CONFIG_NAME).is_file() and read_base_quantization(base_output) is not None
     if not is_ours:
         raise ValueError(f"{base_output} exists already and holds no quantized base, so it is not replaced: give "
                          "another folder (--base-out).")  # fmt: skip
@@ -93,7 +105,7 @@ def refuse_taken_places(
         )
 
 
-def _refuse_impossible_place(folder: Path) -> None:
+def _check_place(folder: Path) -> None:
     if folder.parent == folder:
         raise ValueError(f"{folder} is the root of all folders: give a new folder in it.")
     there = next(place for place in (folder, *folder.parents) if place.exists())
@@ -104,57 +116,97 @@ def _refuse_impossible_place(folder: Path) -> None:
 
 def _base_of(output: Path) -> Path | None:
     """Folder of the base that the GenieBlue in `output` names, if one is there."""
-    path = output / "config.json"
+    path = output / CONFIG_NAME
     name = read_settings(path).get("base_model_name_or_path") if path.is_file() else None
-    return Path(os.path.realpath(output / name)) if isinstance(name, str) and is_local_reference(name) else None
-
-
-class NewFolder:
-    """A folder to fill, `staging`, which takes the place of `target` when `put_in_place` is called.
-
-    A context: what fails within it, before or after that call, leaves `target` as it was. The old folder is kept
-    beside it until the end. Raises `OSError` that says where the old one lies if it cannot be moved back.
-    """
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __enter__(self) -> "NewFolder":
-        self._staging_folder = StagingFolder(self.target, "writing")
-        place = self._staging_folder.folder
-        self.staging, self._old = place / self.target.name, place / f"{self.target.name}.old"
-        self.staging.mkdir()
-        return self
-
-    def put_in_place(self) -> None:
-        """Swaps the filled folder in."""
-        if self.target.exists():
-            os.rename(self.target, self._old)
-        os.rename(self.staging, self.target)
-
-    def __exit__(self, kind: type[BaseException] | None, *_error: Any) -> None:
-        if kind is not None:
-            self._put_back()
-        self._staging_folder.remove()
-
-    def _put_back(self) -> None:
-        try:
-            if not self.staging.exists():  # it is in place: an interrupt may have come right behind the rename
-                os.rename(self.target, self.staging)
-            if self._old.exists():
-                os.rename(self._old, self.target)
-        except OSError as error:
-            # Nothing is removed: the old folder is in there.
-            where = f"move {self._old} there" if self._old.exists() else "remove it"
-            raise OSError(f"{self.target} cannot be put back as it was ({error}): {where} by hand.") from error
+    return Path(os.path.realpath(output / name)) if isinstance(name, str) and is_path(name) else None
 
 
 def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> Path:
     """Folder with the base's configuration and tokenizer: its own, or a snapshot of the repository without weights."""
-    if is_local_reference(name):
+    if is_path(name):
         return Path(name)
     options = {key: value for key, value in hub_kwargs.items() if key in ACCESS_KEYS}
-    return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", *COMPANIONS], **options))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_NAME, *COMPANIONS], **options))
+
+
+def check_existing_base(
+    name: str, recipe: QuantizationRecipe, config: GenieBlueConfig, access: dict[str, Any]
+) -> dict[str, Any]:
+    """What a quantized base says of itself.
+
+    Raises `ValueError` if it is not quantized, or otherwise than `recipe` asks for, or was made from other weights
+    than those of the base that `config` names; `OSError` if it is not there. No weight is read.
+    """
+    is_folder = os.path.isdir(name)
+    check_folder_or_id(name, "The quantized base ")
+    settings = read_base_quantization(name, **access)
+    if settings is None:
+        unseen = "" if is_folder else ", or it cannot be reached on the Hub"
+        raise ValueError(f"{name} is no base that GenieBlue quantized{unseen}: leave it out, and one is made.")
+    for part in (*BASE_PARTS, "activations"):
+        if settings.get(part) != getattr(recipe, part):
+            raise ValueError(
+                f"{name} has {part} {settings.get(part)}, and {getattr(recipe, part)} was asked for: ask for what it "
+                "has, or have another one made."
+            )
+    made_from, own = (settings.get("source") or {}).get("fingerprint"), config.base_model_fingerprint
+    if made_from and own and made_from != own:
+        raise ValueError(
+            f"{name} is no quantized copy of this model's base, {config.base_model_name_or_path}: it was made from "
+            f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Leave it out, and one is "
+            "made."
+        )
+    return settings
+
+
+def use_existing_base(model: Any, name: str, settings: dict[str, Any], access: dict[str, Any]) -> dict[str, dict]:
+    """Points the model at a base that is quantized already, and gives its own base the values of that one.
+
+    `settings` are those that `check_existing_base` gave. Returns samples of its tensors; raises `ValueError` if it is
+    another base.
+    """
+    is_recorded = bool((settings.get("source") or {}).get("fingerprint") and model.config.base_model_fingerprint)
+    base = load_quantized_base(name, trust_remote_code=model.language_model.is_remote_code(), **access)
+    _copy_rounded_values(base, model.language_model, name, is_recorded)
+    model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else name
+    # The one that was just loaded, which the cache knows.
+    model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **access)
+    model.config.base_model_fingerprint = weight_file_hashes(name, model.config.base_model_revision, **access)
+    return tensor_samples(quantized_values(base))
+
+
+def rounding_of(settings: dict[str, Any], recipe: QuantizationRecipe) -> dict[str, str]:
+    """Parts of a quantized base that were rounded otherwise than `recipe` says, and how."""
+    other = {}
+    if settings.get("rounding") != recipe.rounding:
+        other = {part: f"{settings.get('rounding')}, as the base was rounded before"
+                 for part in BASE_PARTS if getattr(recipe, part) != "w16a16"}  # fmt: skip
+    return other | (settings.get("other_rounding") or {})
+
+
+@torch.no_grad()
+def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_recorded: bool) -> None:
+    """Gives `base` the values of the quantized one; `ValueError` if they are not roundings of its own."""
+    others = dict(quantized.named_parameters(remove_duplicate=False))
+    for parameter_name, parameter in base.named_parameters():
+        other = others.get(parameter_name)
+        if other is None or other.shape != parameter.shape:
+            raise ValueError(f"{name} is no quantized copy of this model's base: it has no {parameter_name} like its.")
+        is_quantized = scales_of(other) is not None
+        values = (other.dequantize() if is_quantized else other).float()
+        distance = float((values - parameter.float()).norm() / parameter.float().norm().clamp(min=1e-12))
+        allowed = 0.0
+        if is_quantized:
+            allowed = LARGEST_ROUNDING_ERROR if is_recorded else LARGEST_UNRECORDED_ERROR[other.qtype.name]
+        if not distance <= allowed:  # NaN fails too
+            raise ValueError(
+                f"{name} is no quantized copy of this model's base: {parameter_name} differs by {distance:.1%}."
+            )
+        parameter.copy_(values)
+
+
+def _short(fingerprint: dict[str, str]) -> str:
+    return ", ".join(f"{sha256[:12]}… ({file})" for file, sha256 in sorted(fingerprint.items())[:2])
 
 
 def write_quantized_base(
@@ -189,7 +241,7 @@ def write_quantized_base(
     runtime = Path(modeling_genieblue.__file__).parent
     for name in with_siblings(runtime, [BASE_CODE]):
         shutil.copyfile(runtime / name, folder / name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     own_map = config.get("auto_map") or {}
     config["auto_map"] = {name: own_map[name] for name in ("AutoConfig", "AutoTokenizer") if name in own_map}
     config["auto_map"]["AutoModelForCausalLM"] = f"{Path(BASE_CODE).stem}.QuantizedBaseForCausalLM"
@@ -201,7 +253,7 @@ def write_quantized_base(
     # The base's own class is only needed where transformers has none.
     if base.is_remote_code():
         config["quantization_config"]["base_auto_map"] = own_map
-    write_json(folder / "config.json", config)
+    write_json(folder / CONFIG_NAME, config)
     write_quantized_base_card(folder, source)
 
 
@@ -238,9 +290,12 @@ def _tied_copies(base: nn.Module) -> list[str]:
     return [f"{names[id(head)]}.weight"] if head is not None and head.weight is embedding.weight else []
 
 
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file that people read as well."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-__all__ = ["NewFolder", "base_folder", "write_quantized_base"]
+__all__ = [
+    "base_folder",
+    "check_existing_base",
+    "check_places",
+    "check_source",
+    "rounding_of",
+    "use_existing_base",
+    "write_quantized_base",
+]

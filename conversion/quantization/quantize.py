@@ -2,10 +2,9 @@
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,18 @@ import torch
 from torch import nn
 
 from conversion.quantization.bases import (
-    NewFolder,
     base_folder,
+    check_existing_base,
+    check_places,
+    check_source,
     plain_state,
-    refuse_taken_places,
-    refuse_unfit_source,
+    rounding_of,
     save_aligned,
-    write_json,
+    use_existing_base,
     write_quantized_base,
 )
 from conversion.quantization.error import measured_errors, view_logits
-from conversion.quantization.existing_base import check_existing_base, rounding_of, use_existing_base
-from conversion.quantization.hessians import linear_hessians, walk_blocks
+from conversion.quantization.hessians import linear_hessians
 from conversion.quantization.precision import (
     LayerPlan,
     QuantizationRecipe,
@@ -33,33 +32,38 @@ from conversion.quantization.precision import (
     plan_base,
     plan_own_parts,
 )
+from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.quantization.rounding import round_weight
-from conversion.staging import StagingFolder, explained_full_disk
-from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
-from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
+from conversion.staging import NewFolder, StagingFolder, explained_full_disk
+from modeling_genieblue import (
+    GenieBlueConfig,
+    GenieBlueForConditionalGeneration,
+    QuantizedGenieBlueForConditionalGeneration,
+)
+from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
 from modeling_genieblue.base_loading_genieblue import hub_commit
-from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
-from modeling_genieblue.loading_genieblue import ACCESS_KEYS, LoadRequest
+from modeling_genieblue.language_views_genieblue import adapter_parameters, find_blocks, set_parameter
+from modeling_genieblue.loading_genieblue import LoadRequest
+from modeling_genieblue.model_files_genieblue import (
+    ACCESS_KEYS,
+    ADAPTER_FOLDER,
+    HUB_KEYS,
+    MEASUREMENTS_NAME,
+    QMAP_NAME,
+    QUANTIZED_ADAPTER_NAME,
+    WEIGHTS_NAME,
+    write_json,
+)
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base
 from modeling_genieblue.quantized_files_genieblue import qmap_content
-from modeling_genieblue.quantized_linears_genieblue import BITS, QMAP_NAME, group_size_of, stored_tensors
-from modeling_genieblue.quantized_parts_genieblue import QUANTIZED_ADAPTER_NAME, quantized_adapter_entries
-from modeling_genieblue.saving_genieblue import save_model, use_stored_parts
-from modeling_genieblue.settings_files_genieblue import BASE_PARTS, HUB_KEYS
+from modeling_genieblue.quantized_linears_genieblue import stored_tensors
+from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries, quantized_values
+from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 VISION_BLOCKS = "encoder.layers"
-BLOCK_TITLES = {"vision_tower": "vision tower", "llm": "language model", "replicated_blocks": "replicated blocks"}
-
-
-@dataclass(frozen=True)
-class CalibrationSamples:
-    """What `gptq` sees: rows of ids (1, length) for the base, requests with images for what GenieBlue adds."""
-
-    text: list[torch.Tensor] = field(default_factory=list)
-    multimodal: list[dict[str, torch.Tensor]] = field(default_factory=list)
+INNER_BASE = "base"  # the subfolder of a self-contained GenieBlue
 
 
 @dataclass(frozen=True)
@@ -99,79 +103,90 @@ def quantize_genieblue(
     are taken, a recipe or a quantized base that does not fit, options without a meaning, and samples that are too few
     or too long.
     """
-    recipe, samples, progress = recipe or QuantizationRecipe(), samples or CalibrationSamples(), progress or _silent
-    output = Path(os.path.realpath(output))
-    if sum(map(bool, (base_output, quantized_base, self_contained))) > 1:
+    recipe, samples = recipe or QuantizationRecipe(), samples or CalibrationSamples()
+    where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
+    access = {key: where[key] for key in ACCESS_KEYS if key in where}
+    _check_options(recipe, samples, base_output, quantized_base, self_contained)
+    LoadRequest.from_arguments(source, where).check_layout()
+    config = GenieBlueConfig.from_pretrained(source, **where)
+    check_source(source, config)
+    _check_lengths(samples, config)
+    places = _places(recipe, config, output, base_output, quantized_base, self_contained)
+    check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
+    existing = None
+    if places.existing_base is not None:
+        existing = check_existing_base(places.existing_base, recipe, config, access)
+
+    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    rounder = Rounder(recipe, samples, progress or _silent, {} if existing is None else rounding_of(existing, recipe))
+    plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))
+    before = view_logits(model)
+    origin = _origin(source, places.output, load_kwargs.get("revision"), access)
+    trust = {key: load_kwargs[key] for key in ("trust_remote_code",) if key in load_kwargs}
+    with (
+        explained_full_disk(places.output, places.new_base),
+        StagingFolder(places.output, "quantizing") as staging,
+        # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
+        NewFolder(places.new_base) if places.new_base is not None else nullcontext() as new_base,
+    ):
+        inner_base = new_base.staging if new_base is not None else staging / INNER_BASE
+        rounded = _round(model, plans, rounder, places, existing, staging, inner_base, access)
+        rounded.config.quantization["source"] = origin
+        # Saved once in passing, to measure what a user will load.
+        rounded.save_pretrained(staging / "trial")
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **access, **trust)
+        errors, measurements = measured_errors(before, view_logits(quantized), recipe)
+        if new_base is not None:
+            # Before the GenieBlue, which never points at a base that is not there, and whose card reads the base's.
+            # Should the save fail, the context puts the old base back.
+            new_base.put_in_place()
+            quantized.config.base_model_name_or_path = str(places.new_base)
+        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: measurements})
+    other = quantized.config.quantization["other_precision"]
+    return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where results go: the GenieBlue, and its base into a folder of its own, unless there is one already."""
+
+    output: Path
+    new_base: Path | None
+    existing_base: str | None
+
+
+@dataclass(frozen=True)
+class _Plans:
+    """Precision by layer of what GenieBlue adds, and of its base."""
+
+    own_parts: LayerPlan
+    base: LayerPlan
+
+
+def _check_options(
+    recipe: QuantizationRecipe,
+    samples: CalibrationSamples,
+    base_output: Any,
+    quantized_base: Any,
+    self_contained: bool,
+) -> None:
+    """`ValueError` for options that contradict one another."""
+    of_base = [option for option in (base_output, quantized_base, self_contained) if option]
+    if len(of_base) > 1:
         raise ValueError(
             "`base_output`, `quantized_base` and `self_contained` say different things about where the quantized base "
             "is: give one of them."
         )
     if recipe.rounding == "gptq" and not samples.text:
         raise ValueError("gptq needs calibration samples of text: give some, or round with hqq or rtn.")
-    if not recipe.changes_base and (base_output or quantized_base or self_contained):
+    if of_base and not recipe.changes_base:
         raise ValueError(
             "The base is left at 16 bits, so there is no quantized base to write or to use: leave `base_output`, "
             "`quantized_base` and `self_contained` out, or quantize the language model."
         )
-    where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
-    LoadRequest.from_arguments(source, where).check_layout()
-    config = GenieBlueConfig.from_pretrained(source, **where)
-    refuse_unfit_source(source, config)
-    target = None
-    if recipe.changes_base and not self_contained and quantized_base is None:
-        name = f"{os.path.basename(os.path.normpath(config.base_model_name_or_path))}-{recipe.llm}"
-        target = output.parent / name if base_output is None else Path(os.path.realpath(base_output))
-    refuse_taken_places(source, config, output, target, overwrite, is_base_named=base_output is not None)
-    _refuse_long_samples(samples, config)
-    access = {key: load_kwargs[key] for key in ACCESS_KEYS if load_kwargs.get(key) is not None}
-    existing = None
-    if quantized_base is not None:
-        quantized_base = os.fspath(quantized_base)
-        existing = check_existing_base(quantized_base, recipe, config, access)
-
-    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
-    rounder = _Rounder(recipe, samples, progress, {} if existing is None else rounding_of(existing, recipe))
-    plans = [plan_own_parts(model, recipe), plan_base(model.language_model, recipe)]
-    before = view_logits(model)
-    origin = _origin(source, output, load_kwargs.get("revision"), access)
-    with ExitStack() as stack:
-        stack.enter_context(explained_full_disk(output, target))
-        staging = stack.enter_context(StagingFolder(output, "quantizing"))
-        # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
-        new_base = stack.enter_context(NewFolder(target)) if target is not None else None
-        files = _round_own_parts(model, plans[0], rounder, staging)
-        base_samples = None
-        if existing is not None:
-            base_samples = use_existing_base(model, quantized_base, existing, access)
-        elif recipe.changes_base:
-            folder = staging / "base" if new_base is None else new_base.staging
-            base_samples = _quantize_base(model, plans[1], rounder, folder, access)
-            model.config.base_model_name_or_path = "./base" if self_contained else str(folder)
-            if self_contained:
-                files |= {f"base/{path.name}": path for path in folder.iterdir()}
-        files |= _round_adapter(model, recipe, plans[0], rounder, staging)
-        use_stored_parts(model, files, base_samples)
-        model.config.quantization = describe(recipe, plans) | {
-            "other_rounding": rounder.other_rounding(), "source": origin
-        }  # fmt: skip
-        rounder.warn_of_missing_samples()
-        model.requires_grad_(False)
-        # Saved once in passing, to measure what a user will load.
-        save_model(model, staging / "trial")
-        consent = {key: load_kwargs[key] for key in ("trust_remote_code",) if key in load_kwargs}
-        quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **access, **consent)
-        errors, measurements = measured_errors(before, view_logits(quantized), recipe)
-        if new_base is not None:
-            # Before the GenieBlue, which never points at a base that is not there, and whose card reads the base's.
-            # Should the save fail, the context puts the old base back.
-            new_base.put_in_place()
-            quantized.config.base_model_name_or_path = str(target)
-        save_model(quantized, output, facts={"measurements.json": measurements})
-    name = quantized.config.base_model_name_or_path
-    return QuantizationReport(output, name, quantized.config.quantization["other_precision"], errors)
 
 
-def _refuse_long_samples(samples: CalibrationSamples, config: GenieBlueConfig) -> None:
+def _check_lengths(samples: CalibrationSamples, config: GenieBlueConfig) -> None:
     """`ValueError` for rows of text that are longer than the base can take."""
     longest = max((ids.shape[1] for ids in samples.text), default=0)
     most = getattr(config.text_config, "max_position_embeddings", None)
@@ -182,6 +197,21 @@ def _refuse_long_samples(samples: CalibrationSamples, config: GenieBlueConfig) -
         )
 
 
+def _places(
+    recipe: QuantizationRecipe,
+    config: GenieBlueConfig,
+    output: str | os.PathLike,
+    base_output: str | os.PathLike | None,
+    quantized_base: str | os.PathLike | None,
+    self_contained: bool,
+) -> _Places:
+    output, new_base = Path(os.path.realpath(output)), None
+    if recipe.changes_base and not self_contained and quantized_base is None:
+        name = f"{os.path.basename(os.path.normpath(config.base_model_name_or_path))}-{recipe.llm}"
+        new_base = output.parent / name if base_output is None else Path(os.path.realpath(base_output))
+    return _Places(output, new_base, None if quantized_base is None else os.fspath(quantized_base))
+
+
 def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:
     """Where the unquantized GenieBlue is, for a reader and for `verify`."""
     if os.path.isdir(source):
@@ -189,97 +219,38 @@ def _origin(source: Any, output: Path, revision: str | None, access: dict[str, A
     return {"name": str(source), "revision": hub_commit(str(source), revision, **access)}
 
 
-class _Rounder:
-    """Rounds linears one by one, and puts the rounded values in their place, for what comes after them to see."""
+def _round(
+    model: Any,
+    plans: _Plans,
+    rounder: Rounder,
+    places: _Places,
+    existing: dict[str, Any] | None,
+    staging: Path,
+    base_folder: Path,
+    access: dict[str, Any],
+) -> QuantizedGenieBlueForConditionalGeneration:
+    """Rounds all parts in the order in which a request runs through them, so that later ones see earlier errors.
 
-    def __init__(
-        self, recipe: QuantizationRecipe, samples: CalibrationSamples, progress: Progress, of_existing: dict[str, str]
-    ):
-        self.recipe, self.samples, self.progress = recipe, samples, progress
-        self.uses_samples = recipe.rounding == "gptq"
-        self.methods: dict[str, Counter[str]] = {}  # by part, how many layers were rounded by which method
-        self.of_existing_base = of_existing  # as `other_rounding`
-
-    def other_rounding(self) -> dict[str, str]:
-        """Parts with layers that were rounded otherwise than the recipe says, and how."""
-        other = dict(self.of_existing_base)
-        for part, methods in self.methods.items():
-            rest = [f"{method}: {count}" for method, count in methods.items() if method != self.recipe.rounding]
-            if rest:
-                other[part] = f"{', '.join(rest)} of {methods.total()} layers"
-        return other
-
-    def warn_of_missing_samples(self) -> None:
-        """Names the parts that `gptq` was asked for and that no sample reached."""
-        # What lies outside of these is never run on samples, whatever they are.
-        reached = (*BLOCK_TITLES, "multi_modal_projector")
-        other = self.other_rounding()
-        lacking = {part: other[part] for part in reached if part in other and part in self.methods}
-        if self.uses_samples and lacking:
-            logger.warning(
-                "No calibration sample reached some layers, which were not rounded by gptq: %s. Samples with images "
-                "reach the vision tower and the projector.",
-                "; ".join(f"{part} ({how})" for part, how in lacking.items()),
-            )
-
-    def note(self, part: str, method: str) -> None:
-        """Counts a layer of `part` that `method` rounded."""
-        self.methods.setdefault(part, Counter())[method] += 1
-
-    @torch.no_grad()
-    def round(self, weight: torch.Tensor, kind: str, part: str, hessian: torch.Tensor | None = None) -> dict[str, Any]:
-        """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which takes the rounded values."""
-        bits = BITS[kind]
-        method = self.recipe.rounding
-        if (method == "gptq" and hessian is None) or (method == "hqq" and bits == 8):
-            method = "rtn" if bits == 8 else "hqq"
-        self.note(part, method)
-        group_size = weight.shape[1] if bits == 8 else group_size_of(weight.shape[1])
-        rounded = round_weight(weight, bits, group_size, method=method, dtype=self.recipe.dtype, hessian=hessian)
-        weight.copy_(rounded.dequantize())
-        return {
-            "codes": rounded.codes.cpu(),
-            "scale": rounded.scale.cpu(),
-            "zero_point": None if rounded.zero_point is None else rounded.zero_point.cpu(),
-        }
-
-    def round_blocks(
-        self, tree: nn.Module, path: str, kinds: dict[str, str], batches: list[dict], part: str
-    ) -> dict[str, torch.Tensor]:
-        """quanto's state dict of the linears `kinds` names, all of them in the blocks at `path` of `tree`."""
-        title = BLOCK_TITLES[part]
-        tensors: dict[str, torch.Tensor] = {}
-        by_block: dict[int, dict[str, str]] = {}
-        for name, kind in kinds.items():
-            index, _, inner = name.removeprefix(f"{path}.").partition(".")
-            by_block.setdefault(int(index), {})[inner] = kind
-
-        def process(index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
-            for inner, kind in by_block.get(index, {}).items():
-                weight = block.get_submodule(inner).weight
-                rounded = self.round(weight, kind, part, hessians.get(inner))
-                tensors.update(stored_tensors(f"{path}.{index}.{inner}", **rounded))
-
-        def steps(indices: Iterable[int]) -> Iterable[int]:
-            return self.progress(indices, title)
-
-        blocks = tree.get_submodule(path)
-        if self.uses_samples and batches and by_block:
-            walk_blocks(tree, batches, path, process, select=lambda index, _: by_block.get(index, ()), progress=steps)
-        else:
-            for index in steps(range(len(blocks))):
-                process(index, blocks[index], {})
-        return tensors
-
-    @torch.no_grad()
-    def image_batches(self, model: Any) -> list[torch.Tensor]:
-        """Tiles (num_tiles, 3, side, side) of each multimodal sample, as the vision tower wants them."""
-        tower = model.vision_tower
-        tiles = [sample.get("pixel_values") for sample in self.samples.multimodal]
-        return [pixels.to(tower.device, tower.dtype) for pixels in tiles if pixels is not None]
+    Returns the model with the files of its parts, which lie in `staging`, those of a new base in `base_folder`.
+    """
+    recipe = rounder.recipe
+    files = _round_own_parts(model, plans.own_parts, rounder, staging)
+    base_samples = None
+    if existing is not None:
+        base_samples = use_existing_base(model, places.existing_base, existing, access)
+    elif recipe.changes_base:
+        base_samples = _round_base(model, plans.base, rounder, base_folder, access)
+        model.config.base_model_name_or_path = str(base_folder)
+        if places.new_base is None:
+            model.config.base_model_name_or_path = f"./{INNER_BASE}"
+            files |= {f"{INNER_BASE}/{path.name}": path for path in base_folder.iterdir()}
+    files |= _round_adapter(model, recipe, plans.own_parts, rounder, staging)
+    rounder.warn_of_missing_samples()
+    quantization = describe(recipe, [plans.own_parts, plans.base]) | {"other_rounding": rounder.other_rounding()}
+    return QuantizedGenieBlueForConditionalGeneration.of_rounded(model, quantization, files, base_samples)
 
 
-def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, staging: Path) -> dict[str, Path]:
+def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Path) -> dict[str, Path]:
     """Vision tower and projector as files of the new folder."""
     tower, projector = model.vision_tower, model.multi_modal_projector
     in_blocks = {name: kind for name, kind in plan.kinds.items() if name.startswith(f"vision_tower.{VISION_BLOCKS}.")}
@@ -306,8 +277,8 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: _Rounder, staging: Pa
     return _write(staging, WEIGHTS_NAME, QMAP_NAME, plain_state(own, plan.kinds) | tensors, plan.kinds)
 
 
-def _quantize_base(
-    model: Any, plan: LayerPlan, rounder: _Rounder, folder: Path, access: dict[str, Any]
+def _round_base(
+    model: Any, plan: LayerPlan, rounder: Rounder, folder: Path, access: dict[str, Any]
 ) -> dict[str, dict]:
     """Writes the quantized base into `folder`; returns samples of its tensors, to know it by.
 
@@ -341,11 +312,12 @@ def _quantize_base(
     write_quantized_base(folder, base, source, plan.kinds, tensors, settings)
     config.base_model_fingerprint = weight_file_hashes(folder)
     config.base_model_revision = None
-    return tensor_samples(load_quantized_base(folder, trust_remote_code=base.is_remote_code()))
+    quantized = load_quantized_base(folder, trust_remote_code=base.is_remote_code())
+    return tensor_samples(quantized_values(quantized))
 
 
 def _round_adapter(
-    model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: _Rounder, staging: Path
+    model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: Rounder, staging: Path
 ) -> dict[str, Path]:
     """LoRA and the copied blocks as files of the new folder; LoRA first, which the blocks after it run with."""
     view = model.multimodal_language_model
@@ -391,7 +363,7 @@ def _round_lora(
 
 
 @torch.no_grad()
-def _embedded(model: Any, rounder: _Rounder) -> list[dict[str, torch.Tensor]]:
+def _embedded(model: Any, rounder: Rounder) -> list[dict[str, torch.Tensor]]:
     """Multimodal samples as the multimodal view is run on them; without any, the text ones."""
     if not rounder.uses_samples:
         return []

@@ -12,10 +12,16 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hub_cards.model_folder import ADAPTER_FOLDER, read_model_config
+from hub_cards.model_folder import read_model_config
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
-from modeling_genieblue.loading_genieblue import is_inner_folder, is_local_reference
-from modeling_genieblue.quantized_base_genieblue import HUB_KEYS, load_quantized_base, read_base_quantization
+from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_FOLDER,
+    HUB_KEYS,
+    check_folder_or_id,
+    is_inner_folder,
+    is_path,
+)
+from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
 
 OWN_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.safetensors"]
 PROMPTS = (
@@ -61,8 +67,7 @@ class SavedModel:
     def __init__(self, name: str, base: Any, revision: str | None, hub: dict, trust: bool, dtype: Any, device: Any):
         self.name, self.hub, self.trust, self.dtype, self.device = name, hub, trust, dtype, device
         self.is_local = os.path.isdir(name)
-        if not self.is_local and (name.startswith((".", "~", "/")) or name.count("/") > 1):
-            raise FileNotFoundError(f"{name} is no folder: give the folder of a saved GenieBlue, or a Hub id.")
+        check_folder_or_id(name)
         self.revision = None
         if self.is_local:
             self.folder = Path(os.path.realpath(name))
@@ -103,9 +108,9 @@ class SavedModel:
             name, revision = self.config.base_model_name_or_path, self.config.base_model_revision
             if name is None:
                 raise CheckFailed("config.json names no base: give its folder or Hub id (--base).")
-            if is_local_reference(name):
+            if is_path(name):
                 name = os.path.normpath(self.folder / name)
-        if is_local_reference(name) and not os.path.isdir(name):
+        if is_path(name) and not os.path.isdir(name):
             raise CheckFailed(f"The base should be in {name}, but there is no such folder.")
         options = {**self.hub, "trust_remote_code": self.trust}
         if revision is not None and not os.path.isdir(name):

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -24,28 +22,23 @@ import modeling_genieblue
 from conversion.verification import clean_process
 from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of, some
 from conversion.verification.verify_quantized import check_quantization, check_quantized_adapter, may_run_code_of_base
-from hub_cards.model_folder import (
+from hub_cards.model_folder import not_finite, own_weight_files, read_model_config, read_tensor_sizes
+from modeling_genieblue import GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
+from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
+from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
-    ADAPTER_WEIGHTS,
-    OUR_MODULES,
-    not_finite,
+    ADAPTER_WEIGHTS_NAME,
+    BASE_FINGERPRINT_NAME,
+    HUB_KEYS,
+    OWN_MODULES,
+    ModelFiles,
+    file_sha256,
+    is_inner_folder,
     read_json,
-    read_model_config,
-    read_tensor_sizes,
     weight_files,
 )
-from modeling_genieblue import GenieBlueProcessor
-from modeling_genieblue.base_identity_genieblue import (
-    BASE_FINGERPRINT_NAME,
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    compare_with_samples,
-    different_settings,
-    file_sha256,
-)
-from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
-from modeling_genieblue.loading_genieblue import is_inner_folder
-from modeling_genieblue.quantized_linears_genieblue import QUANTIZED_WEIGHTS_NAME
+from modeling_genieblue.quantized_parts_genieblue import quantized_values
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +122,11 @@ def check_folder(subject: SavedModel) -> str:
             "adapter_config.json lies in the root, so `AutoModel` of a Hub id would load the base instead: it belongs "
             f"into {ADAPTER_FOLDER}/"
         )
-    files = weight_files(folder)
+    files = own_weight_files(folder)
     names = {name for file in files for name in read_tensor_sizes(folder / file)}
-    foreign = sorted(name for name in names if name.split(".", 1)[0] not in OUR_MODULES)
+    foreign = sorted(name for name in names if name.split(".", 1)[0] not in OWN_MODULES)
     if foreign:
-        problems.append(f"{', '.join(files)} hold {some(foreign)}, expected only {' and '.join(OUR_MODULES)}")
+        problems.append(f"{', '.join(files)} hold {some(foreign)}, expected only {' and '.join(OWN_MODULES)}")
     if broken := [name for file in files for name in not_finite(folder / file)]:
         problems.append(f"NaN or infinity in {some(broken)}")
     others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
@@ -142,7 +135,7 @@ def check_folder(subject: SavedModel) -> str:
     fail_on(problems)
     base = read_model_config(folder).get("base_model_name_or_path")
     of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
-    return f"{len(names)} tensors of {' and '.join(OUR_MODULES)}, all finite; {of_base}, no adapter in the root"
+    return f"{len(names)} tensors of {' and '.join(OWN_MODULES)}, all finite; {of_base}, no adapter in the root"
 
 
 def check_base_files(subject: SavedModel) -> str:
@@ -153,8 +146,8 @@ def check_base_files(subject: SavedModel) -> str:
         raise CheckFailed(
             "config.json records no sha256 of the base's files: load the base from its folder or the Hub, and save."
         )
-    is_quantized = subject.base_quantization is not None
-    found = {file: file_sha256(path) for file, path in _base_weight_files(name, options, is_quantized).items()}
+    files = ModelFiles(name, **{key: options[key] for key in HUB_KEYS if key in options})
+    found = {file: file_sha256(path) for file, path in weight_files(files.find).items()}
     problems = [
         f"{file} is missing" if file not in found else f"{file} is not recorded" if file not in recorded
         else f"sha256 of {file} is {found[file]}, recorded is {recorded[file]}"
@@ -163,33 +156,10 @@ def check_base_files(subject: SavedModel) -> str:
     ]  # fmt: skip
     fail_on(problems)
     samples = read_json(subject.folder / BASE_FINGERPRINT_NAME)
-    fail_on(compare_with_samples(subject.plain, samples))
+    values = None if subject.base_quantization is None else quantized_values(subject.plain)
+    fail_on(compare_with_samples(subject.plain, samples, values))
     fail_on(different_settings(subject.plain.config, subject.config.text_config))
     return f"settings, sha256 of {len(found)} file(s) and samples of {len(samples)} tensors are those of {name}"
-
-
-def _base_weight_files(name: str, options: dict[str, Any], is_quantized: bool) -> dict[str, str]:
-    """Path by name of each weight file of the base; what is not there yet is downloaded."""
-    hub = {key: value for key, value in options.items() if key != "trust_remote_code"}
-
-    def find(file: str) -> str | None:
-        if os.path.isdir(name):
-            path = os.path.join(name, file)
-            return path if os.path.isfile(path) else None
-        try:
-            return hf_hub_download(name, file, **hub)
-        except EntryNotFoundError:  # also where there is no network and no such file in the cache
-            return None
-
-    if is_quantized:
-        path = find(QUANTIZED_WEIGHTS_NAME)
-        return {} if path is None else {QUANTIZED_WEIGHTS_NAME: path}
-    # transformers takes the single file where there are both.
-    index = None if find(WEIGHTS_NAME) is not None else find(INDEX_NAME)
-    files = [WEIGHTS_NAME] if index is None else sorted(set(read_json(Path(index))["weight_map"].values()))
-    if outside := [file for file in files if Path(file).name != file]:
-        raise CheckFailed(f"{INDEX_NAME} of {name} names a file outside of its folder: {outside[0]!r}")
-    return {file: path for file in files if (path := find(file)) is not None}
 
 
 def check_language_adapter(subject: SavedModel) -> str:
@@ -197,10 +167,11 @@ def check_language_adapter(subject: SavedModel) -> str:
     lora_config = make_lora_config(subject.plain, subject.config)
     view = build_multimodal_view(subject.plain, lora_config)
     expected = {stock: list(parameter.shape) for _, stock, parameter in adapter_parameters(view)}
-    read_tensor_sizes(subject.folder / ADAPTER_WEIGHTS)  # refuses a truncated file
+    path = subject.folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS_NAME
+    read_tensor_sizes(path)  # refuses a truncated file
     problems = []
     count = 0
-    with safe_open(subject.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         found = set(file.keys())
         problems += [f"missing: {some(names)}" for names in [sorted(expected.keys() - found)] if names]
         problems += [f"unexpected: {some(names)}" for names in [sorted(found - expected.keys())] if names]

@@ -23,22 +23,23 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounding import TOP_CODE
 from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, some
-from hub_cards.model_card import MEASUREMENTS
-from hub_cards.model_folder import (
-    ADAPTER_FOLDER,
-    QUANTIZED_ADAPTER_WEIGHTS,
-    WEIGHTS,
-    is_hub_id,
-    read_json,
-    read_tensor_sizes,
-)
+from hub_cards.model_folder import read_tensor_sizes
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
 from modeling_genieblue.loading_genieblue import LoadRequest
+from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_FOLDER,
+    MEASUREMENTS_NAME,
+    QMAP_NAME,
+    QUANTIZED_ADAPTER_NAME,
+    WEIGHTS_NAME,
+    is_hub_id,
+    read_json,
+)
 from modeling_genieblue.quantized_files_genieblue import read_qmap
-from modeling_genieblue.quantized_linears_genieblue import QMAP_NAME, is_frozen
+from modeling_genieblue.quantized_linears_genieblue import is_frozen
 from modeling_genieblue.quantized_parts_genieblue import load_quantized_adapter
-from modeling_genieblue.settings_files_genieblue import BASE_PARTS
+from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +52,15 @@ UNSEEN = "no hash of this repository's own files is recorded, so a code or a sca
 def check_quantized_adapter(subject: SavedModel) -> str:
     """The loader's own strict reading of the adapter, then the range of every number; its settings agree."""
     lora_config = make_lora_config(subject.plain, subject.config)
-    path = subject.folder / QUANTIZED_ADAPTER_WEIGHTS
+    path = subject.folder / ADAPTER_FOLDER / QUANTIZED_ADAPTER_NAME
     read_tensor_sizes(path)  # refuses a truncated file
     view = build_multimodal_view(subject.plain, lora_config)
     problems = []
     try:
-        load_quantized_adapter(view, str(path), LoadRequest.from_arguments(subject.folder, {}), subject.plain.dtype)
+        load_quantized_adapter(view, LoadRequest.from_arguments(subject.folder, {}), subject.plain.dtype)
     except ValueError as error:
         problems.append(str(error))
-    problems += [*impossible_numbers(path), *subject.different_settings(lora_config)]
+    problems += [*find_impossible_values(path), *subject.different_settings(lora_config)]
     fail_on(problems)
     count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
     layers = ", ".join(map(str, subject.config.replicated_layers))
@@ -82,7 +83,7 @@ def may_run_code_of_base(subject: SavedModel) -> bool:
     return all((own / path.name).is_file() and cmp(path, own / path.name, False) for path in folder.glob("*.py"))
 
 
-def impossible_numbers(path: Path) -> Iterator[str]:
+def find_impossible_values(path: Path) -> Iterator[str]:
     """Tensors of a file with quantized weights that hold what no rounding gives, one sentence each."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
@@ -123,7 +124,7 @@ def check_quantization(subject: SavedModel) -> str:
     if recorded.get("other_precision") != explained:
         names = sorted(set(recorded.get("other_precision") or {}) ^ set(explained)) or sorted(explained)
         problems.append(f"config.json does not list rightly which layers have another precision: {some(names)}")
-    problems += impossible_numbers(subject.folder / WEIGHTS)
+    problems += find_impossible_values(subject.folder / WEIGHTS_NAME)
     stock = [file for file in STOCK_PEFT_FILES if (subject.folder / ADAPTER_FOLDER / file).exists()]
     problems += [f"{ADAPTER_FOLDER}/{file} is there, which stock PEFT would load" for file in stock]
     fail_on(problems)
@@ -206,7 +207,7 @@ def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[
 
 
 def _recorded_errors(subject: SavedModel, reason: Exception) -> str:
-    path = subject.folder / MEASUREMENTS
+    path = subject.folder / MEASUREMENTS_NAME
     rows = [row for row in read_json(path) if " logits against " in row["name"]] if path.is_file() else []
     why = " ".join(str(reason).split())
     if not rows:

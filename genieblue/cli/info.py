@@ -8,8 +8,9 @@ from genieblue.cli.terminal import looking_for, note, print_json, print_table, s
 
 def print_info(model: str, base: str | None, revision: str | None) -> None:
     """Prints what a GenieBlue is and a table of its parts, with their precision if it is quantized."""
-    from hub_cards.model_folder import PartSize, is_inner_folder
+    from hub_cards.model_folder import PartSize
     from hub_cards.model_parts import LANGUAGE_MODEL, model_info
+    from modeling_genieblue.model_files_genieblue import is_inner_folder
 
     with looking_for(model):
         found = model_info(model, base=base, revision=revision)

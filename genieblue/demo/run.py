@@ -20,8 +20,9 @@ from genieblue.demo.scans import LONGEST_NUMBER, QUESTION, NumberScans, Scans, s
 from genieblue.demo.text import make_base
 from genieblue.demo.vision import make_vision_tower
 from genieblue.training.stages import TrainingSettings, train
-from hub_cards.model_card import MEASUREMENTS, card_info_from_folder, write_model_card
+from hub_cards.model_card import card_info_from_folder, write_model_card
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.model_files_genieblue import MEASUREMENTS_NAME
 
 STAGE_1 = {"steps": 60, "batch_size": 32, "learning_rates": {"projector": 2e-3}}
 STAGE_2 = {
@@ -142,7 +143,7 @@ def _record_measurements(folder: Path, report: dict[str, Any]) -> None:
             "how": "held-out topics of Python's documentation, windows of 128 tokens; bit for bit the same",
         },
     ]
-    (folder / MEASUREMENTS).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (folder / MEASUREMENTS_NAME).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # rendered by the save above, before anything was measured
     write_model_card(folder, card_info_from_folder(folder))
 

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue import (
+    GenieBlueConfig,
+    GenieBlueForConditionalGeneration,
+    GenieBlueProcessor,
+    QuantizedGenieBlueConfig,
+)
 from modeling_genieblue.image_processing_genieblue import read_image
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
@@ -151,14 +156,18 @@ class Chat(Conversation):
         Args:
             base_model: a loaded base, or the folder or Hub id of it; by default the one that the model names.
             trust_remote_code: allows code of the base's repository to run.
-            backend: of a quantized model, see `GenieBlueForConditionalGeneration.from_pretrained`.
+            backend: of a quantized model, see `QuantizedGenieBlueForConditionalGeneration`.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
         """
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if value is not None}
         hub_kwargs["trust_remote_code"] = trust_remote_code
-        loaded = GenieBlueForConditionalGeneration.from_pretrained(
-            model, base_model=base_model, dtype=dtype, backend=backend, **hub_kwargs
-        )
+        options = {"base_model": base_model, "dtype": dtype, **hub_kwargs}
+        if backend != "quanto":
+            config = GenieBlueConfig.from_pretrained(model, **hub_kwargs)
+            if not isinstance(config, QuantizedGenieBlueConfig):
+                raise ValueError(f"{model} is not quantized, as the backend {backend} needs: leave `backend` out.")
+            options["backend"] = backend
+        loaded = GenieBlueForConditionalGeneration.from_pretrained(model, **options)
         if device is not None:
             loaded.to(device)
         return cls(loaded, GenieBlueProcessor.from_pretrained(model, **hub_kwargs))

@@ -30,8 +30,8 @@ from genieblue.training.trainer import (
     optimizer_groups,
     part_of,
 )
-from hub_cards.model_card import RECIPE
-from modeling_genieblue.saving_genieblue import refuse_foreign_folder
+from modeling_genieblue.model_files_genieblue import RECIPE_NAME
+from modeling_genieblue.saving_genieblue import check_replaceable
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def train(
         raise ValueError("Training needs the library accelerate: pip install 'genieblue[train]'.")
     if model.language_model is None:
         raise ValueError("This GenieBlue has no base: make it with `from_base` or load it with `from_pretrained`.")
-    if model.config.quantization is not None:
+    if getattr(model.config, "quantization", None) is not None:
         raise ValueError("Quantized weights are not trained: train the 16-bit GenieBlue, then quantize it again.")
     refuse_processor_without_template(processor)
     chats = dataset if isinstance(dataset, ChatDataset) else ChatDataset(dataset)
@@ -248,9 +248,12 @@ def _train(
         output, trainer.state.global_step, losses[-1] if losses else None, len(chats), trainer.state.log_history
     )
     if trainer.is_world_process_zero():
-        stages = {**recipe_of(model), f"stage {settings.stage}": _recipe_facts(settings, result, max_tiles, model)}
-        model.save_pretrained(output, processor=processor, facts={RECIPE: stages})
-        model.training_recipe = stages
+        stages = {
+            **model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}),
+            f"stage {settings.stage}": _recipe_facts(settings, result, max_tiles, model),
+        }
+        model.save_pretrained(output, processor=processor, facts={RECIPE_NAME: stages})
+        model.provenance.training_recipe = stages
     trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is there
     return result
 
@@ -337,7 +340,7 @@ def refuse_taken_output(output: Path) -> None:
         raise ValueError(f"{output} cannot be replaced: give a folder inside of it.")
     if any(parent.is_file() for parent in (output, *output.parents)):
         raise OSError(f"{output} is, or lies in, a file: give a folder to save into.")
-    refuse_foreign_folder(output)
+    check_replaceable(output)
     if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(f"{output} holds something else than a GenieBlue: give another folder, or empty it.")
 
@@ -394,19 +397,6 @@ def _record(
     record |= {"max_tiles": max_tiles, "bf16": autocast_dtype is not None, "num_samples": len(chats)}
     record["sha256 of the data"] = chats.sha256
     return json.loads(json.dumps(record))
-
-
-def recipe_of(model: Any) -> dict[str, dict[str, Any]]:
-    """Earlier stages of a model, `{stage: {setting: value}}`: of this process, or from where it was loaded."""
-    known, source = getattr(model, "training_recipe", None), getattr(model, "_source", None)
-    if known is not None or source is None:
-        return dict(known or {})
-    try:
-        path = source.file(RECIPE, required=False)
-        return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        logger.warning("Earlier training of %s is not known (%s).", source.path, error)
-        return {}
 
 
 def _recipe_facts(settings: TrainingSettings, result: TrainingResult, max_tiles: int, model: Any) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def test_quantized_base_of_other_weights_is_refused(tmp_path):
     source = own_copy(large_pair().parent, tmp_path / "source")
     save_tiny_base("llama", source / "base-llm", seed=2, **SHAPE)
     model = load(source / "genieblue", check_base=False)
-    model._base_samples = {}
+    model.provenance.base_samples = {}
     with torch.no_grad():  # the samples of the other base are written
         GenieBlueForConditionalGeneration.from_base(
             load_base(source / "base-llm"), model.vision_tower, lora_rank=4

@@ -12,7 +12,7 @@ import typer
 from tiny_quantized import contents, large_pair
 
 from genieblue.cli.app import app
-from hub_cards.model_folder import QUANTIZED_BASE_WEIGHTS
+from modeling_genieblue.model_files_genieblue import QUANTIZED_WEIGHTS_NAME
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("modeling_genieblue", "hub_cards", "conversion", "genieblue", "optimum_cli")
@@ -81,7 +81,7 @@ def test_it_writes_what_genieblue_quantize_writes(site, tmp_path):
     subprocess.run([sys.executable, "-m", "genieblue", *arguments], check=True, capture_output=True, cwd=ROOT)
     one, other = contents(tmp_path / "one"), contents(tmp_path / "other")
     assert one.keys() == other.keys()
-    for name in ("model.safetensors", f"base/{QUANTIZED_BASE_WEIGHTS}", "config.json"):
+    for name in ("model.safetensors", f"base/{QUANTIZED_WEIGHTS_NAME}", "config.json"):
         assert one[name] == other[name]
 
 

@@ -1,13 +1,10 @@
 """The folder `<out>.unfinished` of an export: who works there, with which settings, and what of it is finished."""
 
-import errno
 import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +16,6 @@ STATE, DONE = "export.json", "done.json"
 LONGEST_SHOWN = 40  # characters of a setting in a message; digests are longer
 
 
-@contextmanager
-def lock_output(out: Path) -> Iterator[None]:
-    """Keeps a second export away from `out`, by a lock that the system lifts if the process dies.
-
-    Raises `OSError` at once if another export holds it.
-    """
-    import fcntl  # not on every system, but wherever the compiler runs
-
-    path = out.with_name(f".{out.name}.exporting")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise OSError(f"Nothing can be written to {out.parent} ({error.strerror}): give another output.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # An export that has just ended has removed the file: a lock on it would keep nobody away.
-            is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-        except (BlockingIOError, FileNotFoundError):
-            is_there = False
-        if not is_there:
-            raise BlockingIOError(
-                f"Another export writes to {out} at this moment: wait for it, end it, or give another output."
-            )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def telling_of_a_full_disk(out: Path) -> Iterator[None]:
-    """Says where a disk is full, and that nothing is lost."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"The disk is full, of {out.parent} or of {tempfile.gettempdir()}, where the compiler works (TMPDIR): "
-            f"free space and start again with the same settings. What is finished lies in {out.name}{UNFINISHED}",
-        ) from error
-
-
 class UnfinishedExport:
     """Where the bundle `out` is made: `bundle` becomes `out`, the rest is what a run that goes on has to know."""
 
@@ -72,7 +23,7 @@ class UnfinishedExport:
         self.out, self.folder = out, out.with_name(out.name + UNFINISHED)
         self.bundle, self._steps, self._state = self.folder / "bundle", self.folder / "steps", self.folder / STATE
 
-    def refuse_other_export(self, wanted: Mapping[str, Any]) -> None:
+    def check_same_export(self, wanted: Mapping[str, Any]) -> None:
         """`FileExistsError` if something else lies here than an export with the settings `wanted`, by name."""
         if not self.folder.exists():
             return
@@ -95,7 +46,7 @@ class UnfinishedExport:
 
     def begin_or_go_on(self, wanted: Mapping[str, Any]) -> None:
         """Claims the folder for an export with the settings `wanted`; keeps what an earlier run of it has finished."""
-        self.refuse_other_export(wanted)
+        self.check_same_export(wanted)
         if not self.bundle.is_dir():  # a run that was killed behind its last step left its notes, but no files
             shutil.rmtree(self._steps, ignore_errors=True)
         elif self._state.is_file():
@@ -146,4 +97,4 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(staged, path)
 
 
-__all__ = ["UnfinishedExport", "lock_output", "telling_of_a_full_disk", "write_json"]
+__all__ = ["UnfinishedExport", "write_json"]

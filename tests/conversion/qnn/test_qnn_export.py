@@ -18,7 +18,7 @@ from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair, tiny_model, 
 from typer.testing import CliRunner
 
 from conversion.qnn import export as export_module
-from conversion.qnn.bundle.export_state import UnfinishedExport, lock_output
+from conversion.qnn.bundle.export_state import UnfinishedExport
 from conversion.qnn.bundle.metadata import Bundle
 from conversion.qnn.export import divide_blocks, export_bundle
 from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
@@ -26,10 +26,11 @@ from conversion.qnn.npu import sessions as npu
 from conversion.qnn.qdq.calibration import prepare_calibration
 from conversion.qnn.qdq.vision import quantize_vision
 from conversion.qnn.verify import verify_bundle
+from conversion.staging import lock_output
 from genieblue.cli.app import app
 from genieblue.training.calibration_chats import read_calibration, read_chats
 from modeling_genieblue import GenieBlueProcessor
-from modeling_genieblue.settings_files_genieblue import QUANTIZED_PARTS
+from modeling_genieblue.quantized_settings_genieblue import QUANTIZED_PARTS
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_a_folder_of_somebody_else_is_left_alone(pair, tmp_path):
 
 
 def test_two_exports_to_one_place_are_kept_apart(pair, tmp_path, dies_at_the_vision_tower):
-    with lock_output(tmp_path / "bundle"), pytest.raises(OSError, match="Another export writes to"):
+    with lock_output(tmp_path / "bundle", "export"), pytest.raises(OSError, match="Another export writes to"):
         export_bundle(pair, tmp_path / "bundle", calibration=requests(1), **SETTINGS)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(KeyboardInterrupt):

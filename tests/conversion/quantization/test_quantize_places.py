@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conversion.quantization import quantize as quantize_module
-from conversion.quantization.bases import NewFolder
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.quantize import quantize_genieblue
-from conversion.staging import StagingFolder, explained_full_disk
+from conversion.staging import NewFolder, StagingFolder, explained_full_disk
 from conversion.verification.saved_model import SavedModel
 from conversion.verification.verify_quantized import check_quantization
 from genieblue.cli.app import app
@@ -178,8 +177,8 @@ def test_full_disk_names_the_folders_and_a_way_out(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from conversion.quantization.bases import NewFolder
-from conversion.staging import StagingFolder
+
+from conversion.staging import NewFolder, StagingFolder
 target = Path(sys.argv[1])
 with StagingFolder(target, "quantizing") as folder, NewFolder(target) as new:
     (folder / "half").write_text("half")

@@ -1,0 +1,121 @@
+"""Rounds the linears of a model one after another, on samples where the method wants them."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from conversion.quantization.hessians import walk_blocks
+from conversion.quantization.precision import QuantizationRecipe
+from conversion.quantization.rounding import round_weight
+from modeling_genieblue.quantized_linears_genieblue import BITS, group_size_of, stored_tensors
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+BLOCK_TITLES = {"vision_tower": "vision tower", "llm": "language model", "replicated_blocks": "replicated blocks"}
+
+
+@dataclass(frozen=True)
+class CalibrationSamples:
+    """What `gptq` sees: rows of ids (1, length) for the base, requests with images for what GenieBlue adds."""
+
+    text: list[torch.Tensor] = field(default_factory=list)
+    multimodal: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+class Rounder:
+    """Rounds linears one by one, and puts the rounded values in their place, for what comes after them to see."""
+
+    def __init__(
+        self, recipe: QuantizationRecipe, samples: CalibrationSamples, progress: Progress, of_existing: dict[str, str]
+    ):
+        self.recipe, self.samples, self.progress = recipe, samples, progress
+        self.uses_samples = recipe.rounding == "gptq"
+        self.methods: dict[str, Counter[str]] = {}  # by part, how many layers were rounded by which method
+        self.of_existing_base = of_existing  # as `other_rounding`
+
+    def other_rounding(self) -> dict[str, str]:
+        """Parts with layers that were rounded otherwise than the recipe says, and how."""
+        other = dict(self.of_existing_base)
+        for part, methods in self.methods.items():
+            rest = [f"{method}: {count}" for method, count in methods.items() if method != self.recipe.rounding]
+            if rest:
+                other[part] = f"{', '.join(rest)} of {methods.total()} layers"
+        return other
+
+    def warn_of_missing_samples(self) -> None:
+        """Names the parts that `gptq` was asked for and that no sample reached."""
+        # What lies outside of these is never run on samples, whatever they are.
+        reached = (*BLOCK_TITLES, "multi_modal_projector")
+        other = self.other_rounding()
+        lacking = {part: other[part] for part in reached if part in other and part in self.methods}
+        if self.uses_samples and lacking:
+            logger.warning(
+                "No calibration sample reached some layers, which were not rounded by gptq: %s. Samples with images "
+                "reach the vision tower and the projector.",
+                "; ".join(f"{part} ({how})" for part, how in lacking.items()),
+            )
+
+    def note(self, part: str, method: str) -> None:
+        """Counts a layer of `part` that `method` rounded."""
+        self.methods.setdefault(part, Counter())[method] += 1
+
+    @torch.no_grad()
+    def round(self, weight: torch.Tensor, kind: str, part: str, hessian: torch.Tensor | None = None) -> dict[str, Any]:
+        """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which takes the rounded values."""
+        bits = BITS[kind]
+        method = self.recipe.rounding
+        if (method == "gptq" and hessian is None) or (method == "hqq" and bits == 8):
+            method = "rtn" if bits == 8 else "hqq"
+        self.note(part, method)
+        group_size = weight.shape[1] if bits == 8 else group_size_of(weight.shape[1])
+        rounded = round_weight(weight, bits, group_size, method=method, dtype=self.recipe.dtype, hessian=hessian)
+        weight.copy_(rounded.dequantize())
+        return {
+            "codes": rounded.codes.cpu(),
+            "scale": rounded.scale.cpu(),
+            "zero_point": None if rounded.zero_point is None else rounded.zero_point.cpu(),
+        }
+
+    def round_blocks(
+        self, tree: nn.Module, path: str, kinds: dict[str, str], batches: list[dict], part: str
+    ) -> dict[str, torch.Tensor]:
+        """quanto's state dict of the linears `kinds` names, all of them in the blocks at `path` of `tree`."""
+        title = BLOCK_TITLES[part]
+        tensors: dict[str, torch.Tensor] = {}
+        by_block: dict[int, dict[str, str]] = {}
+        for name, kind in kinds.items():
+            index, _, inner = name.removeprefix(f"{path}.").partition(".")
+            by_block.setdefault(int(index), {})[inner] = kind
+
+        def process(index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
+            for inner, kind in by_block.get(index, {}).items():
+                weight = block.get_submodule(inner).weight
+                rounded = self.round(weight, kind, part, hessians.get(inner))
+                tensors.update(stored_tensors(f"{path}.{index}.{inner}", **rounded))
+
+        def steps(indices: Iterable[int]) -> Iterable[int]:
+            return self.progress(indices, title)
+
+        blocks = tree.get_submodule(path)
+        if self.uses_samples and batches and by_block:
+            walk_blocks(tree, batches, path, process, select=lambda index, _: by_block.get(index, ()), progress=steps)
+        else:
+            for index in steps(range(len(blocks))):
+                process(index, blocks[index], {})
+        return tensors
+
+    @torch.no_grad()
+    def image_batches(self, model: Any) -> list[torch.Tensor]:
+        """Tiles (num_tiles, 3, side, side) of each multimodal sample, as the vision tower wants them."""
+        tower = model.vision_tower
+        tiles = [sample.get("pixel_values") for sample in self.samples.multimodal]
+        return [pixels.to(tower.device, tower.dtype) for pixels in tiles if pixels is not None]
+
+
+__all__ = ["CalibrationSamples", "Progress", "Rounder"]

@@ -1,0 +1,214 @@
+"""The files of a model: their names in its folder, where they are found, what they hold, their sha256.
+
+The one owner of all that. It needs no torch, so that what only looks at a folder need not load it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+# The folder of a model
+CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_SHARDS = "model-*-of-*.safetensors"
+PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+# Of a processor, and by file a setting without which it is not what its name says.
+PROCESSOR_FILES = {"processor_config.json": "image_token_id", TOKENIZER_CONFIG_NAME: None, "tokenizer.json": "model"}
+# Patterns of what tokenizers keep their vocabulary in, of all files of tokenizers, and of licences.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "vocab.*")
+TOKENIZER_FILES = (
+    *VOCABULARIES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*",
+)  # fmt: skip
+LICENSE_FILES = ("*LICENSE*", "*NOTICE*", "USE_POLICY*")
+CARD_NAME = "README.md"
+
+# The folder of a GenieBlue
+MODEL_TYPE = "genieblue"
+OWN_MODULES = ("vision_tower", "multi_modal_projector")  # in its weights; the language parts lie in the adapter
+ADAPTER_FOLDER = "language_adapter"
+ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+BASE_FINGERPRINT_NAME = "base_fingerprint.json"
+RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
+CODE_FILES, QUANTIZED_CODE_FILES = "*_genieblue.py", "quantized_*_genieblue.py"
+
+# What has a name of its own where weights are stored in another form. Not PEFT's name: stock PEFT would take the file,
+# find none of its keys in it, and go on with random LoRA. Nor transformers' own: its classes would do the same.
+QUANTIZED_ADAPTER_NAME, QUANTIZED_WEIGHTS_NAME = "quantized_adapter.safetensors", "quantized_model.safetensors"
+QMAP_NAME = "quanto_qmap.json"
+
+# Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
+SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_KEYS = (*SHARED_HUB_KEYS, "revision", "subfolder")
+ACCESS_KEYS = ("token", "cache_dir", "local_files_only")  # with which a base that was loaded is found again
+SHA256, COMMIT_SHA = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+
+
+# Folder or Hub id
+
+
+def is_path(name: str | os.PathLike) -> bool:
+    """Whether a name is written as a path (`../base`, `/models/base`, `a/b/c`) and not as a Hub id (`org/base`)."""
+    name = os.fspath(name)
+    return name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
+
+
+def is_hub_id(name: Any, folder: str | os.PathLike = ".") -> bool:
+    """Whether a recorded name is a Hub id rather than a path, absolute or relative to `folder`."""
+    if not isinstance(name, str) or is_path(name) or os.path.exists(os.path.join(folder, name)):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_inner_folder(name: Any) -> bool:
+    """Whether a base lies in a subfolder of the GenieBlue that names it."""
+    return isinstance(name, str) and name.startswith("./") and ".." not in name.split("/")
+
+
+def check_folder_or_id(name: str | os.PathLike, what: str = "") -> None:
+    """`FileNotFoundError` for a name that is written as a path, of a folder that is not there."""
+    if is_path(name) and not os.path.isdir(name):
+        raise FileNotFoundError(f"{what}{name} is no folder: give a folder or a Hub id.")
+
+
+class ModelFiles:
+    """The files of a model in a folder or on the Hub; `hub` are keyword arguments of huggingface_hub."""
+
+    def __init__(self, name: str | os.PathLike, *, subfolder: str = "", **hub: Any):
+        check_folder_or_id(name)
+        self.name, self.subfolder = os.fspath(name), subfolder
+        self.hub = {key: value for key, value in hub.items() if value is not None}
+        self.folder = Path(name, subfolder) if os.path.isdir(name) else None
+
+    def place(self, file: str) -> str:
+        """Path of a file in the repository."""
+        return f"{self.subfolder}/{file}" if self.subfolder else file
+
+    def find(self, file: str, *, must_answer: bool = False, **options: Any) -> Path | None:
+        """Path of a file, downloaded if it must be; `None` if there is none. The Hub's other errors pass through.
+
+        With `must_answer` a Hub that does not say whether there is such a file is one of these.
+        """
+        if self.folder is not None:
+            path = self.folder / file
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.name, self.place(file), **(self.hub | options)))
+        except LocalEntryNotFoundError:  # not in the cache, and the Hub was not asked or does not answer
+            if must_answer:
+                raise
+            return None
+        except EntryNotFoundError:
+            return None
+
+    def cached(self, file: str) -> Path | None:
+        """Path of a file that is on this computer."""
+        return self.find(file, local_files_only=True)
+
+    def download(self, pattern: str) -> Path:
+        """The folder, with the files of the repository that fit a pattern, and whatever else is there."""
+        return self.folder or Path(snapshot_download(self.name, allow_patterns=pattern, **self.hub))
+
+
+# What they hold
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Content of a JSON file; `OSError` that names it if it cannot be read, or is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+
+
+def read_settings(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object in a file; `OSError` that names the file if it holds anything else, or lacks what is needed."""
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        kind = type(settings).__name__
+        raise OSError(f"{path} holds a JSON {kind}, expected settings by name: it is damaged; fetch it again.")
+    if lacking := [name for name in needed if name not in settings]:
+        raise OSError(f"{path} has no {', '.join(lacking)}: it is damaged, or of another model; fetch it again.")
+    return settings
+
+
+def check_settings_files(
+    source: str | os.PathLike, files: dict[str, str | None], required: str | None = None, **kwargs: Any
+) -> None:
+    """`OSError` if one of `files` of a folder or Hub id is there and broken, or a folder lacks the `required` one.
+
+    With each file goes a setting without which it is not what its name says, or `None`.
+    """
+    from transformers.utils.hub import cached_file  # which knows what of a Hub that does not answer can be let pass
+
+    if required is not None and os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, kwargs.get("subfolder") or "", required)):
+            raise FileNotFoundError(f"{source} has no {required}: it is incomplete; save or fetch it again.")
+    hub_kwargs = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+    lenient = ("gated_repo", "missing_entries", "connection_errors")
+    hub_kwargs |= {f"_raise_exceptions_for_{problem}": False for problem in lenient}
+    for name, needed in files.items():
+        if (path := cached_file(source, name, **hub_kwargs)) is not None:
+            read_settings(path, [needed] if needed else [])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file that people read as well, the same bytes for the same content."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weight_files(find: Callable[[str], Path | None]) -> dict[str, Path]:
+    """Path by name of the files of weights that a loader takes: one file, or else the shards that an index names.
+
+    `find` gives the path of a file, or `None`. Returns `{}` if there is none, raises `OSError` for a shard that is
+    missing and an index that is damaged or names a file elsewhere.
+    """
+    if (path := find(WEIGHTS_NAME)) is not None:
+        return {WEIGHTS_NAME: path}
+    if (index := find(INDEX_NAME)) is not None:
+        files = {name: find(name) for name in sorted(set(read_weight_map(index).values()))}
+        if missing := [name for name, path in files.items() if path is None]:
+            raise FileNotFoundError(f"{index} names {missing[0]}, which is not there: save or fetch the model again.")
+        return files
+    path = find(QUANTIZED_WEIGHTS_NAME)
+    return {} if path is None else {QUANTIZED_WEIGHTS_NAME: path}
+
+
+def read_weight_map(index: str | os.PathLike) -> dict[str, str]:
+    """File of each tensor, as an index has it; `OSError` if it holds no such thing, or a file lies elsewhere."""
+    weight_map = read_settings(index, ["weight_map"])["weight_map"]
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OSError(f"{index} has no weight_map: it is damaged; save or fetch the model again.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise OSError(
+                f"{index} names the shard {name!r}, expected a .safetensors file next to it: fetch it again."
+            )
+    return weight_map
+
+
+# sha256
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_sha256(path: str | os.PathLike) -> str | None:
+    """sha256 of a large file in the Hub's cache, which is named by it, so that nothing is read; else `None`."""
+    blob = os.path.basename(os.path.realpath(path))
+    return blob if SHA256.fullmatch(blob) else None

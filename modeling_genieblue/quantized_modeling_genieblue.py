@@ -1,0 +1,115 @@
+"""A GenieBlue whose weights are quantized: loaded from codes, and saved by copying them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .base_loading_genieblue import BASE_LOADERS, check_identity
+from .language_views_genieblue import adapter_parameters
+from .loading_genieblue import LoadRequest
+from .model_files_genieblue import CONFIG_NAME, MEASUREMENTS_NAME, RECIPE_NAME, read_settings
+from .modeling_genieblue import GenieBlueForConditionalGeneration
+from .quantized_base_genieblue import load_quantized_base
+from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
+from .quantized_parts_genieblue import (
+    check_backend,
+    check_base_is_quantized,
+    has_quantized_base,
+    load_quantized_adapter,
+    load_quantized_parts,
+    quantized_values,
+    run_on_onnxruntime,
+    stored_files,
+)
+from .quantized_precision_guard_genieblue import PrecisionGuard
+from .quantized_settings_genieblue import QUANT_METHOD
+
+THIS_FILE = __name__.rpartition(".")[2]
+BASE_LOADERS[QUANT_METHOD] = load_quantized_base
+
+
+class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForConditionalGeneration):
+    """A GenieBlue with weights of 4 or 8 bits, on a base that is quantized or not; made by `genieblue quantize`.
+
+    `from_pretrained` takes one keyword more: `backend`, what multiplies 4-bit weights, `"quanto"` with 16-bit
+    activations or `"onnxruntime"`, which is faster on a CPU and computes with 8-bit activations. The weights are
+    neither trained nor cast: what is saved is the files that were loaded.
+    """
+
+    config_class = QuantizedGenieBlueConfig
+    kept_facts = (RECIPE_NAME, MEASUREMENTS_NAME)  # what was measured holds as long as the weights are the same
+
+    @classmethod
+    def of_rounded(
+        cls,
+        model: GenieBlueForConditionalGeneration,
+        quantization: dict[str, Any],
+        files: dict[str, Path],
+        base_samples: dict[str, dict] | None,
+    ) -> "QuantizedGenieBlueForConditionalGeneration":
+        """`model`, whose weights were rounded, as what is saved with `files` in their place; it is changed.
+
+        Args:
+            quantization: see `QuantizedGenieBlueConfig`.
+            files: the weights, and the base if it lies inside, by their places in the folder of the new model.
+            base_samples: `tensor_samples` of a base that takes the place of the model's own.
+        """
+        settings = {name: value for name, value in model.config.to_dict().items() if name != "auto_map"}
+        model.config = QuantizedGenieBlueConfig.from_dict(settings | {"quantization": quantization})
+        model.__class__ = cls
+        model.provenance.files = files
+        if base_samples is not None:
+            model.provenance.base_samples = base_samples
+        return model.requires_grad_(False)
+
+    @classmethod
+    def _load_own_weights(cls, request: LoadRequest, model_args: tuple, base_model: Any) -> tuple[Any, dict]:
+        settings = read_settings(request.file(CONFIG_NAME))
+        if settings.get("quantization") is None:
+            raise ValueError(f"{request.path} is not quantized: load it by GenieBlueForConditionalGeneration.")
+        if THIS_FILE not in (settings.get("auto_map") or {}).get("AutoModel", ""):
+            raise ValueError(
+                f"{request.path} was quantized by an earlier version of GenieBlue, whose files are not read any more: "
+                "quantize the 16-bit GenieBlue again (`genieblue quantize`)."
+            )
+        check_backend(request.own_kwargs.pop("backend", "quanto"), request, base_model)
+        return load_quantized_parts(cls, request, base_model)
+
+    def _check_base(self, base: PreTrainedModel, request: LoadRequest, samples: dict[str, dict] | None) -> None:
+        check_base_is_quantized(base, self.config, request.path)
+        if samples is not None:
+            values = quantized_values(base) if has_quantized_base(self.config) else None
+            check_identity(base, self.config, samples, request, values)
+
+    def _load_adapter(self, request: LoadRequest) -> None:
+        for_kernel = request.base_loader_kwargs["for_kernel"]
+        load_quantized_adapter(
+            self.multimodal_language_model, request, self.language_model.dtype, for_kernel=for_kernel
+        )
+        self.provenance.files = stored_files(request, self.config)
+        if not for_kernel:
+            run_on_onnxruntime(self)
+
+    def _check_save(self, dtype: torch.dtype | None) -> torch.dtype:
+        own = getattr(torch, self.config.quantization["activations"])
+        if dtype not in (None, own):
+            raise ValueError(
+                f"This GenieBlue is quantized for {self.config.quantization['activations']} and cannot be saved in "
+                f"{dtype}: quantize the 16-bit one again."
+            )
+        if any(value.requires_grad for _, _, value in adapter_parameters(self.multimodal_language_model)):
+            raise ValueError("A quantized GenieBlue is saved as it was loaded, and training lost: train in 16 bits.")
+        return own
+
+    def _write_weights(self, folder: Path, dtype: torch.dtype) -> None:
+        for place, source in self.provenance.files.items():  # what is in memory is packed for a kernel
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / place)
+
+
+QuantizedGenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["QuantizedGenieBlueForConditionalGeneration"]

@@ -1,0 +1,149 @@
+"""Writing folders whole or not at all: filled beside their place, then swapped in."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on every system: there, what a killed run left is not told from what is in use
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+SHORT_NAME = 200  # of a name, so that it can be part of another one
+
+
+class StagingFolder:
+    """A new folder `.<name of target>.<purpose>-*` beside `target`; as a context, it is removed at the end.
+
+    It is locked, by a lock that the system lifts if the process dies: so the leftovers of killed runs are told from
+    what is in use, and removed first. One that holds a folder of the user's (`*.old`) is named and stays. Raises
+    `OSError` that names `target`, and not the hidden folder, if there can be none.
+    """
+
+    def __init__(self, target: Path, purpose: str):
+        self.target = target
+        prefix = f".{target.name[:SHORT_NAME]}.{purpose}-"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(target)  # refuses a name that is too long, which only the last rename would otherwise
+            _remove_leftovers([path for path in target.parent.iterdir() if path.name.startswith(prefix)])
+            while True:
+                self.folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+                self._lock = lock(self.folder)
+                if self._lock is not None or self.folder.exists():
+                    break  # else another run, which looked before the lock was there, took it for a leftover
+        except OSError as error:
+            raise OSError(
+                f"{target} cannot be written ({error.strerror or error}): give a folder in which you may create files."
+            ) from error
+
+    def remove(self) -> None:
+        """Removes the folder and all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Any:
+        return self.folder
+
+    def __exit__(self, *_error: Any) -> None:
+        self.remove()
+
+
+class NewFolder(StagingFolder):
+    """A folder to fill, `staging`, which takes the place of `target` when `put_in_place` is called.
+
+    A context: what fails within it, before or after that call, leaves `target` as it was. The old folder is kept
+    beside it until the end. Raises `OSError` that says where the old one lies if it cannot be moved back.
+    """
+
+    def __init__(self, target: Path, purpose: str = "writing"):
+        super().__init__(target, purpose)
+        self.staging, self._old = self.folder / target.name, self.folder / f"{target.name[:SHORT_NAME]}.old"
+        self.staging.mkdir()
+        self._moved: list[Path] = []  # from the old folder, as paths in it
+
+    def __enter__(self) -> "NewFolder":
+        return self
+
+    def put_in_place(self, foreign: Callable[[Path], list[Path]] | None = None) -> None:
+        """Swaps the filled folder in; what `foreign` finds in the old one, as paths in it, moves over.
+
+        A process that is killed between the two renames leaves the old folder, whole, as `*.old` in a hidden one.
+        """
+        mode = self.staging.stat().st_mode  # what new folders get
+        for path in self.staging.rglob("*"):
+            path.chmod(mode if path.is_dir() else mode & 0o666)  # safetensors writes files for their owner alone
+        if self.target.exists():
+            self.staging.chmod(self.target.stat().st_mode)
+            try:
+                os.rename(self.target, self._old)
+            except OSError as error:
+                raise OSError(
+                    f"{self.target} cannot be replaced ({error}): give a folder inside of it instead."
+                ) from error
+        os.rename(self.staging, self.target)
+        for path in foreign(self._old) if foreign is not None and self._old.exists() else ():
+            if not (self.target / path).exists():
+                os.rename(self._old / path, self.target / path)
+                self._moved.append(path)
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: Any) -> None:
+        if kind is not None:
+            self._put_back()
+        self.remove()
+
+    def _put_back(self) -> None:
+        try:
+            for path in self._moved:
+                os.rename(self.target / path, self._old / path)
+            if not self.staging.exists():  # it is in place: an interrupt may have come right behind the rename
+                os.rename(self.target, self.staging)
+            if self._old.exists():
+                os.rename(self._old, self.target)
+        except OSError as error:
+            # Nothing is removed: the old folder is in there.
+            where = f"move {self._old} there" if self._old.exists() else "remove it"
+            raise OSError(f"{self.target} cannot be put back as it was ({error}): {where} by hand.") from error
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file or folder; `None` if it cannot be had: it is in use, or gone."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except OSError as error:  # also on a file system without locks
+        logger.debug("No lock of %s: %s", path, error)
+    os.close(descriptor)
+    return None
+
+
+def _remove_leftovers(folders: list[Path]) -> None:
+    for folder in folders:
+        held = lock(folder)
+        if held is None:
+            continue
+        if kept := sorted(folder.glob("*.old")):
+            logger.warning("%s was there before a run that was ended: move it back, or remove it.", kept[0])
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+__all__ = ["NewFolder", "StagingFolder", "lock"]
