@@ -12,7 +12,8 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, AddedToken,
 from transformers.utils.generic import to_py_obj
 
 from .chat_messages_genieblue import image_sources, text_for_template, with_string_contents
-from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs, flatten_images
+from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs
+from .image_reading_genieblue import flatten_images
 from .settings_files_genieblue import PROCESSOR_FILES, refuse_broken_settings
 
 PLACEHOLDERS = ("<image>", "<|image|>", "<|genieblue_image|>")

@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
-from modeling_genieblue.image_processing_genieblue import read_image
+from modeling_genieblue.image_reading_genieblue import read_image
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
 logger = logging.getLogger(__name__)
