@@ -14,7 +14,7 @@ _LONGEST = 200  # characters
 
 
 def redacted(text: Any) -> str:
-    """Return `text` without its secrets: of an address, scheme, host and path are left, of a `data:` string nothing."""
+    """Return `text` without its secrets: an address keeps scheme, host and path, a `data:` string nothing."""
     text = str(text)
     if _WHOLE.match(text) and "\n" not in text.strip():  # all of it is one address, whatever blanks are in it
         text = _without_secrets(text.strip())

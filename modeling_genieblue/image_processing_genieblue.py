@@ -95,6 +95,10 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         columns, rows = self.select_grid(width, height)
         return 1 if columns * rows == 1 else columns * rows + 1
 
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """Return `count_tiles` of an image, as serving engines ask for it; `images_kwargs` override settings."""
+        return self._changed(images_kwargs or {}).count_tiles(width, height)
+
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """
         Return `pixel_values` (total_tiles, 3, tile_size, tile_size) and `num_tiles` (num_images,) of one image or of
@@ -105,13 +109,8 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         how arrays are laid out where their shape leaves it open. ValueError or OSError names the image that is bad.
         """
         input_data_format = kwargs.pop("input_data_format", None)
-        if unknown := sorted(kwargs.keys() - self._settings().keys()):
-            raise ValueError(f"Unknown image setting {unknown}; expected one of {sorted(self._settings())}.")
         if kwargs:
-            changed = {name: value for name, value in kwargs.items() if value is not None}
-            return type(self)(**{**self._settings(), **changed}).preprocess(
-                images, return_tensors, input_data_format=input_data_format
-            )
+            return self._changed(kwargs).preprocess(images, return_tensors, input_data_format=input_data_format)
         tiles = [
             self._cut(rgb_pixels(image, index, self.do_convert_rgb, input_data_format))
             for index, image in enumerate(flatten_images(images))
@@ -129,6 +128,13 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         return read_image(image_url_or_urls)
+
+    def _changed(self, settings: dict[str, Any]) -> "GenieBlueImageProcessor":
+        """This processor with other settings; None leaves one as it is."""
+        if unknown := sorted(settings.keys() - self._settings().keys()):
+            raise ValueError(f"Unknown image setting {unknown}; expected one of {sorted(self._settings())}.")
+        changed = {name: value for name, value in settings.items() if value is not None}
+        return type(self)(**{**self._settings(), **changed}) if changed else self
 
     def _settings(self) -> dict[str, Any]:
         names = "tile_size max_tiles relaxed_alpha resample do_rescale rescale_factor do_normalize"
