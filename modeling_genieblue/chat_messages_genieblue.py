@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-IMAGE_SOURCES = ("image", "url", "path", "base64", "image_url")
+IMAGE_SOURCES = ("image", "url", "path", "base64")
 IMAGE_KINDS = ("image", "image_url")
 # What a message or a text part cannot carry: nothing would read it there.
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files")
@@ -97,7 +97,7 @@ def _image_source(part: dict[str, Any], number: int) -> Any:
     given = {key: value for key, value in part.items() if value is not None and key != "type"}
     if given.get("index") == number:  # which of the images that are passed apart it is
         del given["index"]
-    _refuse_keys("An image part", part, [key for key in given if key not in IMAGE_SOURCES])
+    _refuse_keys("An image part", part, [key for key in given if key not in ("image_url", *IMAGE_SOURCES)])
     if len(given) > 1:
         raise ValueError(f"An image part has {' and '.join(sorted(given))}; expected one of them.")
     for key, source in given.items():

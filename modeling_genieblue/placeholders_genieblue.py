@@ -17,8 +17,8 @@ class TextWithImages(str):
     """
     A text in which images have their places: `pieces` is what stands before, between and behind them.
 
-    As a string it reads with `placeholder` for each image; the same characters within a piece are text. A slice knows
-    its images too, while other string methods return plain strings.
+    As a string it reads with `placeholder` for each image; the same characters within a piece are text. A slice, and
+    the sum with a text behind it, know their images too; other string methods return plain strings.
     """
 
     pieces: tuple[str, ...]
@@ -32,6 +32,10 @@ class TextWithImages(str):
 
     def __getnewargs__(self) -> tuple[tuple[str, ...], str]:
         return self.pieces, self.placeholder
+
+    def __add__(self, text: str) -> "TextWithImages":
+        first, *others = getattr(text, "pieces", (text,))
+        return type(self)([*self.pieces[:-1], self.pieces[-1] + first, *others], self.placeholder)
 
     def __getitem__(self, index: Any) -> str:
         if not isinstance(index, slice) or index.step not in (None, 1):

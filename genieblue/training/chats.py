@@ -45,8 +45,8 @@ class ChatDataset(torch.utils.data.Dataset):
     """Chats from a JSONL file, a `datasets.Dataset` or any sequence of dictionaries; an item is a `ChatSample`.
 
     Two forms are read. `{"messages": [{"role", "content"}], "images": [...]}`: a content is a string, in which
-    `<image>` stands for the next of `images`, or a list of parts, in which an image part may hold its own image
-    (`image` or `path`) and a text stands for itself; in a chat with images, no text may hold `<image>`. And LLaVA's
+    a user's `<image>` stands for the next of `images`, or a list of parts, in which an image part may hold its own
+    image (`image` or `path`) and a text stands for itself, whatever it holds. And LLaVA's
     `{"image": ..., "conversations": [{"from", "value"}]}`.
 
     A JSONL file or a list is checked as a whole when it is opened; other sequences, which may make or decode their
@@ -203,13 +203,8 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
     if missing != len(given):
         raise ValueError(
             f"{where}: {missing} placeholders ({PLACEHOLDER}, or an image part without an image) for {len(given)} "
-            "images; expected one for each. Reword a text in which the placeholder means its own characters."
-        )
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    if sources and any(PLACEHOLDER in text for text in texts):
-        raise ValueError(
-            f"{where}: a text part holds {PLACEHOLDER}, which in a chat with images would stand for one more; reword "
-            "it, or give the image as a part."
+            "images; expected one for each. Give a text in which the placeholder means its own characters as a part: "
+            '{"type": "text", "text": ...}.'
         )
     remaining = iter(given)
     images = [next(remaining) if source is None else source for source in sources]
@@ -226,7 +221,12 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where}: the role is {_shown(role)}, expected one of {', '.join(ROLES)}.")
     if isinstance(content, str):
-        return {"role": ROLES[role], "content": _split_placeholders(_encodable(content, where))}
+        text = _encodable(content, where)
+        shows_images = ROLES[role] == "user"
+        return {
+            "role": ROLES[role],
+            "content": _split_placeholders(text) if shows_images else [{"type": "text", "text": text}],
+        }
     if not isinstance(content, (list, tuple)):
         raise ValueError(f"{where}: the content is {_shown(content)}, expected a string or a list of parts.")
     parts = []

@@ -264,12 +264,11 @@ BAD_LINES = {
     "empty answers": (good_line("  "), "all answers are empty"),
     "no content": ({"messages": [{"role": "user", "content": None}]}, "the content is None"),
     "image without placeholder": (good_line(images=["a.png"]), "0 placeholders"),
-    "placeholder without image": (good_line("Look: <image>", images=["a.png"]), "only the user shows images"),
-    "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
-    "literal placeholder beside an image": (
-        {"messages": [turn("user", {"type": "image", "path": "a.png"}, "Say <image>"), turn("assistant", "x")]},
-        "a text part holds <image>",
+    "image part of an answer": (
+        {"messages": [turn("user", "?"), turn("assistant", {"type": "image", "path": "a.png"}, "Look.")]},
+        "only the user shows images",
     ),
+    "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
     "missing image": (llava_line("<image>", image="none.png"), "no image file"),
     "address": (llava_line("<image>", image="https://example.org/a.png"), "download it"),
 }
