@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 
 from conversion.chat_template import refuse_unusable_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.base_identity_genieblue import INDEX_NAME, WEIGHTS_NAME
 from modeling_genieblue.base_loading_genieblue import refuse_incomplete_base, refuse_other_models
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
@@ -161,6 +162,7 @@ def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool
 
 def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
     """`from_pretrained(name, …)`, its errors naming what was being loaded."""
+    refuse_address(name, f"The {what}")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         return from_pretrained(name, **kwargs)

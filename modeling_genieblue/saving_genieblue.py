@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from .addresses_genieblue import refuse_address
 from .arguments_genieblue import weight_dtype
 from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
 from .language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, save_adapter, save_adapter_config
@@ -330,6 +331,7 @@ def push_model(
     create_pr: bool = False,
 ) -> Any:
     """Saves into a temporary folder and uploads it as one commit; see `push_to_hub` of the model."""
+    refuse_address(repo_id, "The repository")
     name = model.config.base_model_name_or_path
     goes_along = model.config.quantization is not None and is_inner_folder(name)
     if not goes_along and (name is None or is_local_reference(name) or model.config.base_model_revision is None):

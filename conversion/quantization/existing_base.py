@@ -8,6 +8,7 @@ from torch import nn
 
 from conversion.quantization.precision import QuantizationRecipe
 from modeling_genieblue import GenieBlueConfig
+from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
 from modeling_genieblue.base_loading_genieblue import hub_commit
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
@@ -29,6 +30,7 @@ def check_existing_base(
     Raises `ValueError` if it is not quantized, or otherwise than `recipe` asks for, or was made from other weights
     than those of the base that `config` names; `OSError` if it is not there. No weight is read.
     """
+    refuse_address(name, "The quantized base")
     is_folder = os.path.isdir(name)
     if not is_folder and (name.startswith((".", "~", os.sep)) or name.count("/") != 1):
         raise FileNotFoundError(f"There is no quantized base in {name}: give its folder or Hub id (org/name).")

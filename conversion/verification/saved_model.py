@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hub_cards.model_folder import ADAPTER_FOLDER, read_model_config
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
+from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.loading_genieblue import is_inner_folder, is_local_reference
 from modeling_genieblue.quantized_base_genieblue import HUB_KEYS, load_quantized_base, read_base_quantization
 
@@ -60,6 +61,8 @@ class SavedModel:
 
     def __init__(self, name: str, base: Any, revision: str | None, hub: dict, trust: bool, dtype: Any, device: Any):
         self.name, self.hub, self.trust, self.dtype, self.device = name, hub, trust, dtype, device
+        refuse_address(name)
+        refuse_address(base, "The base")
         self.is_local = os.path.isdir(name)
         if not self.is_local and (name.startswith((".", "~", "/")) or name.count("/") > 1):
             raise FileNotFoundError(f"{name} is no folder: give the folder of a saved GenieBlue, or a Hub id.")

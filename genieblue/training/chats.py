@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_genieblue.addresses_genieblue import redacted, shown
 from modeling_genieblue.chat_messages_genieblue import image_sources
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class ChatDataset(torch.utils.data.Dataset):
         if isinstance(source, (str, os.PathLike)):
             self._file = Path(source)
             if not self._file.is_file():
-                raise FileNotFoundError(f"{source} is no file: expected a JSONL file of chats.")
+                raise FileNotFoundError(f"{shown(source)} is no file: expected a JSONL file of chats.")
             self._folder = Path(os.path.realpath(image_folder or self._file.parent))
             self._check_lines()
             return
@@ -291,24 +292,25 @@ def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
     name = os.fspath(image)
     if "\0" in name:
         raise ValueError(f"{where}: the image {name!r} is no path: it holds a null byte.")
-    if name.startswith("data:image/"):
+    if name[:11].lower() == "data:image/":
         return name
-    if name.startswith(("http://", "https://")):
-        raise ValueError(f"{where}: the image {name} is an address; download it and give its path.")
+    told = shown(name)
+    if name.lower().startswith(("http://", "https://")):
+        raise ValueError(f"{where}: the image {told} is an address; download it and give its path.")
     if folder is None:
-        raise ValueError(f"{where}: the image {name} is a path; say with `image_folder` where such paths begin.")
+        raise ValueError(f"{where}: the image {told} is a path; say with `image_folder` where such paths begin.")
     path = os.path.realpath(folder / name)
     if not Path(path).is_relative_to(folder):
         raise ValueError(
-            f"{where}: the image {name} lies outside of {folder} (at {path}); put it inside, or give another "
+            f"{where}: the image {told} lies outside of {folder} (at {shown(path)}); put it inside, or give another "
             "`image_folder`."
         )
     return path
 
 
 def _check_exists(image: Any) -> None:
-    if isinstance(image, str) and not image.startswith("data:") and not os.path.isfile(image):
-        raise FileNotFoundError(f"there is no image file {image}.")
+    if isinstance(image, str) and image[:5].lower() != "data:" and not os.path.isfile(image):
+        raise FileNotFoundError(f"there is no image file {shown(image)}.")
 
 
 def _parse_line(line: bytes) -> Any:
@@ -321,7 +323,7 @@ def _parse_line(line: bytes) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = redacted(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -158,6 +158,18 @@ def test_literal_placeholder_in_a_text_part_stays_text():
     assert "<image>" in processor.decode(row["input_ids"]) and VOCABULARY not in row["input_ids"]
 
 
+def test_a_literal_placeholder_beside_an_image_is_trained_as_text():
+    processor = make_processor()
+    question = turn("user", {"type": "image"}, "What does <image> mean?")
+    row = ChatCollator(processor).encode(
+        {"messages": [question, {"role": "assistant", "content": "A <image> tag."}], "images": [picture()]}
+    )
+    answer = processor.tokenizer("A <image> tag.</s>")["input_ids"]
+    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    assert trained == answer and row["input_ids"].count(VOCABULARY) == len(row["pixel_values"]) * IMAGE_TOKENS
+    assert "What does <image> mean?" in processor.decode(row["input_ids"])
+
+
 def test_llava_conversations_are_read_like_messages():
     llava = {
         "image": [picture(), picture(24, 24)],
@@ -270,7 +282,10 @@ BAD_LINES = {
     ),
     "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
     "missing image": (llava_line("<image>", image="none.png"), "no image file"),
-    "address": (llava_line("<image>", image="https://example.org/a.png"), "download it"),
+    "address": (
+        llava_line("<image>", image="https://us3r:pw@example.org/a.png?t=S"),
+        "image https://example.org/a.png",
+    ),
 }
 
 
