@@ -212,7 +212,9 @@ def test_a_base_without_chat_template_completes_after_an_image():
     result = chat.ask("The number is", [picture()], **SHORT)
     inputs = chat.processor("<image>\nThe number is", images=[picture()], return_tensors="pt")
     literal = chat.ask("<image> is", [picture()], **SHORT)["prompt_tokens"] - inputs["input_ids"].shape[1]
-    assert literal == len(chat.processor.tokenizer("<image> is")[0]) - len(chat.processor.tokenizer("The number is")[0])
+    assert literal == len(chat.processor.tokenizer("<image> is")[0]) - len(
+        chat.processor.tokenizer("The number is")[0]
+    )
     ids = chat.model.generate(**inputs, do_sample=False, **SHORT)[0, inputs["input_ids"].shape[1] :]
     assert result["text"] == chat.processor.decode(ids, skip_special_tokens=True)
     assert result["view"] == "multimodal"
