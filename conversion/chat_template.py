@@ -1,5 +1,6 @@
 """Whether a chat template can be used: a trial beforehand, so that no sample is blamed for it later."""
 
+from itertools import repeat
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ def refuse_unusable_template(tokenizer: PreTrainedTokenizerBase, chat_template: 
 def _try(
     tokenizer: PreTrainedTokenizerBase, template: str | None, name: str, what: str, chat: list[dict[str, Any]]
 ) -> None:
-    strings = with_string_contents(chat, IMAGE)
+    strings = with_string_contents(chat, repeat(IMAGE))
     options = {"add_generation_prompt": chat[-1]["role"] == "user", "tokenize": False}
     try:
         text = tokenizer.apply_chat_template(strings, chat_template=template, **options)

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from conversion.chat_template import refuse_unusable_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
 from modeling_genieblue.language_views_genieblue import tensors_of_other_kinds
@@ -165,6 +166,7 @@ def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool
 
 def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
     """`from_pretrained(name, …)`, its errors naming what was being loaded."""
+    refuse_address(name, f"The {what}")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         return from_pretrained(name, **kwargs)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .addresses_genieblue import refuse_address
+
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")  # image and text, or the image half alone
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,6 +43,7 @@ def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> 
             raise ValueError(f"The {name}'s name is empty: give a folder or a Hub id.")
         if isinstance(value, str | os.PathLike) and os.path.isfile(value):
             raise OSError(f"{value} is a file: give the {name}'s folder, or a Hub id.")
+        refuse_address(value, f"The {name}")
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"The model is {_described(path)}: expected a folder or a Hub id.")
     if base_model is not None and not isinstance(base_model, str | os.PathLike):

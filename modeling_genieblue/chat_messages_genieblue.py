@@ -1,17 +1,37 @@
 """Messages with image parts: where their images come from, and the strings that a base's chat template can format."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 IMAGE_SOURCES = ("image", "url", "path", "base64")
+IMAGE_KINDS = ("image", "image_url")
+# What a message or a text part cannot carry: nothing would read it there.
+MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files")
+EXPECTED = '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
 
 
-def image_sources(conversation: list[dict[str, Any]]) -> list[Any]:
-    """Return the image of each image part in order, None for a part whose image is passed apart from it."""
-    contents = [message.get("content") for message in conversation]
-    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
-    return [_image_source(part) for part in parts if _part_type(part) == "image"]
+def image_sources(conversation: Iterable[dict[str, Any]]) -> list[Any]:
+    """
+    Return the image of each image part in order, None for a part whose image is passed apart from it.
+
+    ValueError for parts of other kinds, and for images and other media where they would be overlooked.
+    """
+    sources: list[Any] = []
+    for message in conversation:
+        if not isinstance(message, dict):
+            raise ValueError(f"A message is of type {type(message).__name__}; expected a dict with role and content.")
+        _refuse_keys("A message", message, [key for key in MEDIA if message.get(key) is not None])
+        content = message.get("content")
+        if isinstance(content, dict) and content.get("type") in IMAGE_KINDS:
+            raise ValueError(
+                f"The content of a message is an image part by itself; expected a list of parts: {EXPECTED}."
+            )
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if _is_image(part):
+                sources.append(_image_source(part, len(sources)))
+    return sources
 
 
 def text_for_template(
@@ -20,7 +40,6 @@ def text_for_template(
     """Return a text-only conversation, with strings for lists of text parts unless the template reads such lists."""
     if not any(isinstance(message.get("content"), (list, tuple)) for message in conversation):
         return conversation
-    as_strings = with_string_contents(conversation, image_token="")
     template = {name: template_kwargs.get(name) for name in ("chat_template", "tools")}
     renderings = []
     for content in ("text", [{"type": "text", "text": "text"}]):
@@ -28,19 +47,22 @@ def text_for_template(
             probe = [{"role": "user", "content": content}]
             renderings.append(tokenizer.apply_chat_template(probe, tokenize=False, **template))
         except Exception:  # A template may fail in any way on content that it was not written for.
-            return as_strings
-    return conversation if renderings[0] == renderings[1] else as_strings
+            return with_string_contents(conversation, iter(()))
+    return conversation if renderings[0] == renderings[1] else with_string_contents(conversation, iter(()))
 
 
-def with_string_contents(conversation: list[dict[str, Any]], image_token: str) -> list[dict[str, Any]]:
-    """Return the conversation with text parts joined and image parts as `image_token`, a newline before the next."""
+def with_string_contents(conversation: Iterable[dict[str, Any]], images: Iterator[str]) -> list[dict[str, Any]]:
+    """Return the conversation with text parts joined and the next of `images` for each image part.
+
+    After an image comes a newline, unless it is the last part. ValueError for what else a text part says.
+    """
     messages = []
     for message in conversation:
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             last = len(content) - 1
             pieces = [
-                _text(part) if _part_type(part) == "text" else image_token + ("\n" if position < last else "")
+                next(images) + ("\n" if position < last else "") if _is_image(part) else _text(part)
                 for position, part in enumerate(content)
             ]
             message = {**message, "content": "".join(pieces)}
@@ -48,28 +70,51 @@ def with_string_contents(conversation: list[dict[str, Any]], image_token: str) -
     return messages
 
 
+def _is_image(part: str | dict[str, Any]) -> bool:
+    """Whether a part is an image, or else text; ValueError if it is neither."""
+    if isinstance(part, str):
+        return False
+    if not isinstance(part, dict):
+        raise ValueError(f"A part of a message is of type {type(part).__name__}; expected a string, {EXPECTED}.")
+    kind = part.get("type")
+    if kind in IMAGE_KINDS:
+        return True
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"A message has a part of type {kind!r} with {sorted(part)}; expected {EXPECTED}.")
+    _refuse_keys("A text part", part, [key for key in MEDIA if part.get(key) is not None])
+    return False
+
+
 def _text(part: str | dict[str, Any]) -> str:
-    return part if isinstance(part, str) else part["text"]
+    if isinstance(part, str):
+        return part
+    _refuse_keys("A text part", part, [key for key in part if key not in ("type", "text") and part[key] is not None])
+    return part["text"]
 
 
-def _part_type(part: str | dict[str, Any]) -> str:
-    kind = "text" if isinstance(part, str) else part.get("type")
-    if kind in ("image", "image_url"):
-        return "image"
-    if kind != "text" or not isinstance(part, str) and not isinstance(part.get("text"), str):
+def _image_source(part: dict[str, Any], number: int) -> Any:
+    """The image of part `number` of the image parts; a key without a value is what a table makes of a missing one."""
+    given = {key: value for key, value in part.items() if value is not None and key != "type"}
+    if given.get("index") == number:  # which of the images that are passed apart it is
+        del given["index"]
+    _refuse_keys("An image part", part, [key for key in given if key not in ("image_url", *IMAGE_SOURCES)])
+    if len(given) > 1:
+        raise ValueError(f"An image part has {' and '.join(sorted(given))}; expected one of them.")
+    for key, source in given.items():
+        if key == "image_url" and isinstance(source, dict):  # the form of the OpenAI API
+            source = source.get("url")
+        if key in ("base64", "image_url") and not isinstance(source, str):
+            raise ValueError(f"An image part has no text for {key}; expected base64 text, or the address of an image.")
+        return f"data:image/any;base64,{source}" if key == "base64" and not source.startswith("data:") else source
+    return None
+
+
+def _refuse_keys(what: str, holder: dict[str, Any], keys: list[Any]) -> None:
+    if keys:
         raise ValueError(
-            f"A message has a part of type {kind!r} with {sorted(part)}; expected "
-            '{"type": "text", "text": ...} or {"type": "image", "image": ...}.'
+            f"{what} with {sorted(map(str, holder))} has {', '.join(map(repr, keys))}, which would be lost; expected "
+            f"parts of a message's content such as {EXPECTED}. Leave it out, or say it in text."
         )
-    return "text"
 
 
-def _image_source(part: dict[str, Any]) -> Any:
-    address = part.get("image_url")
-    if address is not None:  # The form of the OpenAI API.
-        return address["url"] if isinstance(address, dict) else address
-    # A key without a value is what a table with one column per key makes of a missing one.
-    source = next((name for name in IMAGE_SOURCES if part.get(name) is not None), None)
-    if source == "base64" and not part["base64"].startswith("data:"):
-        return f"data:image/any;base64,{part['base64']}"
-    return None if source is None else part[source]
+__all__ = ["image_sources", "text_for_template", "with_string_contents"]

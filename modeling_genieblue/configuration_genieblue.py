@@ -8,6 +8,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .addresses_genieblue import refuse_address
+
 PLACEMENTS = ("skip", "pre", "post")
 # What is raised by whatever reads a setting first that is not of its kind.
 BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
@@ -128,6 +130,7 @@ class GenieBlueConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
         """The configuration of a folder or Hub id, which errors name; see `from_dict` for what they are."""
+        refuse_address(pretrained_model_name_or_path)
         kwargs.setdefault("name_or_path", os.fspath(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -1,28 +1,14 @@
 """Image processor of GenieBlue: relaxed aspect-ratio matching (BlueLM-V-3B), a thumbnail and tiles of one size."""
 
-import base64
-import logging
 import math
-import os
-from collections.abc import Iterator
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-import torch
-from huggingface_hub import get_session
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-logger = logging.getLogger(__name__)
-
-IMAGE_TYPES = (
-    "a PIL image, a NumPy array, a torch tensor, a file path, a file's bytes, an http(s) address or a data:image/... "
-    "string"
-)
-DOWNLOAD_SECONDS = 30
-LARGEST_DOWNLOAD = 256 * 2**20  # bytes
+from .image_reading_genieblue import IMAGE_TYPES, flatten_images, read_image, rgb_pixels
 
 
 class GenieBlueImagesKwargs(ImagesKwargs, total=False):
@@ -109,6 +95,10 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         columns, rows = self.select_grid(width, height)
         return 1 if columns * rows == 1 else columns * rows + 1
 
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """Return `count_tiles` of an image, as serving engines ask for it; `images_kwargs` override settings."""
+        return self._changed(images_kwargs or {}).count_tiles(width, height)
+
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """
         Return `pixel_values` (total_tiles, 3, tile_size, tile_size) and `num_tiles` (num_images,) of one image or of
@@ -119,15 +109,10 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         how arrays are laid out where their shape leaves it open. ValueError or OSError names the image that is bad.
         """
         input_data_format = kwargs.pop("input_data_format", None)
-        if unknown := sorted(kwargs.keys() - self._settings().keys()):
-            raise ValueError(f"Unknown image setting {unknown}; expected one of {sorted(self._settings())}.")
         if kwargs:
-            changed = {name: value for name, value in kwargs.items() if value is not None}
-            return type(self)(**{**self._settings(), **changed}).preprocess(
-                images, return_tensors, input_data_format=input_data_format
-            )
+            return self._changed(kwargs).preprocess(images, return_tensors, input_data_format=input_data_format)
         tiles = [
-            self._cut(_rgb_pixels(image, index, self.do_convert_rgb, input_data_format))
+            self._cut(rgb_pixels(image, index, self.do_convert_rgb, input_data_format))
             for index, image in enumerate(flatten_images(images))
         ]
         if not tiles:
@@ -137,6 +122,19 @@ class GenieBlueImageProcessor(BaseImageProcessor):
             "num_tiles": np.array([len(image_tiles) for image_tiles in tiles], dtype=np.int64),
         }
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Return PIL images for one image or a nested list of them, read as `preprocess` reads them."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        return read_image(image_url_or_urls)
+
+    def _changed(self, settings: dict[str, Any]) -> "GenieBlueImageProcessor":
+        """This processor with other settings; None leaves one as it is."""
+        if unknown := sorted(settings.keys() - self._settings().keys()):
+            raise ValueError(f"Unknown image setting {unknown}; expected one of {sorted(self._settings())}.")
+        changed = {name: value for name, value in settings.items() if value is not None}
+        return type(self)(**{**self._settings(), **changed}) if changed else self
 
     def _settings(self) -> dict[str, Any]:
         names = "tile_size max_tiles relaxed_alpha resample do_rescale rescale_factor do_normalize"
@@ -176,25 +174,6 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         return canvas
 
 
-def flatten_images(images: Any) -> Iterator[Any]:
-    """Yield the single images of an image, a list of any nesting, or a batched (4-dimensional) array."""
-    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
-        for image in images:
-            yield from flatten_images(image)
-    else:
-        yield images
-
-
-def read_image(image: Any, index: int = 0, input_data_format: str | None = None) -> Image.Image:
-    """
-    Return `image` upright, as an 8-bit RGB PIL image; transparent parts turn white and 16-bit grey is scaled down.
-
-    `index` names an image without a file name in errors. ValueError for an image of a wrong shape, range, type or
-    size; OSError for one that cannot be read.
-    """
-    return Image.fromarray(_rgb_pixels(image, index, True, input_data_format))
-
-
 def _fit(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:
     """Size of `width` x `height` scaled with its ratio kept to fit a canvas; a side of less than a pixel is one."""
     scale = min(canvas_width / width, canvas_height / height)
@@ -206,195 +185,3 @@ def _three_channels(value: Any, name: str) -> list[float]:
     if len(channels) != 3:
         raise ValueError(f"{name} has {len(channels)} values ({value!r}); expected one number or one for each of RGB.")
     return [float(channel) for channel in channels]
-
-
-def _rgb_pixels(image: Any, index: int, convert: bool, input_data_format: str | None) -> np.ndarray:
-    """Return (height, width, 3) bytes of any accepted image."""
-    name = f"Image {index}"
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        return _as_rgb(_image_from_array(image, name, input_data_format), name, convert)
-    if isinstance(image, (str, bytes, os.PathLike)):
-        image, name = _open(image if isinstance(image, bytes) else os.fspath(image), name)
-        with image:  # closes the file, which an animation would keep open
-            return _as_rgb(_decode(image, name), name, convert)
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"{name} is of type {type(image).__name__}; expected {IMAGE_TYPES}.")
-    name = f"{name} ({image.filename})" if getattr(image, "filename", "") else name
-    return _as_rgb(_decode(image, name), name, convert)
-
-
-def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
-    """Open a path, address, data string or a file's bytes without reading pixels, and give it a name for errors."""
-    if isinstance(source, bytes):
-        source, file = f"{name} ({len(source)} bytes)", BytesIO(source)
-    elif source.startswith("data:image/"):
-        try:
-            content = base64.b64decode("".join(source.partition(",")[2].split()), validate=True)
-        except ValueError as error:
-            raise ValueError(f"{name} is a data:image string that is not valid base64 ({error}).") from error
-        source, file = f"{name} (data:image string)", BytesIO(content)
-    elif source.startswith(("http://", "https://")):
-        file = BytesIO(_download(source))
-    else:
-        file = source
-    if file is source and os.path.exists(source) and not os.path.isfile(source):  # a pipe would be waited for
-        raise OSError(f"'{source[:200]}' cannot be read as an image: it is no regular file; expected an image's path.")
-    try:
-        return Image.open(file), source
-    except Image.DecompressionBombError as error:
-        raise _too_large(source, str(error)) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"Image file '{source[:200]}' does not exist; expected a path, an http(s) address or a data:image/ string."
-        ) from error
-    except PermissionError as error:
-        raise PermissionError(f"Image file '{source[:200]}' may not be read: change its permissions.") from error
-    except Exception as error:  # Pillow's readers raise nearly anything for a damaged file.
-        raise _unreadable(source, error) from error
-
-
-def _download(address: str) -> bytes:
-    """Fetch an image's bytes; transformers' own loader would decode it too, past all the checks that files get."""
-    try:
-        with get_session().stream("GET", address, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as response:
-            response.raise_for_status()
-            content = bytearray()
-            for piece in response.iter_bytes():
-                content += piece
-                if len(content) > LARGEST_DOWNLOAD:
-                    raise ValueError(f"it is larger than {LARGEST_DOWNLOAD // 2**20} MiB")
-    except Exception as error:  # of the client's own classes, and those of addresses that are none
-        raise OSError(
-            f"{address[:200]} could not be fetched ({type(error).__name__}: {error}): check the address and the "
-            "network, or give a file."
-        ) from error
-    return bytes(content)
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Check the size, read the pixels, turn the image upright; the caller's image stays as it is."""
-    if image.format == "EPS":  # Pillow would hand the file to Ghostscript, a program, to be run
-        raise ValueError(f"{name} is a PostScript file; expected a picture of pixels (convert it to PNG first).")
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ValueError(f"{name} is {width}x{height} pixels; expected at least 1x1 pixels.")
-    # Pillow only warns between its limit and twice the limit; its reading would cost the memory all the same.
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise _too_large(name, f"{width}x{height} = {width * height} pixels")
-    try:
-        frames = getattr(image, "n_frames", 1)
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
-    except Exception as error:
-        raise _unreadable(name, error) from error
-    # The further frames of an MPO (a phone's photo) are previews and depth maps, not an animation.
-    if frames > 1 and image.format != "MPO":
-        logger.warning(
-            "%s has %d frames; frame %d is used and the other %d are ignored.",
-            name,
-            frames,
-            image.tell() + 1,
-            frames - 1,
-        )
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # A damaged EXIF block does not make the pixels unusable.
-        logger.warning("%s has unreadable EXIF data (%s); its orientation is not applied.", name, error)
-        return image
-
-
-def _as_rgb(image: Image.Image, name: str, convert: bool) -> np.ndarray:
-    """Convert an image of any mode to (height, width, 3) bytes."""
-    if not convert and image.mode != "RGB":
-        raise ValueError(f"{name} has mode {image.mode}; expected RGB, or do_convert_rgb=True to convert it.")
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _image_from_deep_grey(np.asarray(image), image.mode, name)
-    if image.has_transparency_data:
-        image = image.convert("LA") if image.mode == "La" else image  # which Pillow cannot turn to RGBA at once
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
-
-
-def _image_from_deep_grey(values: np.ndarray, mode: str, name: str) -> Image.Image:
-    """Scale 16-bit, 32-bit or floating-point grey (height, width) to 8 bits by the range that its values have."""
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinite pixels; expected finite ones.")
-    low, high = values.min(), values.max()
-    if mode.startswith("I;16"):
-        low, high = 0, 65535
-    elif low >= 0 and mode == "F" and high <= 1:
-        low, high = 0, 1
-    elif low >= 0 and high <= 255:
-        low, high = 0, 255
-    elif low >= 0 and high <= 65535:
-        low, high = 0, 65535
-    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
-
-
-def _image_from_array(array: np.ndarray | torch.Tensor, name: str, input_data_format: str | None) -> Image.Image:
-    """Build a PIL image of an array or tensor: bytes, 16-bit integers or floats in 0..1; 2, or 3 dimensions."""
-    channels_first = isinstance(array, torch.Tensor)
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    shape = "x".join(map(str, array.shape))
-    if array.ndim == 2:
-        array = array[:, :, None]
-    elif array.ndim != 3:
-        raise ValueError(f"{name} has {array.ndim} dimensions ({shape}); expected 2 (grey) or 3 (with channels).")
-    else:
-        first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
-        # Where both ends could be the channels, tensors are taken as channels first, arrays as channels last.
-        channels_first = channels_first if first and last else first
-        if input_data_format is not None:
-            channels_first = str(getattr(input_data_format, "value", input_data_format)) == "channels_first"
-        array = array.transpose(1, 2, 0) if channels_first else array
-        if array.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"{name} has shape {shape}; expected 1, 3 or 4 channels as the first or last dimension.")
-    if array.size == 0:
-        raise ValueError(f"{name} has shape {shape}; expected at least 1x1 pixels.")
-    pixels = _bytes_from_values(array, name)
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _bytes_from_values(values: np.ndarray, name: str) -> np.ndarray:
-    if values.dtype == np.uint8:
-        return np.ascontiguousarray(values)
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * 255
-    if values.dtype == np.uint16:
-        return np.rint(values / 257).astype(np.uint8)
-    if np.issubdtype(values.dtype, np.integer):
-        if values.min() < 0 or values.max() > 255:
-            raise ValueError(
-                f"{name} holds {values.dtype} values from {values.min()} to {values.max()}; expected 0..255."
-            )
-        return values.astype(np.uint8)
-    if not np.issubdtype(values.dtype, np.floating):
-        raise ValueError(f"{name} has dtype {values.dtype}; expected uint8, uint16 or floats in 0..1.")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinite pixels; expected floats in 0..1.")
-    # Interpolated floats overshoot by a rounding error, which is no reason to refuse them.
-    if values.min() < -1e-3 or values.max() > 1 + 1e-3:
-        raise ValueError(
-            f"{name} holds floats from {values.min():.4g} to {values.max():.4g}; expected 0..1. "
-            "Divide by 255 or pass uint8; undo a normalization."
-        )
-    return np.rint(np.clip(values.astype(np.float32), 0, 1) * 255).astype(np.uint8)
-
-
-def _too_large(name: str, size: str) -> ValueError:
-    return ValueError(
-        f"{name} is too large ({size}) and may be a decompression bomb; expected at most {Image.MAX_IMAGE_PIXELS} "
-        "pixels. Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-    )
-
-
-def _unreadable(name: str, error: Exception) -> OSError:
-    return OSError(
-        f"{name[:200]} cannot be read as an image ({type(error).__name__}: {error}); it is damaged, truncated or not "
-        "an image. Replace the file or convert it to PNG or JPEG."
-    )

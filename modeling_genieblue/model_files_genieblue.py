@@ -15,6 +15,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .addresses_genieblue import refuse_address
+
 # The folder of a model
 CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -78,7 +80,8 @@ def is_inner_folder(name: Any) -> bool:
 
 
 def check_folder_or_id(name: str | os.PathLike, what: str = "") -> None:
-    """`FileNotFoundError` for a name that is written as a path, of a folder that is not there."""
+    """`FileNotFoundError` for the path of a folder that is not there, `ValueError` for a web address."""
+    refuse_address(name, what.strip() or "The model")
     if is_path(name) and not os.path.isdir(name):
         raise FileNotFoundError(f"{what}{name} is no folder: give a folder or a Hub id.")
 

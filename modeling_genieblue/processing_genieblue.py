@@ -1,34 +1,50 @@
 """Processor of GenieBlue: the base's own tokenizer for text, placeholders that become image tokens for images."""
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin, TextKwargs
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, AddedToken, PreTrainedTokenizerBase
+from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.generic import to_py_obj
 
+from .addresses_genieblue import refuse_address
 from .chat_messages_genieblue import image_sources, text_for_template, with_string_contents
-from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs, flatten_images
+from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs
 from .model_files_genieblue import PROCESSOR_FILES, check_settings_files
+from .placeholders_genieblue import MarkingTokenizer, TextWithImages, text_pieces
+from .request_rows_genieblue import (
+    chat_encoder,
+    flat_images,
+    images_by_part,
+    images_by_row,
+    pad_rows,
+    take,
+    text_encoder,
+    tokenize_chats,
+)
 
 PLACEHOLDERS = ("<image>", "<|image|>", "<|genieblue_image|>")
-ROW_OPTIONS = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask")
+ROW_OPTIONS = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask", "split_special_tokens")
 PADDING_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of")
 IMAGE_OPTIONS = frozenset(GenieBlueImagesKwargs.__annotations__) - {"return_tensors", "image_seq_length"}
-CALL_OPTIONS = (frozenset(TextKwargs.__annotations__) | IMAGE_OPTIONS) - {"sanitize_control_tokens"}
+CALL_OPTIONS = frozenset(TextKwargs.__annotations__) | IMAGE_OPTIONS | {"split_special_tokens"}
+CALL_OPTIONS -= {"sanitize_control_tokens"}
+OTHER_MEDIA = ("videos", "video", "audio", "audios")
+ORDER = "Give the images in the order of the placeholders."
 
 
 class GenieBlueProcessor(ProcessorMixin):
     """
     Turns text and images into model inputs and keeps the base's tokenizer as it is.
 
-    A request without images is what `tokenizer` makes of it. In a row with images each placeholder (`image_token`)
-    becomes `image_seq_length` copies of `image_token_id` per tile. That id lies outside the base's embedding; the
-    placeholder is a token of a private copy of the tokenizer only, so in a request without images it is plain text.
+    A request without images is what `tokenizer` makes of it. In a row with images each image's place becomes
+    `image_seq_length` copies of `image_token_id` per tile; that id lies outside the base's embedding. A place is an
+    image part of a message, whatever the texts beside it hold, or the placeholder (`image_token`) in a plain string.
     """
 
     # Makes save_pretrained copy this file and its siblings and name the class in auto_map.
@@ -48,17 +64,6 @@ class GenieBlueProcessor(ProcessorMixin):
 
         ValueError if the tokenizer already knows the placeholder or its id, or has another chat template.
         """
-        vocabulary = tokenizer.get_vocab()
-        if image_token_id is None or image_token_id < 0 or image_token_id in vocabulary.values():
-            raise ValueError(
-                f"image_token_id is {image_token_id}, but the tokenizer must not be able to make it; expected an id "
-                f"beyond its {len(tokenizer)} tokens, such as the number of rows of the base's input embedding."
-            )
-        if not image_token or image_token in vocabulary:
-            raise ValueError(
-                f"The placeholder {image_token!r} is already in the tokenizer's vocabulary; expected a string that is "
-                f"not. Pass another image_token, or use {type(self).__name__}.from_base, which finds a free one."
-            )
         if image_seq_length < 1:
             raise ValueError(f"image_seq_length is {image_seq_length}; expected at least 1 token a tile.")
         own_template = getattr(tokenizer, "chat_template", None)
@@ -70,8 +75,11 @@ class GenieBlueProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
         self.image_token_id = image_token_id
+        self.image_token_ids = [image_token_id]  # as serving engines ask for it
         self.image_seq_length = image_seq_length
-        self._image_tokenizer_cache: tuple[tuple, PreTrainedTokenizerBase, int] | None = None
+        self._marking = MarkingTokenizer()
+        self._checked: tuple[PreTrainedTokenizerBase, int] | None = None
+        self._check_tokenizer()
 
     @classmethod
     def from_base(
@@ -111,52 +119,62 @@ class GenieBlueProcessor(ProcessorMixin):
         (total_tiles, 3, tile_size, tile_size) and `num_tiles` (num_images,).
 
         Without images this is `tokenizer(text, **kwargs)`. `images` is one image, a flat list (given to the
-        placeholders in order) or one list a row; a row with an empty list is tokenized as plain text. A request with
-        images is always a batch, and its rows are padded on the left unless `padding` or `padding_side` say
-        otherwise. A row that starts with the beginning-of-sequence token, as rendered chats do, gets no second one.
-        ValueError for a wrong number of images, none in an empty list among them, and for a truncation that would
-        cut an image.
+        placeholders in order) or one list a row; a row with an empty list is tokenized as plain text. In a plain
+        string every placeholder is an image; a text that `apply_chat_template` returned knows its images. A request
+        with images is always a batch, and its rows are padded on the left unless `padding` or `padding_side` say
+        otherwise. Rendered chats, and rows that start with the beginning-of-sequence token, get no second one.
+        `return_mm_token_type_ids` adds 1 for each image token and 0 for the others. ValueError for a wrong number of
+        images, none in an empty list among them, and for a truncation that would cut an image.
         """
+        self._check_tokenizer()
         for group in ("common_kwargs", "text_kwargs", "images_kwargs"):
             kwargs |= kwargs.pop(group, None) or {}
-        image_options = _take(kwargs, IMAGE_OPTIONS)
+        self._refuse_other_media(kwargs)
+        image_options = take(kwargs, IMAGE_OPTIONS)
         texts = [text] if isinstance(text, str) else text
         is_list = isinstance(texts, (list, tuple))
         if is_list and not texts:
             raise ValueError("text is an empty list; expected a string, or a list of at least one.")
-        if images is None or not _flat(images):
+        rows = [row if isinstance(row, str) else "" for row in texts] if is_list else []
+        places = [len(text_pieces(row, self.image_token)) - 1 for row in rows]
+        certain = [hasattr(row, "pieces") for row in rows]
+        hint = (
+            f"{ORDER} With images, a literal {self.image_token!r} in the text counts as a placeholder too: reword it "
+            "where it is not meant as one, or give messages, whose texts are texts."
+        )
+        if images is None or not flat_images(images):
             # A list for each row says of an empty one that its row is text; one that is empty as a whole does not.
-            if images is not None and is_list and not any(isinstance(row, (list, tuple)) for row in images):
-                self._images_of_rows([], [row.count(self.image_token) for row in texts if isinstance(row, str)])
+            is_flat = images is not None and not any(isinstance(row, (list, tuple)) for row in images)
+            known = [count if is_flat or sure else 0 for count, sure in zip(places, certain, strict=True)]
+            images_by_row([], known, certain=certain, hint=hint)
             return self._encode_text(lambda **options: self.tokenizer(text, **options), kwargs)
-        return_tensors = kwargs.pop("return_tensors", None)
         if text is None:
-            return self.image_processor(images, return_tensors=return_tensors, **image_options)
+            return self.image_processor(images, return_tensors=kwargs.get("return_tensors"), **image_options)
         if not is_list or not all(isinstance(row, str) for row in texts):
             raise ValueError(
                 f"text is of type {type(text).__name__}; with images expected a string or a list of strings, and the "
                 "images as images=..."
             )
-        row_images = self._images_of_rows(images, [row.count(self.image_token) for row in texts])
-        padding = {"padding": True, **_take(kwargs, PADDING_OPTIONS), "max_length": kwargs.get("max_length")}
-        options = _take(kwargs, (*ROW_OPTIONS, "add_special_tokens", "truncation", "max_length"))
-        if unsupported := sorted(name for name, value in kwargs.items() if value and name != "verbose"):
-            raise ValueError(f"{unsupported} cannot be used in a request with images; leave it out.")
-        pixels = self.image_processor(row_images, **image_options)
-        num_tiles = iter(pixels["num_tiles"].tolist())
-        rows = [
-            self._encode_row(row, [next(num_tiles) for _ in images_of_row], index=index, **options)
-            for index, (row, images_of_row) in enumerate(zip(texts, row_images, strict=True))
+        row_images = images_by_row(images, places, certain=certain, hint=hint)
+        add_special_tokens = kwargs.pop("add_special_tokens", None)
+        encoders = [
+            self._text_encoder(row, images_of_row, add_special_tokens)
+            for row, images_of_row in zip(texts, row_images, strict=True)
         ]
-        return BatchFeature({**self._pad(rows, **padding), **pixels}, tensor_type=return_tensors)
+        return self._encode_rows(encoders, row_images, {**kwargs, **image_options})
 
     def encode_with_images(self, text: str, num_tiles: Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """
         Return the ids of one text whose images have `num_tiles` tiles each, without any pixels.
 
-        ValueError if the number of placeholders differs from the number of images; no images means plain text.
+        In a plain string the placeholders are the images, or text where there are none. ValueError for another number
+        of images than the text has.
         """
-        return self._encode_row(text, list(num_tiles), add_special_tokens=add_special_tokens)["input_ids"]
+        self._check_tokenizer()
+        certain = hasattr(text, "pieces")
+        places = len(text_pieces(text, self.image_token)) - 1
+        images_by_row([list(num_tiles)], [places], certain=[certain], hint=ORDER)
+        return self._encode_row(self._text_encoder(text, num_tiles, add_special_tokens), num_tiles)["input_ids"]
 
     def apply_chat_template(
         self,
@@ -176,58 +194,109 @@ class GenieBlueProcessor(ProcessorMixin):
         A conversation without images is what `tokenizer.apply_chat_template` makes of it; `kwargs` (tools, documents,
         add_generation_prompt, ...) reach it and the template. A message's content is a string or a list of parts:
         `{"type": "text", "text": ...}` and `{"type": "image"}` with an `image`, `url`, `path` or `base64`, or with its
-        image in `images`. An image part becomes the placeholder, with a newline before the part that follows.
-        `processor_kwargs` are options of `__call__`.
+        image in `images`. Only image parts are images: a placeholder in a text is text. An image has a newline before
+        the part that follows. `processor_kwargs` are options of `__call__`. The string that is returned without
+        `tokenize` shows the placeholder for an image, and knows where its images are when it is given to `__call__`.
         """
+        self._check_tokenizer()
+        if isinstance(conversation, dict):
+            raise ValueError("The conversation is a dict; expected a list of messages, or a list of such lists.")
         is_batch = bool(conversation) and (
             isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
         )
         conversations = [getattr(chat, "messages", chat) for chat in (conversation if is_batch else [conversation])]
-        options = _take(kwargs, CALL_OPTIONS)
+        options = take(kwargs, CALL_OPTIONS)
         options |= {**(kwargs.pop("tokenizer_kwargs", None) or {}), **(processor_kwargs or {})}
+        for given in (kwargs, options):
+            self._refuse_other_media(given)
         images = options.pop("images", images)
         if return_tensors not in (None, "auto"):
             options["return_tensors"] = return_tensors
+        if not options.get("add_special_tokens", True):  # a template writes them itself: none are ever added
+            del options["add_special_tokens"]
         if chat_template is None and getattr(self.tokenizer, "chat_template", None) is None:
             chat_template = self._chat_template
         kwargs["chat_template"] = chat_template
 
         sources = [image_sources(chat) for chat in conversations]
-        images = self._images_of_parts(sources, images, required=tokenize) if any(sources) else images
-        with_images = any(sources) or (images is not None and bool(_flat(images)))
+        if images is not None or tokenize and any(sources):
+            hint = "Give them in the order of the image parts; an image is a part of a message, and no text is one."
+            sources = images_by_part(sources, images, hint)
         chats = [
-            with_string_contents(chat, self.image_token) if row else text_for_template(self.tokenizer, chat, kwargs)
+            chat if row else text_for_template(self.tokenizer, chat, kwargs)
             for chat, row in zip(conversations, sources, strict=True)
         ]
-        chats = chats if is_batch else chats[0]
-        for name in ("return_assistant_tokens_mask", "sanitize_control_tokens"):
-            if with_images and kwargs.get(name):
-                raise ValueError(f"{name} works for text-only conversations; leave it out where there are images.")
-        if tokenize and not with_images:
-            _take(options, IMAGE_OPTIONS)
-            output = self._encode_text(lambda **settings: self._tokenize_chats(chats, kwargs, settings), options)
+        if not tokenize:
+            rendered = [self._render(chat, len(row), kwargs) for chat, row in zip(chats, sources, strict=True)]
+            return rendered if is_batch else rendered[0]
+        if any(sources):
+            encoders = [chat_encoder(chat, kwargs) for chat in chats]
+            output = self._encode_rows(encoders, sources, options)
         else:
-            rendered = self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs)
-            if not tokenize:
-                return rendered
-            output = self(text=rendered, images=images, **{"add_special_tokens": False, **options})
+            take(options, IMAGE_OPTIONS)
+            whole = chats if is_batch else chats[0]
+            output = self._encode_text(lambda **more: tokenize_chats(self.tokenizer, whole, kwargs, more), options)
         return output if return_dict else output["input_ids"]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the base's vocabulary; a server that stops at strings takes the processor for a tokenizer."""
+        return self.tokenizer.get_vocab()
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Return the text of tokens of the base's vocabulary."""
+        return self.tokenizer.convert_tokens_to_string(tokens)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.tokenizer._convert_id_to_token(index)
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """What a fast tokenizer is made of; None for a slow one."""
+        return getattr(self.tokenizer, "backend_tokenizer", None)
+
+    def get_text_with_replacements(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: no text can stand for image tokens, as the base's tokenizer has none."""
+        raise ValueError(
+            "The tokens of an image have no form as text, so no text can be written out with them; call the processor "
+            "with text and images, or `encode_with_images` for the ids alone."
+        )
+
+    replace_image_token = replace_video_token = replace_audio_token = get_text_with_replacements
+    validate_inputs = get_text_with_replacements
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Return how many tokens and tiles images of these (height, width) have, as serving engines ask for it."""
+        kwargs |= kwargs.pop("images_kwargs", None) or {}
+        if image_sizes is None:
+            return MultiModalData()
+        options = take(kwargs, IMAGE_OPTIONS)
+        tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[count * self.image_seq_length for count in tiles], num_image_patches=tiles
+        )
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
         """Return the text of one sequence or a batch; a run of image tokens is one placeholder, a special token."""
+        self._check_tokenizer()
         token_ids = to_py_obj(token_ids)
         if isinstance(token_ids, (list, tuple)) and any(isinstance(ids, (list, tuple)) for ids in token_ids):
             return [self.decode(ids, skip_special_tokens, **kwargs) for ids in token_ids]
-        tokenizer = self.tokenizer
-        if isinstance(token_ids, (list, tuple)) and self.image_token_id in token_ids:
-            tokenizer, placeholder_id = self._image_tokenizer()
-            previous = [None, *token_ids[:-1]]
-            token_ids = [
-                placeholder_id if token == self.image_token_id else token
-                for token, before in zip(token_ids, previous, strict=True)
-                if token != self.image_token_id or before != self.image_token_id
-            ]
-        return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        if not isinstance(token_ids, (list, tuple)) or self.image_token_id not in token_ids:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        if skip_special_tokens:
+            token_ids = [token for token in token_ids if token != self.image_token_id]
+            return self.tokenizer.decode(token_ids, skip_special_tokens=True, **kwargs)
+        tokenizer, numbers = self._marking.tokenizer(self.tokenizer, 1)
+        previous = [None, *token_ids[:-1]]
+        token_ids = [
+            next(iter(numbers)) if token == self.image_token_id else token
+            for token, before in zip(token_ids, previous, strict=True)
+            if token != self.image_token_id or before != self.image_token_id
+        ]
+        (marker,) = self._marking.markers(1)
+        return tokenizer.decode(token_ids, **kwargs).replace(marker, self.image_token)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Return the texts of several sequences, as `decode` does for each."""
@@ -254,6 +323,7 @@ class GenieBlueProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
         """Write a folder that `AutoProcessor.from_pretrained` loads, code included; the tokenizer is not touched."""
+        self._check_tokenizer()
         # Saving marks the tokenizer and the image processor with class names, so it is done to copies.
         portable = copy.copy(self)
         portable.tokenizer = copy.deepcopy(self.tokenizer)
@@ -267,6 +337,7 @@ class GenieBlueProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "GenieBlueProcessor":
         """Load a saved processor; `OSError` for a file of it that holds something else than its settings."""
+        refuse_address(pretrained_model_name_or_path)
         if not os.path.isfile(pretrained_model_name_or_path):
             check_settings_files(
                 pretrained_model_name_or_path, PROCESSOR_FILES, required="processor_config.json", **kwargs
@@ -283,166 +354,106 @@ class GenieBlueProcessor(ProcessorMixin):
             tokenizer.chat_template = None
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
-    def _image_tokenizer(self) -> tuple[PreTrainedTokenizerBase, int]:
-        """A copy of the tokenizer that knows the placeholder as a special token, and its id in the copy."""
-        flags = [getattr(self.tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
-        state = (self.tokenizer, len(self.tokenizer), self.image_token, *flags)
-        if self._image_tokenizer_cache is None or self._image_tokenizer_cache[0] != state:
-            tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer.add_tokens([AddedToken(self.image_token, special=True, normalized=False)], special_tokens=True)
-            tokenizer.split_special_tokens = False
-            placeholder_id = tokenizer.convert_tokens_to_ids(self.image_token)
-            self._image_tokenizer_cache = (state, tokenizer, placeholder_id)
-        return self._image_tokenizer_cache[1:]
+    def _check_tokenizer(self) -> None:
+        """ValueError if the tokenizer can make what stands for an image, perhaps since tokens were added to it."""
+        tokenizer = self.tokenizer
+        if self._checked is not None and self._checked[0] is tokenizer and self._checked[1] == len(tokenizer):
+            return
+        vocabulary = tokenizer.get_vocab()
+        taken = next((token for token, number in vocabulary.items() if number == self.image_token_id), None)
+        added = (
+            "A token that is added to a base's tokenizer may take what stands for an image: load the tokenizer anew, "
+            "and use a token that it has, such as `tokenizer.pad_token = tokenizer.eos_token`."
+        )
+        if self.image_token_id is None or self.image_token_id < 0 or taken is not None:
+            has = "" if taken is None else f", and has it for {taken!r}"
+            raise ValueError(
+                f"image_token_id is {self.image_token_id}, but the tokenizer must not be able to make it{has}; "
+                f"expected an id beyond its {len(tokenizer)} tokens, such as the number of rows of the base's input "
+                f"embedding. {added}"
+            )
+        if not self.image_token or self.image_token in vocabulary:
+            raise ValueError(
+                f"The placeholder {self.image_token!r} is already in the tokenizer's vocabulary; expected a string "
+                f"that is not. Pass another image_token, or use {type(self).__name__}.from_base, which finds a free "
+                f"one. {added}"
+            )
+        self._checked = tokenizer, len(tokenizer)
 
-    def _encode_row(
-        self,
-        text: str,
-        num_tiles: list[int],
-        *,
-        index: int = 0,
-        add_special_tokens: bool | None = None,
-        truncation: Any = None,
-        max_length: int | None = None,
-        **options: Any,
-    ) -> dict[str, list]:
-        """Tokenize one text and repeat each placeholder's entry for the tokens of its image."""
-        tokenizer, placeholder_id = self._image_tokenizer() if num_tiles else (self.tokenizer, None)
-        bos = tokenizer.bos_token
-        if add_special_tokens is None:
-            add_special_tokens = not (num_tiles and bos and text.startswith(bos))
-        options = {"return_attention_mask": True, "return_token_type_ids": False, "verbose": False, **options}
-        options["add_special_tokens"] = add_special_tokens
-        encoding = tokenizer(text, **options)
-        count = encoding["input_ids"].count(placeholder_id)
-        if count != len(num_tiles):
-            raise self._count_error(f"Row {index}", count, len(num_tiles))
+    def _render(self, chat: list[dict[str, Any]], count: int, template_kwargs: dict[str, Any]) -> str:
+        """The text of a conversation, which knows which placeholders are its `count` images, if there are any."""
+        strings = with_string_contents(chat, iter(self._marking.markers(count))) if count else chat
+        text = self.tokenizer.apply_chat_template(strings, tokenize=False, **template_kwargs)
+        if not count and self.image_token not in text:
+            return text
+        return TextWithImages(self._marking.pieces(text, count), self.image_token)
 
-        image_tokens = sum(num_tiles) * self.image_seq_length
-        length = len(encoding["input_ids"]) - count + image_tokens
-        limit = tokenizer.model_max_length if max_length is None else max_length
-        if truncation not in (None, False, "do_not_truncate") and length > limit:
-            room = limit - image_tokens + count
-            special = tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
-            if room >= count + special:
-                encoding = tokenizer(text, truncation=truncation, max_length=room, **options)
-            if encoding["input_ids"].count(placeholder_id) != count or len(encoding["input_ids"]) > room:
-                raise ValueError(
-                    f"Row {index} has {length} tokens, {image_tokens} of them for images, and truncation to {limit} "
-                    f"would cut an image. Set max_length to at least {length}, or use a smaller max_tiles."
-                )
-        ids = encoding["input_ids"]
-        tiles = iter(num_tiles)
-        repeats = [next(tiles) * self.image_seq_length if token == placeholder_id else 1 for token in ids]
-        encoding["input_ids"] = [self.image_token_id if token == placeholder_id else token for token in ids]
-        return {
-            name: [value for value, times in zip(values, repeats, strict=True) for _ in range(times)]
-            for name, values in encoding.items()
-        }
+    def _encode_rows(
+        self, encoders: list[Callable[..., Any]], row_images: list[list[Any]], options: dict[str, Any]
+    ) -> BatchFeature:
+        """Tokenize the rows of a request with images, pad them to one length, and cut the images into tiles."""
+        return_tensors = options.pop("return_tensors", None)
+        padding = {"padding": True, **take(options, PADDING_OPTIONS), "max_length": options.get("max_length")}
+        image_options = take(options, IMAGE_OPTIONS)
+        with_types = options.pop("return_mm_token_type_ids", self.return_mm_token_type_ids)
+        row_options = take(options, (*ROW_OPTIONS, "truncation", "max_length"))
+        if unsupported := sorted(name for name, value in options.items() if value and name != "verbose"):
+            raise ValueError(f"{unsupported} cannot be used in a request with images; leave it out.")
+        pixels = self.image_processor(row_images, **image_options)
+        num_tiles = iter(pixels["num_tiles"].tolist())
+        rows = [
+            self._encode_row(encode, [next(num_tiles) for _ in images], index=index, **row_options)
+            for index, (encode, images) in enumerate(zip(encoders, row_images, strict=True))
+        ]
+        for row in rows if with_types else ():
+            row["mm_token_type_ids"] = [int(token == self.image_token_id) for token in row["input_ids"]]
+        return BatchFeature({**pad_rows(self.tokenizer, rows, **padding), **pixels}, tensor_type=return_tensors)
+
+    def _encode_row(self, encode: Callable[..., Any], num_tiles: Sequence[int], **options: Any) -> dict[str, list]:
+        lengths = [count * self.image_seq_length for count in num_tiles]
+        return self._marking.encode(self.tokenizer, encode, lengths, self.image_token_id, **options)
+
+    def _text_encoder(self, text: str, images: Sequence[Any], add_special_tokens: bool | None) -> Callable[..., Any]:
+        if add_special_tokens is None:  # a rendered chat has what its template writes
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not images or not (hasattr(text, "pieces") or bos and text.startswith(bos))
+        pieces = text_pieces(text, self.image_token) if images else [text]
+        return text_encoder(pieces, add_special_tokens)
 
     def _encode_text(self, encode: Callable[..., Any], options: dict[str, Any]) -> BatchFeature:
         """Run the tokenizer's own `encode`; rows that become a tensor are padded, on the left, if need be with EOS."""
+        with_types = options.pop("return_mm_token_type_ids", self.return_mm_token_type_ids)
         if options.get("return_tensors") is not None:
             options = {"padding": True, **options}
-        if options.get("padding") in (None, False, "do_not_pad"):
-            return BatchFeature(dict(encode(**options)))
-        options = {"padding_side": "left", **options}
-        if self.tokenizer.pad_token_id is not None:
-            return BatchFeature(dict(encode(**options)))
-        padding = {**_take(options, PADDING_OPTIONS), "max_length": options.get("max_length")}
-        return_tensors = options.pop("return_tensors", None)
+        if options.get("padding") not in (None, False, "do_not_pad"):
+            options = {"padding_side": "left", **options}
+            if self.tokenizer.pad_token_id is None:
+                encode = functools.partial(self._encode_and_pad, encode)
+        output = BatchFeature(dict(encode(**options)))
+        if with_types:
+            output["mm_token_type_ids"] = _zeros(output["input_ids"])
+        return output
+
+    def _encode_and_pad(
+        self, encode: Callable[..., Any], return_tensors: str | None = None, **options: Any
+    ) -> BatchFeature:
+        """Run `encode` of a tokenizer without a padding token, and pad what comes."""
+        padding = {**take(options, PADDING_OPTIONS), "max_length": options.get("max_length")}
         encoding = dict(encode(**options))
         is_batch = any(isinstance(ids, list) for ids in encoding["input_ids"])
         rows = [dict(zip(encoding, values, strict=True)) for values in zip(*encoding.values(), strict=True)]
-        data = self._pad(rows if is_batch else [encoding], **padding)
+        data = pad_rows(self.tokenizer, rows if is_batch else [encoding], **padding)
         if not is_batch and return_tensors is None:
             data = {name: padded[0] for name, padded in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _pad(
-        self,
-        rows: list[dict[str, list]],
-        padding: Any,
-        max_length: int | None,
-        padding_side: str | None = None,
-        pad_to_multiple_of: int | None = None,
-    ) -> dict[str, list[list]]:
-        """Collect rows, padded to one length, on the left by default; EOS stands in for a missing padding token."""
-        padding = getattr(padding, "value", padding)
-        lengths = [len(row["input_ids"]) for row in rows]
-        target = max(lengths)
-        if padding in (None, False, "do_not_pad"):
-            return {name: [row[name] for row in rows] for name in rows[0]}
-        if padding == "max_length":
-            target = self.tokenizer.model_max_length if max_length is None else max_length
-            if target >= VERY_LARGE_INTEGER:
-                raise ValueError("padding is 'max_length', but the tokenizer has no limit; expected a max_length.")
-        target = -(-target // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        if pad_id is None and min(lengths) < target:
-            raise ValueError(
-                f"Rows of {min(lengths)} to {max(lengths)} tokens cannot be padded to {target}, as the tokenizer has "
-                "neither a padding nor an end-of-sequence token. Set tokenizer.pad_token, or give one row at a time."
-            )
-        fill = {"input_ids": pad_id, "token_type_ids": self.tokenizer.pad_token_type_id, "special_tokens_mask": 1}
-        data: dict[str, list[list]] = {name: [] for name in rows[0]}
-        for row in rows:
-            for name, values in row.items():
-                filler = [fill.get(name, 0)] * (target - len(values))
-                data[name].append(values + filler if padding_side == "right" else filler + values)
-        return data
-
-    def _images_of_rows(self, images: Any, placeholders: list[int]) -> list[list[Any]]:
-        """Give each row its images; ValueError where their number is not that of the placeholders."""
-        if isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images):
-            rows = [_flat(row) for row in images]
-            if len(rows) != len(placeholders):
-                raise ValueError(
-                    f"images has {len(rows)} lists for {len(placeholders)} rows of text; expected one list a row, "
-                    "empty where a row has no image."
-                )
-            for index, (row, count) in enumerate(zip(rows, placeholders, strict=True)):
-                if row and len(row) != count:
-                    raise self._count_error(f"Row {index}", count, len(row))
-            return rows
-        flat = _flat(images)
-        if len(flat) != sum(placeholders):
-            raise self._count_error("The request", sum(placeholders), len(flat))
-        remaining = iter(flat)
-        return [[next(remaining) for _ in range(count)] for count in placeholders]
-
-    def _images_of_parts(self, sources: list[list[Any]], images: Any, *, required: bool) -> list[list[Any]]:
-        """Fill the image parts that came without an image from `images`, in order."""
-        missing = [sum(source is None for source in row) for row in sources]
-        if images is None and not required:
-            return sources
-        filled = []
-        for row, count, given in zip(sources, missing, self._images_of_rows(images, missing), strict=True):
-            if len(given) != count:
-                raise self._count_error(f"Row {len(filled)}", count, len(given))
-            remaining = iter(given)
-            filled.append([next(remaining) if source is None else source for source in row])
-        return filled
-
-    def _count_error(self, where: str, tokens: int, images: int) -> ValueError:
-        return ValueError(
-            f"{where} needs one image for each placeholder (tokens: {tokens}, images: {images}). Give the images in "
-            f"the order of the placeholders. With images, a literal {self.image_token!r} in the text counts as a "
-            "placeholder too: reword it where it is not meant as one."
-        )
-
-    def _tokenize_chats(self, chats: Any, template_kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
-        named = _take(options, ("padding", "truncation", "max_length", "return_tensors"))
-        return self.tokenizer.apply_chat_template(
-            chats, tokenize=True, return_dict=True, tokenizer_kwargs=options, **named, **template_kwargs
-        )
+    def _refuse_other_media(self, options: dict[str, Any]) -> None:
+        """ValueError for media that would be passed over; an option that holds none is left out."""
+        for name, value in take(options, OTHER_MEDIA).items():
+            if value is not None and not (isinstance(value, (list, tuple)) and not value):
+                raise ValueError(f"{name} is given, but GenieBlue sees images and texts alone; leave it out.")
+        take(options, ("videos_kwargs", "audio_kwargs"))
 
 
-def _flat(images: Any) -> list[Any]:
-    return [image for image in flatten_images(images) if image is not None]
-
-
-def _take(options: dict[str, Any], names: Any) -> dict[str, Any]:
-    """Move the options of these names out of `options`."""
-    return {name: options.pop(name) for name in list(options) if name in names}
+def _zeros(ids: Any) -> Any:
+    return [_zeros(entry) for entry in ids] if isinstance(ids, list) else ids * 0

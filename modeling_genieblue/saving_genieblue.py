@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .addresses_genieblue import refuse_address
 from .arguments_genieblue import weight_dtype
 from .base_identity_genieblue import weight_file_hashes
 from .language_views_genieblue import save_adapter, save_adapter_config
@@ -268,6 +269,7 @@ def push_model(
     create_pr: bool = False,
 ) -> Any:
     """Saves into a temporary folder and uploads it as one commit; see `push_to_hub` of the model."""
+    refuse_address(repo_id, "The repository")
     name = model.config.base_model_name_or_path
     goes_along = is_inner_folder(name) and any(place.startswith(f"{name[2:]}/") for place in model.provenance.files)
     if not goes_along and (name is None or is_path(name) or model.config.base_model_revision is None):

@@ -58,7 +58,7 @@ def chat(
         from transformers import set_seed
 
         from genieblue.cli.chat_loop import converse, describe, show
-        from modeling_genieblue.image_processing_genieblue import read_image
+        from modeling_genieblue.image_reading_genieblue import read_image
 
         images = [read_image(source, index) for index, source in enumerate(image or [])]
         settings = {"max_new_tokens": max_new_tokens, "view": None if view is None else view.value}

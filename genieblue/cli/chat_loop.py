@@ -12,7 +12,7 @@ import typer
 from genieblue.cli.errors import message_for_user
 from genieblue.cli.terminal import note
 from genieblue.serving.conversation import Conversation
-from modeling_genieblue.image_processing_genieblue import read_image
+from modeling_genieblue.image_reading_genieblue import read_image
 
 HELP = """/image PATH…  show images with your next line
 /reset        begin a new conversation

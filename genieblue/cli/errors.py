@@ -29,6 +29,7 @@ NO_ANSWER = re.compile(
     r"Cannot find an appropriate cached snapshot folder.*?variable\.)",
     re.DOTALL,
 )
+MAY_HOLD_SECRETS = re.compile(r":/|data:|hf_|bearer", re.IGNORECASE)
 # transformers' list of all that it knows.
 ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
 # What Python programs are advised, and what the command line has for it.
@@ -73,13 +74,22 @@ def message_for_user(error: Exception) -> str | None:
 
 
 def in_command_words(message: str) -> str:
-    """An error of the libraries with the command line's options in it, and without what is long about the network."""
+    """An error of a library in the command line's own words, without secrets and what is long about the network."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
     message = ALL_KINDS.sub("", message)
     for words, ours in COMMAND_WORDS:
         message = message.replace(words, ours)
-    return message
+    return without_secrets(message)
+
+
+def without_secrets(message: str) -> str:
+    """A message with its addresses redacted; a library's own may hold passwords and tokens."""
+    if not MAY_HOLD_SECRETS.search(message):
+        return message
+    from modeling_genieblue.addresses_genieblue import redacted  # which imports torch, so for few messages only
+
+    return redacted(message)
 
 
 def _fills_the_cache(error: BaseException | None) -> bool:
@@ -101,4 +111,4 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-__all__ = ["in_command_words", "is_for_users", "message_for_user"]
+__all__ = ["in_command_words", "is_for_users", "message_for_user", "without_secrets"]

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from conversion.stdout import stdout_to_stderr
-from genieblue.cli.errors import UNREACHABLE, in_command_words, is_for_users, message_for_user
+from genieblue.cli.errors import UNREACHABLE, in_command_words, is_for_users, message_for_user, without_secrets
 
 OUR_PACKAGES = ("genieblue", "conversion", "hub_cards", "modeling_genieblue")
 _debug = False
@@ -43,7 +43,9 @@ def speak_plainly(debug: bool = False) -> None:
     global _debug
     _debug = debug or bool(os.environ.get("GENIEBLUE_DEBUG"))
     if _debug:
-        logging.basicConfig(level=logging.DEBUG, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.DEBUG, handlers=[handler])
         return
     # Libraries warn about themselves, which helps their developers, and not the user of a command.
     warnings.simplefilter("ignore")
@@ -56,6 +58,13 @@ def _speak_for(package: str, level: int) -> None:
     logger.setLevel(level)
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
+
+
+class _Formatter(logging.Formatter):
+    """Leaves out what is secret in the addresses that a client logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 class _StderrHandler(logging.Handler):
@@ -121,6 +130,10 @@ def check_name(name: str, what: str = "The model") -> None:
         raise ValueError(f"{what}'s name is empty: give a folder or a Hub id.")
     if os.path.isfile(name):
         raise OSError(f"{name} is a file: give the folder that it belongs to, or a Hub id.")
+    if ":/" in name:
+        from modeling_genieblue.addresses_genieblue import refuse_address
+
+        refuse_address(name, what)
 
 
 def stdout_for_json(active: bool) -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,8 @@ from modeling_genieblue import (
     GenieBlueProcessor,
     QuantizedGenieBlueConfig,
 )
-from modeling_genieblue.image_processing_genieblue import read_image
+from modeling_genieblue.image_reading_genieblue import read_image
+from modeling_genieblue.placeholders_genieblue import TextWithImages
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
 logger = logging.getLogger(__name__)
@@ -126,9 +127,12 @@ class Conversation(ABC):
         if isinstance(content, str):
             return self.processor(content, return_tensors=self.tensors)
         *image_parts, text_part = content
-        text = f"{self.processor.image_token}\n" * len(image_parts) + text_part["text"]
+        pieces = ["", *["\n"] * (len(image_parts) - 1), f"\n{text_part['text']}"]
         return self.processor(
-            text, images=[part["image"] for part in image_parts] or None, return_tensors=self.tensors
+            TextWithImages(pieces, self.processor.image_token),
+            images=[part["image"] for part in image_parts],
+            add_special_tokens=True,  # no template writes them
+            return_tensors=self.tensors,
         )
 
 

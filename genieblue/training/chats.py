@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_genieblue.addresses_genieblue import redacted, shown
 from modeling_genieblue.chat_messages_genieblue import image_sources
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class ChatDataset(torch.utils.data.Dataset):
     """Chats from a JSONL file, a `datasets.Dataset` or any sequence of dictionaries; an item is a `ChatSample`.
 
     Two forms are read. `{"messages": [{"role", "content"}], "images": [...]}`: a content is a string, in which
-    `<image>` stands for the next of `images`, or a list of parts, in which an image part may hold its own image
-    (`image` or `path`) and a text stands for itself; in a chat with images, no text may hold `<image>`. And LLaVA's
+    a user's `<image>` stands for the next of `images`, or a list of parts, in which an image part may hold its own
+    image (`image` or `path`) and a text stands for itself, whatever it holds. And LLaVA's
     `{"image": ..., "conversations": [{"from", "value"}]}`.
 
     A JSONL file or a list is checked as a whole when it is opened; other sequences, which may make or decode their
@@ -77,7 +78,7 @@ class ChatDataset(torch.utils.data.Dataset):
         if isinstance(source, (str, os.PathLike)):
             self._file = Path(source)
             if not self._file.is_file():
-                raise FileNotFoundError(f"{source} is no file: expected a JSONL file of chats.")
+                raise FileNotFoundError(f"{shown(source)} is no file: expected a JSONL file of chats.")
             self._folder = Path(os.path.realpath(image_folder or self._file.parent))
             self._check_lines()
             return
@@ -203,13 +204,8 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
     if missing != len(given):
         raise ValueError(
             f"{where}: {missing} placeholders ({PLACEHOLDER}, or an image part without an image) for {len(given)} "
-            "images; expected one for each. Reword a text in which the placeholder means its own characters."
-        )
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    if sources and any(PLACEHOLDER in text for text in texts):
-        raise ValueError(
-            f"{where}: a text part holds {PLACEHOLDER}, which in a chat with images would stand for one more; reword "
-            "it, or give the image as a part."
+            "images; expected one for each. Give a text in which the placeholder means its own characters as a part: "
+            '{"type": "text", "text": ...}.'
         )
     remaining = iter(given)
     images = [next(remaining) if source is None else source for source in sources]
@@ -226,7 +222,12 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where}: the role is {_shown(role)}, expected one of {', '.join(ROLES)}.")
     if isinstance(content, str):
-        return {"role": ROLES[role], "content": _split_placeholders(_encodable(content, where))}
+        text = _encodable(content, where)
+        shows_images = ROLES[role] == "user"
+        return {
+            "role": ROLES[role],
+            "content": _split_placeholders(text) if shows_images else [{"type": "text", "text": text}],
+        }
     if not isinstance(content, (list, tuple)):
         raise ValueError(f"{where}: the content is {_shown(content)}, expected a string or a list of parts.")
     parts = []
@@ -291,24 +292,25 @@ def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
     name = os.fspath(image)
     if "\0" in name:
         raise ValueError(f"{where}: the image {name!r} is no path: it holds a null byte.")
-    if name.startswith("data:image/"):
+    if name[:11].lower() == "data:image/":
         return name
-    if name.startswith(("http://", "https://")):
-        raise ValueError(f"{where}: the image {name} is an address; download it and give its path.")
+    told = shown(name)
+    if name.lower().startswith(("http://", "https://")):
+        raise ValueError(f"{where}: the image {told} is an address; download it and give its path.")
     if folder is None:
-        raise ValueError(f"{where}: the image {name} is a path; say with `image_folder` where such paths begin.")
+        raise ValueError(f"{where}: the image {told} is a path; say with `image_folder` where such paths begin.")
     path = os.path.realpath(folder / name)
     if not Path(path).is_relative_to(folder):
         raise ValueError(
-            f"{where}: the image {name} lies outside of {folder} (at {path}); put it inside, or give another "
+            f"{where}: the image {told} lies outside of {folder} (at {shown(path)}); put it inside, or give another "
             "`image_folder`."
         )
     return path
 
 
 def _check_exists(image: Any) -> None:
-    if isinstance(image, str) and not image.startswith("data:") and not os.path.isfile(image):
-        raise FileNotFoundError(f"there is no image file {image}.")
+    if isinstance(image, str) and image[:5].lower() != "data:" and not os.path.isfile(image):
+        raise FileNotFoundError(f"there is no image file {shown(image)}.")
 
 
 def _parse_line(line: bytes) -> Any:
@@ -321,7 +323,7 @@ def _parse_line(line: bytes) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = redacted(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

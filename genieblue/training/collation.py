@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -93,11 +94,14 @@ class ChatCollator:
 
     def _tokens(self, messages: list[dict[str, Any]], num_tiles: list[int]) -> tuple[list[int], list[int]]:
         """Ids of a conversation, and its labels."""
-        chat = with_string_contents(messages, self.processor.image_token)
+        strings = with_string_contents(messages, repeat(self.processor.image_token))
         images_before = [sum(part["type"] == "image" for part in message["content"]) for message in messages]
+        # Texts as strings, so that a chat reads the same before and after its first image.
+        chat = [
+            message if count else text for message, text, count in zip(messages, strings, images_before, strict=True)
+        ]
 
         def render(count: int, prompt: bool) -> str:
-            # As at inference; with strings alone, so that a chat reads the same before and after its first image.
             return self.processor.apply_chat_template(chat[:count], add_generation_prompt=prompt, tokenize=False)
 
         def encode(text: str, count: int) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from plain_images import BLACK, BLUE, GREEN, RED, SIZE, WHITE, colour_of, colours, flat_image, png_file, processor
 
-from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcessor, read_image
+from modeling_genieblue.image_reading_genieblue import read_image
 
 
 def as_chw(array):
@@ -351,7 +351,7 @@ def test_an_address_that_gives_no_image_is_refused(served, monkeypatch):
     assert "could not be fetched (ConnectError" in refused("http://127.0.0.1:1/a.png", OSError)
     assert "could not be fetched" in refused("http://", OSError)
     flat_image(BLUE).save(folder / "a.png")
-    module = importlib.import_module(GenieBlueImageProcessor.__module__)
+    module = importlib.import_module(read_image.__module__)
     monkeypatch.setattr(module, "LARGEST_DOWNLOAD", 16)
     assert "larger than" in refused(f"{address}/a.png", OSError)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import REPOSITORY, error_of
+from command_line import REPOSITORY, error_of, run_process
 from PIL import Image
 from tiny_models import save_tiny_base
 
@@ -67,6 +67,35 @@ def test_a_wrong_base_is_told_in_words_of_the_command_line(work, base, message):
     error = error_of("chat", "genieblue", "-p", "hi", "--base", f"./{base}")
     assert message in error.replace("./", "")
     assert "base_model=" not in error and "check_base" not in error and len(error) < 500
+
+
+ADDRESS = "http://us3r:passw0rd@127.0.0.1:1/x.png?key=t0ken#fr4gment"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chat", "genieblue", "-p", "What is it?", "-i", ADDRESS],
+        ["chat", "genieblue", "-p", "hi", "--base", ADDRESS],
+        ["chat", ADDRESS, "-p", "hi"],
+        ["info", ADDRESS],
+        ["verify", ADDRESS],
+        ["init", "--base", ADDRESS, "--vision", "vision", "--out", "reader"],
+        ["init", "--base", "base", "--vision", ADDRESS, "--out", "reader"],
+        ["push", "genieblue", ADDRESS],
+    ],
+    ids=lambda command: " ".join(command).replace(ADDRESS, "ADDRESS"),
+)
+def test_no_secret_of_an_address_is_told(work, command):
+    error = error_of(*command)
+    assert not [secret for secret in ("us3r", "passw0rd", "t0ken", "fr4gment") if secret in error], error
+
+
+def test_a_debug_log_holds_no_secret_of_an_address(work):
+    ran = run_process("--debug", "chat", work / "genieblue", "-p", "?", "-i", ADDRESS, cwd=work)
+    assert "x.png could not be fetched" in ran.stderr
+    # The command line itself is not in the traceback, but the last lines of the code that ran.
+    assert not [secret for secret in ("us3r", "passw0rd", "t0ken", "fr4gment") if secret in ran.stderr], ran.stderr
 
 
 @pytest.mark.parametrize("name", ["scan.png", "genieblue/config.json", ""])

@@ -125,6 +125,17 @@ def test_the_first_image_prefills_the_conversation_in_the_multimodal_view(chat):
     assert chat.ask("Why?", **SHORT)["view"] == "multimodal"
 
 
+def test_a_placeholder_in_a_question_or_an_answer_is_text_in_every_turn(chat):
+    chat.ask("What does <image> do?", **SHORT)
+    chat.messages[-1]["content"] = "<image> is a tag."
+    result = chat.ask("And this one?", [picture()], **SHORT)
+    inputs = chat.processor.apply_chat_template(
+        chat.messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert result["view"] == "multimodal" and result["prompt_tokens"] == len(inputs["input_ids"][0])
+    assert chat.processor.decode(inputs["input_ids"][0]).count("<image>") == 3
+
+
 def test_a_view_that_is_asked_for_is_used(chat):
     text = chat.ask("What is it?", **SHORT)
     chat.reset()
@@ -200,6 +211,10 @@ def test_a_base_without_chat_template_completes_after_an_image():
     chat = make_chat(chat_template=False)
     result = chat.ask("The number is", [picture()], **SHORT)
     inputs = chat.processor("<image>\nThe number is", images=[picture()], return_tensors="pt")
+    literal = chat.ask("<image> is", [picture()], **SHORT)["prompt_tokens"] - inputs["input_ids"].shape[1]
+    assert literal == len(chat.processor.tokenizer("<image> is")[0]) - len(
+        chat.processor.tokenizer("The number is")[0]
+    )
     ids = chat.model.generate(**inputs, do_sample=False, **SHORT)[0, inputs["input_ids"].shape[1] :]
     assert result["text"] == chat.processor.decode(ids, skip_special_tokens=True)
     assert result["view"] == "multimodal"

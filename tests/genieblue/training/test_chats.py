@@ -158,6 +158,18 @@ def test_literal_placeholder_in_a_text_part_stays_text():
     assert "<image>" in processor.decode(row["input_ids"]) and VOCABULARY not in row["input_ids"]
 
 
+def test_a_literal_placeholder_beside_an_image_is_trained_as_text():
+    processor = make_processor()
+    question = turn("user", {"type": "image"}, "What does <image> mean?")
+    row = ChatCollator(processor).encode(
+        {"messages": [question, {"role": "assistant", "content": "A <image> tag."}], "images": [picture()]}
+    )
+    answer = processor.tokenizer("A <image> tag.</s>")["input_ids"]
+    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    assert trained == answer and row["input_ids"].count(VOCABULARY) == len(row["pixel_values"]) * IMAGE_TOKENS
+    assert "What does <image> mean?" in processor.decode(row["input_ids"])
+
+
 def test_llava_conversations_are_read_like_messages():
     llava = {
         "image": [picture(), picture(24, 24)],
@@ -264,14 +276,16 @@ BAD_LINES = {
     "empty answers": (good_line("  "), "all answers are empty"),
     "no content": ({"messages": [{"role": "user", "content": None}]}, "the content is None"),
     "image without placeholder": (good_line(images=["a.png"]), "0 placeholders"),
-    "placeholder without image": (good_line("Look: <image>", images=["a.png"]), "only the user shows images"),
-    "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
-    "literal placeholder beside an image": (
-        {"messages": [turn("user", {"type": "image", "path": "a.png"}, "Say <image>"), turn("assistant", "x")]},
-        "a text part holds <image>",
+    "image part of an answer": (
+        {"messages": [turn("user", "?"), turn("assistant", {"type": "image", "path": "a.png"}, "Look.")]},
+        "only the user shows images",
     ),
+    "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
     "missing image": (llava_line("<image>", image="none.png"), "no image file"),
-    "address": (llava_line("<image>", image="https://example.org/a.png"), "download it"),
+    "address": (
+        llava_line("<image>", image="https://us3r:pw@example.org/a.png?t=S"),
+        "image https://example.org/a.png",
+    ),
 }
 
 

@@ -1,0 +1,53 @@
+"""Web addresses in messages, without what may be secret: users, passwords, queries, fragments, tokens."""
+
+import os
+import re
+from typing import Any
+
+_SCHEME = r"[a-z][a-z0-9+.-]+:/+"  # one slash is what `pathlib` leaves of two; one letter is a drive
+_SECRET = re.compile(
+    rf"(?P<address>{_SCHEME}[^\s'\"<>`]*)|(?P<data>\bdata:[\w.+-]*[/;,][^\s'\"<>`]*)|\bhf_\w{{8,}}|(?<=\bBearer )\S+",
+    re.IGNORECASE,
+)
+_WHOLE = re.compile(rf"\s*({_SCHEME}|data:)", re.IGNORECASE)
+_LONGEST = 200  # characters
+
+
+def redacted(text: Any) -> str:
+    """Return `text` without its secrets: an address keeps scheme, host and path, a `data:` string nothing."""
+    text = str(text)
+    if _WHOLE.match(text) and "\n" not in text.strip():  # all of it is one address, whatever blanks are in it
+        text = _without_secrets(text.strip())
+    return _SECRET.sub(lambda found: _without_secrets(found[0]), text)
+
+
+def shown(source: Any) -> str:
+    """Return a path, an address or a name for a message: redacted, and no longer than a line or two."""
+    text = redacted(source)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def refuse_address(name: Any, what: str = "The model") -> None:
+    """ValueError if the name of a model is a web address, which may hold a password and is no name on the Hub."""
+    if isinstance(name, str) and _WHOLE.match(name) and not os.path.exists(name):
+        raise ValueError(
+            f"{what} is given as the address {shown(name)}; expected a folder or a Hub id such as organization/name "
+            "(HF_ENDPOINT names another Hub, `token` or HF_TOKEN a login)."
+        )
+
+
+def _without_secrets(text: str) -> str:
+    if text.lower().startswith("data:"):
+        return "data:…"
+    scheme, separator, rest = re.match(r"([\w+.-]+)(:/+)?(.*)", text, re.DOTALL).groups()
+    if separator is None:  # a token
+        return f"{scheme[:3]}…" if scheme.startswith("hf_") else "…"
+    authority, slash, path = re.match(r"([^/\\?#]*)([/\\]?)([^?#]*)", rest, re.DOTALL).groups()
+    host = authority.rpartition("@")[2]
+    port = host.rpartition("]")[2].partition(":")[2]
+    if "@" not in authority and port and ("@" in rest or not port.isdecimal()):
+        return f"{scheme}{separator}…"  # a password with a slash in it: what looks like a port is its beginning
+    return f"{scheme}{separator}{host}{slash}{path}"
+
+
+__all__ = ["redacted", "refuse_address", "shown"]
