@@ -5,8 +5,10 @@ import copy
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments_genieblue import weight_dtype
 from .base_identity_genieblue import BASE_FINGERPRINT_NAME, WEIGHTS_NAME, weight_file_hashes
 from .language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, save_adapter, save_adapter_config
 from .loading_genieblue import is_inner_folder, is_local_reference
+from .own_state_genieblue import check_own_state
 from .processing_genieblue import GenieBlueProcessor
 from .settings_files_genieblue import read_settings
 
 logger = logging.getLogger(__name__)
 
-OWN_MODULES = ("vision_tower", "multi_modal_projector")
+OWN_MODULES = ("vision_tower.", "multi_modal_projector.")
+MULTIMODAL_TREE = "multimodal_language_model"
 AUTO_MAP = {
     "AutoConfig": "configuration_genieblue.GenieBlueConfig",
     "AutoModel": "modeling_genieblue.GenieBlueForConditionalGeneration",
@@ -56,6 +61,7 @@ def save_model(
     processor: Any = None,
     dtype: str | torch.dtype | None = None,
     facts: dict[str, Any] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
     if model.multimodal_language_model is None:
@@ -70,6 +76,10 @@ def save_model(
     trained = (value.requires_grad for _, _, value in adapter_parameters(model.multimodal_language_model))
     if quantized is not None and any(trained):
         raise ValueError("A quantized GenieBlue is saved as it was loaded, and training lost: train in 16 bits.")
+    if state_dict is not None:
+        check_own_state(model, state_dict)
+    state = model.state_dict() if state_dict is None else state_dict
+    _refuse_additions(state)
     target = Path(os.path.realpath(save_directory))
     if os.path.isfile(target):
         raise OSError(f"{target} is a file: give a folder to save into.")
@@ -77,7 +87,7 @@ def save_model(
     staging = _make_staging(target)
     try:
         try:
-            has_processor = _write_files(model, staging, target, processor, dtype, facts)
+            has_processor = _write_files(model, state, staging, target, processor, dtype, facts)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
         file_mode, folder_mode = _usual_modes(staging)
@@ -148,6 +158,7 @@ def _usual_modes(folder: Path) -> tuple[int, int]:
 
 def _write_files(
     model: Any,
+    state: Mapping[str, torch.Tensor],
     staging: Path,
     target: Path,
     processor: Any,
@@ -163,8 +174,12 @@ def _write_files(
             shutil.copyfile(source, staging / name)
     else:
         dtype = dtype or next(model.multi_modal_projector.parameters()).dtype
-        _write_own_weights(model, staging, dtype)
-        save_adapter(model.multimodal_language_model, staging / ADAPTER_FOLDER, dtype)
+        # Trainer reads `model.safetensors` alone, and gives it to `load_state_dict`: then it has to hold everything.
+        as_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", target.name) is not None
+        _write_own_weights(state, staging, None if as_checkpoint else dtype)
+        tree = f"{MULTIMODAL_TREE}."
+        of_view = {name.removeprefix(tree): value for name, value in state.items() if name.startswith(tree)}
+        save_adapter(model.multimodal_language_model, of_view, staging / ADAPTER_FOLDER, dtype)
     config = _config_to_save(model, target, dtype)
     config.save_pretrained(staging)
     # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
@@ -185,13 +200,25 @@ def _write_files(
     return processor is not None
 
 
-def _write_own_weights(model: Any, staging: Path, dtype: torch.dtype) -> None:
-    state = {
-        f"{part}.{name}": value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for part in OWN_MODULES
-        for name, value in getattr(model, part).state_dict().items()
-    }
-    save_file(state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+def _write_own_weights(state: Mapping[str, torch.Tensor], staging: Path, dtype: torch.dtype | None) -> None:
+    """Vision tower and projector in `dtype`; without one all of `state` as it is in memory."""
+    tensors = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).clone(
+            memory_format=torch.contiguous_format
+        )
+        for name, value in state.items()
+        if dtype is None or name.startswith(OWN_MODULES)
+    }  # fmt: skip
+    save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _refuse_additions(state: Mapping[str, torch.Tensor]) -> None:
+    """`ValueError` for tensors that somebody added to the model: they would be lost in silence."""
+    if others := [name for name in state if not name.startswith((*OWN_MODULES, MULTIMODAL_TREE))]:
+        raise ValueError(
+            f"A saved GenieBlue has no place for {', '.join(others[:3])} ({len(others)} tensors in all): it holds a "
+            "vision tower, a projector and an adapter. Keep and save what you add outside of the model."
+        )
 
 
 def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
