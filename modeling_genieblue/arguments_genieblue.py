@@ -11,6 +11,12 @@ from .addresses_genieblue import refuse_address
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")  # image and text, or the image half alone
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+OFFLOAD_ADVICE = (
+    "both views share the base's weights, which must lie on a device. Load it in a smaller `dtype`, with a "
+    "`quantization_config` for the base, or with a `device_map` of whole modules onto devices that have room, such as "
+    "{'vision_tower': 0, 'multi_modal_projector': 0, 'language_model': 1}."
+)
+
 
 def check_base_model(base: Any) -> None:
     """`TypeError` unless `base` is a loaded language model with its LM head."""
@@ -52,9 +58,20 @@ def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> 
         raise TypeError(
             f"`{bits[0]}` is not known: give `quantization_config`, with which the base is quantized as it is loaded."
         )
+    device_map = kwargs.get("device_map")
+    if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
+        raise ValueError(f"`device_map` offloads to the disk: {OFFLOAD_ADVICE}")
     config = kwargs.get("config")
     if config is not None and getattr(config, "model_type", None) != "genieblue":
         raise TypeError(f"`config` is {_described(config)}: expected a GenieBlueConfig.")
+
+
+def refuse_offloaded(module: nn.Module, title: str) -> None:
+    """`ValueError` if weights of `module` are on the meta device, where accelerate leaves what it offloads."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                raise ValueError(f"Weights of {title} ({name} and perhaps others) are offloaded: {OFFLOAD_ADVICE}")
 
 
 def weight_dtype(dtype: Any) -> torch.dtype:
@@ -70,4 +87,4 @@ def _described(value: Any) -> str:
     return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
-__all__ = ["check_base_model", "check_load_arguments", "check_vision_tower", "weight_dtype"]
+__all__ = ["check_base_model", "check_load_arguments", "check_vision_tower", "refuse_offloaded", "weight_dtype"]

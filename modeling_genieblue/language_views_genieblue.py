@@ -10,7 +10,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -163,10 +163,15 @@ def _meta_skeleton(block: nn.Module) -> nn.Module:
     return skeleton
 
 
+def is_adapter_name(name: str) -> bool:
+    """Whether a parameter of the multimodal view is the adapter's, by its name, and not the base's."""
+    return any(part in name for part in (".lora_A.", ".lora_B.", ".modules_to_save."))
+
+
 def adapter_parameters(view: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """`(name in the tree, name in a stock PEFT checkpoint, parameter)` of everything the adapter trains."""
     for name, parameter in view.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name or ".modules_to_save." in name:
+        if is_adapter_name(name):
             stock = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".")
             yield name, PEFT_PREFIX + stock, parameter
 
@@ -272,13 +277,15 @@ def _key_problems(expected: set[str], found: set[str]) -> list[str]:
     return problems
 
 
-def save_adapter(view: nn.Module, folder: str | os.PathLike, dtype: torch.dtype) -> None:
-    """Writes the adapter's weights to `folder` in the layout of stock PEFT, in `dtype`."""
+def save_adapter(
+    view: nn.Module, values: Mapping[str, torch.Tensor], folder: str | os.PathLike, dtype: torch.dtype
+) -> None:
+    """Writes the adapter's weights to `folder` in the layout of stock PEFT, in `dtype`; `values` by name in `view`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         # Cloned, because safetensors refuses tensors that share memory, as stacked LoRA matrices do.
-        stock: parameter.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
-        for _, stock, parameter in adapter_parameters(view)
+        stock: values[name].detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+        for name, stock, _ in adapter_parameters(view)
     }
     save_file(tensors, Path(folder) / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
 

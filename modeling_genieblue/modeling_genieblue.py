@@ -6,6 +6,7 @@ weights with trained copies of a quarter of the blocks and LoRA on the others. T
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .arguments_genieblue import check_base_model, check_load_arguments, check_vision_tower
+from .arguments_genieblue import check_base_model, check_load_arguments, check_vision_tower, refuse_offloaded
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
 from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
+from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
     TextEmbedder,
@@ -29,6 +31,7 @@ from .language_views_genieblue import (
 )
 from .loading_genieblue import LoadRequest, Provenance
 from .model_files_genieblue import RECIPE_NAME
+from .own_state_genieblue import keep_own_state
 from .projector_genieblue import GenieBlueMultiModalProjector
 from .saving_genieblue import push_model, save_model, write_trained_weights
 from .view_routing_genieblue import (
@@ -45,7 +48,7 @@ from .view_routing_genieblue import (
 )
 
 
-class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixin):
+class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixin):
     """A base LLM with eyes; see the module's docstring, and `from_base` / `from_pretrained` for ways to get one.
 
     Attributes:
@@ -67,6 +70,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # In a checkpoint of training, beside the regular adapter and of the same values: see `save_pretrained`.
+    _keys_to_ignore_on_load_unexpected = [r"^multimodal_language_model\..*\.(lora_[AB]|modules_to_save)\."]
     _no_split_modules = ["SiglipVisionEmbeddings", "SiglipEncoderLayer", "SiglipMultiheadAttentionPoolingHead"]
 
     def __init__(self, config: GenieBlueConfig):
@@ -82,6 +87,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         self.language_model: PreTrainedModel | None = None
         self.multimodal_language_model: PreTrainedModel | None = None
         self.provenance = Provenance()
+        keep_own_state(self)
         self.post_init()
 
     # Making and loading
@@ -118,6 +124,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         """
         check_base_model(base_model)
         check_vision_tower(vision_tower)
+        refuse_offloaded(nn.ModuleList([base_model, vision_tower]), "the base or the vision tower")
         text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
         if replicated_layers is None:
             replicated_layers = select_replicated_layers(text_config.num_hidden_layers, placement)
@@ -183,6 +190,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         model_class = cls._class_for(request.check_layout())
         model, loading_info = model_class._load_own_weights(request, model_args, base_model)
         base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
+        refuse_offloaded(nn.ModuleList([model, base]), "the vision tower, the projector or the base")
         samples = request.base_samples(required=check_base)
         model.provenance = Provenance(source=request, access=request.access(), base_samples=samples)
         model._check_base(base, request, samples if check_base else None)
@@ -217,6 +225,7 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         view = build_multimodal_view(base, lora_config)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)
+        view.is_multimodal_view = True
         self.language_model, self.multimodal_language_model = base, view
         self._lora_config = lora_config
         self._embed_text = TextEmbedder(view)
@@ -228,13 +237,16 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         processor: Any = None,
         dtype: str | torch.dtype | None = None,
         facts: dict[str, Any] | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Writes what GenieBlue adds (never the base) as a complete folder: weights, adapter, code, processor, card.
 
         The folder is built beside `save_directory` and then takes its place, so that a save that fails leaves the old
-        one whole. Files in it that are not ours (your README too) stay.
+        one whole. Files in it that are not ours (your README too) stay. In a folder with Trainer's name of a
+        checkpoint (`checkpoint-100`), `model.safetensors` holds all of `state_dict()` as it is in memory, the adapter
+        too, so that training resumes bit by bit; `from_pretrained` loads such a folder like any other.
 
         Args:
             processor: written along; by default the one that came with the model or, for a new model, one made from
@@ -242,14 +254,15 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
             dtype: precision of the written weights; by default that of the projector. LoRA, which is in float32 in
                 memory, is written in it too.
             facts: JSON files for the card, `training_recipe.json` and `measurements.json`; see `hub_cards`.
+            state_dict: what to write instead of the weights in memory, as FSDP gathers it; all of `state_dict()`.
             push_to_hub: publish as well; `kwargs` are those of `push_to_hub`, with `repo_id`.
         """
         # What Trainer passes, and has no meaning here.
-        for name in ("state_dict", "safe_serialization", "max_shard_size", "save_peft_format"):
+        for name in ("safe_serialization", "max_shard_size", "save_peft_format", "save_function"):
             kwargs.pop(name, None)
         if not kwargs.pop("is_main_process", True):
             return
-        save_model(self, save_directory, processor=processor, dtype=dtype, facts=facts)
+        save_model(self, save_directory, processor=processor, dtype=dtype, facts=facts, state_dict=state_dict)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, processor=processor, dtype=dtype, **kwargs)
@@ -285,9 +298,11 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         """The precision that a save is to be written in; `ValueError` if what is in memory cannot be saved so."""
         return dtype or next(self.multi_modal_projector.parameters()).dtype
 
-    def _write_weights(self, folder: Path, dtype: torch.dtype) -> None:
+    def _write_weights(
+        self, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
+    ) -> None:
         """Vision tower, projector and adapter as files of a folder that is being saved."""
-        write_trained_weights(self, folder, dtype)
+        write_trained_weights(self, folder, dtype, state, is_checkpoint)
 
     # Requests
 
@@ -314,6 +329,8 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
         """Which rows run the multimodal view, (batch,) booleans on the CPU."""
         if self.language_model is None:
             raise ValueError("This GenieBlue has no base: load it by `from_pretrained`, or make one by `from_base`.")
+        if not torch.compiler.is_compiling():
+            refuse_offloaded(self, "this GenieBlue")
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
@@ -418,32 +435,6 @@ class GenieBlueForConditionalGeneration(PreTrainedModel, GenieBlueGenerationMixi
     def get_output_embeddings(self) -> nn.Module | None:
         """The base's LM head; `None` while no base is attached."""
         return None if self.language_model is None else self.language_model.get_output_embeddings()
-
-    def resize_token_embeddings(self, *_args: Any, **_kwargs: Any) -> nn.Module:
-        """Always a `ValueError`: new rows would change the base."""
-        raise ValueError(
-            "The embeddings of a GenieBlue are the base's and stay as they are; image tokens need no row. Resize the "
-            "base before making a GenieBlue from it, if it must have more tokens."
-        )
-
-    def train(self, mode: bool = True) -> "GenieBlueForConditionalGeneration":
-        """Training mode of all that trains; the base stays in the mode that it is in."""
-        self.training = mode
-        for name, child in self.named_children():
-            if name != "language_model":
-                child.train(mode)
-        return self
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing to do: `forward` sees to it in training, where transformers would hook the base's embedding."""
-
-    def disable_input_require_grads(self) -> None:
-        """The counterpart of `enable_input_require_grads`."""
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        # Not on `self`, whose modules include the base.
-        for module in (self.vision_tower, self.multimodal_language_model):
-            module._set_gradient_checkpointing(enable, *args, **kwargs)
 
 
 GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")

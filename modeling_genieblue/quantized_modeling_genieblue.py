@@ -1,6 +1,7 @@
 """A GenieBlue whose weights are quantized: loaded from codes, and saved by copying them."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
             raise ValueError("A quantized GenieBlue is saved as it was loaded, and training lost: train in 16 bits.")
         return own
 
-    def _write_weights(self, folder: Path, dtype: torch.dtype) -> None:
+    def _write_weights(
+        self, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
+    ) -> None:
         for place, source in self.provenance.files.items():  # what is in memory is packed for a kernel
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / place)

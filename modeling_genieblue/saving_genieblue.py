@@ -4,8 +4,10 @@ import copy
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .addresses_genieblue import refuse_address
 from .arguments_genieblue import weight_dtype
@@ -45,12 +48,14 @@ from .model_files_genieblue import (
     is_path,
     read_settings,
 )
+from .own_state_genieblue import check_own_state
 from .processing_genieblue import GenieBlueProcessor
 from .staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+MULTIMODAL_TREE = "multimodal_language_model"
 AUTO_MAP = {
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
@@ -70,13 +75,18 @@ def save_model(
     processor: Any = None,
     dtype: str | torch.dtype | None = None,
     facts: dict[str, Any] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
     target = Path(os.path.realpath(save_directory))
     dtype = _check_save(model, target, dtype)
+    if state_dict is not None:
+        check_own_state(model, state_dict)
+    state = model.state_dict() if state_dict is None else state_dict
+    _check_additions(state)
     with NewFolder(target, "saving") as new:
         try:
-            has_processor = _write_files(model, new.staging, target, processor, dtype, facts)
+            has_processor = _write_files(model, new.staging, target, processor, dtype, facts, state)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
         stale = (*STALE_NAMES, *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
@@ -127,10 +137,17 @@ def _foreign_files(folder: Path, stale: tuple[str, ...]) -> list[Path]:
 
 
 def _write_files(
-    model: Any, staging: Path, target: Path, processor: Any, dtype: torch.dtype, facts: dict[str, Any] | None
+    model: Any,
+    staging: Path,
+    target: Path,
+    processor: Any,
+    dtype: torch.dtype,
+    facts: dict[str, Any] | None,
+    state: Mapping[str, torch.Tensor],
 ) -> bool:
     """Writes all files into `staging`; returns whether a processor is among them."""
-    model._write_weights(staging, dtype)
+    is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", target.name) is not None
+    model._write_weights(staging, dtype, state, is_checkpoint)
     config = _config_to_save(model, target, dtype)
     config.save_pretrained(staging)
     # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
@@ -166,15 +183,34 @@ def code_files(model_class: type) -> list[Path]:
     return sorted(files.union(*(map(Path, get_relative_import_files(file)) for file in files)))
 
 
-def write_trained_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Vision tower and projector into `model.safetensors`, copied blocks and LoRA into the adapter."""
-    state = {
-        f"{part}.{name}": value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for part in OWN_MODULES
-        for name, value in getattr(model, part).state_dict().items()
-    }
-    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    save_adapter(model.multimodal_language_model, folder / ADAPTER_FOLDER, dtype)
+def write_trained_weights(
+    model: Any, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
+) -> None:
+    """Vision tower and projector into `model.safetensors`, copied blocks and LoRA into the adapter.
+
+    Trainer reads `model.safetensors` alone of a checkpoint, and gives it to `load_state_dict`: there it holds
+    everything, as it is in memory.
+    """
+    tensors = {
+        name: value.detach().to("cpu", None if is_checkpoint or not value.is_floating_point() else dtype).clone(
+            memory_format=torch.contiguous_format
+        )
+        for name, value in state.items()
+        if is_checkpoint or name.partition(".")[0] in OWN_MODULES
+    }  # fmt: skip
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    tree = f"{MULTIMODAL_TREE}."
+    of_view = {name.removeprefix(tree): value for name, value in state.items() if name.startswith(tree)}
+    save_adapter(model.multimodal_language_model, of_view, folder / ADAPTER_FOLDER, dtype)
+
+
+def _check_additions(state: Mapping[str, torch.Tensor]) -> None:
+    """`ValueError` for tensors that somebody added to the model: they would be lost in silence."""
+    if others := [name for name in state if name.partition(".")[0] not in (*OWN_MODULES, MULTIMODAL_TREE)]:
+        raise ValueError(
+            f"A saved GenieBlue has no place for {', '.join(others[:3])} ({len(others)} tensors in all): it holds a "
+            "vision tower, a projector and an adapter. Keep and save what you add outside of the model."
+        )
 
 
 def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:

@@ -1,0 +1,349 @@
+"""Every public name that a GenieBlue inherits acts on what is ours, leaves the base alone, or is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles, tiny_genieblue
+from tiny_models import tiny_base
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerationMixin
+from transformers.integrations import PeftAdapterMixin
+
+from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.frozen_base_genieblue import REFUSALS
+
+REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
+
+# Defined by GenieBlue itself; other tests say what they do.
+OURS = """
+apply base_model_prefix config_class disable_input_require_grads embed_request enable_input_require_grads forward
+from_base from_pretrained generate get_experts_implementation get_image_features get_input_embeddings
+get_output_embeddings input_modalities main_input_name push_to_hub requires_grad_ save_pretrained
+set_attn_implementation set_experts_implementation set_submodule supports_gradient_checkpointing tie_weights train
+warn_if_padding_and_no_attention_mask
+"""
+# Read, or report, and change nothing.
+READ_ONLY = """
+T_destination base_model buffers call_super_init can_generate can_record_outputs children compute_transition_scores
+device dtype dummy_inputs dump_patches ep_plan eval extra_repr fsdp_plan fsdp_size generation_config_class get_buffer
+get_compiled_call get_correct_attn_implementation get_correct_experts_implementation get_decoder get_encoder
+get_expanded_tied_weights_keys get_extra_state get_init_context get_memory_footprint get_parameter
+get_parameter_or_buffer get_submodule heal_tokens is_activation_checkpointing is_backend_compatible is_custom_code
+is_distributed_loading_by_transformers is_gradient_checkpointing is_remote_code load_custom_generate loss_function
+model_tags modules named_buffers named_children named_modules named_non_persistent_buffers named_parameters
+num_parameters output_modalities parameters pp_plan prepare_inputs_for_generation retrieve_modules_from_names
+should_save_on_this_rank state_dict supports_context_parallel supports_pp_plan supports_tp_plan tp_plan tp_size
+use_kernels
+"""
+# Through `_apply`, which moves the base and never casts it.
+MOVES_AND_CASTS = "bfloat16 cpu cuda double float half ipu mtia share_memory to type xpu"
+# Change what is ours or this object alone; `load_state_dict` by hooks.
+KEEP_THE_BASE = """
+activation_checkpointing_disable activation_checkpointing_enable add_model_tags add_module compile
+gradient_checkpointing_disable gradient_checkpointing_enable load_state_dict register_backward_hook register_buffer
+register_for_auto_class register_forward_hook register_forward_pre_hook register_full_backward_hook
+register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+register_parameter register_state_dict_post_hook register_state_dict_pre_hook set_extra_state zero_grad
+"""
+# Steps of `from_pretrained`, `generate` and `save_pretrained` of transformers, which have no effect by themselves.
+INTERNAL = """
+adjust_generation_fn barrier_after_gathered_checkpoint_save destroy_cached_continuous_batching_manager
+gather_sharded_state_dict_for_save init_parallel_plans mark_tied_weights_as_initialized maybe_distribute_model
+prepare_distribute_model
+"""
+REFUSED = """
+active_adapters add_adapter continuous_batching_context_manager delete_adapter dequantize disable_adapters
+enable_adapters enable_peft_hotswap generate_batch get_adapter_state_dict get_position_embeddings
+init_continuous_batching init_weights initialize_weights load_adapter post_init resize_position_embeddings
+resize_token_embeddings save_distributed_checkpoint set_adapter set_decoder set_encoder set_input_embeddings
+set_output_embeddings set_use_kernels to_empty
+"""
+DECISIONS = {
+    name: decision
+    for decision, names in {
+        "ours": OURS, "read": READ_ONLY, "moves": MOVES_AND_CASTS, "keeps": KEEP_THE_BASE, "internal": INTERNAL,
+        "refused": REFUSED,
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+
+
+def portrait(model):
+    """All tensors of both views by name and object, what trains, hooks, configurations, and an answer of each view."""
+    with torch.no_grad():
+        answers = [model(prompt()).logits, model(REQUEST, pixel_values=PIXELS).logits]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        "tensors": [(name, id(tensor), tensor.dtype, tensor.detach().numpy().tobytes()) for name, tensor in tensors],
+        "trains": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "modules": [(name, type(module), module.training) for name, module in model.named_modules()],
+        "hooks": [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()],
+        "configs": [part.config.to_json_string(use_diff=False) for part in (model, model.language_model)],
+        "attention": [part.config._attn_implementation for part in (model, model.language_model)],
+        "attributes": [
+            sorted(set(vars(part)) - {"_compiled_call", "_last_compile_config"})
+            for part in (model, model.language_model)
+        ],
+        "answers": [answer.numpy().tobytes() for answer in answers],
+    }
+
+
+@pytest.fixture
+def unchanged():
+    """A model that a test must not change, and its portrait."""
+    model = tiny_genieblue()
+    model(REQUEST, pixel_values=PIXELS)
+    return model, portrait(model)
+
+
+@pytest.fixture
+def model():
+    return tiny_genieblue()
+
+
+# The table
+
+
+def test_every_inherited_name_has_a_decision():
+    """A new version of a library cannot add one unseen."""
+    kinds = GenieBlueForConditionalGeneration.__mro__
+    names = {name for kind in kinds for name in vars(kind) if name[0] != "_"}
+    assert {PreTrainedModel, PeftAdapterMixin, GenerationMixin, nn.Module} <= set(kinds)
+    assert not sorted(names - set(DECISIONS))
+    assert len(DECISIONS) == sum(len(names.split()) for names in (OURS, READ_ONLY, MOVES_AND_CASTS, KEEP_THE_BASE,
+                                                                 INTERNAL, REFUSED))  # fmt: skip
+    own = {name for kind in GenieBlueForConditionalGeneration.__mro__ if kind.__module__.startswith("modeling_g")
+           for name in vars(kind) if name[0] != "_"}  # fmt: skip
+    assert not sorted(own - {name for name, decision in DECISIONS.items() if decision in ("ours", "refused", "moves")})
+    assert set(REFUSALS) == set(REFUSED.split())
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED.split()))
+def test_refused_method_says_what_to_do_and_changes_nothing(name, unchanged):
+    model, before = unchanged
+    with pytest.raises(ValueError, match=f"`{name}` is refused for a GenieBlue: .{{30}}"):
+        getattr(model, name)()
+    assert portrait(model) == before
+
+
+CALLS = {
+    "zero_grad": lambda model: model.zero_grad(),
+    "share_memory": lambda model: model.share_memory(),
+    "tie_weights": lambda model: model.tie_weights(),
+    "cpu": lambda model: model.cpu(),
+    "to its own precision": lambda model: model.to("cpu", torch.float32),
+    "float": lambda model: model.float(),
+    "type": lambda model: model.type(torch.float32),
+    "load_state_dict": lambda model: model.load_state_dict(model.state_dict()),
+    "activation_checkpointing": lambda model: (
+        model.activation_checkpointing_enable(), model.activation_checkpointing_disable()
+    ),
+    "warn_if_padding": lambda model: model.warn_if_padding_and_no_attention_mask(prompt(), None),
+    "get_init_context": lambda model: model.get_init_context(torch.float32, False, False, None),
+    "get_compiled_call": lambda model: model.get_compiled_call(None),
+    "init_parallel_plans": lambda model: model.init_parallel_plans(),
+    "set_attn_implementation": lambda model: model.set_attn_implementation("sdpa"),
+    "set_experts_implementation": lambda model: model.set_experts_implementation("eager"),
+    "prepare_inputs": lambda model: model.prepare_inputs_for_generation(prompt()),
+    "eval": lambda model: model.eval(),
+    "get_memory_footprint": lambda model: model.get_memory_footprint(),
+    "num_parameters": lambda model: model.num_parameters(only_trainable=True, exclude_embeddings=True),
+    "expanded_tied_weights": lambda model: model.get_expanded_tied_weights_keys(all_submodels=True),
+    "destroy_cached": lambda model: model.destroy_cached_continuous_batching_manager(),
+    "add_hooks": lambda model: model.register_forward_hook(lambda *_: None).remove(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_allowed_method_leaves_everything_as_it_was(call, unchanged):
+    model, before = unchanged
+    call(model)
+    assert portrait(model) == before
+
+
+# Precision and place
+
+
+CASTS = {
+    "half": lambda module: module.half(), "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.double(), "type": lambda module: module.type(torch.float16),
+    "to": lambda module: module.to(torch.bfloat16), "to device": lambda module: module.to("cpu", torch.float16),
+    "to tensor": lambda module: module.to(torch.zeros(1, dtype=torch.float64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "wrapped"])
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_cast_that_would_reach_the_base_is_refused(cast, wrapped, unchanged):
+    model, before = unchanged
+    with pytest.raises(ValueError, match="Load the model again with `dtype=torch"):
+        cast(nn.Sequential(model) if wrapped else model)
+    assert portrait(model) == before
+
+
+def test_move_to_where_weights_are_lost_is_refused(unchanged):
+    model, before = unchanged
+    with pytest.raises(ValueError, match="meta"):
+        model.to("meta")
+    assert portrait(model) == before
+
+
+def test_cast_to_the_precision_of_the_base_reaches_tower_and_projector_alone():
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    base.model.rotary_emb.float()  # as `from_pretrained` gives it
+    model = tiny_genieblue(base=base)
+    expected = model(prompt()).logits
+    assert model.vision_tower.dtype == torch.float32
+    model.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.vision_tower.parameters()} == {torch.bfloat16}
+    assert base.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.multimodal_language_model.model.layers[0].mlp.up_proj.lora_A["default"].weight.dtype == torch.float32
+    assert torch.equal(model(prompt()).logits, expected)
+    model(REQUEST, pixel_values=PIXELS)
+
+
+# Training state
+
+
+def test_requires_grad_reaches_what_is_ours_alone(model):
+    def trains():
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    model.requires_grad_(False)
+    assert not trains()
+    model.requires_grad_(True)
+    assert {name.split(".")[0] for name in trains()} == {
+        "vision_tower", "multi_modal_projector", "multimodal_language_model"
+    }  # fmt: skip
+    assert not any(parameter.requires_grad for parameter in model.language_model.parameters())
+    model.train()
+    model(REQUEST, pixel_values=PIXELS, labels=REQUEST).loss.backward()
+    assert not [name for name in trains() if model.get_parameter(name).grad is None]
+
+
+def test_apply_reaches_what_is_ours_alone(model):
+    before = copy.deepcopy(model.language_model.state_dict())
+    seen = []
+
+    def spoil(module):
+        seen.append(type(module).__name__)
+        for parameter in module.parameters(recurse=False):
+            torch.nn.init.zeros_(parameter)
+
+    assert model.apply(spoil) is model
+    after = model.language_model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(value.any() for value in model.state_dict().values())
+    assert seen[-1] == type(model).__name__
+
+
+def test_tying_does_not_tie_what_the_base_does_not():
+    """A base whose configuration says tied, and whose files hold two weights, as transformers loads it."""
+    base = tiny_base("llama")
+    base.config.tie_word_embeddings = True
+    model = tiny_genieblue(base=base)
+    expected = model(prompt()).logits
+    model.tie_weights()
+    assert base.lm_head.weight is not base.model.embed_tokens.weight
+    assert torch.equal(model(prompt()).logits, expected)
+
+
+def test_module_of_the_base_is_not_replaced_and_one_of_ours_is(model):
+    for name in ("language_model.lm_head", "multimodal_language_model.model.layers.0", "language_model"):
+        with pytest.raises(ValueError, match="base_model="):
+            model.set_submodule(name, nn.Identity())
+    assert torch.equal(model(prompt()).logits, tiny_base("llama")(prompt()).logits)
+    other = nn.LayerNorm(32)
+    model.set_submodule("vision_tower.post_layernorm", other)
+    assert model.vision_tower.post_layernorm is other
+
+
+# What the base answers
+
+
+def test_attention_is_set_as_it_would_be_on_the_base():
+    base, model = tiny_base("llama"), tiny_genieblue()
+    base.set_attn_implementation("eager")
+    model.set_attn_implementation({"vision_config": "eager"})
+    assert model.vision_tower.config._attn_implementation == "eager"
+    assert model.language_model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation({"text_config": "eager"})
+    assert model.multimodal_language_model.config._attn_implementation == "eager"
+    assert torch.equal(model(prompt()).logits, base(prompt()).logits)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(prompt()).logits, tiny_base("llama")(prompt()).logits)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "flash_attention_2",
+        {"text_config": "flash_attention_2"},
+        {"decoder": "eager"},
+        {"text_config": "eager", "vision_config": "flash_attention_2"},
+    ],
+    ids=str,
+)
+def test_attention_that_cannot_run_changes_nothing(choice, unchanged):
+    model, before = unchanged
+    with pytest.raises((ValueError, ImportError)):
+        model.set_attn_implementation(choice)
+    assert portrait(model) == before
+
+
+def test_transition_scores_are_those_of_the_base(model):
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "return_dict_in_generate": True, "output_scores": True}
+    outputs = model.generate(prompt(), **options)
+    for normalize in (False, True):
+        scores = [part.compute_transition_scores(outputs.sequences, outputs.scores, normalize_logits=normalize)
+                  for part in (model, model.language_model)]  # fmt: skip
+        assert torch.equal(*scores)
+
+
+# PEFT from outside
+
+
+PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_layers=4, token_dim=32,
+                                   num_attention_heads=4)  # fmt: skip
+OTHERS_ADAPTERS = {
+    "a linear of the base": lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
+    "every linear": lambda model: get_peft_model(model, LoraConfig(target_modules="all-linear")),
+    "the projector": lambda model: get_peft_model(model, LoraConfig(target_modules=["linear_1", "linear_2"])),
+    "a parameter": lambda model: get_peft_model(model, LoraConfig(target_parameters=["lm_head.weight"])),
+    "mixed": lambda model: PeftMixedModel(model, LoraConfig(target_modules=["q_proj"]), "mine"),
+    "PeftModel": lambda model: PeftModel(model, LoraConfig(target_modules=["q_proj"])),
+    "prompt tuning": lambda model: get_peft_model(model, PROMPT_TUNING),
+    "low_cpu_mem_usage": lambda model: get_peft_model(model, LoraConfig(target_modules=["fc1"]),
+                                                      low_cpu_mem_usage=True),
+    "injection": lambda model: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model, "mine"),
+    "the multimodal view": lambda model: get_peft_model(
+        model.multimodal_language_model, LoraConfig(target_modules=["q_proj"])
+    ),
+    "injection into the view": lambda model: inject_adapter_in_model(
+        LoraConfig(target_modules=["q_proj"]), model.multimodal_language_model, "mine"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("add", OTHERS_ADAPTERS.values(), ids=OTHERS_ADAPTERS)
+def test_another_adapter_is_refused_before_anything_changes(add, unchanged):
+    model, before = unchanged
+    with pytest.raises(ValueError, match="lora_rank"):
+        add(model)
+    assert portrait(model) == before
+
+
+def test_saved_adapter_is_not_put_over_a_genieblue(tmp_path, unchanged):
+    model, before = unchanged
+    folder = save_tiny_pair(tmp_path)
+    with pytest.raises(ValueError, match="lora_rank"):
+        PeftModel.from_pretrained(model, str(folder / "language_adapter"))
+    assert portrait(model) == before
+
+
+def test_others_models_still_get_their_adapters():
+    peft_model = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"]))
+    assert peft_model(prompt()).logits.shape == (1, 8, 128)
