@@ -279,7 +279,7 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
 
     # How weights are stored
 
-    kept_facts = (RECIPE_NAME,)  # files of facts that hold for a save of a loaded model too
+    _kept_facts = (RECIPE_NAME,)  # files of facts that hold for a save of a loaded model too
 
     @classmethod
     def _load_own_weights(cls, request: LoadRequest, model_args: tuple, base_model: Any) -> tuple[Any, dict]:

@@ -41,7 +41,7 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
     """
 
     config_class = QuantizedGenieBlueConfig
-    kept_facts = (RECIPE_NAME, MEASUREMENTS_NAME)  # what was measured holds as long as the weights are the same
+    _kept_facts = (RECIPE_NAME, MEASUREMENTS_NAME)  # what was measured holds as long as the weights are the same
 
     @classmethod
     def of_rounded(

@@ -162,7 +162,7 @@ def _write_files(
     processor = processor or _own_processor(model)
     if processor is not None:
         processor.save_pretrained(staging)
-    for name, content in {**model.provenance.facts(model.kept_facts), **(facts or {})}.items():
+    for name, content in {**model.provenance.facts(model._kept_facts), **(facts or {})}.items():
         (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _write_card(staging, target)
     return processor is not None
