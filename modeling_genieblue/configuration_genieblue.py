@@ -11,6 +11,8 @@ from transformers.configuration_utils import SubConfigSpec
 from .settings_files_genieblue import check_config_kinds, check_quantization
 
 PLACEMENTS = ("skip", "pre", "post")
+# Settings of a pass that act on both views alike; one that is not set here is the base's own.
+RUNTIME_SETTINGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
 # What is raised by whatever reads a setting first that is not of its kind.
 BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
 
@@ -69,6 +71,8 @@ class GenieBlueConfig(PreTrainedConfig):
         downsample_factor: side of the square of neighbouring patch tokens that become one image token.
         quantization: precision of each part (`w4a16`, `w8a16` or `w16a16`) and how it was rounded; `None` if nothing
             is quantized.
+        use_cache, output_attentions, output_hidden_states, return_dict: as in every configuration, for both views;
+            `None`, the default, is what the base's own configuration says.
     """
 
     model_type = "genieblue"
@@ -90,10 +94,13 @@ class GenieBlueConfig(PreTrainedConfig):
     downsample_factor: int = 2
     quantization: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
+    output_hidden_states: bool | None = None
+    return_dict: bool | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
             self.text_config = text_config_from_dict(self.text_config)
+        kwargs.setdefault("output_attentions", None)
         super().__post_init__(**kwargs)
         if self.text_config is not None:
             _check_count("text_config.hidden_size", getattr(self.text_config, "hidden_size", None))

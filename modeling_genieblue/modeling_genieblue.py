@@ -16,7 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .arguments_genieblue import check_base_model, check_load_arguments, check_vision_tower
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import load_base, record_location, refuse_wrong_base, resolve_base
-from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
+from .configuration_genieblue import (
+    RUNTIME_SETTINGS,
+    GenieBlueConfig,
+    check_replicated_layers,
+    select_replicated_layers,
+)
 from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
     TextEmbedder,
@@ -156,7 +161,6 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         model._base_samples = tensor_samples(base_model)
         model._attach(base_model, make_lora_config(base_model, config))
         initialize_adapter(model.multimodal_language_model, base_model.dtype)
-        model.generation_config = copy.deepcopy(base_model.generation_config)
         return model.eval()
 
     @classmethod
@@ -173,8 +177,9 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
 
         Args:
             base_model: a loaded base, which stays the caller's own object (only `requires_grad` of its parameters is
-                turned off); or the id or folder of one. By default the base that the repository names, at the commit
-                that it names.
+                turned off) with generation settings of its own; or the id or folder of one. By default the base that
+                the repository names, at the commit that it names. A base that is loaded here gets the generation
+                settings of the repository.
             check_base: compare the base with the recorded fingerprint, and refuse another one.
             backend: what multiplies 4-bit weights of a quantized GenieBlue: `quanto` with 16-bit activations, or
                 `onnxruntime`, which is faster on a CPU and computes with 8-bit activations.
@@ -203,7 +208,10 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         adapter_file = request.adapter_file(is_quantized)
         lora_config = make_lora_config(base, model.config)
         check_adapter_settings(lora_config, request.adapter_settings())
+        own_settings = model.generation_config
         model._attach(base, lora_config)
+        if base is not base_model and request.has_generation_settings():
+            model.generation_config = own_settings
         view = model.multimodal_language_model
         if is_quantized:
             load_quantized_adapter(view, adapter_file, request, base.dtype, for_kernel=for_kernel)
@@ -236,6 +244,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)
         self.language_model, self.multimodal_language_model = base, view
+        self.config._attn_implementation_internal = base.config._attn_implementation
         self._lora_config = lora_config
         self._embed_text = TextEmbedder(view)
 
@@ -353,7 +362,8 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if not is_multimodal.any():
-            return self.language_model(**inputs)
+            return self.language_model(**{**_asked_by(self.config), **inputs})
+        inputs = {**_asked_by(self.language_model.config), **_asked_by(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
         if labels is not None:
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
@@ -370,7 +380,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             inputs["inputs_embeds"] = self.embed_request(inputs.pop("input_ids"), pixel_values)
         if self.training and torch.is_grad_enabled() and inputs["inputs_embeds"].is_leaf:
             inputs["inputs_embeds"].requires_grad_(True)  # reentrant checkpointing gives no gradients otherwise
-        outputs = self.multimodal_language_model(**inputs)
+        outputs = self.multimodal_language_model(**inputs, return_dict=True)
         if labels is None:
             return outputs
         loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
@@ -392,7 +402,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             taken = take_rows(inputs, rows)
             return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
-        text = self.language_model(**part(TEXT, ~is_multimodal))
+        text = self.language_model(**part(TEXT, ~is_multimodal), return_dict=True)
         multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL, is_multimodal))
         cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
         merged = merge_rows(text, multimodal, is_multimodal)
@@ -419,6 +429,13 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             "base before making a GenieBlue from it, if it must have more tokens."
         )
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """transformers' own; in a dictionary `text_config` stands for both views, `vision_config` for the tower."""
+        if isinstance(attn_implementation, dict) and "text_config" in attn_implementation:
+            others = {name: value for name, value in attn_implementation.items() if name != "text_config"}
+            attn_implementation = {**others, "": attn_implementation["text_config"]}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def train(self, mode: bool = True) -> "GenieBlueForConditionalGeneration":
         """Training mode of all that trains; the base stays in the mode that it is in."""
         self.training = mode
@@ -437,6 +454,12 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         # Not on `self`, whose modules include the base.
         for module in (self.vision_tower, self.multimodal_language_model):
             module._set_gradient_checkpointing(enable, *args, **kwargs)
+
+
+def _asked_by(config: Any) -> dict[str, Any]:
+    """The arguments of a pass that a configuration sets; what it leaves at `None` is not its business."""
+    asked = {name: getattr(config, name, None) for name in RUNTIME_SETTINGS}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -204,6 +204,7 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
         if model.config.base_model_fingerprint is None:
             logger.warning("The weight files of %s are not on this computer: their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
+    config.__dict__.pop("use_cache", None)  # put there by Trainer, for the training
     config.auto_map = dict(AUTO_MAP)
     config.architectures = [type(model).__name__]
     config.dtype = config.vision_config.dtype = dtype
