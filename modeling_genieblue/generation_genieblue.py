@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from .view_routing_genieblue import MULTIMODAL, TEXT, as_mixed_cache, check_inputs, join_sequences, take_rows
+from .view_routing_genieblue import (
+    MULTIMODAL,
+    TEXT,
+    as_mixed_cache,
+    check_inputs,
+    join_sequences,
+    split_rows,
+    take_rows,
+)
 
 # What of `generate` works from the prompt's ids, and the value with which it does nothing. Where embeddings are given,
 # as for a row with images, transformers ignores these or answers from the ids alone.
@@ -66,13 +74,13 @@ class GenieBlueGenerationMixin(GenerationMixin):
             kwargs["generation_config"] = generation_config
         elif misplaced := self.config._get_generation_parameters():
             raise ValueError(f"`model.config` sets {misplaced}, which no view reads: set it on `generation_config`.")
-        if is_multimodal.any():
+        if any(is_multimodal):
             self._refuse_for_images(input_ids, kwargs)
             # The base's may have been replaced, on the base itself.
             self.multimodal_language_model.generation_config = self.generation_config
-        if is_multimodal.all():
+        if all(is_multimodal):
             return self._multimodal_generate(input_ids, pixel_values, **kwargs)
-        if is_multimodal.any():
+        if any(is_multimodal):
             return self._mixed_generate(is_multimodal, input_ids, pixel_values, **kwargs)
         return self.language_model.generate(input_ids, **kwargs)
 
@@ -171,7 +179,7 @@ class GenieBlueGenerationMixin(GenerationMixin):
         return (input_ids != pad).to(input_ids.dtype)
 
     def _mixed_generate(
-        self, is_multimodal: torch.Tensor, input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
+        self, is_multimodal: list[bool], input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
     ) -> torch.Tensor:
         for name in NEEDS_ONE_VIEW:
             if self._setting(name, kwargs):
@@ -180,19 +188,19 @@ class GenieBlueGenerationMixin(GenerationMixin):
                     f"scores, caches and rows: leave `{name}` out, or generate the two kinds of rows apart."
                 )
         cache = as_mixed_cache(kwargs.pop("past_key_values", None), is_multimodal)
+        rows = split_rows(is_multimodal)
 
-        def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
-            taken = take_rows(kwargs, rows)
+        def part(view: str) -> dict[str, Any]:
+            taken = take_rows(kwargs, rows[view])
             return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
-        rows = is_multimodal.to(input_ids.device)
-        text = self.language_model.generate(input_ids[~rows], **part(TEXT, ~is_multimodal))
-        multimodal = self._multimodal_generate(input_ids[rows], pixel_values, **part(MULTIMODAL, is_multimodal))
+        text = self.language_model.generate(input_ids[rows[TEXT]], **part(TEXT))
+        multimodal = self._multimodal_generate(input_ids[rows[MULTIMODAL]], pixel_values, **part(MULTIMODAL))
         pad = self._setting("pad_token_id", kwargs)
         if pad is None:
             eos = self._setting("eos_token_id", kwargs)
             pad = eos[0] if isinstance(eos, list | tuple) else eos
-        return join_sequences(text, multimodal, is_multimodal, 0 if pad is None else int(pad))
+        return join_sequences(text, multimodal, rows, 0 if pad is None else int(pad))
 
     # Continuous batching schedules ids alone, so it is for texts: the base's own.
 

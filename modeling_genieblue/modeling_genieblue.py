@@ -53,6 +53,7 @@ from .view_routing_genieblue import (
     mark_given_cache,
     mark_returned_cache,
     merge_rows,
+    split_rows,
     take_rows,
 )
 
@@ -84,7 +85,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
                 "The configuration has no `text_config`. Use `GenieBlueForConditionalGeneration.from_base(base, "
                 "vision_tower)` to make a GenieBlue, or `from_pretrained` to load one."
             )
-        self.vision_tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
+        self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = GenieBlueMultiModalProjector(config)
         # Attached after the weights above are in place: `from_pretrained` would initialise what its file lacks.
         self.language_model: PreTrainedModel | None = None
@@ -137,7 +138,7 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             vision_tower = vision_tower.vision_model
         config = GenieBlueConfig(
             text_config=text_config,
-            vision_config=copy.deepcopy(vision_tower.config),
+            vision_config=vision_tower.config,
             base_model_name_or_path=name,
             base_model_revision=revision,
             base_model_runs_remote_code=base_model.is_remote_code(),
@@ -149,9 +150,6 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             image_token_id=base_model.get_input_embeddings().weight.shape[0],
             downsample_factor=downsample_factor,
         )
-        for part in (config.text_config, config.vision_config):
-            if os.path.exists(getattr(part, "_name_or_path", None) or ""):
-                part.name_or_path = ""  # a path of this computer is nobody else's business
         with torch.device("meta"):
             model = cls(config)
         model.vision_tower = vision_tower
@@ -312,8 +310,8 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(mask, image_features)
 
-    def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> torch.Tensor:
-        """Which rows run the multimodal view, (batch,) booleans on the CPU."""
+    def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> list[bool]:
+        """Which rows run the multimodal view."""
         if self.language_model is None:
             raise ValueError("This GenieBlue has no base: load it by `from_pretrained`, or make one by `from_base`.")
         if input_ids is None:
@@ -361,13 +359,13 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if not is_multimodal.any():
+        if not any(is_multimodal):
             return self.language_model(**{**_asked_by(self.config), **inputs})
         inputs = {**_asked_by(self.language_model.config), **_asked_by(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
         if labels is not None:
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
-        if is_multimodal.all():
+        if all(is_multimodal):
             outputs = self._multimodal_forward(pixel_values, inputs)
         else:
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
@@ -390,22 +388,22 @@ class GenieBlueForConditionalGeneration(PrecisionGuard, PreTrainedModel, GenieBl
         return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
 
     def _mixed_forward(
-        self, is_multimodal: torch.Tensor, pixel_values: torch.Tensor | None, inputs: dict[str, Any]
+        self, is_multimodal: list[bool], pixel_values: torch.Tensor | None, inputs: dict[str, Any]
     ) -> CausalLMOutputWithPast:
         """Each part of a mixed batch in its own view, put back in order."""
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
         cache = inputs.pop("past_key_values", None)
-        cache = as_mixed_cache(cache, is_multimodal)
+        cache, rows = as_mixed_cache(cache, is_multimodal), split_rows(is_multimodal)
 
-        def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
-            taken = take_rows(inputs, rows)
+        def part(view: str) -> dict[str, Any]:
+            taken = take_rows(inputs, rows[view])
             return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
-        text = self.language_model(**part(TEXT, ~is_multimodal), return_dict=True)
-        multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL, is_multimodal))
+        text = self.language_model(**part(TEXT), return_dict=True)
+        multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL))
         cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
-        merged = merge_rows(text, multimodal, is_multimodal)
+        merged = merge_rows(text, multimodal, rows)
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(merged["logits"], labels, num_items_in_batch=num_items),
             past_key_values=cache if cache[TEXT] is not None else None,

@@ -205,6 +205,9 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
             logger.warning("The weight files of %s are not on this computer: their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
     config.__dict__.pop("use_cache", None)  # put there by Trainer, for the training
+    for part in (config.text_config, config.vision_config):
+        if os.path.exists(getattr(part, "_name_or_path", None) or ""):
+            part.name_or_path = ""  # a path of this computer is nobody else's business
     config.auto_map = dict(AUTO_MAP)
     config.architectures = [type(model).__name__]
     config.dtype = config.vision_config.dtype = dtype
