@@ -16,7 +16,7 @@ def compiled_answers(view, step, inputs):
     return prefilled, step(input_ids=torch.tensor([[9]]), past_key_values=cache, use_cache=True).logits
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
 @torch.no_grad()
 def test_each_view_is_one_graph_in_prefill_and_decoding(family):
     model = tiny_genieblue(family)
@@ -80,19 +80,18 @@ def test_a_base_that_was_compiled_before_does_not_answer_for_the_other_view():
 
 
 @pytest.mark.parametrize(
-    "request_, breaks",
+    "request_, most",
     [
-        ({"input_ids": TEXT}, 1),
-        ({"input_ids": SEEN, "pixel_values": PIXELS}, 3),
-        ({**left_pad([TEXT, SEEN]), "pixel_values": PIXELS}, 5),
+        ({"input_ids": TEXT}, 2),
+        ({"input_ids": SEEN, "pixel_values": PIXELS}, 4),
+        ({**left_pad([TEXT, SEEN]), "pixel_values": PIXELS}, 6),
     ],
     ids=["text", "image", "mixed"],
 )
 @torch.no_grad()
-def test_whole_model_breaks_only_where_it_looks_at_the_ids(request_, breaks):
-    model = tiny_genieblue()
+def test_whole_model_is_a_few_graphs_between_looks_at_the_ids(request_, most):
+    torch._dynamo.reset()
+    model, backend = tiny_genieblue(), CountingBackend()
     expected = model(**request_).logits  # also finds out how the base embeds ids
-    torch._dynamo.reset()
-    assert torch._dynamo.explain(model)(**request_).graph_break_count <= breaks
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**request_).logits, expected)
+    torch.testing.assert_close(torch.compile(model, backend=backend)(**request_).logits, expected)
+    assert backend.graphs <= most
