@@ -1,9 +1,10 @@
 """Speed of the two views against the plain base and against merged LoRA, interleaved, as one table.
 
-    python benchmarks/views.py [--pairs 9] [--tokens 24] [--device cpu]
+    python benchmarks/views.py [--pairs 9] [--tokens 24] [--blocks 12] [--compile] [--device cpu]
 
-A random-weight Llama-style base of 16 blocks, hidden size 1024, bf16, 2 threads. Each pair times A and B one after the
-other, so that a drift of the machine's speed hits both; the ratio's median over the pairs is reported.
+A random-weight Llama-style base of 12 blocks, hidden size 1024, bf16, 2 threads. Each pair times A and B one after the
+other, so that a drift of the machine's speed hits both; the ratio's median over the pairs is reported. `--compile`
+adds decode steps that `torch.compile` made one graph of, with a static cache.
 """
 
 import argparse
@@ -16,19 +17,19 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, StaticCache
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_views_genieblue import adapter_parameters
 
 
 def make_model(
-    device: str, hidden_size: int = 1024, intermediate_size: int = 2816
+    device: str, hidden_size: int = 1024, intermediate_size: int = 2816, blocks: int = 16
 ) -> GenieBlueForConditionalGeneration:
-    """The benchmark's GenieBlue: 16 blocks of which 4 are copied, LoRA rank 8 on the others, adapter not zero."""
+    """The benchmark's GenieBlue: a quarter of the blocks is copied, LoRA rank 8 on the others, adapter not zero."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=16, num_attention_heads=16,
+        hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=blocks, num_attention_heads=16,
         num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True,
         eos_token_id=None, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
@@ -62,6 +63,20 @@ def stock_view(model: GenieBlueForConditionalGeneration) -> torch.nn.Module:
             copy.deepcopy(model.language_model), folder + "/model", subfolder="language_adapter",
             autocast_adapter_dtype=False,
         ).eval()  # fmt: skip
+
+
+def compiled_steps(view: torch.nn.Module, length: int) -> Callable:
+    """`view` over a static cache of `length` positions: prefill as it is, each later step as one compiled graph."""
+    step = torch.compile(view, fullgraph=True)
+    cache = StaticCache(config=view.config, max_cache_len=length)
+
+    def run(past_key_values: StaticCache | None = None, **inputs: object) -> object:
+        if past_key_values is None:
+            cache.reset()
+            return view(past_key_values=cache, **inputs)
+        return step(past_key_values=cache, **inputs)
+
+    return run
 
 
 @torch.no_grad()
@@ -120,12 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = make_model(arguments.device)
+    model = make_model(arguments.device, blocks=arguments.blocks)
     ids = torch.randint(3, 32000, (1, 64), device=arguments.device)
     base, multimodal = model.language_model, lambda **inputs: model(view="multimodal", **inputs)
     merged, stock = merged_view(model), stock_view(model)
@@ -136,6 +153,19 @@ def main() -> None:
         ("multimodal view / merged LoRA, prefill 64", prefill_seconds, multimodal, merged),
         ("stock PEFT / merged LoRA, decode", decode_seconds, stock, merged),
     ]
+    if arguments.compile:
+        length = ids.shape[1] + arguments.tokens
+        compiled = {
+            name: compiled_steps(view, length)
+            for name, view in (("text", base), ("multimodal", model.multimodal_language_model), ("merged", merged))
+        }
+        plan += [
+            ("text view, compiled / eager, decode", decode_seconds, compiled["text"], base),
+            ("merged LoRA, compiled / eager, decode", decode_seconds, compiled["merged"], merged),
+            ("multimodal view, compiled / eager, decode", decode_seconds, compiled["multimodal"], multimodal),
+            ("multimodal compiled / merged eager, decode", decode_seconds, compiled["multimodal"], merged),
+            ("multimodal / merged, both compiled, decode", decode_seconds, compiled["multimodal"], compiled["merged"]),
+        ]
     rows = {}
     for name, measure, first, second in plan:
         tokens = arguments.tokens if measure is decode_seconds else 1

@@ -54,6 +54,11 @@ def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> 
         raise TypeError(f"The model is {_described(path)}: expected a folder or a Hub id.")
     if base_model is not None and not isinstance(base_model, str | os.PathLike):
         check_base_model(base_model)
+        if kwargs.get("generation_config") is not None:
+            raise ValueError(
+                "`generation_config` is given beside a loaded base, which has settings of its own: set them on the "
+                "base, or on the model once it is loaded."
+            )
     if bits := [name for name in ("load_in_8bit", "load_in_4bit") if name in kwargs]:
         raise TypeError(
             f"`{bits[0]}` is not known: give `quantization_config`, with which the base is quantized as it is loaded."

@@ -11,6 +11,8 @@ from transformers.configuration_utils import SubConfigSpec
 from .addresses_genieblue import refuse_address
 
 PLACEMENTS = ("skip", "pre", "post")
+# Settings of a pass that act on both views alike; one that is not set here is the base's own.
+RUNTIME_SETTINGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
 # What is raised by whatever reads a setting first that is not of its kind.
 BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
 # By setting of config.json, what it holds where it is not null; a map of code is never null.
@@ -72,6 +74,8 @@ class GenieBlueConfig(PreTrainedConfig):
             request of the base can contain it.
         image_seq_length: tokens per image tile.
         downsample_factor: side of the square of neighbouring patch tokens that become one image token.
+        use_cache, output_attentions, output_hidden_states, return_dict: as in every configuration, for both views;
+            `None`, the default, is what the base's own configuration says.
 
     A subclass may describe models of the same type with settings of their own: see `describes`.
     """
@@ -94,10 +98,13 @@ class GenieBlueConfig(PreTrainedConfig):
     image_seq_length: int | None = None
     downsample_factor: int = 2
     tie_word_embeddings: bool = False
+    output_hidden_states: bool | None = None
+    return_dict: bool | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
             self.text_config = text_config_from_dict(self.text_config)
+        kwargs.setdefault("output_attentions", None)
         super().__post_init__(**kwargs)
         if self.text_config is not None:
             _check_count("text_config.hidden_size", getattr(self.text_config, "hidden_size", None))

@@ -3,18 +3,52 @@
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
-from .view_routing_genieblue import MULTIMODAL, TEXT, as_mixed_cache, check_inputs, join_sequences, take_rows
+from .view_routing_genieblue import (
+    MULTIMODAL,
+    TEXT,
+    as_mixed_cache,
+    check_inputs,
+    join_sequences,
+    split_rows,
+    take_rows,
+)
+
+# What of `generate` works from the prompt's ids, and the value with which it does nothing. Where embeddings are given,
+# as for a row with images, transformers ignores these or answers from the ids alone.
+WORKS_FROM_IDS = {
+    "assistant_model": None, "assistant_early_exit": None, "prompt_lookup_num_tokens": None, "use_mtp": False,
+    "is_assistant": False, "speculation_type": None, "penalty_alpha": 0, "dola_layers": None, "num_beam_groups": 1,
+    "constraints": None, "force_words_ids": None, "guidance_scale": 1, "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0, "token_healing": False, "prefill_chunk_size": None, "custom_generate": None,
+}  # fmt: skip
+# What has no meaning for a batch that is generated in two parts.
+NEEDS_ONE_VIEW = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn")
 
 
 class GenieBlueGenerationMixin(GenerationMixin):
     """Routes generation to the two views; to be mixed into the model class."""
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The generation configuration of both views: the base's own object, once there is a base."""
+        base = getattr(self, "language_model", None)
+        return self._generation_config if base is None else base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, generation_config: GenerationConfig) -> None:
+        if getattr(self, "language_model", None) is None:
+            self._generation_config = generation_config
+        else:
+            self.language_model.generation_config = generation_config
+            self.multimodal_language_model.generation_config = generation_config
+
     @torch.no_grad()
     def generate(
         self,
         inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         pixel_values: torch.FloatTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
@@ -25,26 +59,56 @@ class GenieBlueGenerationMixin(GenerationMixin):
 
         Args:
             inputs: prompt ids (batch, length), also as `input_ids`; image tokens in their places.
+            generation_config, kwargs: everything that `generate` of the base takes.
             pixel_values, num_tiles, view: as in `forward`.
-            kwargs: everything that `generate` of the base takes.
 
         Returns what `generate` returns: ids (batch * num_return_sequences, length) with the prompt, or an output
         object. A batch that mixes texts and images is generated in two parts, and gives ids only.
+
+        Raises `ValueError`, before anything runs, for what cannot be right for rows with images (`WORKS_FROM_IDS`).
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         check_inputs(input_ids, pixel_values, num_tiles)
         is_multimodal = self._route(input_ids, kwargs.get("past_key_values"), view, pixel_values)
-        if not _same_generation_config(self.generation_config, self.language_model.generation_config):
-            kwargs.setdefault("generation_config", self.generation_config)
-        if is_multimodal.all():
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        elif misplaced := self.config._get_generation_parameters():
+            raise ValueError(f"`model.config` sets {misplaced}, which no view reads: set it on `generation_config`.")
+        if any(is_multimodal):
+            self._refuse_for_images(input_ids, kwargs)
+            # The base's may have been replaced, on the base itself.
+            self.multimodal_language_model.generation_config = self.generation_config
+        if all(is_multimodal):
             return self._multimodal_generate(input_ids, pixel_values, **kwargs)
-        if is_multimodal.any():
+        if any(is_multimodal):
             return self._mixed_generate(is_multimodal, input_ids, pixel_values, **kwargs)
         return self.language_model.generate(input_ids, **kwargs)
 
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A setting as transformers finds it: in the call, in the configuration given there, in the model's."""
+        if name in kwargs:
+            return kwargs[name]
+        given = getattr(kwargs.get("generation_config"), name, None)
+        return getattr(self.generation_config, name, None) if given is None else given
+
+    def _refuse_for_images(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """`ValueError` for settings that would lose what images show."""
+        has_images = input_ids is not None and bool((input_ids == self.config.image_token_id).any())
+        if not has_images and kwargs.get("inputs_embeds") is None:
+            return
+        for name, neutral in WORKS_FROM_IDS.items():
+            value = self._setting(name, kwargs)
+            if value is not None and value != neutral:
+                raise ValueError(
+                    f"`{name}` works from the ids of the prompt, which do not hold what an image shows: leave it out "
+                    "(or set it to None) for rows with images. Rows of text take it in a call of their own."
+                )
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError("Continuous batching (a paged cache) takes no images: leave `cache_implementation` out.")
+
     def _multimodal_generate(self, input_ids: torch.Tensor | None, pixel_values: Any, **kwargs: Any) -> Any:
-        if input_ids is None:
-            return self.multimodal_language_model.generate(**kwargs)
+        if input_ids is None or not bool((input_ids == self.config.image_token_id).any()):
+            return self.multimodal_language_model.generate(input_ids, **kwargs)
         prompt = self._ids_for_processors(input_ids)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._inferred_attention_mask(input_ids, kwargs)
@@ -108,38 +172,55 @@ class GenieBlueGenerationMixin(GenerationMixin):
 
     def _inferred_attention_mask(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The mask that transformers infers from padding for a prompt without one; image tokens are never padding."""
-        config = kwargs.get("generation_config") or self.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
         eos = eos if isinstance(eos, list | tuple) else [eos]
         if pad is None or pad in eos or not bool((input_ids == pad).any()):
             return torch.ones_like(input_ids)
         return (input_ids != pad).to(input_ids.dtype)
 
     def _mixed_generate(
-        self, is_multimodal: torch.Tensor, input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
+        self, is_multimodal: list[bool], input_ids: torch.Tensor, pixel_values: Any, **kwargs: Any
     ) -> torch.Tensor:
-        config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("return_dict_in_generate", config.return_dict_in_generate):
-            raise ValueError(
-                "A batch of texts and images is generated in two views, which have no common scores and caches: leave "
-                "`return_dict_in_generate` out, or generate the two kinds of rows one after the other."
-            )
-
+        for name in NEEDS_ONE_VIEW:
+            if self._setting(name, kwargs):
+                raise ValueError(
+                    "A batch of texts and images is generated in two views, one after the other, which have no common "
+                    f"scores, caches and rows: leave `{name}` out, or generate the two kinds of rows apart."
+                )
         cache = as_mixed_cache(kwargs.pop("past_key_values", None), is_multimodal)
+        rows = split_rows(is_multimodal)
 
-        def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
-            taken = take_rows(kwargs, rows)
+        def part(view: str) -> dict[str, Any]:
+            taken = take_rows(kwargs, rows[view])
             return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
-        rows = is_multimodal.to(input_ids.device)
-        text = self.language_model.generate(input_ids[~rows], **part(TEXT, ~is_multimodal))
-        multimodal = self._multimodal_generate(input_ids[rows], pixel_values, **part(MULTIMODAL, is_multimodal))
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        text = self.language_model.generate(input_ids[rows[TEXT]], **part(TEXT))
+        multimodal = self._multimodal_generate(input_ids[rows[MULTIMODAL]], pixel_values, **part(MULTIMODAL))
+        pad = self._setting("pad_token_id", kwargs)
         if pad is None:
-            eos = kwargs.get("eos_token_id", config.eos_token_id)
+            eos = self._setting("eos_token_id", kwargs)
             pad = eos[0] if isinstance(eos, list | tuple) else eos
-        return join_sequences(text, multimodal, is_multimodal, 0 if pad is None else int(pad))
+        return join_sequences(text, multimodal, rows, 0 if pad is None else int(pad))
+
+    # Continuous batching schedules ids alone, so it is for texts: the base's own.
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """The base's own, for texts; `ValueError` if one of the prompts (lists of ids) has an image."""
+        if any(self.config.image_token_id in ids for ids in inputs):
+            raise ValueError("Continuous batching takes no images: pass rows with images to `generate`, as a batch.")
+        return self.language_model.generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Always a `ValueError`: its manager would take prompts with images."""
+        raise ValueError(
+            "Continuous batching takes no images: start it on `model.language_model`, for texts, or use `generate`."
+        )
+
+    continuous_batching_context_manager = init_continuous_batching
+
+    def destroy_cached_continuous_batching_manager(self) -> None:
+        """The base's own, whose manager `generate_batch` may have kept."""
+        self.language_model.destroy_cached_continuous_batching_manager()
 
 
 class _StreamerOfText:
@@ -155,12 +236,6 @@ class _StreamerOfText:
 
     def end(self) -> None:
         self._streamer.end()
-
-
-def _same_generation_config(first: Any, second: Any) -> bool:
-    ignored = ("transformers_version", "_from_model_config")
-    one, other = ({k: v for k, v in config.to_dict().items() if k not in ignored} for config in (first, second))
-    return one == other
 
 
 __all__ = ["GenieBlueGenerationMixin"]

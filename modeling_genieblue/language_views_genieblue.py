@@ -21,8 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .lora_genieblue import SharedInputLoraLinear, connect_down_projections
-
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 # Not PEFT's name: stock PEFT would take the file, find none of its keys in it, and go on with random LoRA.
@@ -108,10 +106,18 @@ def _unique_suffix(model: nn.Module, path: str) -> str:
 def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module:
     """A second tree over the base's parameters, with the adapter's own parameters still on the meta device.
 
-    The base is only read, but its parameters are frozen (`requires_grad=False`): in GenieBlue it never trains.
+    The base is only read, but its parameters are frozen (`requires_grad=False`): in GenieBlue it never trains. Its
+    generation configuration is shared too; the view's configuration is its own, so that nothing done to the view (an
+    attention implementation set) reaches the base.
     """
-    own_tensors = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    view = copy.deepcopy(base, dict(own_tensors))
+    memo = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    memo[id(base.generation_config)] = base.generation_config
+    # What an earlier `generate` left with the base goes on running the base, so the view must not have it.
+    left = [name for name in ("_compiled_call", "_cached_continuous_batching_manager") if name in vars(base)]
+    memo |= {id(vars(base)[name]): name for name in left}
+    view = copy.deepcopy(base, memo)
+    for name in left:
+        delattr(view, name)
     path, _ = find_blocks(base)
     blocks = view.get_submodule(path)
     replicated = [int(name.rsplit(".", 1)[-1]) for name in lora_config.modules_to_save]
@@ -119,8 +125,6 @@ def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module
     # PEFT deep-copies a module that is to be trained. It is given a skeleton, so that no copy is made in memory.
     for index, block in shared.items():
         blocks[index] = _meta_skeleton(block)
-    lora_config = copy.deepcopy(lora_config)
-    lora_config._register_custom_module({nn.Linear: SharedInputLoraLinear})
     try:
         inject_adapter_in_model(lora_config, view, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except (AttributeError, ValueError) as error:
@@ -134,7 +138,6 @@ def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module
             raise ValueError(f"PEFT did not wrap block {index} of {type(base).__name__} at {path}.{index}.")
         wrapper.original_module = block
     base.requires_grad_(False)
-    connect_down_projections(view)
     return view
 
 
@@ -283,7 +286,6 @@ def save_adapter(
     """Writes the adapter's weights to `folder` in the layout of stock PEFT, in `dtype`; `values` by name in `view`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
-        # Cloned, because safetensors refuses tensors that share memory, as stacked LoRA matrices do.
         stock: values[name].detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
         for name, stock, _ in adapter_parameters(view)
     }

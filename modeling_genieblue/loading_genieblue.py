@@ -164,6 +164,11 @@ class LoadRequest:
         """PEFT's configuration beside the adapter's weights; `OSError` if it is missing or damaged."""
         return read_settings(self.adapter_file(ADAPTER_CONFIG_NAME))
 
+    def has_generation_settings(self) -> bool:
+        """Whether there are any to be had from us: in our files, or given to `from_pretrained`."""
+        is_given = self.own_kwargs.get("generation_config") is not None
+        return is_given or self.file(GENERATION_CONFIG_NAME, required=False) is not None
+
     def base_samples(self, required: bool) -> dict[str, dict]:
         """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
         path = self.file(BASE_FINGERPRINT_NAME, required=required)

@@ -18,7 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .arguments_genieblue import check_base_model, check_load_arguments, check_vision_tower, refuse_offloaded
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
-from .configuration_genieblue import GenieBlueConfig, check_replicated_layers, select_replicated_layers
+from .configuration_genieblue import (
+    RUNTIME_SETTINGS,
+    GenieBlueConfig,
+    check_replicated_layers,
+    select_replicated_layers,
+)
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .language_views_genieblue import (
@@ -44,6 +49,7 @@ from .view_routing_genieblue import (
     mark_given_cache,
     mark_returned_cache,
     merge_rows,
+    split_rows,
     take_rows,
 )
 
@@ -81,7 +87,7 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
                 "The configuration has no `text_config`. Use `GenieBlueForConditionalGeneration.from_base(base, "
                 "vision_tower)` to make a GenieBlue, or `from_pretrained` to load one."
             )
-        self.vision_tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
+        self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = GenieBlueMultiModalProjector(config)
         # Attached after the weights above are in place: `from_pretrained` would initialise what its file lacks.
         self.language_model: PreTrainedModel | None = None
@@ -136,7 +142,7 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
             vision_tower = vision_tower.vision_model
         config = GenieBlueConfig(
             text_config=text_config,
-            vision_config=copy.deepcopy(vision_tower.config),
+            vision_config=vision_tower.config,
             base_model_name_or_path=name,
             base_model_revision=revision,
             base_model_runs_remote_code=base_model.is_remote_code(),
@@ -148,9 +154,6 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
             image_token_id=base_model.get_input_embeddings().weight.shape[0],
             downsample_factor=downsample_factor,
         )
-        for part in (config.text_config, config.vision_config):
-            if os.path.exists(getattr(part, "_name_or_path", None) or ""):
-                part.name_or_path = ""  # a path of this computer is nobody else's business
         with torch.device("meta"):
             model = cls(config)
         model.vision_tower = vision_tower
@@ -159,7 +162,6 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         model.provenance = Provenance(access=dict(hub_kwargs or {}), base_samples=tensor_samples(base_model))
         model._attach(base_model, make_lora_config(base_model, config))
         initialize_adapter(model.multimodal_language_model, base_model.dtype)
-        model.generation_config = copy.deepcopy(base_model.generation_config)
         return model.eval()
 
     @classmethod
@@ -175,8 +177,9 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
 
         Args:
             base_model: a loaded base, which stays the caller's own object (only `requires_grad` of its parameters is
-                turned off); or the id or folder of one. By default the base that the repository names, at the commit
-                that it names.
+                turned off) with generation settings of its own; or the id or folder of one. By default the base that
+                the repository names, at the commit that it names. A base that is loaded here gets the generation
+                settings of the repository.
             check_base: compare the base with the recorded fingerprint, and refuse another one.
             kwargs: as for every `from_pretrained`; `dtype`, `device_map`, `attn_implementation`, `token`,
                 `cache_dir`, `local_files_only`, `trust_remote_code` and `quantization_config` reach the base too
@@ -196,7 +199,10 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         model._check_base(base, request, samples if check_base else None)
         lora_config = make_lora_config(base, model.config)
         check_adapter_settings(lora_config, request.adapter_settings())
+        own_settings = model.generation_config
         model._attach(base, lora_config)
+        if base is not base_model and request.has_generation_settings():
+            model.generation_config = own_settings
         model._load_adapter(request)
         record_location(model.config, request, base, base_model)
         model.eval()
@@ -227,6 +233,7 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         view.register_forward_hook(mark_returned_cache)
         view.is_multimodal_view = True
         self.language_model, self.multimodal_language_model = base, view
+        self.config._attn_implementation_internal = base.config._attn_implementation
         self._lora_config = lora_config
         self._embed_text = TextEmbedder(view)
 
@@ -325,8 +332,8 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(mask, image_features)
 
-    def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> torch.Tensor:
-        """Which rows run the multimodal view, (batch,) booleans on the CPU."""
+    def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> list[bool]:
+        """Which rows run the multimodal view."""
         if self.language_model is None:
             raise ValueError("This GenieBlue has no base: load it by `from_pretrained`, or make one by `from_base`.")
         if not torch.compiler.is_compiling():
@@ -376,12 +383,13 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if not is_multimodal.any():
-            return self.language_model(**inputs)
+        if not any(is_multimodal):
+            return self.language_model(**{**_asked_by(self.config), **inputs})
+        inputs = {**_asked_by(self.language_model.config), **_asked_by(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
         if labels is not None:
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
-        if is_multimodal.all():
+        if all(is_multimodal):
             outputs = self._multimodal_forward(pixel_values, inputs)
         else:
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
@@ -394,7 +402,7 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
             inputs["inputs_embeds"] = self.embed_request(inputs.pop("input_ids"), pixel_values)
         if self.training and torch.is_grad_enabled() and inputs["inputs_embeds"].is_leaf:
             inputs["inputs_embeds"].requires_grad_(True)  # reentrant checkpointing gives no gradients otherwise
-        outputs = self.multimodal_language_model(**inputs)
+        outputs = self.multimodal_language_model(**inputs, return_dict=True)
         if labels is None:
             return outputs
         loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
@@ -404,22 +412,22 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
 
     def _mixed_forward(
-        self, is_multimodal: torch.Tensor, pixel_values: torch.Tensor | None, inputs: dict[str, Any]
+        self, is_multimodal: list[bool], pixel_values: torch.Tensor | None, inputs: dict[str, Any]
     ) -> CausalLMOutputWithPast:
         """Each part of a mixed batch in its own view, put back in order."""
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
         cache = inputs.pop("past_key_values", None)
-        cache = as_mixed_cache(cache, is_multimodal)
+        cache, rows = as_mixed_cache(cache, is_multimodal), split_rows(is_multimodal)
 
-        def part(view: str, rows: torch.Tensor) -> dict[str, Any]:
-            taken = take_rows(inputs, rows)
+        def part(view: str) -> dict[str, Any]:
+            taken = take_rows(inputs, rows[view])
             return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
 
-        text = self.language_model(**part(TEXT, ~is_multimodal))
-        multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL, is_multimodal))
+        text = self.language_model(**part(TEXT), return_dict=True)
+        multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL))
         cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
-        merged = merge_rows(text, multimodal, is_multimodal)
+        merged = merge_rows(text, multimodal, rows)
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(merged["logits"], labels, num_items_in_batch=num_items),
             past_key_values=cache if cache[TEXT] is not None else None,
@@ -435,6 +443,12 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
     def get_output_embeddings(self) -> nn.Module | None:
         """The base's LM head; `None` while no base is attached."""
         return None if self.language_model is None else self.language_model.get_output_embeddings()
+
+
+def _asked_by(config: Any) -> dict[str, Any]:
+    """The arguments of a pass that a configuration sets; what it leaves at `None` is not its business."""
+    asked = {name: getattr(config, name, None) for name in RUNTIME_SETTINGS}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")

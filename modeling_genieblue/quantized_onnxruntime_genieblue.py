@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .lora_genieblue import SIBLINGS
-
 try:
     import onnxruntime
     from onnx import TensorProto, helper
@@ -26,6 +24,8 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in int8, sums in int32; 1 would compute in float32
+# Linears of a Llama-style block that are called, in this order, with one and the same input.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16  # inputs per block; the operator also takes 256, which is no faster
 
 

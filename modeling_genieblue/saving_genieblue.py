@@ -223,6 +223,10 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
         if model.config.base_model_fingerprint is None:
             logger.warning("The weight files of %s are not on this computer: their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
+    config.__dict__.pop("use_cache", None)  # put there by Trainer, for the training
+    for part in (config.text_config, config.vision_config):
+        if os.path.exists(getattr(part, "_name_or_path", None) or ""):
+            part.name_or_path = ""  # a path of this computer is nobody else's business
     own_class = _own_class(model)
     config.auto_map = {"AutoConfig": _reference(own_class.config_class), **AUTO_MAP}
     config.auto_map |= dict.fromkeys(MODEL_CLASSES, _reference(own_class))

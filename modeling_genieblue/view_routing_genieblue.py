@@ -11,10 +11,10 @@ TEXT, MULTIMODAL = "text", "multimodal"
 class MixedViewsCache:
     """The caches of a batch in which some rows ran the text view and others the multimodal view.
 
-    Attributes: `is_multimodal`, (batch,) booleans; one cache by view, as `cache["text"]` and `cache["multimodal"]`.
+    Attributes: `is_multimodal`, a boolean by row; one cache by view, as `cache["text"]` and `cache["multimodal"]`.
     """
 
-    def __init__(self, is_multimodal: torch.Tensor):
+    def __init__(self, is_multimodal: list[bool]):
         self.is_multimodal = is_multimodal
         self._caches: dict[str, Any] = {TEXT: None, MULTIMODAL: None}
 
@@ -39,7 +39,7 @@ def cache_view(cache: Any) -> str | None:
     return getattr(cache, "genieblue_view", TEXT)
 
 
-def as_mixed_cache(cache: Any, is_multimodal: torch.Tensor) -> MixedViewsCache:
+def as_mixed_cache(cache: Any, is_multimodal: list[bool]) -> MixedViewsCache:
     """The caches of a mixed batch, empty at first; `ValueError` for one cache, which no two views can share."""
     if cache is None:
         return MixedViewsCache(is_multimodal)
@@ -87,17 +87,17 @@ def choose_view(has_image: bool, cache: Any, view: str | None, training: bool) -
     return made_by
 
 
-def choose_views(has_image: list[bool], cache: Any, view: str | None, training: bool) -> torch.Tensor:
-    """Which rows of a batch run the multimodal view, (batch,) booleans on the CPU."""
+def choose_views(has_image: list[bool], cache: Any, view: str | None, training: bool) -> list[bool]:
+    """Which rows of a batch run the multimodal view; plain booleans, on which a compiled pass does not stop."""
     caches = [cache] * len(has_image)
     if isinstance(cache, MixedViewsCache):
         if len(cache.is_multimodal) != len(has_image):
             raise ValueError(
                 f"The cache holds {len(cache.is_multimodal)} rows, the batch {len(has_image)}: prefill again."
             )
-        caches = [cache[MULTIMODAL if row else TEXT] for row in cache.is_multimodal.tolist()]
+        caches = [cache[MULTIMODAL if row else TEXT] for row in cache.is_multimodal]
     views = [choose_view(row, row_cache, view, training) for row, row_cache in zip(has_image, caches, strict=True)]
-    return torch.tensor([row_view == MULTIMODAL for row_view in views])
+    return [row_view == MULTIMODAL for row_view in views]
 
 
 def check_inputs(input_ids: Any, pixel_values: Any, num_tiles: Any) -> None:
@@ -164,22 +164,30 @@ def check_tiles(
 BATCHED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
 
 
-def take_rows(arguments: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """The arguments of a pass over the chosen rows, (batch,) booleans, of a batch."""
+def split_rows(is_multimodal: list[bool]) -> dict[str, list[int]]:
+    """The rows of each view in a mixed batch."""
+    rows = range(len(is_multimodal))
     return {
-        name: value[rows.to(value.device)] if name in BATCHED and isinstance(value, torch.Tensor) else value
+        TEXT: [row for row in rows if not is_multimodal[row]],
+        MULTIMODAL: [row for row in rows if is_multimodal[row]],
+    }
+
+
+def take_rows(arguments: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The arguments of a pass over the chosen rows of a batch."""
+    return {
+        name: value[rows] if name in BATCHED and isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
 
 
-def merge_rows(text: Any, multimodal: Any, is_multimodal: torch.Tensor) -> dict[str, Any]:
+def merge_rows(text: Any, multimodal: Any, rows: dict[str, list[int]]) -> dict[str, Any]:
     """Outputs of the two parts of a mixed batch, rows in their old order: logits, hidden states, attentions."""
 
     def merge(first: Any, second: Any) -> Any:
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-            merged = first.new_empty(len(is_multimodal), *first.shape[1:])
-            rows = is_multimodal.to(merged.device)
-            merged[~rows], merged[rows] = first, second.to(merged.device, merged.dtype)
+            merged = first.new_empty(len(first) + len(second), *first.shape[1:])
+            merged[rows[TEXT]], merged[rows[MULTIMODAL]] = first, second.to(merged.device, merged.dtype)
             return merged
         if isinstance(first, tuple) and isinstance(second, tuple):
             return tuple(merge(one, other) for one, other in zip(first, second, strict=True))
@@ -190,16 +198,15 @@ def merge_rows(text: Any, multimodal: Any, is_multimodal: torch.Tensor) -> dict[
 
 
 def join_sequences(
-    text: torch.Tensor, multimodal: torch.Tensor, is_multimodal: torch.Tensor, pad_token_id: int
+    text: torch.Tensor, multimodal: torch.Tensor, rows: dict[str, list[int]], pad_token_id: int
 ) -> torch.Tensor:
     """Generated ids of the two parts, (rows, length) each, as one batch padded on the right."""
     length = max(text.shape[1], multimodal.shape[1])
-    per_row = (len(text) + len(multimodal)) // len(is_multimodal)  # `num_return_sequences`
-    rows = is_multimodal.repeat_interleave(per_row)
-    merged = text.new_full((len(rows), length), pad_token_id)
-    for part, chosen in ((text, ~rows), (multimodal, rows)):
-        chosen = chosen.to(merged.device).nonzero()[:, 0]
-        merged[chosen[:, None], torch.arange(part.shape[1], device=merged.device)] = part.to(merged.device)
+    per_row = len(text) // len(rows[TEXT])  # `num_return_sequences`
+    merged = text.new_full((len(text) + len(multimodal), length), pad_token_id)
+    for part, chosen in ((text, rows[TEXT]), (multimodal, rows[MULTIMODAL])):
+        places = [row * per_row + number for row in chosen for number in range(per_row)]
+        merged[places, : part.shape[1]] = part.to(merged.device)
     return merged
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import CompileConfig, StaticCache, TextStreamer
 
 from modeling_genieblue import (
     GenieBlueConfig,
@@ -137,10 +137,18 @@ class Conversation(ABC):
 
 
 class Chat(Conversation):
-    """A conversation with a model in PyTorch."""
+    """A conversation with a model in PyTorch.
 
-    def __init__(self, model: GenieBlueForConditionalGeneration, processor: GenieBlueProcessor):
+    With `compile` each step of decoding is compiled by `torch.compile`, over a cache of a fixed size, whose room is
+    doubled when a conversation outgrows it. The first answers take longer then, and longer ones are faster.
+    """
+
+    def __init__(
+        self, model: GenieBlueForConditionalGeneration, processor: GenieBlueProcessor, *, compile: bool = False
+    ):
         self.model = model
+        self._compiling = _compiling() if compile else {}
+        self._room = SMALLEST_ROOM
         super().__init__(processor)
 
     @classmethod
@@ -153,6 +161,7 @@ class Chat(Conversation):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         backend: str = "quanto",
+        compile: bool = False,
         **hub_kwargs: Any,
     ) -> "Chat":
         """A chat with a saved GenieBlue (folder or Hub id), run by the installed package and not by the repo's code.
@@ -161,8 +170,12 @@ class Chat(Conversation):
             base_model: a loaded base, or the folder or Hub id of it; by default the one that the model names.
             trust_remote_code: allows code of the base's repository to run.
             backend: of a quantized model, see `QuantizedGenieBlueForConditionalGeneration`.
+            compile: compiles decoding, see the class; not with `backend="onnxruntime"`, which `torch.compile` cannot
+                look into.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
         """
+        if compile and backend == "onnxruntime":
+            raise ValueError("`compile` is for PyTorch, and `backend` is 'onnxruntime': leave one of them out.")
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if value is not None}
         hub_kwargs["trust_remote_code"] = trust_remote_code
         options = {"base_model": base_model, "dtype": dtype, **hub_kwargs}
@@ -174,7 +187,7 @@ class Chat(Conversation):
         loaded = GenieBlueForConditionalGeneration.from_pretrained(model, **options)
         if device is not None:
             loaded.to(device)
-        return cls(loaded, GenieBlueProcessor.from_pretrained(model, **hub_kwargs))
+        return cls(loaded, GenieBlueProcessor.from_pretrained(model, **hub_kwargs), compile=compile)
 
     def _answer(
         self,
@@ -192,10 +205,16 @@ class Chat(Conversation):
             raise ValueError(
                 f"Got temperature {temperature} and top_p {top_p}: expected at least 0, and above 0 to 1."
             )
-        self._warn_of_length(len(ids) + max_new_tokens)
+        length = len(ids) + max_new_tokens
+        self._warn_of_length(length)
+        if self._compiling and length > self._room:
+            self._room = 1 << (length - 1).bit_length()
+            self._forget_cache()
         running_view = view or (MULTIMODAL if self.processor.image_token_id in ids else TEXT)
         cached = self._crop_cache(ids, running_view)
         cache = self._cache
+        if self._compiling and cache is None:
+            cache = StaticCache(config=self.model.language_model.config, max_cache_len=self._room)
         self._forget_cache()  # whatever goes wrong from here on, it is not to be used again
         outputs = self._generate(
             ids,
@@ -204,6 +223,7 @@ class Chat(Conversation):
             view=view,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            **self._compiling,
             **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else GREEDY),
         )
         sequence = outputs.sequences[0].tolist()
@@ -247,6 +267,15 @@ class Chat(Conversation):
 
 # Without these a base whose own settings are for sampling would warn that they have no effect.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+SMALLEST_ROOM = 1024  # tokens; each other room is compiled for anew
+
+
+def _compiling() -> dict[str, Any]:
+    config = CompileConfig()
+    config._compile_all_devices = True  # transformers compiles on accelerators alone otherwise
+    return {"compile_config": config}
 
 
 class _TextPieces(TextStreamer):

@@ -278,19 +278,6 @@ def test_merged_into_one_tree_it_is_still_the_multimodal_view():
     torch.testing.assert_close(copied(REQUEST, pixel_values=PIXELS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@telling_family
-@torch.no_grad()
-def test_each_view_can_be_compiled_by_itself(family):
-    if family == "bluelm":
-        pytest.skip("older remote code that does not trace in one piece by hand either")
-    model = tiny_genieblue(family)
-    seen, text = model(REQUEST, pixel_values=PIXELS).logits, model(prompt()).logits
-    compiled = torch.compile(model.multimodal_language_model, backend="eager", fullgraph=True)
-    embeddings = model.embed_request(REQUEST, PIXELS)
-    torch.testing.assert_close(compiled(inputs_embeds=embeddings).logits, seen, atol=5e-5, rtol=1e-4)
-    assert torch.equal(torch.compile(model.language_model, backend="eager", fullgraph=True)(prompt()).logits, text)
-
-
 @torch.no_grad()
 def test_multimodal_view_can_be_exported():
     model = tiny_genieblue()

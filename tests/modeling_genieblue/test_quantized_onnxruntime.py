@@ -12,8 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 from modeling_genieblue import quantized_onnxruntime_genieblue as backend
-from modeling_genieblue.lora_genieblue import SIBLINGS
-from modeling_genieblue.quantized_onnxruntime_genieblue import OnnxRuntimeLinear, block_size_of, use_onnxruntime
+from modeling_genieblue.quantized_onnxruntime_genieblue import (
+    SIBLINGS,
+    OnnxRuntimeLinear,
+    block_size_of,
+    use_onnxruntime,
+)
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

@@ -1,11 +1,15 @@
 """A conversation: answers equal those of `generate` by hand, and keeping a cache changes nothing but the time."""
 
+import functools
+
 import pytest
 import torch
 from PIL import Image
 from tiny_genieblue import tiny_genieblue
 from tiny_models import FAMILIES_WITH_BOS, tiny_base, tiny_tokenizer
+from transformers import CompileConfig
 
+from genieblue.serving import conversation
 from genieblue.serving.conversation import Chat
 from modeling_genieblue import GenieBlueProcessor
 
@@ -248,3 +252,26 @@ def test_settings_out_of_range_are_refused(chat, settings):
 def test_an_empty_prompt_is_refused(chat):
     with pytest.raises(ValueError, match="prompt is empty"):
         chat.ask("  \n")
+
+
+def test_compiled_decoding_gives_the_same_conversation(chat, monkeypatch):
+    """Over turns, a change of the view, and a conversation that outgrows its room."""
+    graphs = []
+
+    def backend(graph, _inputs, **_options):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(conversation, "CompileConfig", functools.partial(CompileConfig, backend=backend))
+    monkeypatch.setattr(conversation, "SMALLEST_ROOM", 64)
+    compiled = Chat(chat.model, chat.processor, compile=True)
+    turns = [("Which tree?", []), ("And now?", []), ("What is it?", [picture()]), ("Are you sure?", [])]
+    for prompt, images in turns:
+        assert compiled.ask(prompt, images, **SHORT) == chat.ask(prompt, images, **SHORT)
+    assert graphs
+
+
+def test_compiling_is_refused_for_onnxruntime():
+    with pytest.raises(ValueError, match="`compile`.*onnxruntime"):
+        Chat.from_pretrained("somewhere", compile=True, backend="onnxruntime")
