@@ -81,8 +81,8 @@ def answer_ids(
     ids = _following(processor, num_tiles, prompt, prompt_ids, body)
     if early := [token for token in ids if token in stop_ids]:
         raise ValueError(
-            f"the answer holds {processor.tokenizer.decode(early[:1])!r}, at which generation stops, so its rest would "
-            "never be generated: reword the answer."
+            f"the answer holds {processor.tokenizer.decode(early[:1])!r}, at which generation stops, so its rest "
+            "would never be generated: reword the answer."
         )
     return prompt_ids, ids + _end_ids(processor, num_tiles, prompt + body, prompt_ids + ids, after, stop_ids)
 

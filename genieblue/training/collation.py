@@ -174,7 +174,10 @@ class EncodedChats(torch.utils.data.Dataset):
         except BAD_SAMPLE as error:
             where = self.chats.where(index)
             raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
-        if self.need_images and not any("pixel_values" in row for row in rows):
+        if not self.need_images:
+            return rows
+        rows = [row for row in rows if "pixel_values" in row]
+        if not rows:
             raise ValueError(f"{self.chats.where(index)}: no image, so there is nothing to learn for the projector.")
         return rows
 

@@ -1,4 +1,4 @@
-"""Keys of a sample beyond those that are read: what may carry meaning is refused by name, what only describes passes."""
+"""Keys of a sample that are not read: what may carry meaning is refused by name, what only describes passes."""
 
 import re
 from collections.abc import Collection, Mapping

@@ -17,7 +17,9 @@ QUESTION = "What is in this picture?"
 def chatml_processor(kind: str = "byte_level", template: str = CHATML, **settings):
     """A ChatML template on a base whose generation stops at `</s>` only."""
     tokenizer = make_tokenizer(kind, chat_template=template, **settings)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in ("<|im_start|>", "<|im_end|>")]
+    )
     return make_processor(tokenizer)
 
 

@@ -361,7 +361,7 @@ def test_broken_image_is_an_error_or_replaced_by_the_next_sample(tmp_path, caplo
         EncodedChats(ChatDataset(path), collator)[1]
     rows = EncodedChats(ChatDataset(path, skip_bad=True), collator)
     with caplog.at_level(logging.WARNING):
-            assert rows[1] == rows[2] == collator.rows(good_line())
+        assert rows[1] == rows[2] == collator.rows(good_line())
     assert "chats.jsonl:2" in caplog.text and "1 so far" in caplog.text
 
 
