@@ -23,7 +23,10 @@ from modeling_genieblue.chat_messages_genieblue import IMAGE_SOURCES, image_sour
 logger = logging.getLogger(__name__)
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-SAMPLE_KEYS = frozenset(("messages", "conversations", "images", "image", "system", "system_prompt"))
+IMAGE_KEYS = ("images", "image")
+SAMPLE_KEYS = frozenset(("messages", "conversations", "system", "system_prompt", *IMAGE_KEYS))
+IN_A_COLUMN = object()  # images that are there, and not looked at yet
+BATCH = 1000  # rows of a table that are looked at together
 TURN_KEYS = frozenset(("role", "from", "content", "value"))
 IMAGE_PART_KEYS = ("type", "image_url", "index", *IMAGE_SOURCES)
 # Beside images that are there: what they are called elsewhere.
@@ -58,10 +61,10 @@ class ChatDataset(torch.utils.data.Dataset):
     image (`image` or `path`) and a text stands for itself, whatever it holds. And LLaVA's
     `{"image": ..., "conversations": [{"from", "value"}]}`.
 
-    A JSONL file or a list is checked as a whole when it is opened; other sequences, which may make or decode their
-    samples, are checked sample by sample when they are used. With `skip_bad` a bad sample is left out and logged;
-    without, it is a `ValueError` that names its file and line. With `None` too, which is for data of which nothing may
-    be left out: its message does not offer it.
+    A JSONL file or a list is checked as a whole when it is opened, a `datasets.Dataset` in all columns but those of
+    images; other sequences, which may make their samples, are checked sample by sample when they are used. With
+    `skip_bad` a bad sample is left out and logged; without, it is a `ValueError` that names its file and line. With
+    `None` too, which is for data of which nothing may be left out: its message does not offer it.
 
     `sha256` is that of the good lines or, of a list, of the texts and paths; of a `datasets.Dataset` its own
     fingerprint, and `None` for other sequences.
@@ -101,6 +104,8 @@ class ChatDataset(torch.utils.data.Dataset):
         self._numbers = range(len(source))
         if isinstance(source, (list, tuple)):
             self._check_sequence()
+        elif getattr(source, "format", {}).get("type", "custom") != "custom":  # a transform makes its samples
+            self._check_columns()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -149,13 +154,23 @@ class ChatDataset(torch.utils.data.Dataset):
                     offset += len(line)
 
         size = self._file.stat().st_size
-        self._check(lines(), parse_line, total=size, unit="B", unit_scale=True)
+        digest = self._check(lines(), parse_line, total=size, unit="B", unit_scale=True)
+        self.sha256 = digest.hexdigest()
 
     def _check_sequence(self) -> None:
-        self._check(((1, raw) for raw in self._sequence), lambda raw: raw, total=len(self._sequence))
+        entries = ((1, raw) for raw in self._sequence)
+        self.sha256 = self._check(entries, lambda raw: raw, total=len(self._sequence)).hexdigest()
 
-    def _check(self, entries: Iterator[tuple[int, Any]], parse: Any, **bar_options: Any) -> None:
-        """Looks at every sample once; keeps the numbers of the good ones."""
+    def _check_columns(self) -> None:
+        """Looks at all columns of a `datasets.Dataset` but those of images, which are decoded when they are used."""
+        names = [name for name in self._sequence.column_names if name not in IMAGE_KEYS]
+        found = {"images": IN_A_COLUMN} if len(names) < len(self._sequence.column_names) else {}
+        batches = self._sequence.select_columns(names).with_format("arrow").iter(BATCH)
+        entries = ((1, raw) for batch in batches for raw in batch.to_pylist())
+        self._check(entries, lambda raw: raw | found, total=len(self._sequence))
+
+    def _check(self, entries: Iterator[tuple[int, Any]], parse: Any, **bar_options: Any) -> Any:
+        """Looks at every sample once, and keeps the numbers of the good ones; returns the digest of these."""
         good = array("q")
         digest = hashlib.sha256()
         self._image_counts = array("I")
@@ -178,10 +193,10 @@ class ChatDataset(torch.utils.data.Dataset):
                     self._image_counts.append(len(sample.images))
                 bar.update(size)
         self._numbers = good
-        self.sha256 = digest.hexdigest()
         self.num_skipped = len(self._image_counts) - len(good)
         if self.num_skipped:
             logger.warning("%d of %d samples are bad and left out.", self.num_skipped, len(self._image_counts))
+        return digest
 
 
 def _texts_and_paths(sample: ChatSample) -> bytes:
@@ -204,7 +219,9 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
     messages = [_parse_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1)]
     messages = _with_system(messages, _either(raw, ("system", "system_prompt"), where), where)
     _check_turns(messages, where)
-    given = _either(raw, ("images", "image"), where)
+    given = _either(raw, IMAGE_KEYS, where)
+    if given is IN_A_COLUMN:
+        given = [b""] * sum(source is None for source in image_sources(messages))
     given = [] if is_nothing(given) else list(given) if isinstance(given, (list, tuple)) else [given]
     images = _images_of_parts(messages, given, where)
     read = SAMPLE_KEYS | (IMAGE_NAMES if images else frozenset())

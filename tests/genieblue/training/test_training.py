@@ -16,7 +16,6 @@ from genieblue.training.structure import GenieBlueStructure
 from hub_cards.model_card import card_info_from_folder
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
-
 GROUPS = GenieBlueStructure.groups
 
 

@@ -25,15 +25,14 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_learned_answer_is_generated_and_ends_by_itself_in_each_turn(name, tmp_path):
     base = make_base(tmp_path / "base")
-    model, processor = make_model(base, lora_dropout=0.0)
+    model, processor = make_model(base, lora_rank=16, lora_dropout=0.0)
     processor.tokenizer.chat_template = TEMPLATES[name]
     image = make_data()[0]["images"][0]
     sample = chat("<image>\nWhich colour?", ANSWER, image)
-    sample["messages"] += chat("And now?", " 7, no.")["messages"]
-    settings = make_settings(steps=50, batch_size=1, learning_rate=2e-2)
-    result = train(model, processor, [sample], tmp_path / "out", settings)
-    assert result.loss < 0.1
+    sample["messages"] += chat("And now?", " 7.")["messages"]
+    settings = make_settings(steps=20, batch_size=1, learning_rate=3e-2, warmup_steps=5)
+    train(model, processor, [sample], tmp_path / "out", settings)
     conversation = Chat(model, processor)
-    for question, images, answer in (("Which colour?", [image], ANSWER), ("And now?", [], " 7, no.")):
-        given = conversation.ask(question, images, max_new_tokens=80)
-        assert given["text"] == answer and given["generated_tokens"] < 80
+    for question, images, answer in (("Which colour?", [image], ANSWER), ("And now?", [], " 7.")):
+        given = conversation.ask(question, images, max_new_tokens=40)
+        assert given["text"] == answer and given["generated_tokens"] < 40
