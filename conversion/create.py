@@ -12,13 +12,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
 )
 from transformers.utils import logging as transformers_logging
 
-from conversion.chat_template import refuse_unusable_template
+from conversion.chat_ids import NO_STOP_TOKEN, answer_frame, stop_token_ids
+from conversion.chat_template import QUESTION, refuse_unusable_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
@@ -142,11 +144,38 @@ def create_genieblue(
         max_tiles=max_tiles,
         chat_template=chat_template,
     )
+    _tell_how_answers_end(processor, model.generation_config)
     model.save_pretrained(output, processor=processor)
     foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER)
     if foreign:
         logger.warning("%s still holds %s, which are not part of the new model.", output, ", ".join(foreign))
     return output
+
+
+def _tell_how_answers_end(processor: GenieBlueProcessor, generation_config: GenerationConfig) -> None:
+    """Warns of a base whose generation would not end with the turns of its chat template, or never."""
+    stop_ids = stop_token_ids(generation_config)
+    if processor.chat_template is None:
+        return
+    if not stop_ids:
+        logger.warning(NO_STOP_TOKEN)
+        return
+    stops = " or ".join(repr(token) for token in processor.tokenizer.convert_ids_to_tokens(stop_ids))
+    messages = [{"role": "user", "content": QUESTION}]
+    try:
+        _, after = answer_frame(processor, messages)
+    except ValueError as error:
+        logger.warning("No chat can be trained: %s", error)
+        return
+    if not set(processor.tokenizer(after, add_special_tokens=False)["input_ids"]) & set(stop_ids):
+        logger.warning(
+            "Generation stops at %s, but the chat template ends an answer with %r. Trained answers end with both; "
+            "those of the base itself, to texts alone, go on behind it, as they always did.",
+            stops,
+            after.rstrip(),
+        )
+    else:
+        logger.info("Generation stops at %s.", stops)
 
 
 def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> None:

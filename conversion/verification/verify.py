@@ -20,6 +20,7 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.verification import clean_process
+from conversion.verification.answer_boundaries import check_answer_boundaries
 from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of, some
 from conversion.verification.verify_quantized import check_quantization, check_quantized_adapter, may_run_code_of_base
 from hub_cards.model_folder import not_finite, own_weight_files, read_model_config, read_tensor_sizes
@@ -375,6 +376,7 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "base_files": check_base_files,
     "language_adapter": check_language_adapter,
     "tokenizer": check_tokenizer,
+    "answer_boundaries": check_answer_boundaries,
     "text_view": check_text_view,
     "stock_peft": check_stock_peft,
     "remote_code": check_remote_code,

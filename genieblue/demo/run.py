@@ -24,11 +24,11 @@ from hub_cards.model_card import card_info_from_folder, write_model_card
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.model_files_genieblue import MEASUREMENTS_NAME
 
-STAGE_1 = {"steps": 60, "batch_size": 32, "learning_rates": {"projector": 2e-3}}
+STAGE_1 = {"steps": 60, "batch_size": 32, "learning_rates": {"multi_modal_projector": 2e-3}}
 STAGE_2 = {
     "steps": 3000,
     "batch_size": 16,
-    "learning_rates": {"vision": 5e-4, "projector": 2e-3, "lora": 2e-3, "copies": 1e-3},
+    "learning_rates": {"vision_tower": 5e-4, "multi_modal_projector": 2e-3, "lora": 2e-3, "replicated_blocks": 1e-3},
 }
 STAGE_SECONDS = 330.0  # a slow computer stops here, its schedule at an end; a fast one is through its steps before
 NUMBERS_PER_LENGTH = 125

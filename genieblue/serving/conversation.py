@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig, StaticCache, TextStreamer
 
+from conversion.chat_ids import answer_text
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
@@ -79,7 +80,10 @@ class Conversation(ABC):
         answer_ids, running_view = self._answer(
             ids, inputs.get("pixel_values"), view=view, max_new_tokens=max_new_tokens, streamer=streamer, **drawing
         )
-        text = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True)
+        if running_view == MULTIMODAL and not self.completes_only:
+            text = answer_text(self.processor, messages, answer_ids)
+        else:  # as the base writes it
+            text = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True)
         if self.completes_only:
             self._forget_cache()
         else:

@@ -7,7 +7,7 @@ import torch
 
 from conversion.quantization.hessians import read_paragraphs, text_batches
 from conversion.quantization.quantize import CalibrationSamples
-from genieblue.training.chats import ChatDataset, ChatSample
+from genieblue.training.chats import ChatDataset, ChatSample, texts_of
 from genieblue.training.collation import ChatCollator
 
 
@@ -46,7 +46,7 @@ def read_calibration(
         if path.suffix == ".jsonl":
             samples = read_chats(path, 4 * count, image_folder=image_folder)
             chats += [sample for sample in samples if sample.images]
-            texts += ["\n".join(_texts(sample)) for sample in samples]
+            texts += ["\n".join(texts_of(sample.messages)) for sample in samples]
         else:
             texts += read_paragraphs(path)
     collator = ChatCollator(processor)
@@ -54,11 +54,6 @@ def read_calibration(
         text=text_batches(processor.tokenizer, texts, length, count),
         multimodal=[_request(collator.encode(chat)) for chat in chats[:count]],
     )
-
-
-def _texts(sample: Any) -> list[str]:
-    parts = [part for message in sample.messages for part in message["content"]]
-    return [part["text"] for part in parts if part["type"] == "text"]
 
 
 def _request(row: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -15,12 +15,22 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from modeling_genieblue.addresses_genieblue import redacted, shown
-from modeling_genieblue.chat_messages_genieblue import image_sources
+from genieblue.training.jsonl_files import parse_line, refuse_other_forms
+from genieblue.training.sample_keys import is_nothing, refuse_lost_keys, shortened
+from modeling_genieblue.addresses_genieblue import shown
+from modeling_genieblue.chat_messages_genieblue import IMAGE_SOURCES, image_sources
 
 logger = logging.getLogger(__name__)
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+IMAGE_KEYS = ("images", "image")
+SAMPLE_KEYS = frozenset(("messages", "conversations", "system", "system_prompt", *IMAGE_KEYS))
+IN_A_COLUMN = object()  # images that are there, and not looked at yet
+BATCH = 1000  # rows of a table that are looked at together
+TURN_KEYS = frozenset(("role", "from", "content", "value"))
+IMAGE_PART_KEYS = ("type", "image_url", "index", *IMAGE_SOURCES)
+# Beside images that are there: what they are called elsewhere.
+IMAGE_NAMES = frozenset(("image_url", "image_urls", "image_path", "image_name", "image_file", "file_name"))
 PLACEHOLDER = "<image>"  # in the strings of a data file, whatever the placeholder of the processor is
 SECONDS_WITHOUT_BAR = 2
 BAD_SAMPLE = (ValueError, OSError)
@@ -32,7 +42,8 @@ class ChatSample:
     """One conversation that ends with an answer.
 
     Attributes:
-        messages: `{"role", "content"}`, contents as lists of `{"type": "text", "text"}` and `{"type": "image"}`.
+        messages: `{"role", "content"}`; a content is a string, or a list of `{"type": "text", "text"}` and
+            `{"type": "image"}`, as the sample has it.
         images: one by image part, in order: a path, a PIL image, an array or the bytes of a file.
         where: `file:line`, or the sample's number, for messages.
     """
@@ -50,10 +61,10 @@ class ChatDataset(torch.utils.data.Dataset):
     image (`image` or `path`) and a text stands for itself, whatever it holds. And LLaVA's
     `{"image": ..., "conversations": [{"from", "value"}]}`.
 
-    A JSONL file or a list is checked as a whole when it is opened; other sequences, which may make or decode their
-    samples, are checked sample by sample when they are used. With `skip_bad` a bad sample is left out and logged;
-    without, it is a `ValueError` that names its file and line. With `None` too, which is for data of which nothing may
-    be left out: its message does not offer it.
+    A JSONL file or a list is checked as a whole when it is opened, a `datasets.Dataset` in all columns but those of
+    images; other sequences, which may make their samples, are checked sample by sample when they are used. With
+    `skip_bad` a bad sample is left out and logged; without, it is a `ValueError` that names its file and line. With
+    `None` too, which is for data of which nothing may be left out: its message does not offer it.
 
     `sha256` is that of the good lines or, of a list, of the texts and paths; of a `datasets.Dataset` its own
     fingerprint, and `None` for other sequences.
@@ -80,6 +91,7 @@ class ChatDataset(torch.utils.data.Dataset):
             if not self._file.is_file():
                 raise FileNotFoundError(f"{shown(source)} is no file: expected a JSONL file of chats.")
             self._folder = Path(os.path.realpath(image_folder or self._file.parent))
+            refuse_other_forms(self._file)
             self._check_lines()
             return
         if isinstance(source, dict) or not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
@@ -92,6 +104,8 @@ class ChatDataset(torch.utils.data.Dataset):
         self._numbers = range(len(source))
         if isinstance(source, (list, tuple)):
             self._check_sequence()
+        elif getattr(source, "format", {}).get("type", "custom") != "custom":  # a transform makes its samples
+            self._check_columns()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -102,7 +116,7 @@ class ChatDataset(torch.utils.data.Dataset):
             return self._sample(self._sequence[number], self._where(number))
         with self._file.open("rb") as file:
             file.seek(self._offsets[number])
-            return self._sample(_parse_line(file.readline()), self._where(number))
+            return self._sample(parse_line(file.readline()), self._where(number))
 
     def where(self, index: int) -> str:
         """Names a sample for a message: `file:line`, or its number."""
@@ -140,13 +154,23 @@ class ChatDataset(torch.utils.data.Dataset):
                     offset += len(line)
 
         size = self._file.stat().st_size
-        self._check(lines(), _parse_line, total=size, unit="B", unit_scale=True)
+        digest = self._check(lines(), parse_line, total=size, unit="B", unit_scale=True)
+        self.sha256 = digest.hexdigest()
 
     def _check_sequence(self) -> None:
-        self._check(((1, raw) for raw in self._sequence), lambda raw: raw, total=len(self._sequence))
+        entries = ((1, raw) for raw in self._sequence)
+        self.sha256 = self._check(entries, lambda raw: raw, total=len(self._sequence)).hexdigest()
 
-    def _check(self, entries: Iterator[tuple[int, Any]], parse: Any, **bar_options: Any) -> None:
-        """Looks at every sample once; keeps the numbers of the good ones."""
+    def _check_columns(self) -> None:
+        """Looks at all columns of a `datasets.Dataset` but those of images, which are decoded when they are used."""
+        names = [name for name in self._sequence.column_names if name not in IMAGE_KEYS]
+        found = {"images": IN_A_COLUMN} if len(names) < len(self._sequence.column_names) else {}
+        batches = self._sequence.select_columns(names).with_format("arrow").iter(BATCH)
+        entries = ((1, raw) for batch in batches for raw in batch.to_pylist())
+        self._check(entries, lambda raw: raw | found, total=len(self._sequence))
+
+    def _check(self, entries: Iterator[tuple[int, Any]], parse: Any, **bar_options: Any) -> Any:
+        """Looks at every sample once, and keeps the numbers of the good ones; returns the digest of these."""
         good = array("q")
         digest = hashlib.sha256()
         self._image_counts = array("I")
@@ -169,10 +193,10 @@ class ChatDataset(torch.utils.data.Dataset):
                     self._image_counts.append(len(sample.images))
                 bar.update(size)
         self._numbers = good
-        self.sha256 = digest.hexdigest()
         self.num_skipped = len(self._image_counts) - len(good)
         if self.num_skipped:
             logger.warning("%d of %d samples are bad and left out.", self.num_skipped, len(self._image_counts))
+        return digest
 
 
 def _texts_and_paths(sample: ChatSample) -> bytes:
@@ -186,19 +210,54 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
     `image_folder` is a real path (without links), outside of which no image may lie.
     """
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: a sample is {_shown(raw)}, expected an object with `messages` or `conversations`.")
-    turns = raw.get("messages") if raw.get("messages") is not None else raw.get("conversations")
+        raise ValueError(f"{where}: a sample is {shortened(raw)}, expected an object with messages.")
+    turns = _either(raw, ("messages", "conversations"), where)
     if not isinstance(turns, (list, tuple)) or not turns:
         raise ValueError(
             f"{where}: expected a list of turns as `messages` or `conversations`, found the keys {sorted(raw)}."
         )
     messages = [_parse_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1)]
+    messages = _with_system(messages, _either(raw, ("system", "system_prompt"), where), where)
     _check_turns(messages, where)
+    given = _either(raw, IMAGE_KEYS, where)
+    if given is IN_A_COLUMN:
+        given = [b""] * sum(source is None for source in image_sources(messages))
+    given = [] if is_nothing(given) else list(given) if isinstance(given, (list, tuple)) else [given]
+    images = _images_of_parts(messages, given, where)
+    read = SAMPLE_KEYS | (IMAGE_NAMES if images else frozenset())
+    refuse_lost_keys(raw, read, where, texts=texts_of(messages))
     for message in messages:
-        if message["role"] != "user" and any(part["type"] == "image" for part in message["content"]):
+        if isinstance(message["content"], list):
+            message["content"] = [part if part["type"] == "text" else {"type": "image"} for part in message["content"]]
+    return ChatSample(messages, [_resolve_image(image, image_folder, where) for image in images], where)
+
+
+def _either(found: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
+    """The value of whichever of two keys has one; `ValueError` if both have, and another one."""
+    given = [found[key] for key in keys if not is_nothing(found.get(key))]
+    if len(given) > 1 and given[0] != given[1] and [given[1]] != given[0]:
+        raise ValueError(f"{where}: {keys[0]!r} and {keys[1]!r} are given, and differ; expected one of them.")
+    return given[0] if given else next((found[key] for key in keys if found.get(key) is not None), None)
+
+
+def _with_system(messages: list[dict[str, Any]], system: Any, where: str) -> list[dict[str, Any]]:
+    """The messages behind the system message that ShareGPT's form keeps beside them."""
+    if is_nothing(system):
+        return messages
+    if not isinstance(system, str):
+        raise ValueError(f"{where}: `system` is {shortened(system)}, expected a string.")
+    if messages[0]["role"] == "system":
+        if "".join(texts_of(messages[:1])).strip() != system.strip():
+            raise ValueError(f"{where}: `system` is another one than the system message; expected one of them.")
+        return messages
+    return [{"role": "system", "content": _encodable(system, where)}, *messages]
+
+
+def _images_of_parts(messages: list[dict[str, Any]], given: list[Any], where: str) -> list[Any]:
+    """The image of each image part in order, those that are `given` beside the messages in their places."""
+    for message in messages:
+        if message["role"] != "user" and image_sources([message]):
             raise ValueError(f"{where}: an image in a turn of the {message['role']}; only the user shows images.")
-    given = raw.get("images") if raw.get("images") is not None else raw.get("image")
-    given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     sources = image_sources(messages)
     missing = sum(source is None for source in sources)
     if missing != len(given):
@@ -208,42 +267,50 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
             '{"type": "text", "text": ...}.'
         )
     remaining = iter(given)
-    images = [next(remaining) if source is None else source for source in sources]
-    for message in messages:
-        message["content"] = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
-    return ChatSample(messages, [_resolve_image(image, image_folder, where) for image in images], where)
+    return [next(remaining) if source is None else source for source in sources]
+
+
+def texts_of(messages: list[dict[str, Any]]) -> list[str]:
+    """The texts of messages: contents that are strings, and text parts."""
+    contents = [[message["content"]] if isinstance(message["content"], str) else message["content"]
+                for message in messages]  # fmt: skip
+    return [part if isinstance(part, str) else part["text"] for content in contents for part in content
+            if isinstance(part, str) or part["type"] == "text"]  # fmt: skip
 
 
 def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise ValueError(f"{where} is {_shown(turn)}, expected an object.")
-    role = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        raise ValueError(f"{where} is {shortened(turn)}, expected an object.")
+    role, content = _either(turn, ("role", "from"), where), _either(turn, ("content", "value"), where)
     if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{where}: the role is {_shown(role)}, expected one of {', '.join(ROLES)}.")
+        raise ValueError(f"{where}: the role is {shortened(role)}, expected one of {', '.join(ROLES)}.")
     if isinstance(content, str):
         text = _encodable(content, where)
-        shows_images = ROLES[role] == "user"
-        return {
-            "role": ROLES[role],
-            "content": _split_placeholders(text) if shows_images else [{"type": "text", "text": text}],
-        }
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{where}: the content is {_shown(content)}, expected a string or a list of parts.")
-    parts = []
-    for part in content:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": _encodable(part["text"], where)})
-        elif kind == "image":
-            parts.append(part)
-        else:
-            raise ValueError(
-                f'{where}: a part is {_shown(part)}, expected {{"type": "text", "text": ...}} or '
-                '{"type": "image", "image": ...}.'
-            )
-    return {"role": ROLES[role], "content": parts}
+        parsed = _split_placeholders(text) if ROLES[role] == "user" else text  # others show no images
+    elif isinstance(content, (list, tuple)):
+        parsed = [_parse_part(part, where) for part in content]
+    else:
+        raise ValueError(f"{where}: the content is {shortened(content)}, expected a string or a list of parts.")
+    message = {"role": ROLES[role], "content": parsed}
+    refuse_lost_keys(turn, TURN_KEYS, where, texts=texts_of([message]), strict=True)
+    return message
+
+
+def _parse_part(part: Any, where: str) -> dict[str, Any]:
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        refuse_lost_keys(part, ("type", "text"), where, strict=True)
+        return {"type": "text", "text": _encodable(part["text"], where)}
+    if kind not in ("image", "image_url"):
+        raise ValueError(
+            f'{where}: a part is {shortened(part)}, expected {{"type": "text", "text": ...}} or '
+            '{"type": "image", "image": ...}.'
+        )
+    refuse_lost_keys(part, IMAGE_PART_KEYS, where, strict=True)
+    if isinstance(part.get("image_url"), dict):
+        refuse_lost_keys(part["image_url"], ("url",), where, strict=True)
+    return {"type": kind} | {key: part[key] for key in IMAGE_PART_KEYS if not is_nothing(part.get(key))}
 
 
 def _encodable(text: str, where: str) -> str:
@@ -254,10 +321,12 @@ def _encodable(text: str, where: str) -> str:
     return text
 
 
-def _split_placeholders(text: str) -> list[dict[str, Any]]:
+def _split_placeholders(text: str) -> str | list[dict[str, Any]]:
     """`"<image>\\nWhat is it?"` → an image part and a text part; the processor puts the newline between them."""
+    if PLACEHOLDER not in text:
+        return text
     pieces = text.split(PLACEHOLDER)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] or len(pieces) == 1 else []
+    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
     for piece in pieces[1:]:
         parts.append({"type": "image"})
         piece = piece.removeprefix("\n")
@@ -275,8 +344,7 @@ def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
             f"{where}: the roles are {', '.join(roles)}; expected user and assistant in turn, ending with the "
             "assistant, after at most one system message."
         )
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not any(part.get("text", "").strip() for answer in answers for part in answer):
+    if not any(text.strip() for text in texts_of([message for message in messages if message["role"] == "assistant"])):
         raise ValueError(f"{where}: all answers are empty, so there is nothing to learn; expected text.")
 
 
@@ -288,7 +356,7 @@ def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
     if isinstance(image, (Image.Image, np.ndarray, torch.Tensor, bytes)):
         return image
     if not isinstance(image, (str, os.PathLike)) or not os.fspath(image):
-        raise ValueError(f"{where}: an image is {_shown(image)}, expected a path, a PIL image or bytes.")
+        raise ValueError(f"{where}: an image is {shortened(image)}, expected a path, a PIL image or bytes.")
     name = os.fspath(image)
     if "\0" in name:
         raise ValueError(f"{where}: the image {name!r} is no path: it holds a null byte.")
@@ -313,22 +381,8 @@ def _check_exists(image: Any) -> None:
         raise FileNotFoundError(f"there is no image file {shown(image)}.")
 
 
-def _parse_line(line: bytes) -> Any:
-    if line.lstrip().startswith(b"["):
-        raise ValueError("the line is a list: expected JSONL, one object a line (`jq -c '.[]'` makes it of a list).")
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error}).") from error
-
-
-def _shown(value: Any) -> str:
-    text = redacted(repr(value))
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _without_prefix(error: Exception, where: str) -> str:
     return str(error).removeprefix(where).removeprefix(": ").removeprefix(", ")
 
 
-__all__ = ["ChatDataset", "ChatSample", "parse_chat"]
+__all__ = ["ChatDataset", "ChatSample", "parse_chat", "texts_of"]

@@ -1,142 +1,28 @@
-"""Training in the paper's two stages (arXiv 2503.06019): the projector; then all that GenieBlue adds to its base."""
+"""A training run of one stage: what is given is checked, the run is prepared, the trained model is written."""
 
 import contextlib
-import hashlib
 import json
-import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_accelerate_available
 
+from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.chat_template import refuse_processor_without_template
 from genieblue.training.chats import ChatDataset
 from genieblue.training.collation import ChatCollator, EncodedChats
-from genieblue.training.trainer import (
-    PARTS,
-    GenieBlueTrainer,
-    TrainingProgress,
-    exclusive_run,
-    find_checkpoint,
-    is_finished,
-    optimizer_groups,
-    part_of,
-)
-from modeling_genieblue.model_files_genieblue import RECIPE_NAME
+from genieblue.training.frozen_weights import refuse_changed_base, tensor_digests
+from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
+from genieblue.training.structure import GenieBlueStructure, StageRecipe
+from genieblue.training.trainer import StageTrainer, TrainingProgress, exclusive_run, find_checkpoint, is_finished
 from modeling_genieblue.saving_genieblue import check_replaceable
-
-logger = logging.getLogger(__name__)
-
-PART_WORDS = {"projector": "projector", "vision": "vision tower", "copies": "replicated blocks", "lora": "LoRA"}
-# Settings that may change when a run is resumed: what is learned does not depend on them.
-FREE_SETTINGS = (
-    "save_steps", "keep_checkpoints", "logging_steps", "num_workers", "gradient_checkpointing", "show_progress"
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StageRecipe:
-    """What the paper states of a stage. Its global batches were 720 (stage 1) and 6800 samples (stage 2)."""
-
-    trained: tuple[str, ...]
-    learning_rate: float  # peak, of a cosine to zero
-    steps: int
-    warmup_steps: int
-    max_tiles: int | None  # by image; `None`: what the processor has, 16 in the paper
-
-
-RECIPES = {
-    1: StageRecipe(("projector",), learning_rate=1e-3, steps=3434, warmup_steps=34, max_tiles=1),
-    2: StageRecipe(PARTS, learning_rate=1e-4, steps=53_000, warmup_steps=530, max_tiles=None),
-}
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """One run. What is left out is the paper's recipe of the stage; sizes are for your machine and data to choose.
-
-    Attributes:
-        stage: 1 trains the projector, 2 the vision tower, the projector, the replicated blocks and LoRA.
-        steps, epochs: length of the run in optimizer steps or passes over the data; by default one pass.
-        batch_size, gradient_accumulation: samples by device and pass; passes by optimizer step.
-        learning_rate: peak of all parts; `learning_rates` of single ones (`projector`, `vision`, `copies`, `lora`).
-        vision_layer_decay: factor on the learning rate from each block of the vision tower to the one before it.
-        warmup_steps: linear warm-up; by default the recipe's share of the run, about 1 %.
-        weight_decay: of matrices; vectors (biases, norms) are not decayed, which is a choice.
-        max_grad_norm: gradients are clipped to it; a choice, as the paper does not say.
-        bf16: bfloat16 autocast over float32 copies of what is trained; by default if the base is in bfloat16.
-        max_length: tokens by sample, image tokens included.
-        max_tiles: by image, a square number; by default the recipe's (stage 1: one, stage 2: the processor's own).
-        save_steps: steps between checkpoints; 0 writes none.
-    """
-
-    stage: int
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float | None = None
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
-    vision_layer_decay: float = 0.9
-    warmup_steps: int | None = None
-    weight_decay: float = 0.05
-    adam_betas: tuple[float, float] = (0.9, 0.98)
-    adam_epsilon: float = 1e-6
-    max_grad_norm: float = 1.0
-    bf16: bool | None = None
-    gradient_checkpointing: bool = False
-    max_length: int = 4096
-    max_tiles: int | None = None
-    save_steps: int = 500
-    keep_checkpoints: int = 2
-    logging_steps: int = 10
-    shuffle: bool = True
-    seed: int = 42
-    num_workers: int = 0
-    show_progress: bool = True
-
-    def __post_init__(self):
-        if self.stage not in RECIPES:
-            raise ValueError(f"The stage is {self.stage!r}: expected 1 (projector) or 2 (all that GenieBlue adds).")
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"{self.steps} steps and {self.epochs} epochs were given: give one of them.")
-        if unknown := sorted(set(self.learning_rates) - set(self.recipe.trained)):
-            raise ValueError(
-                f"Learning rates for {', '.join(unknown)}: stage {self.stage} trains {', '.join(self.recipe.trained)}."
-            )
-        sizes = ("steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps")
-        for name in (*sizes, "learning_rate", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"`{name}` is {value}: expected a number above 0.")
-        for rate in (self.learning_rate or 0, *self.learning_rates.values()):
-            if not 0 <= rate <= 1:
-                raise ValueError(f"A learning rate is {rate}: expected one between 0 and 1 (the paper's: 1e-3, 1e-4).")
-        if self.max_tiles is not None and math.isqrt(self.max_tiles) ** 2 != self.max_tiles:
-            raise ValueError(f"`max_tiles` is {self.max_tiles}: expected a square number (1, 4, 9, 16, …).")
-        for name in ("warmup_steps", "save_steps", "num_workers", "weight_decay", "vision_layer_decay"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` is {self.seed}: expected 0 or more, and less than 2 to the power of 32.")
-
-    @property
-    def recipe(self) -> StageRecipe:
-        """What the paper states of this stage."""
-        return RECIPES[self.stage]
-
-    def rates_by_part(self) -> dict[str, float]:
-        """Peak learning rate of each part that this stage trains."""
-        common = self.recipe.learning_rate if self.learning_rate is None else self.learning_rate
-        return {part: self.learning_rates.get(part, common) for part in self.recipe.trained}
 
 
 @dataclass(frozen=True)
@@ -167,101 +53,161 @@ def train(
     The model comes back in eval mode and in its own precision.
 
     Args:
+        model: a GenieBlue, or a structure of another kind, see `GenieBlueStructure`.
         dataset: a `ChatDataset`, or what it reads.
         resume: `True` goes on from the last checkpoint, or from the beginning (with a warning) if there is none; or
             the folder of one checkpoint.
         callbacks: more of transformers' `TrainerCallback`.
         scheduler: makes another schedule of the optimizer than a warm-up and a cosine.
 
-    Raises `ValueError` for data without samples or with a bad one, a chat template that is missing or fails, a loss
-    that is not finite, a checkpoint of another run; and if a byte of the base changed.
+    Raises `ValueError` for data without samples or with a bad one, a chat template that is missing or fails, a base
+    whose generation never stops, a loss that is not finite, a checkpoint of another run; and if a byte of the base
+    changed.
     """
     output = Path(os.path.abspath(output))
     refuse_taken_output(output)
     if not is_accelerate_available():
         raise ValueError("Training needs the library accelerate: pip install 'genieblue[train]'.")
-    if model.language_model is None:
-        raise ValueError("This GenieBlue has no base: make it with `from_base` or load it with `from_pretrained`.")
-    if getattr(model.config, "quantization", None) is not None:
-        raise ValueError("Quantized weights are not trained: train the 16-bit GenieBlue, then quantize it again.")
+    structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     refuse_processor_without_template(processor)
+    if not stop_token_ids(structure.model.generation_config):
+        raise ValueError(NO_STOP_TOKEN)
+    recipe = structure.recipe(settings.stage)
+    run = _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings)
+    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    with exclusive_run(checkpoints):
+        checkpoint = find_checkpoint(checkpoints, resume)
+        trainer = run.train(checkpoints, checkpoint, callbacks, scheduler)
+        result = _result(trainer, output, len(run.chats))
+        if trainer.is_world_process_zero():
+            structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
+        trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is there
+    return result
+
+
+def _chats_to_learn_from(dataset: Any, recipe: StageRecipe) -> ChatDataset:
+    """The samples of a data set that teach something in a stage; `ValueError` if there is none."""
     chats = dataset if isinstance(dataset, ChatDataset) else ChatDataset(dataset)
     if len(chats) == 0:
         found = f"None of its {chats.num_skipped} samples is a good one" if chats.num_skipped else "The data is empty"
         raise ValueError(f"{found}, so there is nothing to learn: expected chats.")
-    if settings.stage == 1:
-        num_samples, chats = len(chats), chats.with_images()
-        if len(chats) == 0:
-            raise ValueError(
-                f"None of the {num_samples} samples has an image, so the projector has nothing to learn from: give "
-                "chats with images, or train stage 2."
-            )
-    checkpoints = output.with_name(f"{output.name}-checkpoints")
-    with exclusive_run(checkpoints):
-        return _train(model, processor, chats, output, settings, checkpoints, resume, callbacks, scheduler)
-
-
-def _train(
-    model: Any,
-    processor: Any,
-    chats: ChatDataset,
-    output: Path,
-    settings: TrainingSettings,
-    checkpoints: Path,
-    resume: bool | str | os.PathLike,
-    callbacks: Sequence[TrainerCallback],
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None,
-) -> TrainingResult:
-    checkpoint = find_checkpoint(checkpoints, resume)
-    max_tiles = settings.max_tiles or settings.recipe.max_tiles or processor.image_processor.max_tiles
-    collator = ChatCollator(processor, max_length=settings.max_length, max_tiles=max_tiles)
-    autocast_dtype = choose_autocast(model.language_model, settings.bf16)
-
-    base_before = tensor_digests(model.language_model, "Hashing the base before training")
-    with prepared_for_training(model, settings.recipe.trained, settings.gradient_checkpointing):
-        trainer = GenieBlueTrainer(
-            model,
-            _arguments(settings, checkpoints),
-            data_collator=collator,
-            train_dataset=EncodedChats(chats, collator, need_images=settings.stage == 1),
-            callbacks=[*callbacks, *([TrainingProgress()] if settings.show_progress else [])],
-            groups=optimizer_groups(
-                model, settings.rates_by_part(), settings.vision_layer_decay, settings.weight_decay
-            ),
-            optimizer_options={"betas": settings.adam_betas, "eps": settings.adam_epsilon},
-            autocast_dtype=autocast_dtype,
-            settings_record=_record(settings, chats, max_tiles, autocast_dtype),
-            keep_checkpoints=settings.keep_checkpoints,
-            scheduler_factory=scheduler,
+    if not recipe.needs_images:
+        return chats
+    with_images = chats.with_images()
+    if len(with_images) == 0:
+        raise ValueError(
+            f"None of the {len(chats)} samples has an image, so the projector has nothing to learn from: give chats "
+            "with images, or train stage 2."
         )
-        if checkpoint is not None and is_finished(checkpoint):
-            logger.info("%s is the end of its run: nothing is left to train.", checkpoint)
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    refuse_broken_weights(model, settings.recipe.trained)
-    refuse_changed_base(base_before, tensor_digests(model.language_model, "Hashing the base after training"))
+    return with_images
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = TrainingResult(
-        output, trainer.state.global_step, losses[-1] if losses else None, len(chats), trainer.state.log_history
-    )
-    if trainer.is_world_process_zero():
-        stages = {
-            **model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}),
-            f"stage {settings.stage}": _recipe_facts(settings, result, max_tiles, model),
+
+@dataclass
+class _Run:
+    """One stage on one model and data set, with what follows from them."""
+
+    structure: GenieBlueStructure
+    recipe: StageRecipe
+    processor: Any
+    chats: ChatDataset
+    settings: TrainingSettings
+
+    def __post_init__(self):
+        self.learning_rates = self.recipe.learning_rates(self.settings.learning_rate, self.settings.learning_rates)
+        own_tiles = self.processor.image_processor.max_tiles
+        self.max_tiles = self.settings.max_tiles or self.recipe.max_tiles or own_tiles
+        self.autocast_dtype = choose_autocast(self.structure.frozen, self.settings.bf16)
+
+    @cached_property
+    def data(self) -> EncodedChats:
+        """What the trainer reads."""
+        collator = ChatCollator(
+            self.processor,
+            stop_ids=stop_token_ids(self.structure.model.generation_config),
+            max_length=self.settings.max_length,
+            max_tiles=self.max_tiles,
+        )
+        return EncodedChats(self.chats, collator, need_images=self.recipe.needs_images)
+
+    def train(
+        self,
+        checkpoints: Path,
+        checkpoint: Path | None,
+        callbacks: Sequence[TrainerCallback],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+    ) -> StageTrainer:
+        """Trains, or takes the weights of a `checkpoint` at the end of its run; `ValueError` if the base changed."""
+        structure, settings = self.structure, self.settings
+        before = tensor_digests(structure.frozen, "Hashing the base before training")
+        with prepared_for_training(structure, self.recipe.groups, settings.gradient_checkpointing):
+            groups = structure.parameter_groups(
+                self.learning_rates, settings.vision_layer_decay, settings.weight_decay
+            )
+            optimizer = torch.optim.AdamW(groups, betas=settings.adam_betas, eps=settings.adam_epsilon)
+            trainer = StageTrainer(
+                structure.model,
+                training_arguments(settings, self.recipe, checkpoints),
+                data_collator=self.data.collator,
+                train_dataset=self.data,
+                callbacks=[*callbacks, *([TrainingProgress()] if settings.show_progress else [])],
+                optimizers=(optimizer, None if scheduler is None else scheduler(optimizer)),
+                autocast_dtype=self.autocast_dtype,
+                settings_record=self.record(),
+                keep_checkpoints=settings.keep_checkpoints,
+            )
+            if checkpoint is not None and is_finished(checkpoint):
+                trainer.take_from(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        refuse_broken_weights(structure, self.recipe.groups)
+        refuse_changed_base(before, tensor_digests(structure.frozen, "Hashing the base after training"))
+        return trainer
+
+    def record(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that wrote its checkpoint."""
+        record = {key: value for key, value in asdict(self.settings).items() if key not in FREE_SETTINGS}
+        record |= {"max_tiles": self.max_tiles, "bf16": self.autocast_dtype is not None}
+        record |= {"num_samples": len(self.chats), "sha256 of the data": self.chats.sha256}
+        return json.loads(json.dumps(record))
+
+    def facts(self, result: TrainingResult) -> dict[str, Any]:
+        """The stage as the model card tells it."""
+        settings, rates = self.settings, self.learning_rates
+        warmup = settings.warmup_steps
+        facts = {
+            "trained": ", ".join(rates),
+            "steps": result.steps,
+            "batch size": settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1)),
+            "samples in the data": result.num_samples,
+            "sequence length": settings.max_length,
+            "tiles by image": 1 if self.max_tiles == 1 else f"up to {self.max_tiles}",
+            "peak learning rate": next(iter(rates.values()))
+            if len(set(rates.values())) == 1
+            else ", ".join(f"{group} {rate}" for group, rate in rates.items()),
+            "warm-up": "about 1 % of the steps" if warmup is None else f"{warmup} steps",
+            "optimizer": f"AdamW, betas {settings.adam_betas}, epsilon {settings.adam_epsilon}, weight decay "
+            f"{settings.weight_decay} on matrices",
+            "precision": "float32" if self.autocast_dtype is None else "bfloat16 autocast over float32 weights",
+            "seed": settings.seed,
         }
-        model.save_pretrained(output, processor=processor, facts={RECIPE_NAME: stages})
-        model.provenance.training_recipe = stages
-    trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is there
-    return result
+        if "vision_tower" in rates:
+            facts["layer-wise decay of the vision tower"] = settings.vision_layer_decay
+        if result.loss is not None:
+            facts["last loss"] = round(result.loss, 4)
+        return facts
 
 
-def _arguments(settings: TrainingSettings, checkpoints: Path) -> TrainingArguments:
+def _result(trainer: StageTrainer, output: Path, num_samples: int) -> TrainingResult:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return TrainingResult(output, trainer.state.global_step, losses[-1] if losses else None, num_samples, history)
+
+
+def training_arguments(settings: TrainingSettings, recipe: StageRecipe, checkpoints: Path) -> TrainingArguments:
+    """Trainer's arguments for a stage."""
     epochs = 1.0 if settings.steps is None and settings.epochs is None else settings.epochs
     # Below 1, `warmup_steps` is a share of the run.
-    share = settings.recipe.warmup_steps / settings.recipe.steps
+    share = recipe.warmup_steps / recipe.steps
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=settings.batch_size,
@@ -306,14 +252,17 @@ def choose_autocast(base: nn.Module, bf16: bool | None) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def prepared_for_training(model: nn.Module, trained: Sequence[str], gradient_checkpointing: bool) -> Iterator[None]:
-    """Within, only the `trained` parts require a gradient, in float32; afterwards all is as before, in eval mode."""
+def prepared_for_training(
+    structure: GenieBlueStructure, groups: Sequence[str], gradient_checkpointing: bool
+) -> Iterator[None]:
+    """Within, only these `groups` require a gradient, in float32; afterwards all is as before, in eval mode."""
+    model, frozen = structure.model, {id(parameter) for parameter in structure.frozen.parameters()}
     parameters = dict(model.named_parameters())
     before = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in parameters.items()}
     had_use_cache = "use_cache" in vars(model.config)
     try:
         for name, parameter in parameters.items():
-            parameter.requires_grad_(part_of(name) in trained)
+            parameter.requires_grad_(structure.group_of(name) in groups)
             if parameter.requires_grad:
                 # Steps of a small learning rate are lost when they are added to a number in 16 bits.
                 parameter.data = parameter.data.float()
@@ -325,7 +274,7 @@ def prepared_for_training(model: nn.Module, trained: Sequence[str], gradient_che
             model.activation_checkpointing_disable()
         for name, parameter in parameters.items():
             requires_grad, dtype = before[name]
-            parameter.requires_grad_(requires_grad and not name.startswith("language_model."))
+            parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
             parameter.grad = None
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
@@ -345,85 +294,14 @@ def refuse_taken_output(output: Path) -> None:
         raise ValueError(f"{output} holds something else than a GenieBlue: give another folder, or empty it.")
 
 
-def refuse_broken_weights(model: nn.Module, trained: Sequence[str]) -> None:
+def refuse_broken_weights(structure: GenieBlueStructure, groups: Sequence[str]) -> None:
     """`ValueError` if the last step, behind which no loss is computed, left a weight that is not finite."""
-    for name, parameter in model.named_parameters():
-        if part_of(name) in trained and not bool(parameter.isfinite().all()):
+    for name, parameter in structure.model.named_parameters():
+        if structure.group_of(name) in groups and not bool(parameter.isfinite().all()):
             raise ValueError(
                 f"{name} holds NaN or infinity after the last step, so nothing is saved. Lower the learning rate, or "
                 "resume from an earlier checkpoint."
             )
 
 
-def tensor_digests(module: nn.Module, title: str) -> dict[str, str]:
-    """sha256 of the bytes, type and shape of every parameter and buffer."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    total = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
-    digests = {}
-    with tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=2) as bar:
-        for name, tensor in tensors:
-            digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            for plain in _plain_tensors(tensor.detach()):
-                digest.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy())
-            digests[name] = digest.hexdigest()
-            bar.update(tensor.numel() * tensor.element_size())
-    return digests
-
-
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a quantized one is made of, or the tensor itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain_tensors(getattr(tensor, name))
-
-
-def refuse_changed_base(before: dict[str, str], after: dict[str, str]) -> None:
-    """`ValueError` if the digests of the base differ."""
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed:
-        raise ValueError(
-            f"The base was changed by training: {', '.join(changed[:3])} ({len(changed)} of {len(before)} tensors). "
-            "Nothing was saved; a callback or a hook must have written to it. Load the base again."
-        )
-
-
-def _record(
-    settings: TrainingSettings, chats: ChatDataset, max_tiles: int, autocast_dtype: torch.dtype | None
-) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that wrote its checkpoint."""
-    record = {key: value for key, value in asdict(settings).items() if key not in FREE_SETTINGS}
-    record |= {"max_tiles": max_tiles, "bf16": autocast_dtype is not None, "num_samples": len(chats)}
-    record["sha256 of the data"] = chats.sha256
-    return json.loads(json.dumps(record))
-
-
-def _recipe_facts(settings: TrainingSettings, result: TrainingResult, max_tiles: int, model: Any) -> dict[str, Any]:
-    rates = settings.rates_by_part()
-    same = len(set(rates.values())) == 1
-    warmup = settings.warmup_steps
-    facts = {
-        "trained": ", ".join(PART_WORDS[part] for part in rates),
-        "steps": result.steps,
-        "batch size": settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1)),
-        "samples in the data": result.num_samples,
-        "sequence length": settings.max_length,
-        "tiles by image": 1 if max_tiles == 1 else f"up to {max_tiles}",
-        "peak learning rate": rates["projector"] if same else ", ".join(f"{PART_WORDS[p]} {rates[p]}" for p in rates),
-        "warm-up": "about 1 % of the steps" if warmup is None else f"{warmup} steps",
-        "optimizer": f"AdamW, betas {settings.adam_betas}, epsilon {settings.adam_epsilon}, weight decay "
-        f"{settings.weight_decay} on matrices",
-        "precision": "bfloat16 autocast over float32 weights"
-        if choose_autocast(model.language_model, settings.bf16)
-        else "float32",
-        "seed": settings.seed,
-    }
-    if "vision" in rates:
-        facts["layer-wise decay of the vision tower"] = settings.vision_layer_decay
-    if result.loss is not None:
-        facts["last loss"] = round(result.loss, 4)
-    return facts
-
-
-__all__ = ["RECIPES", "TrainingResult", "TrainingSettings", "train"]
+__all__ = ["TrainingResult", "TrainingSettings", "train"]

@@ -1,4 +1,4 @@
-"""transformers' Trainer for GenieBlue: which parameters learn how fast, and checkpoints that are whole or absent."""
+"""transformers' Trainer with checkpoints that are whole or absent, and an end before the weights are spoiled."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("projector", "vision", "copies", "lora")
 TRAINED = "trained_parameters.safetensors"
 SETTINGS = "training_settings.json"
 # The last one is the one that Trainer writes last.
@@ -33,58 +32,6 @@ LOCK = ".lock"
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
 # A data loader puts the traceback of its worker process into the message of the error that it raises again.
 WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:\w+\.)*\1: ", re.DOTALL)
-
-
-def part_of(name: str) -> str | None:
-    """The part that a parameter of a GenieBlue belongs to, one of `PARTS`; `None` for the base's."""
-    if name.startswith("multi_modal_projector."):
-        return "projector"
-    if name.startswith("vision_tower."):
-        # The pooling head of a SigLIP is no part of the way from pixels to image tokens.
-        return None if name.startswith("vision_tower.head.") else "vision"
-    if name.startswith("multimodal_language_model."):
-        if ".modules_to_save." in name:
-            return "copies"
-        if ".lora_A." in name or ".lora_B." in name:
-            return "lora"
-    return None
-
-
-def vision_layer_scale(name: str, num_layers: int, decay: float) -> float:
-    """Factor on the learning rate of a vision parameter: `decay` to the power of its distance from the output.
-
-    Blocks count from 0 at the input: block i of L gets `decay ** (L - i)`, the embeddings `decay ** (L + 1)`, the norm
-    behind the last block 1 (BEiT's rule, arXiv 2106.08254).
-    """
-    words = name.split(".")
-    if "embeddings" in words:
-        return decay ** (num_layers + 1)
-    if "layers" in words:
-        return decay ** (num_layers - int(words[words.index("layers") + 1]))
-    return 1.0
-
-
-def optimizer_groups(
-    model: nn.Module, learning_rates: dict[str, float], vision_layer_decay: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """AdamW groups of all parameters that require a gradient, one by learning rate and weight decay.
-
-    Vectors (biases, norms) are not decayed: a choice, as the paper does not say. Raises `ValueError` for a parameter
-    of the base.
-    """
-    num_layers = model.config.vision_config.num_hidden_layers
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = part_of(name)
-        if part not in learning_rates:
-            raise ValueError(f"{name} requires a gradient, but only {', '.join(learning_rates)} are to be trained.")
-        scale = vision_layer_scale(name, num_layers, vision_layer_decay) if part == "vision" else 1.0
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((part, learning_rates[part] * scale, decay), []).append(parameter)
-    order = sorted(groups, key=lambda group: PARTS.index(group[0]))
-    return [{"params": groups[key], "part": key[0], "lr": key[1], "weight_decay": key[2]} for key in order]
 
 
 class LastLoss(TrainerCallback):
@@ -105,8 +52,8 @@ class TrainingProgress(ProgressCallback):
             )
 
 
-class GenieBlueTrainer(Trainer):
-    """Trains the parameters that require a gradient, kept in float32; the base is not among them.
+class StageTrainer(Trainer):
+    """Trains the parameters that require a gradient, kept in float32.
 
     Checkpoints hold what is trained, the optimizer, the schedule, random states and the place in the data. They are
     written under another name and renamed when they are complete.
@@ -115,44 +62,21 @@ class GenieBlueTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        groups: list[dict[str, Any]],
-        optimizer_options: dict[str, Any],
         autocast_dtype: torch.dtype | None,
         settings_record: dict[str, Any],
         keep_checkpoints: int,
-        scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None,
         **kwargs: Any,
     ):
-        """`groups` and `optimizer_options` are for AdamW; `settings_record` goes into checkpoints, to be compared."""
+        """`settings_record` goes into checkpoints, to be compared with that of a run that goes on from them."""
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(LastLoss)
-        self._groups = groups
-        self._optimizer_options = optimizer_options
         self._autocast_dtype = autocast_dtype
         self._settings_record = settings_record
         self._keep_checkpoints = keep_checkpoints
-        self._scheduler_factory = scheduler_factory
         self._writing_checkpoint = False
         self._samples_since_log = 0
         self._last_log_time: float | None = None
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the groups; `ValueError` if a parameter or buffer of the base is among them."""
-        if self.optimizer is None:
-            base = {id(tensor) for tensor in self.model.language_model.parameters()}
-            if any(id(parameter) in base for group in self._groups for parameter in group["params"]):
-                raise ValueError("A parameter of the base is among those to train; the base must stay frozen.")
-            self.optimizer = torch.optim.AdamW(self._groups, **self._optimizer_options)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Trainer's schedule, or the caller's own."""
-        if self._scheduler_factory is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self.lr_scheduler = self._scheduler_factory(optimizer or self.optimizer)
-        return self.lr_scheduler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The batches of the next step; the error of a worker process has the message that it had there."""
@@ -192,10 +116,6 @@ class GenieBlueTrainer(Trainer):
             "are spoiled. Lower the learning rate or lengthen the warm-up; an earlier checkpoint can be resumed."
         )
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: Trainer's estimate knows neither tiles nor frozen weights."""
-        return 0
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds samples per second since the last log."""
         if "loss" in logs and self._last_log_time is not None:
@@ -205,6 +125,12 @@ class GenieBlueTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # Checkpoints
+
+    def take_from(self, checkpoint: Path) -> None:
+        """The weights and the history of a run that is finished."""
+        logger.info("%s is the end of its run: nothing is left to train.", checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = self.state.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         restored = super()._init_training_state(max_steps, *args, **kwargs)
@@ -333,4 +259,4 @@ def is_finished(checkpoint: Path) -> bool:
     return state["global_step"] >= state["max_steps"]
 
 
-__all__ = ["GenieBlueTrainer", "TrainingProgress", "exclusive_run", "find_checkpoint", "optimizer_groups", "part_of"]
+__all__ = ["StageTrainer", "TrainingProgress", "exclusive_run", "find_checkpoint", "is_finished"]

@@ -65,7 +65,8 @@ def test_every_check_holds_for_a_good_model(folder):
     seen = []
     checks = verify_model(folder, on_check=seen.append)
     assert [check.name for check in checks] == [
-        "folder", "base_files", "language_adapter", "tokenizer", "text_view", "stock_peft", "remote_code"
+        "folder", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view", "stock_peft",
+        "remote_code",
     ]  # fmt: skip
     assert [check.detail for check in checks if not check.ok] == []
     assert seen == checks

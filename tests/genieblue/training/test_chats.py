@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import VOCABULARY, tiny_tokenizer
+from tiny_models import EOS_ID, VOCABULARY, tiny_tokenizer
 
 from conversion.chat_template import UnusableTemplate
 from genieblue.cli.input_files import data_source
@@ -41,8 +41,8 @@ CHAT_TEMPLATES = {
 TRAINED_TEXTS = {
     "newline-after-end": ["Two.</s>", "It is 7, not 1.</s>"],
     "spaces-around": [" Two.</s>", " It is 7, not 1.</s>"],
-    "thought-before-last": ["Two.</s>", "<think>\n\n</think>\n\nIt is 7, not 1.</s>"],
-    "end-token-once": [" Two.\n", " It is 7, not 1.\n</s>"],
+    "thought-before-last": ["<think>\n\n</think>\n\nTwo.</s>", "<think>\n\n</think>\n\nIt is 7, not 1.</s>"],
+    "end-token-once": [" Two.\n</s>", " It is 7, not 1.\n</s>"],
 }
 
 
@@ -99,40 +99,60 @@ def trained_runs(processor, row) -> list[tuple[int, str]]:
     return [(start, processor.decode(run)) for start, run in runs]
 
 
+def answers(processor, chat) -> list[tuple[list[int], str]]:
+    """(ids before it, text) of each answer that is trained, in all rows of a chat."""
+    return [
+        (row["input_ids"][:start], text)
+        for row in ChatCollator(processor).rows({"messages": chat})
+        for start, text in trained_runs(processor, row)
+    ]
+
+
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_labels_are_the_answers_with_their_end_token_and_nothing_else(name):
     processor = make_processor(CHAT_TEMPLATES[name])
-    row = ChatCollator(processor).encode({"messages": two_turns()})
-    assert [text for _, text in trained_runs(processor, row)] == TRAINED_TEXTS[name]
+    assert [text for _, text in answers(processor, two_turns())] == TRAINED_TEXTS[name]
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_what_precedes_an_answer_is_the_prompt_at_inference(name):
     processor = make_processor(CHAT_TEMPLATES[name])
-    row = ChatCollator(processor).encode({"messages": two_turns()})
-    for (start, _), number in zip(trained_runs(processor, row), (2, 4), strict=True):
+    for (before, _), number in zip(answers(processor, two_turns()), (2, 4), strict=True):
         prompt = processor.apply_chat_template(two_turns()[:number], add_generation_prompt=True, tokenize=True)
-        assert row["input_ids"][:start] == list(np.ravel(prompt))
+        assert before == list(np.ravel(prompt))
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_answer_that_repeats_the_question_is_labelled_where_it_is_the_answer(name):
-    processor = make_processor(CHAT_TEMPLATES[name])
     chat = [
         turn("user", "Two."),
         turn("assistant", "Two."),
         turn("user", "Two."),
         turn("assistant", "It is 7, not 1."),
     ]
-    row = ChatCollator(processor).encode({"messages": chat})
-    assert [text for _, text in trained_runs(processor, row)] == TRAINED_TEXTS[name]
+    assert [text for _, text in answers(make_processor(CHAT_TEMPLATES[name]), chat)] == TRAINED_TEXTS[name]
+
+
+def test_a_chat_is_one_row_where_the_template_writes_it_on_and_one_for_each_answer_where_it_does_not():
+    lengths = {name: len(ChatCollator(make_processor(template)).rows({"messages": two_turns()}))
+               for name, template in CHAT_TEMPLATES.items()}  # fmt: skip
+    assert lengths == {"newline-after-end": 1, "spaces-around": 1, "thought-before-last": 2, "end-token-once": 2}
+
+
+def test_a_row_shows_the_images_before_its_last_answer_and_no_others():
+    rows = ChatCollator(make_processor(CHAT_TEMPLATES["thought-before-last"])).rows({"messages": two_turns()})
+    assert [row["num_tiles"].tolist() for row in rows] == [[3, 1], [3, 1, 3]]
+    assert [len(row["pixel_values"]) for row in rows] == [4, 7]
+    assert [row["input_ids"].count(VOCABULARY) for row in rows] == [4 * IMAGE_TOKENS, 7 * IMAGE_TOKENS]
 
 
 def test_ids_and_tiles_are_those_of_the_processor():
     processor = make_processor()
     row = ChatCollator(processor).encode({"messages": two_turns()})
     expected = processor.apply_chat_template(two_turns(), tokenize=True, return_dict=True, return_tensors="pt")
-    assert row["input_ids"] == expected["input_ids"][0].tolist()
+    ids = expected["input_ids"][0].tolist()
+    assert row["input_ids"] == ids[: len(row["input_ids"])]
+    assert processor.decode(ids[len(row["input_ids"]) :]) == "\n"  # behind the end token: never generated
     assert row["num_tiles"].tolist() == [3, 1, 3]
     assert row["pixel_values"].equal(expected["pixel_values"])
 
@@ -147,7 +167,8 @@ def test_text_only_chat_is_what_the_base_formats():
     processor = make_processor()
     row = ChatCollator(processor).encode(good_line())
     chat = good_line()["messages"]
-    assert row["input_ids"] == processor.tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
+    ids = processor.tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
+    assert row["input_ids"] == ids[: len(row["input_ids"])] and len(ids) - len(row["input_ids"]) == 1
     assert "pixel_values" not in row
 
 
@@ -204,20 +225,12 @@ def test_batch_is_padded_on_the_right_and_padding_is_not_learned():
     assert batch["num_tiles"].tolist() == [3, 1, 3] and len(batch["pixel_values"]) == 7
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        # The prompt opens a thought, which the finished conversation does not show.
+def test_template_whose_prompt_is_not_how_the_conversation_goes_on_is_refused():
+    # The prompt opens a thought, which the finished conversation does not show.
+    template = (
         "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:<think>{% endif %}",
-        # Earlier answers are shortened.
-        "{% for m in messages %}{{ m['role'] }}:"
-        "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'][:2] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}",
-    ],
-    ids=["prompt", "earlier answers"],
-)
-def test_template_that_is_not_prefix_stable_is_refused(template):
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
     with pytest.raises(ValueError, match="not prefix-stable"):
         ChatCollator(make_processor(template)).encode({"messages": two_turns()})
 
@@ -232,16 +245,23 @@ def test_base_without_chat_template_uses_the_one_of_the_processor():
         ChatCollator(GenieBlueProcessor.from_base(tokenizer, **sizes)).encode(good_line())
 
 
-def test_long_sample_is_cut_behind_its_images_only():
+def test_long_chat_ends_with_the_last_answer_that_fits_as_a_whole(caplog):
     processor = make_processor()
     whole = ChatCollator(processor).encode({"messages": two_turns()})
-    last_image = max(i for i, token in enumerate(whole["input_ids"]) if token == VOCABULARY)
-    cut = ChatCollator(processor, max_length=last_image + 1).encode({"messages": two_turns()})
-    assert cut["input_ids"] == whole["input_ids"][: last_image + 1]
-    with pytest.raises(ValueError, match="would take an image"):
-        ChatCollator(processor, max_length=last_image).encode({"messages": two_turns()})
-    with pytest.raises(ValueError, match="all answers"):
-        ChatCollator(processor, max_length=6).encode(good_line())
+    (_, _), (start, _) = trained_runs(processor, whole)
+    cut = ChatCollator(processor, max_length=len(whole["input_ids"]) - 1).encode({"messages": two_turns()})
+    assert cut["input_ids"] == whole["input_ids"][: len(cut["input_ids"])] and len(cut["input_ids"]) < start
+    assert [text for _, text in trained_runs(processor, cut)] == ["Two.</s>"]
+    assert cut["num_tiles"].tolist() == [3, 1] and len(cut["pixel_values"]) == 4
+    assert "answers beyond are left out" in caplog.text
+
+
+def test_first_answer_that_does_not_fit_with_its_end_token_is_refused():
+    processor = make_processor()
+    length = len(ChatCollator(processor).encode(good_line())["input_ids"])
+    assert ChatCollator(processor, max_length=length).encode(good_line())["labels"][-1] == EOS_ID
+    with pytest.raises(ValueError, match=f"{length} tokens, 0 of them for images.*raise `max_length`"):
+        ChatCollator(processor, max_length=length - 1).encode(good_line())
 
 
 # Files
@@ -341,7 +361,7 @@ def test_broken_image_is_an_error_or_replaced_by_the_next_sample(tmp_path, caplo
         EncodedChats(ChatDataset(path), collator)[1]
     rows = EncodedChats(ChatDataset(path, skip_bad=True), collator)
     with caplog.at_level(logging.WARNING):
-        assert rows[1]["input_ids"] == rows[2]["input_ids"] == collator.encode(good_line())["input_ids"]
+        assert rows[1] == rows[2] == collator.rows(good_line())
     assert "chats.jsonl:2" in caplog.text and "1 so far" in caplog.text
 
 

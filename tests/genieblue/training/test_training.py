@@ -10,10 +10,17 @@ from transformers import TrainerCallback
 
 from genieblue.training import stages as training
 from genieblue.training.chats import ChatDataset
-from genieblue.training.stages import TrainingSettings, prepared_for_training, tensor_digests, train
-from genieblue.training.trainer import PARTS, optimizer_groups, part_of
+from genieblue.training.frozen_weights import tensor_digests
+from genieblue.training.stages import TrainingSettings, prepared_for_training, train
+from genieblue.training.structure import GenieBlueStructure
 from hub_cards.model_card import card_info_from_folder
 from modeling_genieblue import GenieBlueForConditionalGeneration
+
+GROUPS = GenieBlueStructure.groups
+
+
+def group_of(name: str) -> str | None:
+    return GenieBlueStructure.group_of(None, name)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +37,9 @@ def values(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def changed_parts(model, before) -> set:
+def changed_groups(model, before) -> set:
     changed = {name for name, value in values(model).items() if not value.equal(before[name])}
-    return {"head" if ".head." in name else part_of(name) or "base" for name in changed}
+    return {"head" if ".head." in name else group_of(name) or "base" for name in changed}
 
 
 def text_logits(model) -> torch.Tensor:
@@ -46,7 +53,7 @@ def test_stage_one_trains_the_projector_on_single_tiles_and_nothing_else(base, t
     model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     with caplog.at_level(logging.INFO, logger="genieblue"):
         train(model, processor, make_data(), tmp_path / "out", make_settings(stage=1, epochs=1))
-    assert changed_parts(model, before) == {"projector"}
+    assert changed_groups(model, before) == {"multi_modal_projector"}
     assert seen == [2, 2, 2, 2]  # eight samples with an image, one tile each
     assert "3 of 11 samples have no image" in caplog.text
 
@@ -59,7 +66,7 @@ def test_stage_two_trains_all_that_is_added_and_no_byte_of_the_base(base, tmp_pa
     caches = []
     model.multimodal_language_model.register_forward_hook(lambda *args: caches.append(args[2].past_key_values))
     train(model, processor, make_data(), tmp_path / "out", make_settings(steps=3))
-    assert changed_parts(model, before) == set(PARTS)
+    assert changed_groups(model, before) == set(GROUPS)
     assert caches == [None] * 3
     assert tensor_digests(model.language_model, "") == digests
     assert text_logits(model).equal(logits)
@@ -67,7 +74,7 @@ def test_stage_two_trains_all_that_is_added_and_no_byte_of_the_base(base, tmp_pa
     assert not any(parameter.requires_grad for parameter in model.language_model.parameters())
     assert {path: path.read_bytes() for path in base.iterdir()} == files
     names = dict(model.named_parameters())
-    copies = [name for name in names if part_of(name) == "copies"]
+    copies = [name for name in names if group_of(name) == "replicated_blocks"]
     assert len(copies) == 9 and all(not names[name].equal(before[name]) for name in copies)
 
 
@@ -77,7 +84,7 @@ def test_every_trained_tensor_of_stage_two_learns(base, tmp_path):
     train(model, processor, make_data(), tmp_path / "out", make_settings(steps=4))
     still = [
         name for name, value in values(model).items()
-        if part_of(name) is not None and value.equal(before[name])
+        if group_of(name) is not None and value.equal(before[name])
     ]  # fmt: skip
     assert still == []
 
@@ -87,7 +94,7 @@ def test_text_only_chats_train_the_multimodal_view(base, tmp_path):
     before, logits = values(model), text_logits(model)
     rows = [row for row in make_data() if not row["images"]]
     train(model, processor, rows, tmp_path / "out", make_settings(steps=3))
-    assert changed_parts(model, before) == {"copies", "lora"}
+    assert changed_groups(model, before) == {"replicated_blocks", "lora"}
     assert text_logits(model).equal(logits)
     with torch.no_grad():
         assert not model(torch.arange(3, 40)[None], view="multimodal").logits.equal(logits)
@@ -96,20 +103,23 @@ def test_text_only_chats_train_the_multimodal_view(base, tmp_path):
 def test_learning_rates_decay_from_the_output_of_the_vision_tower_to_its_input(base):
     model, _ = make_model(base)
     settings = TrainingSettings(stage=2, learning_rates={"lora": 2e-3})
-    with prepared_for_training(model, settings.recipe.trained, gradient_checkpointing=False):
-        groups = optimizer_groups(model, settings.rates_by_part(), settings.vision_layer_decay, 0.05)
+    structure = GenieBlueStructure(model)
+    rates = structure.recipe(2).learning_rates(None, settings.learning_rates)
+    with prepared_for_training(structure, GROUPS, gradient_checkpointing=False):
+        groups = structure.parameter_groups(rates, settings.vision_layer_decay, 0.05)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trained = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert all(part_of(name) is not None for name in trained)
+    assert all(group_of(name) is not None for name in trained)
     # Two blocks: 0.9 for the last, 0.9² for the first, 0.9³ for the embeddings, 1 for the norm behind them.
     assert trained["vision_tower.encoder.layers.1.mlp.fc1.weight"] == (1e-4 * 0.9, 0.05)
     assert trained["vision_tower.encoder.layers.0.mlp.fc1.weight"] == (1e-4 * 0.9**2, 0.05)
     assert trained["vision_tower.encoder.layers.0.mlp.fc1.bias"] == (1e-4 * 0.9**2, 0.0)
     assert trained["vision_tower.embeddings.patch_embedding.weight"] == (1e-4 * 0.9**3, 0.05)
     assert trained["vision_tower.post_layernorm.weight"] == (1e-4, 0.0)
-    by_part = {part: {rate for name, (rate, _) in trained.items() if part_of(name) == part} for part in PARTS}
-    assert by_part["projector"] == {1e-4} and by_part["copies"] == {1e-4} and by_part["lora"] == {2e-3}
-    assert len(trained) == sum(part_of(name) is not None for name, _ in model.named_parameters())
+    found = {group: {rate for name, (rate, _) in trained.items() if group_of(name) == group} for group in GROUPS}
+    assert found["multi_modal_projector"] == found["replicated_blocks"] == {1e-4} and found["lora"] == {2e-3}
+    assert {group["group"] for group in groups} == set(GROUPS)
+    assert len(trained) == sum(group_of(name) is not None for name, _ in model.named_parameters())
 
 
 def test_defaults_are_the_papers_recipe(base, tmp_path, monkeypatch):
@@ -119,7 +129,7 @@ def test_defaults_are_the_papers_recipe(base, tmp_path, monkeypatch):
         seen.update(groups=trainer.create_optimizer().param_groups, arguments=trainer.args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.GenieBlueTrainer, "_inner_training_loop", stop_before_training)
+    monkeypatch.setattr(training.StageTrainer, "_inner_training_loop", stop_before_training)
     for stage, rate, warmup in ((1, 1e-3, 34), (2, 1e-4, 530)):
         model, processor = make_model(base)
         with pytest.raises(KeyboardInterrupt):
@@ -127,7 +137,7 @@ def test_defaults_are_the_papers_recipe(base, tmp_path, monkeypatch):
         assert max(group["lr"] for group in seen["groups"]) == rate
         assert {(group["betas"], group["eps"]) for group in seen["groups"]} == {((0.9, 0.98), 1e-6)}
         assert {group["weight_decay"] for group in seen["groups"]} == {0.05, 0.0}
-        steps = training.RECIPES[stage].steps
+        steps = GenieBlueStructure.stages[stage].steps
         assert seen["arguments"].get_warmup_steps(steps) == warmup
         assert seen["arguments"].lr_scheduler_type == "cosine"
 
@@ -143,7 +153,7 @@ def test_schedule_of_the_caller_takes_the_place_of_the_cosine(base, tmp_path):
         make_settings(steps=2),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0),
     )
-    assert changed_parts(model, before) == set()
+    assert changed_groups(model, before) == set()
 
 
 def test_gradient_checkpointing_gives_the_same_weights_and_leaves_the_base_alone(base, tmp_path):
@@ -204,12 +214,12 @@ def test_bfloat16_trains_float32_weights_and_gives_back_the_models_precision(
     model.multimodal_language_model.register_forward_hook(lambda *args: activations.add(args[2].logits.dtype))
 
     def look(model):
-        seen.update({part_of(name): parameter.dtype for name, parameter in model.named_parameters()})
+        seen.update({group_of(name): parameter.dtype for name, parameter in model.named_parameters()})
 
     settings = make_settings(steps=3, bf16=None if in_bfloat16 else True)
     result = train(model, processor, make_data(), tmp_path / "out", settings, callbacks=[AtStep(2, look)])
     assert activations == {torch.bfloat16}
-    assert {seen[part] for part in PARTS} == {torch.float32}
+    assert {seen[part] for part in GROUPS} == {torch.float32}
     assert tensor_digests(model.language_model, "") == digests
     assert {name: value.dtype for name, value in model.named_parameters()} == before
     assert all(loss == loss for loss in losses(result).values())
@@ -235,10 +245,10 @@ def test_output_is_a_complete_model_whose_card_tells_both_stages(base, tmp_path)
     assert all(value.equal(values(loaded)[name]) for name, value in values(model).items())
     assert not any(path.name.startswith("checkpoint") for path in (tmp_path / "two").iterdir())
     recipe = card_info_from_folder(tmp_path / "two").recipe
-    assert list(recipe) == ["stage 1", "stage 2"] and recipe["stage 1"]["trained"] == "projector"
+    assert list(recipe) == ["stage 1", "stage 2"] and recipe["stage 1"]["trained"] == "multi_modal_projector"
     assert recipe["stage 2"]["last loss"] == round(result.loss, 4)
     card = (tmp_path / "two" / "README.md").read_text()
-    assert "replicated blocks, LoRA" in card and "stage 1" in card
+    assert "replicated_blocks, lora" in card and "stage 1" in card
     assert '"use_cache": false' not in (tmp_path / "two" / "config.json").read_text()
     assert all(entry["samples_per_second"] > 0 for entry in result.log_history if "loss" in entry)
 
@@ -297,8 +307,8 @@ def test_parameter_of_the_base_is_never_handed_to_the_optimizer(base):
     model.vision_tower.head.requires_grad_(False)
     model.language_model.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="lm_head.weight requires a gradient"):
-        optimizer_groups(model, dict.fromkeys(PARTS, 1e-4), 0.9, 0.05)
-    with prepared_for_training(model, PARTS, gradient_checkpointing=False):
+        GenieBlueStructure(model).parameter_groups(dict.fromkeys(GROUPS, 1e-4), 0.9, 0.05)
+    with prepared_for_training(GenieBlueStructure(model), GROUPS, gradient_checkpointing=False):
         assert not model.language_model.lm_head.weight.requires_grad
     assert not model.language_model.lm_head.weight.requires_grad
 
@@ -347,9 +357,7 @@ def test_a_template_that_breaks_in_a_worker_is_told_in_one_line(base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"stage": 3}, "stage is 3"),
         ({"stage": 1, "steps": 2, "epochs": 1}, "give one of them"),
-        ({"stage": 1, "learning_rates": {"lora": 1e-3}}, "stage 1 trains projector"),
         ({"stage": 2, "batch_size": 0}, "`batch_size` is 0"),
         ({"stage": 2, "warmup_steps": -1}, "`warmup_steps` is -1"),
         ({"stage": 2, "seed": -1}, "`seed` is -1"),
@@ -359,6 +367,25 @@ def test_a_template_that_breaks_in_a_worker_is_told_in_one_line(base, tmp_path):
 def test_settings_that_make_no_sense_are_refused(options, reason):
     with pytest.raises(ValueError, match=reason):
         TrainingSettings(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"stage": 3}, "stage is 3: expected 1 or 2"),
+     ({"stage": 1, "learning_rates": {"lora": 1e-3}}, "for lora: this stage trains multi_modal_projector")],
+)  # fmt: skip
+def test_settings_that_the_model_has_no_use_for_are_refused(options, reason, base, tmp_path):
+    model, processor = make_model(base)
+    with pytest.raises(ValueError, match=reason):
+        train(model, processor, make_data(), tmp_path / "out", make_settings(**options))
+
+
+def test_a_base_whose_generation_never_stops_is_refused(base, tmp_path):
+    model, processor = make_model(base)
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="stops at no token.*set `model.generation_config.eos_token_id`"):
+        train(model, processor, make_data(), tmp_path / "out", make_settings(steps=1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_the_last_step_broke_are_not_saved(base, tmp_path):
@@ -384,5 +411,5 @@ def test_an_output_that_is_taken_is_refused_before_anything_is_trained(base, tmp
     before = values(model)
     with pytest.raises((ValueError, OSError), match="give another folder|is, or lies in, a file"):
         train(model, processor, make_data(), output, make_settings(steps=1))
-    assert changed_parts(model, before) == set()
+    assert changed_groups(model, before) == set()
     assert (tmp_path / "data" / "notes.txt").read_text() == "mine"

@@ -84,7 +84,7 @@ def test_checkpoint_cut_short_while_it_is_written_is_never_taken(base, tmp_path,
     with pytest.raises(Interrupted):
         start(base, output, stop_at=3)
     with monkeypatch.context() as patch:
-        patch.setattr("genieblue.training.trainer.GenieBlueTrainer._save_rng_state", interrupt)
+        patch.setattr("genieblue.training.trainer.StageTrainer._save_rng_state", interrupt)
         with pytest.raises(Interrupted):
             start(base, output, resume=True)
     assert checkpoints(output) == ["checkpoint-2", "unfinished"]

@@ -1,0 +1,60 @@
+"""JSONL files: their lines, and what is no such file at all."""
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = 1 << 16  # bytes that are looked at for the form of a file
+FORMS = {
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"BZh": "compressed with bzip2; unpack it",
+    b"\xfd7zXZ": "compressed with xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"PAR1": "a Parquet file; read it with `datasets`, and give the folder of its `save_to_disk`",
+    b"ARROW1": "an Arrow file; read it with `datasets`, and give the folder of its `save_to_disk`",
+    codecs.BOM_UTF16_LE: "UTF-16 or UTF-32; write it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 or UTF-32; write it as UTF-8",
+}
+
+
+def parse_line(line: bytes) -> Any:
+    """The value that a line holds; `ValueError` if it is no JSON."""
+    if line.lstrip().startswith(b"["):
+        raise ValueError("the line is a list: expected JSONL, one object a line (`jq -c '.[]'` makes it of a list).")
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error}).") from error
+
+
+def refuse_other_forms(path: Path) -> None:
+    """`ValueError` for a file that is no JSONL as a whole, so that none of its lines is to blame."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    form = next((form for magic, form in FORMS.items() if head.startswith(magic)), None)
+    if form is None and b"\0" in head:
+        form = "binary, or UTF-16 or UTF-32; write it as text in UTF-8"
+    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    if form is None and not lines:
+        form = "empty"
+    if form is None and lines[0].lstrip().startswith(b"["):
+        form = "a JSON list; write its items one a line (`jq -c '.[]'` does it)"
+    if form is None and not any(line.lstrip().startswith(b"{") for line in lines):
+        form = f"something else, which begins with {lines[0][:40].decode(errors='replace')!r}"
+    if form is None and not _is_json(lines[0]) and _is_json(path.read_bytes()):
+        form = "one JSON document; write each sample on a line of its own (`jq -c`)"
+    if form is not None:
+        raise ValueError(f"{path} is no JSONL, one object a line: it is {form}.")
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+__all__ = ["parse_line", "refuse_other_forms"]

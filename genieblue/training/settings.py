@@ -1,0 +1,78 @@
+"""Settings of a training run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# Settings that may change when a run is resumed: what is learned does not depend on them.
+FREE_SETTINGS = (
+    "save_steps", "keep_checkpoints", "logging_steps", "num_workers", "gradient_checkpointing", "show_progress"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """One run. What is left out is the paper's recipe of the stage; sizes are for your machine and data to choose.
+
+    Attributes:
+        stage: of GenieBlue's two, 1 trains the projector, 2 all that is added to the base.
+        steps, epochs: length of the run in optimizer steps or passes over the data; by default one pass.
+        batch_size, gradient_accumulation: samples by device and pass; passes by optimizer step.
+        learning_rate: peak of all groups; `learning_rates` of single ones (`vision_tower`, `multi_modal_projector`,
+            `replicated_blocks`, `lora`).
+        vision_layer_decay: factor on the learning rate from each block of the vision tower to the one before it.
+        warmup_steps: linear warm-up; by default the recipe's share of the run, about 1 %.
+        weight_decay: of matrices; vectors (biases, norms) are not decayed, which is a choice.
+        max_grad_norm: gradients are clipped to it; a choice, as the paper does not say.
+        bf16: bfloat16 autocast over float32 copies of what is trained; by default if the base is in bfloat16.
+        max_length: tokens by sample, image tokens included.
+        max_tiles: by image, a square number; by default the recipe's (stage 1: one, stage 2: the processor's own).
+        save_steps: steps between checkpoints; 0 writes none.
+    """
+
+    stage: int
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    vision_layer_decay: float = 0.9
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    adam_epsilon: float = 1e-6
+    max_grad_norm: float = 1.0
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    max_length: int = 4096
+    max_tiles: int | None = None
+    save_steps: int = 500
+    keep_checkpoints: int = 2
+    logging_steps: int = 10
+    shuffle: bool = True
+    seed: int = 42
+    num_workers: int = 0
+    show_progress: bool = True
+
+    def __post_init__(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"{self.steps} steps and {self.epochs} epochs were given: give one of them.")
+        sizes = ("steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps")
+        for name in (*sizes, "learning_rate", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` is {value}: expected a number above 0.")
+        for rate in (self.learning_rate or 0, *self.learning_rates.values()):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"A learning rate is {rate}: expected one between 0 and 1 (the paper's: 1e-3, 1e-4).")
+        if self.max_tiles is not None and math.isqrt(self.max_tiles) ** 2 != self.max_tiles:
+            raise ValueError(f"`max_tiles` is {self.max_tiles}: expected a square number (1, 4, 9, 16, …).")
+        for name in ("warmup_steps", "save_steps", "num_workers", "weight_decay", "vision_layer_decay"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` is {self.seed}: expected 0 or more, and less than 2 to the power of 32.")
+
+
+__all__ = ["FREE_SETTINGS", "TrainingSettings"]
