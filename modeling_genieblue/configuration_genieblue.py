@@ -6,10 +6,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .settings_files_genieblue import check_config_kinds, check_quantization
 
+VISION_TYPE = "siglip_vision_model"
 PLACEMENTS = ("skip", "pre", "post")
 # What is raised by whatever reads a setting first that is not of its kind.
 BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
@@ -72,7 +72,8 @@ class GenieBlueConfig(PreTrainedConfig):
     """
 
     model_type = "genieblue"
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model")}
+    # Not `sub_configs_defaults`, of which transformers before 5.20 knows nothing.
+    sub_configs = {"vision_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -94,14 +95,16 @@ class GenieBlueConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
             self.text_config = text_config_from_dict(self.text_config)
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = AutoConfig.for_model(**{"model_type": VISION_TYPE, **(self.vision_config or {})})
         super().__post_init__(**kwargs)
         if self.text_config is not None:
             _check_count("text_config.hidden_size", getattr(self.text_config, "hidden_size", None))
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout!r}: expected a number from 0 to below 1.")
-        if self.vision_config.model_type != "siglip_vision_model":
+        if self.vision_config.model_type != VISION_TYPE:
             raise ValueError(
-                f"The vision tower is of type {self.vision_config.model_type!r}: expected 'siglip_vision_model'."
+                f"The vision tower is of type {self.vision_config.model_type!r}: expected {VISION_TYPE!r}."
             )
         for name in ("lora_rank", "lora_alpha", "downsample_factor"):
             _check_count(name, getattr(self, name))

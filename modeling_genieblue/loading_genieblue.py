@@ -1,5 +1,6 @@
 """Loading: our own files, from a folder or the Hub."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file, resolve_revision
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .base_identity_genieblue import (
     BASE_FINGERPRINT_NAME,
@@ -33,6 +34,8 @@ from .settings_files_genieblue import (
     refuse_broken_settings,
 )
 
+logger = logging.getLogger(__name__)
+
 # With which a base that was loaded is found again.
 ACCESS_KEYS = ("token", "cache_dir", "local_files_only")
 # What the base is given as it would be by hand.
@@ -53,10 +56,9 @@ class LoadRequest:
         """Sorts the keyword arguments of `from_pretrained` into ours and the base's."""
         kwargs = dict(kwargs)
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KEYS if kwargs.get(key) is not None}
-        lookup = {key: hub_kwargs.get(key) for key in ("token", "cache_dir")}
-        hub_kwargs["revision"] = resolve_revision(
-            path, hub_kwargs.get("revision"), local_files_only=bool(hub_kwargs.get("local_files_only")), **lookup
-        )
+        if not os.path.isdir(path):  # all files are of one commit, whatever is pushed in the meantime
+            asked = hub_kwargs.pop("revision", None)
+            hub_kwargs["revision"] = hub_commit(os.fspath(path), asked, newest=True, **hub_kwargs) or asked
         base_kwargs = {key: kwargs[key] for key in BASE_KEYS if kwargs.get(key) is not None}
         base_kwargs |= {key: hub_kwargs[key] for key in SHARED_HUB_KEYS if key in hub_kwargs}
         if kwargs.get("quantization_config") is not None:
@@ -188,6 +190,25 @@ class LoadRequest:
             )
         folder = os.path.join(os.path.realpath(self.path), self.hub_kwargs.get("subfolder", ""))
         return os.path.normpath(os.path.join(folder, name))
+
+
+def hub_commit(
+    name: str, revision: str | None, *, newest: bool = False, local_files_only: bool = False, **hub_kwargs: Any
+) -> str | None:
+    """The commit that a revision of a Hub id points to; `None` if it cannot be found.
+
+    That is the one in the cache, if there is one; with `newest` the Hub is asked first. Not by `resolve_revision`, which
+    neither transformers before 5.19 nor huggingface_hub before 1.31 has.
+    """
+    hub_kwargs.pop("force_download", None)
+    for only_cached in [True] if local_files_only else [False] if newest else [True, False]:
+        try:
+            path = cached_file(name, CONFIG_NAME, revision=revision, local_files_only=only_cached, **hub_kwargs)
+        except (OSError, ValueError) as error:
+            logger.debug("No commit of %s: %s", name, error)
+        else:
+            return extract_commit_hash(path, None)
+    return None
 
 
 def is_local_reference(name: str) -> bool:

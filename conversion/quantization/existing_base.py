@@ -9,7 +9,7 @@ from torch import nn
 from conversion.quantization.precision import QuantizationRecipe
 from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
-from modeling_genieblue.base_loading_genieblue import hub_commit
+from modeling_genieblue.loading_genieblue import hub_commit
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
 from modeling_genieblue.quantized_linears_genieblue import scales_of
 from modeling_genieblue.settings_files_genieblue import BASE_PARTS

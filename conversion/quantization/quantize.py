@@ -37,9 +37,8 @@ from conversion.quantization.rounding import round_weight
 from conversion.staging import StagingFolder, explained_full_disk
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import WEIGHTS_NAME, tensor_samples, weight_file_hashes
-from modeling_genieblue.base_loading_genieblue import hub_commit
 from modeling_genieblue.language_views_genieblue import ADAPTER_FOLDER, adapter_parameters, find_blocks, set_parameter
-from modeling_genieblue.loading_genieblue import ACCESS_KEYS, LoadRequest
+from modeling_genieblue.loading_genieblue import ACCESS_KEYS, LoadRequest, hub_commit
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base
 from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_linears_genieblue import BITS, QMAP_NAME, group_size_of, stored_tensors
