@@ -4,6 +4,10 @@ import math
 import os
 from typing import Any
 
+from .compat_genieblue import require_transformers
+
+require_transformers()
+
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 

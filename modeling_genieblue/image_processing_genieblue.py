@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
+from .compat_genieblue import require_transformers
+
+require_transformers()
+
 import numpy as np
 import torch
 from huggingface_hub import get_session

@@ -13,15 +13,23 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .compat_genieblue import require_peft
+
+require_peft()
+
 import torch
-from peft import LoraConfig, TaskType, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .lora_genieblue import SharedInputLoraLinear, connect_down_projections
+
+try:
+    from peft import LoraConfig, TaskType, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+except ImportError:  # Without a try transformers would import peft before `require_peft` has its say.
+    raise
 
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

@@ -197,8 +197,8 @@ def hub_commit(
 ) -> str | None:
     """The commit that a revision of a Hub id points to; `None` if it cannot be found.
 
-    That is the one in the cache, if there is one; with `newest` the Hub is asked first. Not by `resolve_revision`, which
-    neither transformers before 5.19 nor huggingface_hub before 1.31 has.
+    That is the one in the cache, if there is one; with `newest` the Hub is asked first. (Older versions of
+    transformers and huggingface_hub have no `resolve_revision`.)
     """
     hub_kwargs.pop("force_download", None)
     for only_cached in [True] if local_files_only else [False] if newest else [True, False]:

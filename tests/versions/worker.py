@@ -87,7 +87,9 @@ class Checks:
         """What is saved here is loaded here, with the same answers."""
         folder = self.request["folder"]
         self.model.save_pretrained(folder)
-        assert equal(image_answer(load(folder), AutoProcessor.from_pretrained(folder, trust_remote_code=True)), self.answer)
+        assert equal(
+            image_answer(load(folder), AutoProcessor.from_pretrained(folder, trust_remote_code=True)), self.answer
+        )
 
     def stock_peft(self) -> None:
         """PEFT alone loads the adapter onto the base from its subfolder."""
