@@ -1,5 +1,9 @@
 """The runtime of a GenieBlue: what a Hub repository carries, importable as a package and registered for `Auto…`."""
 
+from .compat_genieblue import require_transformers
+
+require_transformers()
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

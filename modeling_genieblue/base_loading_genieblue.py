@@ -5,14 +5,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub import resolve_revision as resolve_hub_revision
-from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .base_identity_genieblue import cached_commits, compare_with_samples, different_settings
-from .loading_genieblue import LoadRequest
+from .loading_genieblue import LoadRequest, hub_commit
 from .model_files_genieblue import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -54,16 +52,6 @@ def resolve_base(
         return name, same[0]
     logger.warning("The commit of the base %s is not known: give it as `base_model_revision` to publish.", name)
     return name, None
-
-
-def hub_commit(name: str, revision: str | None, *, local_files_only: bool | None = None, **access: Any) -> str | None:
-    """The commit that a revision points to, from the local cache if it is there."""
-    for only_cached in (True,) if local_files_only else (True, False):
-        try:
-            return resolve_hub_revision(name, revision=revision, local_files_only=only_cached, **access).resolved
-        except (HfHubHTTPError, RevisionResolutionError, OSError, ValueError) as error:
-            logger.debug("No commit of %s: %s", name, error)
-    return None
 
 
 def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | None) -> PreTrainedModel:

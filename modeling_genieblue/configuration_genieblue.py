@@ -4,12 +4,16 @@ import math
 import os
 from typing import Any
 
+from .compat_genieblue import require_transformers
+
+require_transformers()
+
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .addresses_genieblue import refuse_address
 
+VISION_TYPE = "siglip_vision_model"
 PLACEMENTS = ("skip", "pre", "post")
 # Settings of a pass that act on both views alike; one that is not set here is the base's own.
 RUNTIME_SETTINGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
@@ -81,7 +85,8 @@ class GenieBlueConfig(PreTrainedConfig):
     """
 
     model_type = "genieblue"
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model")}
+    # Not `sub_configs_defaults`, of which transformers before 5.20 knows nothing.
+    sub_configs = {"vision_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -105,14 +110,16 @@ class GenieBlueConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = text_config_from_dict(self.text_config)
         kwargs.setdefault("output_attentions", None)
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = AutoConfig.for_model(**{"model_type": VISION_TYPE, **(self.vision_config or {})})
         super().__post_init__(**kwargs)
         if self.text_config is not None:
             _check_count("text_config.hidden_size", getattr(self.text_config, "hidden_size", None))
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout!r}: expected a number from 0 to below 1.")
-        if self.vision_config.model_type != "siglip_vision_model":
+        if self.vision_config.model_type != VISION_TYPE:
             raise ValueError(
-                f"The vision tower is of type {self.vision_config.model_type!r}: expected 'siglip_vision_model'."
+                f"The vision tower is of type {self.vision_config.model_type!r}: expected {VISION_TYPE!r}."
             )
         for name in ("lora_rank", "lora_alpha", "downsample_factor"):
             _check_count(name, getattr(self, name))

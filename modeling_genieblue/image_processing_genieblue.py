@@ -3,6 +3,10 @@
 import math
 from typing import Any
 
+from .compat_genieblue import require_transformers
+
+require_transformers()
+
 import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature

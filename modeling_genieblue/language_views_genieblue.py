@@ -13,13 +13,21 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from .compat_genieblue import require_peft
+
+require_peft()
+
 import torch
-from peft import LoraConfig, TaskType, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+try:
+    from peft import LoraConfig, TaskType, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+except ImportError:  # Without a try transformers would import peft before `require_peft` has its say.
+    raise
 
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file, resolve_revision
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .base_identity_genieblue import is_sample
 from .configuration_genieblue import check_config_kinds
@@ -57,10 +57,9 @@ class LoadRequest:
         """Sorts the keyword arguments of `from_pretrained` into ours and the base's."""
         kwargs = dict(kwargs)
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KEYS if kwargs.get(key) is not None}
-        lookup = {key: hub_kwargs.get(key) for key in ("token", "cache_dir")}
-        hub_kwargs["revision"] = resolve_revision(
-            path, hub_kwargs.get("revision"), local_files_only=bool(hub_kwargs.get("local_files_only")), **lookup
-        )
+        if not os.path.isdir(path):  # all files are of one commit, whatever is pushed in the meantime
+            asked = hub_kwargs.pop("revision", None)
+            hub_kwargs["revision"] = hub_commit(os.fspath(path), asked, newest=True, **hub_kwargs) or asked
         base_kwargs = {key: kwargs[key] for key in BASE_KEYS if kwargs.get(key) is not None}
         base_kwargs |= {key: hub_kwargs[key] for key in SHARED_HUB_KEYS if key in hub_kwargs}
         if kwargs.get("quantization_config") is not None:
@@ -202,6 +201,25 @@ class LoadRequest:
             )
         folder = os.path.join(os.path.realpath(self.path), self.hub_kwargs.get("subfolder", ""))
         return os.path.normpath(os.path.join(folder, name))
+
+
+def hub_commit(
+    name: str, revision: str | None, *, newest: bool = False, local_files_only: bool = False, **hub_kwargs: Any
+) -> str | None:
+    """The commit that a revision of a Hub id points to; `None` if it cannot be found.
+
+    That is the one in the cache, if there is one; with `newest` the Hub is asked first. (Older versions of
+    transformers and huggingface_hub have no `resolve_revision`.)
+    """
+    hub_kwargs.pop("force_download", None)
+    for only_cached in [True] if local_files_only else [False] if newest else [True, False]:
+        try:
+            path = cached_file(name, CONFIG_NAME, revision=revision, local_files_only=only_cached, **hub_kwargs)
+        except (OSError, ValueError) as error:
+            logger.debug("No commit of %s: %s", name, error)
+        else:
+            return extract_commit_hash(path, None)
+    return None
 
 
 @dataclass

@@ -6,6 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .compat_genieblue import require_transformers
+
+require_transformers()
+
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs

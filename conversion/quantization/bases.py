@@ -20,7 +20,7 @@ from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
-from modeling_genieblue.base_loading_genieblue import hub_commit
+from modeling_genieblue.loading_genieblue import hub_commit
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
     CONFIG_NAME,
