@@ -42,6 +42,7 @@ def send(
     revision: str | None,
     commit_message: str,
     create_pr: bool,
+    commit_description: str | None = None,
 ) -> CommitInfo:
     """Makes the commit, and the repository if need be; `ValueError` where another model's weights lie.
 
@@ -76,6 +77,7 @@ def send(
         repo_id,
         operations=[*deletions, *additions],
         commit_message=commit_message,
+        commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
         parent_commit=head.sha,

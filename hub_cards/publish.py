@@ -91,6 +91,7 @@ def publish_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     create_pr: bool = False,
     base: str | None = None,
 ) -> CommitInfo:
@@ -129,6 +130,7 @@ def publish_folder(
         token=token,
         revision=revision,
         commit_message=commit_message or "Upload GenieBlue",
+        commit_description=commit_description,
         create_pr=create_pr,
     )
 

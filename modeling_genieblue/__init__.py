@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -28,7 +29,7 @@ for _config, _model in (
 ):
     AutoImageProcessor.register(_config, GenieBlueImageProcessor, exist_ok=True)
     AutoProcessor.register(_config, GenieBlueProcessor, exist_ok=True)
-    for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         _auto_class.register(_config, _model, exist_ok=True)
 
 __all__ = [

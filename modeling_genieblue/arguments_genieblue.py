@@ -1,12 +1,40 @@
 """What a GenieBlue is made of, loaded with and saved in: refused by name before anything is read or written."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .addresses_genieblue import refuse_address
+
+# What transformers' own `from_pretrained` and `save_pretrained` take, and why a GenieBlue cannot.
+_ONE_FORMAT = "only safetensors files are read"
+_BOTH_VIEWS = "it would not reach both views; load the base with it and give that as `base_model`"
+REFUSED_TO_LOAD = {
+    "ignore_mismatched_sizes": "weights that do not fit are an error, never replaced by random ones",
+    "state_dict": "load the folder, then call `load_state_dict`",
+    "key_mapping": "its files name the weights as the model does",
+    **dict.fromkeys(("from_tf", "from_flax"), _ONE_FORMAT),
+    "gguf_file": f"{_ONE_FORMAT}; load a base from GGUF by itself and give it as `base_model`",
+    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), _BOTH_VIEWS),
+    **dict.fromkeys(("fusion_config", "use_kernels", "kernel_config"), _BOTH_VIEWS),
+}
+REFUSED_TO_SAVE = {
+    "distributed_checkpoint": "gather the weights and give them as `state_dict`",
+    "save_function": "weights are written as safetensors, in one step with all that belongs to them",
+    "tags": "write them into the card, README.md, which later saves keep",
+}
+# Those that would ask for another format if they were False.
+SAVED_AS_EVER = {
+    "safe_serialization": "weights are written as safetensors only",
+    "save_peft_format": "the adapter is a stock one of PEFT",
+}
+PUSH_KEYWORDS = (
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "max_shard_size",
+    "dtype",
+)  # fmt: skip
 
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")  # image and text, or the image half alone
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,13 +47,15 @@ OFFLOAD_ADVICE = (
 
 
 def check_base_model(base: Any) -> None:
-    """`TypeError` unless `base` is a loaded language model with its LM head."""
+    """`TypeError` unless `base` is a loaded language model with its LM head, `ValueError` if it is a GenieBlue."""
     can_generate = getattr(base, "can_generate", None)
     if not isinstance(base, nn.Module) or not hasattr(base, "config") or can_generate is None or not can_generate():
         raise TypeError(
             f"The base is {_described(base)}: expected a loaded language model with its LM head, as "
             "`AutoModelForCausalLM.from_pretrained` gives it."
         )
+    if base.config.model_type == "genieblue":  # `AutoModelForCausalLM` gives that, too
+        raise ValueError("The base is a GenieBlue already: give the language model that it should be made from.")
 
 
 def check_vision_tower(vision_tower: Any) -> None:
@@ -66,6 +96,14 @@ def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> 
     device_map = kwargs.get("device_map")
     if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
         raise ValueError(f"`device_map` offloads to the disk: {OFFLOAD_ADVICE}")
+    _refuse_by_name("loaded", kwargs, REFUSED_TO_LOAD)
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError(f"A GenieBlue is not loaded with `use_safetensors=False`: {_ONE_FORMAT}.")
+    # `AutoModel` hands on where it looked for an adapter.
+    if kwargs.get("adapter_name") is not None or set(kwargs.get("adapter_kwargs") or ()) - {"revision", "token"}:
+        raise ValueError(
+            "A GenieBlue is not loaded with `adapter_name` or `adapter_kwargs`: it has one adapter, in its own folder."
+        )
     config = kwargs.get("config")
     if config is not None and getattr(config, "model_type", None) != "genieblue":
         raise TypeError(f"`config` is {_described(config)}: expected a GenieBlueConfig.")
@@ -77,6 +115,29 @@ def refuse_offloaded(module: nn.Module, title: str) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_meta:
                 raise ValueError(f"Weights of {title} ({name} and perhaps others) are offloaded: {OFFLOAD_ADVICE}")
+
+
+def check_save_arguments(kwargs: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """The further keywords of `save_pretrained` and `push_to_hub` that say something, all of them `known`.
+
+    `ValueError` for what transformers takes and a GenieBlue cannot do, `TypeError` for what means nothing.
+    """
+    _refuse_by_name("saved", kwargs, REFUSED_TO_SAVE)
+    for name, reason in SAVED_AS_EVER.items():
+        if kwargs.get(name) is False:
+            raise ValueError(f"A GenieBlue is not saved with `{name}=False`: {reason}.")
+    # The files have one format, in which the weights have the model's own names.
+    without_effect = (*REFUSED_TO_SAVE, *SAVED_AS_EVER, "save_original_format")
+    kwargs = {name: value for name, value in kwargs.items() if name not in without_effect}
+    if unknown := sorted(kwargs.keys() - set(known)):
+        raise TypeError(f"`save_pretrained` does not know {', '.join(unknown)}.")
+    return kwargs
+
+
+def _refuse_by_name(done: str, kwargs: dict[str, Any], reasons: dict[str, str]) -> None:
+    for name, reason in reasons.items():
+        if kwargs.get(name) not in (None, False):
+            raise ValueError(f"A GenieBlue is not {done} with `{name}`: {reason}.")
 
 
 def weight_dtype(dtype: Any) -> torch.dtype:

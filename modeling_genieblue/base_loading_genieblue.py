@@ -75,7 +75,10 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     try:
         where = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
         config_file = cached_file(location, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
-        quantization = None if config_file is None else read_settings(config_file).get("quantization_config")
+        settings = {} if config_file is None else read_settings(config_file)
+        # `AutoModelForCausalLM` knows a GenieBlue as well, whose base may even be itself.
+        _refuse_genieblue(location, settings.get("model_type"))
+        quantization = settings.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         check_settings_files(location, {GENERATION_CONFIG_NAME: None}, **where)
         if isinstance(method, str) and method in BASE_LOADERS:
@@ -102,8 +105,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
 
 def check_base_type(location: str, config: PreTrainedConfig) -> None:
     """`ValueError` unless `config`, that of `location`, is of a model that can be a base."""
-    if config.model_type == MODEL_TYPE:
-        raise ValueError(f"{location} is a GenieBlue already: give the language model that it should be made from.")
+    _refuse_genieblue(location, config.model_type)
     num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     is_causal = has_code or type(config) in AutoModelForCausalLM._model_mapping
@@ -112,6 +114,11 @@ def check_base_type(location: str, config: PreTrainedConfig) -> None:
             f"{location} has model_type {config.model_type!r}: expected a decoder-only language model that "
             "`AutoModelForCausalLM` loads, such as a Llama or a Qwen."
         )
+
+
+def _refuse_genieblue(location: str, model_type: str | None) -> None:
+    if model_type == MODEL_TYPE:
+        raise ValueError(f"{location} is a GenieBlue already: give the language model that it should be made from.")
 
 
 def check_complete(location: str, loading_info: dict[str, Any]) -> None:

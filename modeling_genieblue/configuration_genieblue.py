@@ -10,6 +10,7 @@ require_transformers()
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
 
 from .addresses_genieblue import refuse_address
 
@@ -58,6 +59,12 @@ def text_config_from_dict(text_config: dict[str, Any]) -> PreTrainedConfig:
     # `to_dict` writes the class attribute, hence a class of its own for a type that transformers does not know.
     described = type("DescribedTextConfig", (PreTrainedConfig,), {"model_type": model_type})
     return described(**{key: value for key, value in text_config.items() if key != "model_type"})
+
+
+def name_model_class(model_type: str, model_class: str) -> None:
+    """Tells transformers what a class can do before it exists: `transformers serve` and `Trainer` ask by name."""
+    for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+        getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")[model_type] = model_class
 
 
 class GenieBlueConfig(PreTrainedConfig):
@@ -226,5 +233,6 @@ def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int
 
 
 GenieBlueConfig.register_for_auto_class()
+name_model_class(GenieBlueConfig.model_type, "GenieBlueForConditionalGeneration")
 
 __all__ = ["GenieBlueConfig"]

@@ -159,6 +159,12 @@ class FrozenBaseModel(PreTrainedModel):
         for module in (self.vision_tower, self.multimodal_language_model):
             module._set_gradient_checkpointing(enable, *args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise ValueError(
+            "`torch.nn.DataParallel` would copy the views apart, which share the base's weights: start a process for "
+            "each device (`torchrun`, `accelerate launch`), or show one device (`CUDA_VISIBLE_DEVICES=0`)."
+        )
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FrozenBaseModel":
         """All of `to`, `half`, `cuda`, …, also those of a module that holds this one.
 

@@ -33,6 +33,7 @@ from .model_files_genieblue import (
     check_settings_files,
     is_inner_folder,
     is_path,
+    name_of_variant,
     read_settings,
 )
 
@@ -148,15 +149,17 @@ class LoadRequest:
     def _refuse_other_kinds(self) -> None:
         """`ValueError` for integer or complex tensors among our own weights, which transformers casts in silence."""
         sharded = self.file(INDEX_NAME, required=False) is not None
-        path = self.file(WEIGHTS_NAME, required=os.path.isdir(self.path) and not sharded)
+        name = name_of_variant(WEIGHTS_NAME, self.own_kwargs.get("variant"))
+        path = self.file(name, required=os.path.isdir(self.path) and not sharded)
         if path is None:
             return
         with safe_open(path, framework="pt") as file:
             if problems := tensors_of_other_kinds(file, file.keys()):
                 raise ValueError(f"{path} does not fit its configuration: {'; '.join(problems[:3])}. Fetch it again.")
 
-    def adapter_file(self, name: str = ADAPTER_WEIGHTS_NAME) -> str:
-        """Path of a file of the adapter, in a folder or in the cache; `OSError` if there is none."""
+    def adapter_file(self, name: str | None = None) -> str:
+        """Path of a file of the adapter, by default its weights, in a folder or the cache; `OSError` without one."""
+        name = name or name_of_variant(ADAPTER_WEIGHTS_NAME, self.own_kwargs.get("variant"))
         return self.file(name, folder=ADAPTER_FOLDER)
 
     def adapter_settings(self) -> dict[str, Any]:

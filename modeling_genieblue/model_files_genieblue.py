@@ -54,6 +54,12 @@ ACCESS_KEYS = ("token", "cache_dir", "local_files_only")  # with which a base th
 SHA256, COMMIT_SHA = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
+def name_of_variant(name: str, variant: str | None) -> str:
+    """A weight file's name with transformers' mark of a variant: `model.safetensors` → `model.fp16.safetensors`."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
 # Folder or Hub id
 
 

@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from .arguments_genieblue import check_base_model, check_load_arguments, check_vision_tower, refuse_offloaded
+from .arguments_genieblue import (
+    PUSH_KEYWORDS,
+    check_base_model,
+    check_load_arguments,
+    check_save_arguments,
+    check_vision_tower,
+    refuse_offloaded,
+)
+from .backbone_genieblue import GenieBlueBackbone
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
 from .configuration_genieblue import (
@@ -234,18 +243,24 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         view.is_multimodal_view = True
         self.language_model, self.multimodal_language_model = base, view
         self.config._attn_implementation_internal = base.config._attn_implementation
+        if (head := getattr(self.vision_tower, "head", None)) is not None:
+            head.requires_grad_(False)  # it pools patches into one vector, which no image token is made of
         self._lora_config = lora_config
         self._embed_text = TextEmbedder(view)
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+        token: str | bool | None = None,
         *,
         processor: Any = None,
         dtype: str | torch.dtype | None = None,
         facts: dict[str, Any] | None = None,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Writes what GenieBlue adds (never the base) as a complete folder: weights, adapter, code, processor, card.
@@ -256,33 +271,40 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         too, so that training resumes bit by bit; `from_pretrained` loads such a folder like any other.
 
         Args:
+            is_main_process: whether this process writes; one of several does.
+            state_dict: what to write instead of the weights in memory, as FSDP gathers it; all of `state_dict()`.
+            push_to_hub: publish as well; `kwargs` are those of `push_to_hub`, with `repo_id`.
+            max_shard_size: files are written whole; weights that are larger are refused.
+            variant: a mark in the names of the weight files, which are loaded with the same `variant`.
+            token: with which the base is looked up on the Hub, and the repository written.
             processor: written along; by default the one that came with the model or, for a new model, one made from
                 the base's tokenizer.
             dtype: precision of the written weights; by default that of the projector. LoRA, which is in float32 in
                 memory, is written in it too.
             facts: JSON files for the card, `training_recipe.json` and `measurements.json`; see `hub_cards`.
-            state_dict: what to write instead of the weights in memory, as FSDP gathers it; all of `state_dict()`.
-            push_to_hub: publish as well; `kwargs` are those of `push_to_hub`, with `repo_id`.
         """
-        # What Trainer passes, and has no meaning here.
-        for name in ("safe_serialization", "max_shard_size", "save_peft_format", "save_function"):
-            kwargs.pop(name, None)
-        if not kwargs.pop("is_main_process", True):
+        kwargs = check_save_arguments(kwargs, PUSH_KEYWORDS if push_to_hub else ())
+        if push_to_hub and (state_dict is not None or variant is not None):
+            raise ValueError(
+                "`state_dict` and `variant` are for a folder: save without `push_to_hub`, then publish it."
+            )
+        if not is_main_process:
             return
-        save_model(self, save_directory, processor=processor, dtype=dtype, facts=facts, state_dict=state_dict)
+        save_model(
+            self, save_directory, processor=processor, dtype=dtype, facts=facts, state_dict=state_dict,
+            variant=variant, max_shard_size=max_shard_size, token=token,
+        )  # fmt: skip
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, processor=processor, dtype=dtype, **kwargs)
-        elif kwargs:
-            raise TypeError(f"`save_pretrained` does not know {', '.join(sorted(kwargs))}.")
+            self.push_to_hub(repo_id, processor=processor, dtype=dtype, token=token, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any):
         """Publishes as one commit; the base must be on the Hub itself. Returns huggingface_hub's `CommitInfo`.
 
-        Keywords: `commit_message`, `private`, `token`, `revision`, `create_pr`, `dtype`. A README that the repository
-        already has is left as it is.
+        Keywords: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `dtype`,
+        `max_shard_size`. A README that the repository already has is left as it is.
         """
-        return push_model(self, repo_id, processor=processor, **kwargs)
+        return push_model(self, repo_id, processor=processor, **check_save_arguments(kwargs, PUSH_KEYWORDS))
 
     # How weights are stored
 
@@ -306,19 +328,43 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         return dtype or next(self.multi_modal_projector.parameters()).dtype
 
     def _write_weights(
-        self, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        state: Mapping[str, torch.Tensor],
+        is_checkpoint: bool,
+        variant: str | None = None,
     ) -> None:
         """Vision tower, projector and adapter as files of a folder that is being saved."""
-        write_trained_weights(self, folder, dtype, state, is_checkpoint)
+        write_trained_weights(self, folder, dtype, state, is_checkpoint, variant)
 
     # Requests
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Tiles (num_tiles, 3, image_size, image_size) → (num_tiles, image_seq_length, hidden_size)."""
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Tiles (num_tiles, 3, image_size, image_size) → features (num_tiles, image_seq_length, hidden_size).
+
+        As in all of transformers they are the `pooler_output` of what the vision tower gives (`last_hidden_state` are
+        its own features of the patches), or the second of a tuple with `return_dict=False`; `kwargs` are the tower's.
+        """
         tower = self.vision_tower
-        patch_features = tower(pixel_values.to(tower.device, tower.dtype)).last_hidden_state
+        outputs = tower(pixel_values.to(tower.device, tower.dtype), return_dict=True, **kwargs)
         weight = self.multi_modal_projector.linear_1.weight
-        return self.multi_modal_projector(patch_features.to(weight.device, weight.dtype))
+        patch_features = outputs.last_hidden_state.to(weight.device, weight.dtype)
+        outputs.pooler_output = self.multi_modal_projector(patch_features)
+        return outputs
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
+    ) -> torch.BoolTensor:
+        """Where image features go among the embeddings, (batch, length, 1); `ValueError` if they do not fit."""
+        is_image = input_ids == self.config.image_token_id
+        num_tokens, num_features = int(is_image.sum()), image_features.numel() // image_features.shape[-1]
+        if num_tokens != num_features:
+            raise ValueError(
+                f"Image tokens and image features do not match: tokens: {num_tokens}, features: {num_features}."
+            )
+        return is_image.unsqueeze(-1).to(inputs_embeds.device)
 
     def embed_request(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings (batch, length, hidden_size), with image features in place; `ValueError` if tiles do not fit."""
@@ -328,8 +374,9 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         check_tiles(pixel_values, int(is_image.sum()), self.config.vision_config, self.config.image_seq_length)
         if pixel_values is None:
             return inputs_embeds
-        image_features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = is_image.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
+        image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
 
     def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> list[bool]:
@@ -395,14 +442,32 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
         return outputs.to_tuple() if as_tuple else outputs
 
+    def _embedded(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of the multimodal view, ids and pixels as embeddings."""
+        inputs = dict(inputs)
+        if "inputs_embeds" not in inputs:
+            inputs["inputs_embeds"] = self.embed_request(inputs.pop("input_ids"), pixel_values)
+        if self.training and torch.is_grad_enabled():
+            if pixel_values is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+                inputs["inputs_embeds"] = inputs["inputs_embeds"] + self._nothing_of_the_image_path()
+            if inputs["inputs_embeds"].is_leaf:  # reentrant checkpointing gives no gradients otherwise
+                inputs["inputs_embeds"].requires_grad_(True)
+        return inputs
+
+    def _nothing_of_the_image_path(self) -> torch.Tensor:
+        """Zero, with a gradient of zero for each parameter that a batch without images leaves out.
+
+        `DistributedDataParallel` waits for a gradient of every parameter, whatever the other processes have seen.
+        """
+        trained = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+        weight = self.get_input_embeddings().weight
+        firsts = [each.flatten()[0].to(weight.device, weight.dtype) for each in trained if each.requires_grad]
+        return sum(firsts, weight.new_zeros(())) * 0
+
     def _multimodal_forward(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
-        if "inputs_embeds" not in inputs:
-            inputs["inputs_embeds"] = self.embed_request(inputs.pop("input_ids"), pixel_values)
-        if self.training and torch.is_grad_enabled() and inputs["inputs_embeds"].is_leaf:
-            inputs["inputs_embeds"].requires_grad_(True)  # reentrant checkpointing gives no gradients otherwise
-        outputs = self.multimodal_language_model(**inputs, return_dict=True)
+        outputs = self.multimodal_language_model(**self._embedded(pixel_values, inputs), return_dict=True)
         if labels is None:
             return outputs
         loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
@@ -435,6 +500,15 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         )
 
     # The rest of the `PreTrainedModel` interface, where the base must stay as it is
+
+    @property
+    def base_model(self) -> GenieBlueBackbone:
+        """All but the LM head: a module whose output has `last_hidden_state`."""
+        return GenieBlueBackbone(self)
+
+    def get_decoder(self) -> nn.Module | None:
+        """The base's blocks; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_decoder()
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The base's embedding; `None` while no base is attached."""

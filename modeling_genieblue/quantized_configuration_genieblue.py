@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_genieblue import GenieBlueConfig
+from .configuration_genieblue import GenieBlueConfig, name_model_class
 from .quantized_settings_genieblue import check_quantization
 
 
@@ -27,5 +27,7 @@ class QuantizedGenieBlueConfig(GenieBlueConfig):
 
 
 QuantizedGenieBlueConfig.register_for_auto_class()
+# The model type is the same, and the table has one class for each: the class's name is what matters.
+name_model_class(f"quantized_{QuantizedGenieBlueConfig.model_type}", "QuantizedGenieBlueForConditionalGeneration")
 
 __all__ = ["QuantizedGenieBlueConfig"]

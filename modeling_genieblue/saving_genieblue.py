@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -46,6 +46,7 @@ from .model_files_genieblue import (
     WEIGHTS_NAME,
     is_inner_folder,
     is_path,
+    name_of_variant,
     read_settings,
 )
 from .own_state_genieblue import check_own_state
@@ -54,16 +55,17 @@ from .staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
-MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+MODEL_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 MULTIMODAL_TREE = "multimodal_language_model"
 AUTO_MAP = {
     "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
     "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
 }
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
+STALE_WEIGHTS = (INDEX_NAME, WEIGHT_SHARDS, ADAPTER_WEIGHTS_NAME)
 STALE_NAMES = (
-    INDEX_NAME, WEIGHT_SHARDS, ADAPTER_CONFIG_NAME, RECIPE_NAME, MEASUREMENTS_NAME, ADAPTER_WEIGHTS_NAME,
-    QUANTIZED_ADAPTER_NAME, QMAP_NAME, QUANTIZED_CODE_FILES,
+    *STALE_WEIGHTS, ADAPTER_CONFIG_NAME, RECIPE_NAME, MEASUREMENTS_NAME, QUANTIZED_ADAPTER_NAME, QMAP_NAME,
+    QUANTIZED_CODE_FILES,
 )  # fmt: skip
 STALE_PROCESSOR_NAMES = (*PROCESSOR_CONFIGS, *TOKENIZER_FILES)
 
@@ -76,6 +78,9 @@ def save_model(
     dtype: str | torch.dtype | None = None,
     facts: dict[str, Any] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    token: str | bool | None = None,
 ) -> None:
     """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
     target = Path(os.path.realpath(save_directory))
@@ -84,12 +89,24 @@ def save_model(
         check_own_state(model, state_dict)
     state = model.state_dict() if state_dict is None else state_dict
     _check_additions(state)
+    if (
+        max_shard_size is not None
+        and split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size).is_sharded
+    ):
+        raise ValueError(
+            f"`max_shard_size` is {max_shard_size!r}, but the weights are written whole, as PEFT reads them: leave it "
+            "out, or give more."
+        )
+    if token is not None:
+        model.provenance.access = {**model.provenance.access, "token": token}
     with NewFolder(target, "saving") as new:
         try:
-            has_processor = _write_files(model, new.staging, target, processor, dtype, facts, state)
+            has_processor = _write_files(model, new.staging, target, processor, dtype, facts, state, variant)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
-        stale = (*STALE_NAMES, *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
+        # The weights that are there stay beside those of a variant.
+        stale = [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
+        stale += (*(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
         new.put_in_place(lambda old: _foreign_files(old, stale))
 
 
@@ -126,7 +143,7 @@ def _inner_base(folder: Path) -> list[str]:
     return [name.removeprefix("./")] if is_ours else []
 
 
-def _foreign_files(folder: Path, stale: tuple[str, ...]) -> list[Path]:
+def _foreign_files(folder: Path, stale: Iterable[str]) -> list[Path]:
     """What lies in a model's folder, or in its adapter's, and is not ours (notes, checkpoints), as paths in it."""
     return [
         entry.relative_to(folder)
@@ -144,10 +161,11 @@ def _write_files(
     dtype: torch.dtype,
     facts: dict[str, Any] | None,
     state: Mapping[str, torch.Tensor],
+    variant: str | None,
 ) -> bool:
     """Writes all files into `staging`; returns whether a processor is among them."""
     is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", target.name) is not None
-    model._write_weights(staging, dtype, state, is_checkpoint)
+    model._write_weights(staging, dtype, state, is_checkpoint, variant)
     config = _config_to_save(model, target, dtype)
     config.save_pretrained(staging)
     # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
@@ -184,7 +202,12 @@ def code_files(model_class: type) -> list[Path]:
 
 
 def write_trained_weights(
-    model: Any, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
+    model: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    state: Mapping[str, torch.Tensor],
+    is_checkpoint: bool,
+    variant: str | None = None,
 ) -> None:
     """Vision tower and projector into `model.safetensors`, copied blocks and LoRA into the adapter.
 
@@ -198,10 +221,11 @@ def write_trained_weights(
         for name, value in state.items()
         if is_checkpoint or name.partition(".")[0] in OWN_MODULES
     }  # fmt: skip
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(tensors, folder / name_of_variant(WEIGHTS_NAME, variant), metadata={"format": "pt"})
     tree = f"{MULTIMODAL_TREE}."
     of_view = {name.removeprefix(tree): value for name, value in state.items() if name.startswith(tree)}
-    save_adapter(model.multimodal_language_model, of_view, folder / ADAPTER_FOLDER, dtype)
+    adapter_file = folder / ADAPTER_FOLDER / name_of_variant(ADAPTER_WEIGHTS_NAME, variant)
+    save_adapter(model.multimodal_language_model, of_view, adapter_file, dtype)
 
 
 def _check_additions(state: Mapping[str, torch.Tensor]) -> None:
@@ -306,7 +330,9 @@ def push_model(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     create_pr: bool = False,
+    max_shard_size: int | str | None = None,
 ) -> Any:
     """Saves into a temporary folder and uploads it as one commit; see `push_to_hub` of the model."""
     refuse_address(repo_id, "The repository")
@@ -320,11 +346,11 @@ def push_model(
         )
     commit = {
         "token": token, "private": private, "revision": revision, "create_pr": create_pr,
-        "commit_message": commit_message or "Upload GenieBlue",
+        "commit_message": commit_message or "Upload GenieBlue", "commit_description": commit_description,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, repo_id.rsplit("/", 1)[-1])
-        model.save_pretrained(folder, processor=processor, dtype=dtype)
+        model.save_pretrained(folder, processor=processor, dtype=dtype, max_shard_size=max_shard_size)
         try:
             from hub_cards.publish import publish_folder
         except ModuleNotFoundError as error:  # as remote code, without the package that checks and describes a folder

@@ -182,7 +182,7 @@ def take_rows(arguments: dict[str, Any], rows: list[int]) -> dict[str, Any]:
 
 
 def merge_rows(text: Any, multimodal: Any, rows: dict[str, list[int]]) -> dict[str, Any]:
-    """Outputs of the two parts of a mixed batch, rows in their old order: logits, hidden states, attentions."""
+    """Outputs of the two parts of a mixed batch, rows in their old order, but for caches."""
 
     def merge(first: Any, second: Any) -> Any:
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
@@ -193,8 +193,8 @@ def merge_rows(text: Any, multimodal: Any, rows: dict[str, list[int]]) -> dict[s
             return tuple(merge(one, other) for one, other in zip(first, second, strict=True))
         return None
 
-    names = ("logits", "hidden_states", "attentions")
-    return {name: merge(getattr(text, name), getattr(multimodal, name)) for name in names}
+    names = ("logits", "last_hidden_state", "hidden_states", "attentions")
+    return {name: merge(text[name], multimodal[name]) for name in names if name in text and name in multimodal}
 
 
 def join_sequences(

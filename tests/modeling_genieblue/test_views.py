@@ -289,4 +289,4 @@ def test_whole_siglip_gives_its_vision_model():
     siglip = SiglipModel(SiglipConfig(vision_config=vision.config.to_dict(), text_config=text)).eval()
     model = GenieBlueForConditionalGeneration.from_base(tiny_base("llama"), siglip, lora_rank=4)
     features = siglip.vision_model(PIXELS).last_hidden_state
-    assert torch.equal(model.get_image_features(PIXELS), model.multi_modal_projector(features))
+    assert torch.equal(model.get_image_features(PIXELS).pooler_output, model.multi_modal_projector(features))

@@ -73,7 +73,7 @@ def quantize_vision(
 @torch.no_grad()
 def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
     """`ValueError` unless the features `found` for `pixels` are the model's own."""
-    own = model.get_image_features(torch.from_numpy(pixels)).float().cpu().numpy()
+    own = model.get_image_features(torch.from_numpy(pixels)).pooler_output.float().cpu().numpy()
     dtypes = {parameter.dtype for part in (model.vision_tower, model.multi_modal_projector)
               for parameter in part.parameters()}  # fmt: skip
     tolerance = TOLERANCE if dtypes == {torch.float32} else TOLERANCE_16_BITS

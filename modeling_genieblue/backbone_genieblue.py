@@ -1,0 +1,78 @@
+"""A GenieBlue without its LM head: hidden states instead of logits, for trainers that run the head by themselves."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .view_routing_genieblue import MULTIMODAL, TEXT, check_inputs, merge_rows, split_rows, take_rows
+
+
+class GenieBlueBackbone(nn.Module):
+    """What `base_model` of a GenieBlue is: the same modules, with a forward that ends before the LM head."""
+
+    # Asked for by transformers where it looks for a plan of several devices.
+    _tp_plan = _pp_plan = None
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self._modules = model._modules  # the very ones, so that parameters and buffers are the model's
+        object.__setattr__(self, "_genieblue", model)  # not a module of this one
+        self.config = model.config
+
+    def train(self, mode: bool = True) -> "GenieBlueBackbone":
+        """Training mode of all that trains, as the model's own."""
+        self._genieblue.train(mode)
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        view: str | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The model's own `forward`, but for `last_hidden_state` (batch, length, hidden_size) instead of logits.
+
+        It takes no cache. What comes before an image token carries no gradient: nothing in the vocabulary follows it.
+        """
+        model = self._genieblue
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("`base_model` takes no `past_key_values`: run the model itself, or the whole text.")
+        check_inputs(input_ids, pixel_values, num_tiles)
+        inputs = {name: value for name, value in {"input_ids": input_ids, **kwargs}.items() if value is not None}
+        inputs |= {"use_cache": False, "return_dict": True}
+        is_multimodal = model._route(input_ids, None, view, pixel_values)
+        if not any(is_multimodal):
+            return _decoder(model.language_model)(**inputs)
+        if all(is_multimodal):
+            return self._multimodal_forward(pixel_values, inputs)
+        rows = split_rows(is_multimodal)
+        text = _decoder(model.language_model)(**take_rows(inputs, rows[TEXT]))
+        multimodal = self._multimodal_forward(pixel_values, take_rows(inputs, rows[MULTIMODAL]))
+        return BaseModelOutputWithPast(**merge_rows(text, multimodal, rows))
+
+    def _multimodal_forward(
+        self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]
+    ) -> BaseModelOutputWithPast:
+        outputs = _decoder(self._genieblue.multimodal_language_model)(
+            **self._genieblue._embedded(pixel_values, inputs)
+        )
+        if "input_ids" in inputs:
+            is_image = (inputs["input_ids"] == self.config.image_token_id).to(outputs.last_hidden_state.device)
+            before_image = nn.functional.pad(is_image[:, 1:], (0, 1)).unsqueeze(-1)
+            hidden_states = outputs.last_hidden_state
+            outputs.last_hidden_state = torch.where(before_image, hidden_states.detach(), hidden_states)
+        return outputs
+
+
+def _decoder(view: PreTrainedModel) -> nn.Module:
+    if view.base_model is view:
+        raise ValueError(f"{type(view).__name__} does not tell its LM head from the rest: it has no `base_model`.")
+    return view.base_model
+
+
+__all__ = ["GenieBlueBackbone"]
