@@ -22,7 +22,9 @@ from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImages
 from .model_files_genieblue import PROCESSOR_FILES, check_settings_files
 from .placeholders_genieblue import MarkingTokenizer, TextWithImages, text_pieces
 from .request_rows_genieblue import (
+    PADDING_OPTIONS,
     chat_encoder,
+    encode_and_pad,
     flat_images,
     images_by_part,
     images_by_row,
@@ -30,11 +32,11 @@ from .request_rows_genieblue import (
     take,
     text_encoder,
     tokenize_chats,
+    zeros_like,
 )
 
 PLACEHOLDERS = ("<image>", "<|image|>", "<|genieblue_image|>")
 ROW_OPTIONS = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask", "split_special_tokens")
-PADDING_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of")
 IMAGE_OPTIONS = frozenset(GenieBlueImagesKwargs.__annotations__) - {"return_tensors", "image_seq_length"}
 CALL_OPTIONS = frozenset(TextKwargs.__annotations__) | IMAGE_OPTIONS | {"split_special_tokens"}
 CALL_OPTIONS -= {"sanitize_control_tokens"}
@@ -432,24 +434,11 @@ class GenieBlueProcessor(ProcessorMixin):
         if options.get("padding") not in (None, False, "do_not_pad"):
             options = {"padding_side": "left", **options}
             if self.tokenizer.pad_token_id is None:
-                encode = functools.partial(self._encode_and_pad, encode)
+                encode = functools.partial(encode_and_pad, self.tokenizer, encode)
         output = BatchFeature(dict(encode(**options)))
         if with_types:
-            output["mm_token_type_ids"] = _zeros(output["input_ids"])
+            output["mm_token_type_ids"] = zeros_like(output["input_ids"])
         return output
-
-    def _encode_and_pad(
-        self, encode: Callable[..., Any], return_tensors: str | None = None, **options: Any
-    ) -> BatchFeature:
-        """Run `encode` of a tokenizer without a padding token, and pad what comes."""
-        padding = {**take(options, PADDING_OPTIONS), "max_length": options.get("max_length")}
-        encoding = dict(encode(**options))
-        is_batch = any(isinstance(ids, list) for ids in encoding["input_ids"])
-        rows = [dict(zip(encoding, values, strict=True)) for values in zip(*encoding.values(), strict=True)]
-        data = pad_rows(self.tokenizer, rows if is_batch else [encoding], **padding)
-        if not is_batch and return_tensors is None:
-            data = {name: padded[0] for name, padded in data.items()}
-        return BatchFeature(data, tensor_type=return_tensors)
 
     def _refuse_other_media(self, options: dict[str, Any]) -> None:
         """ValueError for media that would be passed over; an option that holds none is left out."""
@@ -457,7 +446,3 @@ class GenieBlueProcessor(ProcessorMixin):
             if value is not None and not (isinstance(value, (list, tuple)) and not value):
                 raise ValueError(f"{name} is given, but GenieBlue sees images and texts alone; leave it out.")
         take(options, ("videos_kwargs", "audio_kwargs"))
-
-
-def _zeros(ids: Any) -> Any:
-    return [_zeros(entry) for entry in ids] if isinstance(ids, list) else ids * 0

@@ -3,10 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, PreTrainedTokenizerBase
 
 from .chat_messages_genieblue import with_string_contents
 from .image_reading_genieblue import flatten_images
+
+PADDING_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of")
 
 
 def flat_images(images: Any) -> list[Any]:
@@ -115,6 +118,25 @@ def pad_rows(
     return data
 
 
+def encode_and_pad(
+    tokenizer: PreTrainedTokenizerBase, encode: Callable[..., Any], return_tensors: str | None = None, **options: Any
+) -> BatchFeature:
+    """Run `encode` of a tokenizer without a padding token, and pad what comes."""
+    padding = {**take(options, PADDING_OPTIONS), "max_length": options.get("max_length")}
+    encoding = dict(encode(**options))
+    is_batch = any(isinstance(ids, list) for ids in encoding["input_ids"])
+    rows = [dict(zip(encoding, values, strict=True)) for values in zip(*encoding.values(), strict=True)]
+    data = pad_rows(tokenizer, rows if is_batch else [encoding], **padding)
+    if not is_batch and return_tensors is None:
+        data = {name: padded[0] for name, padded in data.items()}
+    return BatchFeature(data, tensor_type=return_tensors)
+
+
+def zeros_like(ids: Any) -> Any:
+    """Return zeros in the form of `ids`, nested lists or a tensor."""
+    return [zeros_like(entry) for entry in ids] if isinstance(ids, list) else ids * 0
+
+
 def take(options: dict[str, Any], names: Any) -> dict[str, Any]:
     """Move the options of these names out of `options`."""
     return {name: options.pop(name) for name in list(options) if name in names}
@@ -125,7 +147,9 @@ def _count_error(where: str, tokens: int, images: int, hint: str) -> ValueError:
 
 
 __all__ = [
+    "PADDING_OPTIONS",
     "chat_encoder",
+    "encode_and_pad",
     "flat_images",
     "images_by_part",
     "images_by_row",
@@ -133,4 +157,5 @@ __all__ = [
     "take",
     "text_encoder",
     "tokenize_chats",
+    "zeros_like",
 ]

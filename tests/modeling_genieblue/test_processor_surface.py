@@ -19,8 +19,9 @@ REFUSED = {
 AS_INHERITED = {
     "all_special_multimodal_tokens",  # the placeholder
     "audio_token_ids", "video_token_ids",  # [None]: there is no such token
+    # Loading and saving, by way of what is ours:
     "check_argument_for_proper_class", "get_attributes", "get_possibly_dynamic_module", "get_processor_dict",
-    "register_for_auto_class", "to_json_file", "to_json_string", "validate_init_kwargs",  # by way of ours
+    "register_for_auto_class", "to_json_file", "to_json_string", "validate_init_kwargs",
     "create_mm_token_type_ids", "image_token_ids", "model_input_names", "unused_input_names",
     "parse_response",  # the tokenizer's
     "post_process_multimodal_output",  # by way of `post_process_image_text_to_text`
