@@ -6,7 +6,7 @@ from typing import Any
 
 _SCHEME = r"[a-z][a-z0-9+.-]+:/+"  # one slash is what `pathlib` leaves of two; one letter is a drive
 _SECRET = re.compile(
-    rf"(?P<address>{_SCHEME}[^\s'\"<>`]*)|(?P<data>\bdata:[\w.+-]*[/;,][^\s'\"<>`]*)|\bhf_\w{{8,}}|(?<=\bBearer )\S+",
+    rf"{_SCHEME}[^\s'\"<>`]*|\bdata:[\w.+-]*[/;,][^\s'\"<>`]*|\b(?-i:hf_)[a-z0-9]{{20,}}|(?<=\bBearer )\S+",
     re.IGNORECASE,
 )
 _WHOLE = re.compile(rf"\s*({_SCHEME}|data:)", re.IGNORECASE)
@@ -41,7 +41,7 @@ def _without_secrets(text: str) -> str:
         return "data:…"
     scheme, separator, rest = re.match(r"([\w+.-]+)(:/+)?(.*)", text, re.DOTALL).groups()
     if separator is None:  # a token
-        return f"{scheme[:3]}…" if scheme.startswith("hf_") else "…"
+        return "…"
     authority, slash, path = re.match(r"([^/\\?#]*)([/\\]?)([^?#]*)", rest, re.DOTALL).groups()
     host = authority.rpartition("@")[2]
     port = host.rpartition("]")[2].partition(":")[2]

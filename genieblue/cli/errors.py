@@ -29,7 +29,7 @@ NO_ANSWER = re.compile(
     r"Cannot find an appropriate cached snapshot folder.*?variable\.)",
     re.DOTALL,
 )
-MAY_HOLD_SECRETS = re.compile(r":/|data:|hf_|bearer", re.IGNORECASE)
+MAY_HOLD_SECRETS = re.compile(r":/|data:|\bhf_|bearer", re.IGNORECASE)
 # transformers' list of all that it knows.
 ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
 # What Python programs are advised, and what the command line has for it.
