@@ -359,7 +359,7 @@ def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
         raise ValueError(f"{where}: an image is {shortened(image)}, expected a path, a PIL image or bytes.")
     name = os.fspath(image)
     if "\0" in name:
-        raise ValueError(f"{where}: the image {name!r} is no path: it holds a null byte.")
+        raise ValueError(f"{where}: the image {shown(name)!r} is no path: it holds a null byte.")
     if name[:11].lower() == "data:image/":
         return name
     told = shown(name)
