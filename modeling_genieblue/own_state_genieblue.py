@@ -54,6 +54,13 @@ def _drop_base(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -
 
 
 def _check_before_loading(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    # torch.distributed fills what it was given up with the model's own parameters, which would hide what is missing.
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        if state.get(prefix + name) is tensor:
+            del state[prefix + name]
     check_own_state(model, {name: value for name, value in state.items() if name.startswith(prefix)}, prefix)
     model._prefix_of_load = prefix  # which the hook after it is not told
 

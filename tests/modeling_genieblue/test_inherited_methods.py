@@ -70,6 +70,8 @@ DECISIONS = {
     for name in names.split()
 }  # fmt: skip
 
+COMPILED = {"_compiled_call", "_last_compile_config"}  # what `get_compiled_call` keeps
+
 
 def portrait(model):
     """All tensors of both views by name and object, what trains, hooks, configurations, and an answer of each view."""
@@ -91,7 +93,7 @@ def portrait(model):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def unchanged():
     """A model that a test must not change, and its portrait."""
     model = tiny_genieblue()

@@ -87,7 +87,7 @@ def test_no_path_of_this_computer_is_written(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_weight_of_the_base_is_written_and_bytes_are_parameters(dtype, tmp_path):
     base_sizes = {"hidden_size": 64, "intermediate_size": 256}
-    model = tiny_genieblue(base=tiny_base("llama", **base_sizes)).to(dtype)
+    model = tiny_genieblue(base=tiny_base("llama", dtype=dtype, **base_sizes)).to(dtype)
     model.save_pretrained(tmp_path / "genieblue")
     own, adapter = header(tmp_path / "genieblue/model.safetensors"), header(tmp_path / "genieblue" / ADAPTER)
     assert {name.split(".")[0] for name in own} == {"vision_tower", "multi_modal_projector"}

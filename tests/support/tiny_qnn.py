@@ -48,16 +48,17 @@ VARIANTS = {
 }
 
 
-def tiny_model(variant: str = "llama", **options):
+def tiny_model(variant: str = "llama", dtype: torch.dtype = torch.float32, **options):
     """A GenieBlue with a trained-looking adapter on a tiny base of `variant`."""
     family, overrides = VARIANTS[variant]
-    return tiny_genieblue(base=tiny_base(family, **{**SHAPE, **overrides}), **options)
+    return tiny_genieblue(base=tiny_base(family, dtype=dtype, **{**SHAPE, **overrides}), **options).to(dtype)
 
 
-def two_blocks(variant: str = "llama"):
+def two_blocks(variant: str = "llama", dtype: torch.dtype = torch.float32):
     """The same with two blocks, the second one replicated: everything there is, exported in half the time."""
     family, overrides = VARIANTS[variant]
-    return tiny_genieblue(base=tiny_base(family, **{**SHAPE, **overrides}, num_hidden_layers=2), replicated_layers=[1])
+    base = tiny_base(family, dtype=dtype, **{**SHAPE, **overrides}, num_hidden_layers=2)
+    return tiny_genieblue(base=base, replicated_layers=[1]).to(dtype)
 
 
 def view_of(model, name: str):

@@ -248,7 +248,7 @@ def test_blocks_are_divided_evenly_and_without_gaps():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("index", [0, 3])  # with LoRA, and a trained copy
 def test_a_multimodal_view_that_computes_something_else_is_refused(dtype, index):
-    model = tiny_model().to(dtype)
+    model = tiny_model(dtype=dtype)
     shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
     view = model.multimodal_language_model
     compare_with_graphs(view, shape, CONTEXT)
@@ -268,7 +268,7 @@ def test_a_base_in_16_bits_is_taken_as_it_is(variant):
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.2)])
 def test_a_vision_tower_that_computes_something_else_is_refused(tmp_path, dtype, factor):
-    model = two_blocks().to(dtype)
+    model = two_blocks(dtype=dtype)
     tiles = [request["pixel_values"][0].numpy() for request in requests(1) if "pixel_values" in request]
     model.multi_modal_projector.register_forward_hook(lambda _module, _inputs, output: output * factor)
     with pytest.raises(ValueError, match="something else than a SigLIP"):
