@@ -4,8 +4,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# `hub_cards` needs no more than `model_files_genieblue`. Where it came first, torch and transformers (which take seconds
-# to import) and the registration wait until a class is asked for.
+# `hub_cards` needs no more than `model_files_genieblue`. Where it came first, what takes seconds to import, torch and
+# transformers, and the registration wait until a class is asked for.
 if TYPE_CHECKING or "hub_cards" not in sys.modules:
     from .registration import (
         GenieBlueConfig,
