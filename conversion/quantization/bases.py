@@ -15,7 +15,6 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
-from hub_cards.code_files import with_siblings
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
@@ -29,6 +28,7 @@ from modeling_genieblue.model_files_genieblue import (
     check_folder_or_id,
     is_path,
     read_settings,
+    with_siblings,
     write_json,
 )
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
