@@ -140,7 +140,7 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+        raise OSError(f"{path} cannot be read, as it is not valid JSON ({error}): it is damaged; fetch it again.") from error
 
 
 def read_settings(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def read_weight_map(index: str | os.PathLike) -> dict[str, str]:
 
 
 def with_siblings(folder: Path, names: Iterable[str]) -> list[str]:
-    """`names` of Python files in a folder, and of what they import from siblings, directly or not, there or missing."""
+    """`names` of Python files in a folder, and what they import from siblings, directly or not, there or missing."""
     waiting, files = list(names), set()
     while waiting:
         name = waiting.pop()
