@@ -140,7 +140,9 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise OSError(f"{path} cannot be read, as it is not valid JSON ({error}): it is damaged; fetch it again.") from error
+        raise OSError(
+            f"{path} cannot be read, it is not valid JSON ({error}): it is damaged; fetch it again."
+        ) from error
 
 
 def read_settings(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict[str, Any]:
