@@ -19,16 +19,16 @@ class UnusableTemplate(ValueError):
     """A chat template that is missing or broken, whatever the chat."""
 
 
-def refuse_processor_without_template(processor: Any) -> None:
+def check_processor_template(processor: Any) -> None:
     """`UnusableTemplate` if the processor of a GenieBlue has no chat template, or one that cannot be used."""
     if processor.chat_template is None:
         raise UnusableTemplate(NO_TEMPLATE)
     own = processor.tokenizer.chat_template is not None
     template = None if own else processor.chat_template
-    refuse_unusable_template(processor.tokenizer, template, "The model's chat template")
+    check_chat_template(processor.tokenizer, template, "The model's chat template")
 
 
-def refuse_unusable_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str) -> None:
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str) -> None:
     """`UnusableTemplate`, with `name` for the template, if it fails on a chat, or leaves out a text or an image of it.
 
     `chat_template` is for a tokenizer without one: `None` stands for the tokenizer's own.
@@ -64,4 +64,4 @@ def _try(
         )
 
 
-__all__ = ["NO_TEMPLATE", "UnusableTemplate", "refuse_processor_without_template", "refuse_unusable_template"]
+__all__ = ["NO_TEMPLATE", "UnusableTemplate", "check_processor_template", "check_chat_template"]

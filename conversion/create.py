@@ -15,12 +15,13 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     SiglipVisionModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from conversion.chat_ids import NO_STOP_TOKEN, answer_frame, stop_token_ids
-from conversion.chat_template import QUESTION, refuse_unusable_template
+from conversion.chat_template import QUESTION, check_chat_template
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # A whole SigLIP, image and text, or its image half alone.
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
+# Weights of another shape are refused by name, too, and not by transformers' RuntimeError.
+WEIGHT_OPTIONS = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def create_genieblue(
@@ -79,56 +82,21 @@ def create_genieblue(
     of the wrong kind, a chat template that fails, and settings out of range. Only safetensors files are read.
     """
     base, vision, output = os.fspath(base), os.fspath(vision), Path(output)
-    _refuse_taken_output(output, (base, vision), overwrite)
-    if lora_rank < 1 or lora_alpha < 1:
-        raise ValueError(f"LoRA rank {lora_rank} and alpha {lora_alpha} were asked for: both must be 1 or more.")
-    GenieBlueImageProcessor(max_tiles=max_tiles)  # refuses a number that is not a square
-
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     from_base = {**hub, "revision": base_revision, "trust_remote_code": trust_remote_code}
-    config = _load("base", base, AutoConfig.from_pretrained, **from_base)
-    _check_base_config(base, config, placement)
-    check_settings_files(base, {GENERATION_CONFIG_NAME: None}, revision=base_revision, **hub)
-    vision_config = _load_vision_config(vision, revision=vision_revision, **hub)
+    from_vision = {**hub, "revision": vision_revision}
+    _check_output(output, (base, vision), overwrite)
+    _check_settings(lora_rank, lora_alpha, max_tiles)
+    _check_base_config(base, placement, **from_base)
+    vision_config = _load_vision_config(vision, **from_vision)
     tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
-    if chat_template is not None and tokenizer.chat_template is not None:
-        raise ValueError(
-            f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
-        )
-    if chat_template is not None:
-        refuse_unusable_template(tokenizer, chat_template, "The given chat template (--chat-template)")
-    elif tokenizer.chat_template is not None:
-        refuse_unusable_template(tokenizer, None, f"The chat template of {base}")
-    else:
-        logger.warning(
-            "%s has no chat template, without which it can neither be trained on chats nor chat: give one now, with "
-            "`chat_template` (--chat-template FILE).",
-            base,
-        )
+    _check_chat_template(tokenizer, base, chat_template)
 
-    weights = {"use_safetensors": True, "dtype": dtype}
-    load_base = AutoModelForCausalLM.from_pretrained
-    # Weights of another shape are refused by name, too, and not by transformers' RuntimeError.
-    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    base_model, info = _load("base", base, load_base, **reported, **from_base, **weights)
-    if info["mismatched_keys"]:
-        name, found, expected = min(info["mismatched_keys"])
-        raise ValueError(
-            f"{name} of {base} has shape {list(found)}, but its config.json means {list(expected)}: fetch the files "
-            "that belong together."
-        )
-    check_complete(base, info)
-    _refuse_other_numbers("base", base, base_model, revision=base_revision, **hub)
-    weights["dtype"] = base_model.dtype
-    vision_tower = _load_vision_tower(vision, vision_config, revision=vision_revision, **hub, **weights)
-    _refuse_other_numbers("vision model", vision, vision_tower, revision=vision_revision, **hub)
-    if device is not None:
-        base_model.to(device)
-        vision_tower.to(device)
-
+    base_model = _load_base(base, dtype=dtype, **from_base)
+    vision_tower = _load_vision_tower(vision, vision_config, dtype=base_model.dtype, **from_vision)
     model = GenieBlueForConditionalGeneration.from_base(
-        base_model,
-        vision_tower,
+        base_model.to(device) if device is not None else base_model,
+        vision_tower.to(device) if device is not None else vision_tower,
         placement=placement,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
@@ -178,7 +146,7 @@ def _tell_how_answers_end(processor: GenieBlueProcessor, generation_config: Gene
         logger.info("Generation stops at %s.", stops)
 
 
-def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> None:
+def _check_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> None:
     for source in sources:
         if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output):
             raise ValueError(f"{output} is where {source} lies, which is only read: give another output folder.")
@@ -191,6 +159,30 @@ def _refuse_taken_output(output: Path, sources: tuple[str, ...], overwrite: bool
     config = output / CONFIG_NAME
     if not config.is_file() or '"genieblue"' not in config.read_text(encoding="utf-8", errors="replace"):
         raise OSError(f"{output} holds something else than a GenieBlue, which is not overwritten: give a new folder.")
+
+
+def _check_settings(lora_rank: int, lora_alpha: int, max_tiles: int) -> None:
+    if lora_rank < 1 or lora_alpha < 1:
+        raise ValueError(f"LoRA rank {lora_rank} and alpha {lora_alpha} were asked for: both must be 1 or more.")
+    GenieBlueImageProcessor(max_tiles=max_tiles)  # refuses a number that is not a square
+
+
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, chat_template: str | None) -> None:
+    """`ValueError` for a template that fails, or that would take the place of the base's own."""
+    if chat_template is not None and tokenizer.chat_template is not None:
+        raise ValueError(
+            f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
+        )
+    if chat_template is not None:
+        check_chat_template(tokenizer, chat_template, "The given chat template (--chat-template)")
+    elif tokenizer.chat_template is not None:
+        check_chat_template(tokenizer, None, f"The chat template of {base}")
+    else:
+        logger.warning(
+            "%s has no chat template, without which it can neither be trained on chats nor chat: give one now, with "
+            "`chat_template` (--chat-template FILE).",
+            base,
+        )
 
 
 def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
@@ -214,7 +206,7 @@ def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
         raise kind(f"The {what} {name} could not be loaded: {error}") from error
 
 
-def _refuse_other_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> None:
+def _check_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> None:
     """`ValueError` for weights that are integers in their file, which transformers casts, or hold NaN or infinity."""
     parameters = dict(model.named_parameters())
     problems = []
@@ -236,8 +228,9 @@ def _refuse_other_numbers(what: str, name: str, model: PreTrainedModel, **hub: A
         )
 
 
-def _check_base_config(base: str, config: PreTrainedConfig, placement: str) -> None:
+def _check_base_config(base: str, placement: str, *, trust_remote_code: bool, **hub: Any) -> None:
     """`ValueError` for a base that cannot be one, while nothing but its configuration has been read."""
+    config = _load("base", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code, **hub)
     check_base_type(base, config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -245,6 +238,22 @@ def _check_base_config(base: str, config: PreTrainedConfig, placement: str) -> N
             "bits. A GenieBlue that is trained loads onto a quantized base."
         )
     select_replicated_layers(config.get_text_config(decoder=True).num_hidden_layers, placement)
+    check_settings_files(base, {GENERATION_CONFIG_NAME: None}, **hub)
+
+
+def _load_base(base: str, *, dtype: str | torch.dtype, trust_remote_code: bool, **hub: Any) -> PreTrainedModel:
+    """The base, complete and of finite numbers."""
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub, **WEIGHT_OPTIONS}
+    base_model, info = _load("base", base, AutoModelForCausalLM.from_pretrained, **options)
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{name} of {base} has shape {list(found)}, but its config.json means {list(expected)}: fetch the files "
+            "that belong together."
+        )
+    check_complete(base, info)
+    _check_numbers("base", base, base_model, **hub)
+    return base_model
 
 
 def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
@@ -257,13 +266,14 @@ def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
     return getattr(config, "vision_config", config)
 
 
-def _load_vision_tower(vision: str, config: PreTrainedConfig, **kwargs: Any) -> SiglipVisionModel:
-    kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+def _load_vision_tower(vision: str, config: PreTrainedConfig, *, dtype: torch.dtype, **hub: Any) -> SiglipVisionModel:
+    """The vision half of a SigLIP, complete and of finite numbers."""
+    options = {"config": config, "dtype": dtype, **hub, **WEIGHT_OPTIONS}
     # A whole SigLIP holds a text half too, which transformers would report at length as unexpected.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, info = _load("vision model", vision, SiglipVisionModel.from_pretrained, **kwargs)
+        model, info = _load("vision model", vision, SiglipVisionModel.from_pretrained, **options)
     finally:
         transformers_logging.set_verbosity(verbosity)
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -272,6 +282,7 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, **kwargs: Any) -> 
             f"The weights of {vision} lack {lacking[:3]} ({len(lacking)} tensors in all), or hold them in another "
             "shape: expected a complete SigLIP vision tower."
         )
+    _check_numbers("vision model", vision, model, **hub)
     return model
 
 

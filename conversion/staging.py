@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder, fcntl, lock
+from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder, lock
 
 NOTHING_STAYS = "free some, or give folders on another disk. Nothing half-written stays"
 
@@ -25,11 +25,12 @@ def lock_output(out: Path, purpose: str) -> Iterator[None]:
         path.touch()
     except OSError as error:
         raise OSError(f"Nothing can be written to {out.parent} ({error.strerror}): give another output.") from error
-    descriptor = lock(path)  # not of a file that a run which has just ended removed: it would keep nobody away
-    if descriptor is None and fcntl is not None:
+    try:
+        descriptor = lock(path)  # not of a file that a run which has just ended removed: it would keep nobody away
+    except BlockingIOError as error:
         raise BlockingIOError(
             f"Another {purpose} writes to {out} at this moment: wait for it, end it, or give another output."
-        )
+        ) from error
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """The Python files that the auto classes of transformers load from a model's folder."""
 
-import ast
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from modeling_genieblue.model_files_genieblue import (
     PROCESSOR_CONFIGS,
     TOKENIZER_CONFIG_NAME,
     read_json,
+    with_siblings,
 )
 
 CONFIGS_THAT_NAME_CODE = (CONFIG_NAME, *PROCESSOR_CONFIGS, TOKENIZER_CONFIG_NAME)
@@ -24,17 +24,6 @@ def code_files(folder: Path) -> list[str]:
         if (folder / config_name).is_file():
             waiting += _auto_map_files(read_json(folder / config_name))
     return with_siblings(folder, waiting)
-
-
-def with_siblings(folder: Path, names: list[str]) -> list[str]:
-    """`names` of Python files in a folder, and what they import from siblings, directly or not."""
-    waiting, files = list(names), set()
-    while waiting:
-        name = waiting.pop()
-        if name not in files:
-            files.add(name)
-            waiting += _sibling_imports(folder / name)
-    return sorted(files)
 
 
 def _auto_map_files(config: Any) -> list[str]:
@@ -59,11 +48,3 @@ def code_problems(folder: Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     return [f"Code files are missing: {', '.join(missing)}: save the model again."] if missing else []
-
-
-def _sibling_imports(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-    return [f"{node.module.split('.')[0]}.py" for node in imports if node.module]

@@ -1,36 +1,28 @@
 """The runtime of a GenieBlue: what a Hub repository carries, importable as a package and registered for `Auto…`."""
 
-from .compat_genieblue import require_transformers
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-require_transformers()
+# `hub_cards` needs no more than `model_files_genieblue`. Where it came first, what takes seconds to import, torch and
+# transformers, and the registration wait until a class is asked for.
+if TYPE_CHECKING or "hub_cards" not in sys.modules:
+    from .registration import (
+        GenieBlueConfig,
+        GenieBlueForConditionalGeneration,
+        GenieBlueImageProcessor,
+        GenieBlueMultiModalProjector,
+        GenieBlueProcessor,
+        QuantizedGenieBlueConfig,
+        QuantizedGenieBlueForConditionalGeneration,
+    )
+else:
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(".registration", __name__), name)
 
-from .configuration_genieblue import GenieBlueConfig
-from .image_processing_genieblue import GenieBlueImageProcessor
-from .modeling_genieblue import GenieBlueForConditionalGeneration
-from .processing_genieblue import GenieBlueProcessor
-from .projector_genieblue import GenieBlueMultiModalProjector
-from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
-from .quantized_modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
-
-AutoConfig.register("genieblue", GenieBlueConfig, exist_ok=True)
-for _config, _model in (
-    (GenieBlueConfig, GenieBlueForConditionalGeneration),
-    (QuantizedGenieBlueConfig, QuantizedGenieBlueForConditionalGeneration),
-):
-    AutoImageProcessor.register(_config, GenieBlueImageProcessor, exist_ok=True)
-    AutoProcessor.register(_config, GenieBlueProcessor, exist_ok=True)
-    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        _auto_class.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "GenieBlueConfig",

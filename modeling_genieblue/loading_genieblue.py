@@ -127,7 +127,7 @@ class LoadRequest:
             kwargs["dtype"] = base_model.dtype
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         try:
-            self._refuse_other_kinds()
+            self._check_number_kinds()
             model, info = from_pretrained(self.path, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(
@@ -146,7 +146,7 @@ class LoadRequest:
             model.to(base_model.device)
         return model, info
 
-    def _refuse_other_kinds(self) -> None:
+    def _check_number_kinds(self) -> None:
         """`ValueError` for integer or complex tensors among our own weights, which transformers casts in silence."""
         sharded = self.file(INDEX_NAME, required=False) is not None
         name = name_of_variant(WEIGHTS_NAME, self.own_kwargs.get("variant"))

@@ -3,6 +3,7 @@
 The one owner of all that. It needs no torch, so that what only looks at a folder need not load it.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -139,7 +140,9 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+        raise OSError(
+            f"{path} cannot be read, it is not valid JSON ({error}): it is damaged; fetch it again."
+        ) from error
 
 
 def read_settings(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict[str, Any]:
@@ -206,6 +209,25 @@ def read_weight_map(index: str | os.PathLike) -> dict[str, str]:
                 f"{index} names the shard {name!r}, expected a .safetensors file next to it: fetch it again."
             )
     return weight_map
+
+
+def with_siblings(folder: Path, names: Iterable[str]) -> list[str]:
+    """`names` of Python files in a folder, and what they import from siblings, directly or not, there or missing."""
+    waiting, files = list(names), set()
+    while waiting:
+        name = waiting.pop()
+        if name not in files:
+            files.add(name)
+            waiting += _sibling_imports(folder / name)
+    return sorted(files)
+
+
+def _sibling_imports(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return [f"{node.module.split('.')[0]}.py" for node in imports if node.module]
 
 
 # sha256

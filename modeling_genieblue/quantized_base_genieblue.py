@@ -21,7 +21,7 @@ from .model_files_genieblue import (
     read_settings,
 )
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
-from .quantized_linears_genieblue import require_quanto
+from .quantized_linears_genieblue import check_quanto_installed
 from .quantized_precision_guard_genieblue import PrecisionGuard, guard_tree
 from .quantized_settings_genieblue import BASE_PARTS, check_quantization, is_our_quantization
 
@@ -100,7 +100,7 @@ def load_quantized_base(
     Raises `OSError` for missing or damaged files, `ValueError` for tensors that are missing or not expected and for a
     `quantization_config` on top.
     """
-    require_quanto()
+    check_quanto_installed()
     check_options(kwargs)
     if kwargs.get("quantization_config") is not None:
         raise ValueError(

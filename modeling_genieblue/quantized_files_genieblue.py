@@ -13,11 +13,11 @@ from .quantized_linears_genieblue import (
     BITS,
     FrozenLinear,
     FrozenWeight,
+    check_quanto_installed,
     frozen,
     group_size_of,
     quanto_weight,
     reason_against,
-    require_quanto,
 )
 
 FLOATING = ("BF16", "F16", "F32")  # as safetensors calls them
@@ -48,7 +48,7 @@ class QuantizedFile:
     """
 
     def __init__(self, path: str | os.PathLike, qmap: str | os.PathLike, *, for_kernel: bool = True):
-        require_quanto()
+        check_quanto_installed()
         self.for_kernel = for_kernel
         self.path = path
         self.qmap = read_qmap(qmap)

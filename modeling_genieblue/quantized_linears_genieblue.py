@@ -31,7 +31,7 @@ KERNEL_ALIGNMENT = 32  # bytes, for activations of the 8-bit CPU kernel
 CODE_ALIGNMENT = 16  # bytes, for its codes
 
 
-def require_quanto() -> None:
+def check_quanto_installed() -> None:
     """`ModuleNotFoundError` naming the extra, if optimum-quanto is missing."""
     if quanto_cpp is None:
         raise ModuleNotFoundError(
@@ -290,4 +290,4 @@ def quanto_weight(
     return TinyGemmWeightQBitsTensor(qint4, 0, group_size, size, stride, codes, scale_shift)
 
 
-__all__ = ["FrozenLinear", "FrozenWeight", "is_frozen", "quanto_weight", "require_quanto"]
+__all__ = ["FrozenLinear", "FrozenWeight", "is_frozen", "quanto_weight", "check_quanto_installed"]

@@ -110,7 +110,7 @@ def _check_quantized(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch
             raise ValueError(f"{name} of {bits} bits must lie in {low}..{high}, found {tensor.min()}..{tensor.max()}.")
 
 
-def require_onnxruntime() -> None:
+def check_onnxruntime_installed() -> None:
     """`ValueError` if a package that this backend needs is not installed."""
     if onnxruntime is None:
         raise ValueError(
@@ -193,7 +193,7 @@ class FusedOnnxRuntimeLinears:
         biases: Sequence[torch.Tensor | None],
     ):
         """Raises `ValueError` unless all weights have the same `layout`."""
-        require_onnxruntime()
+        check_onnxruntime_installed()
         if len({weight.layout for weight in weights}) != 1:
             raise ValueError(f"Weights to be stacked need one layout, got {[weight.layout for weight in weights]}.")
         self.in_features = weights[0].in_features
@@ -285,7 +285,7 @@ class OnnxRuntimeLinear(nn.Module):
         `dtype` is what `weight.dtype` shows. Raises `ValueError` for groups that the operator cannot take, and if ONNX
         Runtime is not installed.
         """
-        require_onnxruntime()
+        check_onnxruntime_installed()
         weight = pack_weight(codes, scale, zero_point, bits=bits, group_size=group_size)
         self._set(FusedOnnxRuntimeLinears([weight], [bias]), 0, dtype)
 
@@ -361,7 +361,7 @@ def use_onnxruntime(
     module that occurs in several places becomes one object; trees that share modules are converted at once, as a
     list. Linears that the operator cannot take stay as they are and are logged.
     """
-    require_onnxruntime()
+    check_onnxruntime_installed()
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in tree.modules():
         for name, child in parent._modules.items():

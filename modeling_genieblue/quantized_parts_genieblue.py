@@ -95,9 +95,9 @@ def check_backend(backend: str, request: LoadRequest, base_model: Any) -> None:
     request.base_loader_kwargs["for_kernel"] = backend == "quanto"
     if backend == "quanto":
         return
-    from .quantized_onnxruntime_genieblue import require_onnxruntime  # imports ONNX Runtime, which few need
+    from .quantized_onnxruntime_genieblue import check_onnxruntime_installed  # imports ONNX Runtime, which few need
 
-    require_onnxruntime()
+    check_onnxruntime_installed()
     if isinstance(base_model, nn.Module):
         raise ValueError("ONNX Runtime takes the base's codes at load: give `base_model` as a folder or Hub id.")
     for device_map in (request.own_kwargs.get("device_map"), request.base_kwargs.get("device_map")):

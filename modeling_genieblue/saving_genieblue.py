@@ -17,7 +17,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .addresses_genieblue import refuse_address
@@ -48,6 +47,7 @@ from .model_files_genieblue import (
     is_path,
     name_of_variant,
     read_settings,
+    with_siblings,
 )
 from .own_state_genieblue import check_own_state
 from .processing_genieblue import GenieBlueProcessor
@@ -194,11 +194,10 @@ def _own_class(model: Any) -> type:
 
 def code_files(model_class: type) -> list[Path]:
     """The Python files that a model of a class needs: those of the class, its configuration and its processor."""
-    folder = Path(__file__).parent
     names = [kind.__module__.rpartition(".")[2] for kind in (model_class, model_class.config_class)]
     names += [reference.partition(".")[0] for reference in AUTO_MAP.values()]
-    files = {folder / f"{name}.py" for name in names}
-    return sorted(files.union(*(map(Path, get_relative_import_files(file)) for file in files)))
+    folder = Path(__file__).parent
+    return [folder / name for name in with_siblings(folder, [f"{name}.py" for name in names])]
 
 
 def write_trained_weights(

@@ -37,9 +37,9 @@ class StagingFolder:
             _remove_leftovers([path for path in target.parent.iterdir() if path.name.startswith(prefix)])
             while True:
                 self.folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
-                self._lock = lock(self.folder)
-                if self._lock is not None or self.folder.exists():
-                    break  # else another run, which looked before the lock was there, took it for a leftover
+                with contextlib.suppress(BlockingIOError):  # another run took it, not yet locked, for a leftover
+                    self._lock = lock(self.folder)
+                    break
         except OSError as error:
             raise OSError(
                 f"{target} cannot be written ({error.strerror or error}): give a folder in which you may create files."
@@ -117,26 +117,34 @@ class NewFolder(StagingFolder):
 
 
 def lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file or folder; `None` if it cannot be had: it is in use, or gone."""
+    """A descriptor that holds the lock of a file or folder until it is closed; `None` where there are no locks.
+
+    Raises `BlockingIOError` if the lock is held elsewhere, or `path` is gone.
+    """
     if fcntl is None:
         return None
+    descriptor = None
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
-    except OSError as error:  # also on a file system without locks
-        logger.debug("No lock of %s: %s", path, error)
-    os.close(descriptor)
-    return None
+        raise FileNotFoundError(f"{path} is another one now")
+    except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if isinstance(error, BlockingIOError | FileNotFoundError):
+            raise BlockingIOError(f"{path} is in use, or gone ({error})") from error
+        logger.debug("No lock of %s: %s", path, error)  # a file system without locks
+        return None
 
 
 def _remove_leftovers(folders: list[Path]) -> None:
     for folder in folders:
-        held = lock(folder)
+        try:
+            held = lock(folder)
+        except BlockingIOError:
+            continue
         if held is None:
             continue
         if kept := sorted(folder.glob("*.old")):

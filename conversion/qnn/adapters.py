@@ -66,7 +66,7 @@ def export_adapter(
     model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
     if model.multimodal_language_model is None:
         raise ValueError(f"{model_folder} has no adapter: give a saved GenieBlue, with its base.")
-    _refuse_other_binaries(facts["adapter"], trained_digests(model), str(model_folder))
+    _check_binaries(facts["adapter"], trained_digests(model), str(model_folder))
     entries, cut, total = {}, 0, 0
     for number, part in enumerate(facts["parts"]):
         inputs = bundle.lora_inputs(number, "multimodal")
@@ -87,7 +87,7 @@ def export_adapter(
             cut += int((np.abs(weight) > 127.5 * scale).sum())
             total += weight.size
         entries |= adapter_entries(number, codes)
-    _judge_cut(cut, total, str(model_folder))
+    _check_cut(cut, total, str(model_folder))
     _write(out, entries)
     return out
 
@@ -101,7 +101,7 @@ def _check_output(out: Path, bundle: Bundle) -> None:
         raise ValueError(f"{out} lies in the bundle, which must stay as it was exported: give a place outside of it.")
 
 
-def _refuse_other_binaries(expected: Mapping[str, Any], found: Mapping[str, str], name: str) -> None:
+def _check_binaries(expected: Mapping[str, Any], found: Mapping[str, str], name: str) -> None:
     """`ValueError` if anything that the binaries hold is another model's."""
     for key, title in (("copies_sha256", "replicated blocks"), ("vision_sha256", "vision tower or projector")):
         if found[key] != expected[key]:
@@ -111,7 +111,7 @@ def _refuse_other_binaries(expected: Mapping[str, Any], found: Mapping[str, str]
             )
 
 
-def _judge_cut(cut: int, total: int, name: str) -> None:
+def _check_cut(cut: int, total: int, name: str) -> None:
     """`ValueError` if so many values were cut that the file would be another adapter; a warning for fewer."""
     if not cut:
         return

@@ -23,9 +23,9 @@ from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.graphs.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
 from conversion.qnn.graphs.names import LORA_MODES, ROUNDINGS, STAGES, UNFINISHED, VIEWS
 from conversion.qnn.npu.compile import compile_graphs, read_context
-from conversion.qnn.npu.sessions import compiler_version, npu_devices, require_libraries
+from conversion.qnn.npu.sessions import check_libraries_installed, compiler_version, npu_devices
 from conversion.qnn.npu.soc import Soc, find_soc
-from conversion.qnn.qdq.aimet_rounding import require_aimet
+from conversion.qnn.qdq.aimet_rounding import check_aimet_installed
 from conversion.qnn.qdq.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range
 from conversion.qnn.qdq.files import describe_boundary
@@ -97,7 +97,7 @@ def export_bundle(
     settings = LanguageSettings(chunk_length, context_length or LONGEST_DEFAULT, cache_bits, lora, rounding, encodings)
     _check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     npu_devices()
-    require_libraries()  # onnxscript is wanted late: torch imports it when it exports
+    check_libraries_installed()  # onnxscript is wanted late: torch imports it when it exports
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
     if context_length is None:
@@ -132,7 +132,7 @@ def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: 
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
     if settings.rounding == "seqmse":
-        require_aimet()
+        check_aimet_installed()
 
 
 def _check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
-from hub_cards.code_files import with_siblings
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
@@ -29,6 +28,7 @@ from modeling_genieblue.model_files_genieblue import (
     check_folder_or_id,
     is_path,
     read_settings,
+    with_siblings,
     write_json,
 )
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base, read_base_quantization
@@ -130,7 +130,7 @@ def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> 
 
 
 def check_existing_base(
-    name: str, recipe: QuantizationRecipe, config: GenieBlueConfig, access: dict[str, Any]
+    name: str | os.PathLike, recipe: QuantizationRecipe, config: GenieBlueConfig, access: dict[str, Any]
 ) -> dict[str, Any]:
     """What a quantized base says of itself.
 
@@ -159,7 +159,9 @@ def check_existing_base(
     return settings
 
 
-def use_existing_base(model: Any, name: str, settings: dict[str, Any], access: dict[str, Any]) -> dict[str, dict]:
+def use_existing_base(
+    model: Any, name: str | os.PathLike, settings: dict[str, Any], access: dict[str, Any]
+) -> dict[str, dict]:
     """Points the model at a base that is quantized already, and gives its own base the values of that one.
 
     `settings` are those that `check_existing_base` gave. Returns samples of its tensors; raises `ValueError` if it is
@@ -168,15 +170,17 @@ def use_existing_base(model: Any, name: str, settings: dict[str, Any], access: d
     is_recorded = bool((settings.get("source") or {}).get("fingerprint") and model.config.base_model_fingerprint)
     base = load_quantized_base(name, trust_remote_code=model.language_model.is_remote_code(), **access)
     _copy_rounded_values(base, model.language_model, name, is_recorded)
-    model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else name
+    model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else str(name)
     # The one that was just loaded, which the cache knows.
     model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **access)
     model.config.base_model_fingerprint = weight_file_hashes(name, model.config.base_model_revision, **access)
     return tensor_samples(quantized_values(base))
 
 
-def rounding_of(settings: dict[str, Any], recipe: QuantizationRecipe) -> dict[str, str]:
-    """Parts of a quantized base that were rounded otherwise than `recipe` says, and how."""
+def rounding_of(settings: dict[str, Any] | None, recipe: QuantizationRecipe) -> dict[str, str]:
+    """Parts of a quantized base, if there is one, that were rounded otherwise than `recipe` says, and how."""
+    if settings is None:
+        return {}
     other = {}
     if settings.get("rounding") != recipe.rounding:
         other = {part: f"{settings.get('rounding')}, as the base was rounded before"

@@ -112,12 +112,10 @@ def quantize_genieblue(
     _check_lengths(samples, config)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
     check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
-    existing = None
-    if places.existing_base is not None:
-        existing = check_existing_base(places.existing_base, recipe, config, access)
+    existing = check_existing_base(quantized_base, recipe, config, access) if quantized_base is not None else None
 
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
-    rounder = Rounder(recipe, samples, progress or _silent, {} if existing is None else rounding_of(existing, recipe))
+    rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))
     before = view_logits(model)
     origin = _origin(source, places.output, load_kwargs.get("revision"), access)
@@ -151,7 +149,7 @@ class _Places:
 
     output: Path
     new_base: Path | None
-    existing_base: str | None
+    existing_base: str | os.PathLike | None
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def _places(
     if recipe.changes_base and not self_contained and quantized_base is None:
         name = f"{os.path.basename(os.path.normpath(config.base_model_name_or_path))}-{recipe.llm}"
         new_base = output.parent / name if base_output is None else Path(os.path.realpath(base_output))
-    return _Places(output, new_base, None if quantized_base is None else os.fspath(quantized_base))
+    return _Places(output, new_base, quantized_base)
 
 
 def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:

@@ -57,11 +57,11 @@ def qnn(
     One vision graph, and text and multimodal prefill and decode that share their weights in one binary. An export that
     was stopped goes on where it was when it is started again with the same settings.
     """
-    from conversion.qnn.npu.sessions import check_platform, require_libraries
+    from conversion.qnn.npu.sessions import check_libraries_installed, check_platform
 
     find_soc(soc)
     check_platform()
-    require_libraries()
+    check_libraries_installed()
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
     with stdout_for_json(json_output):
         quiet_transformers()
@@ -139,10 +139,10 @@ def refuse_options(ctx: typer.Context, names: Sequence[str], subject: str) -> No
 
 def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:
     """The checks of a bundle; with `base` its text graphs are compared with what the base alone gives."""
-    from conversion.qnn.npu.sessions import require_libraries
+    from conversion.qnn.npu.sessions import check_libraries_installed
 
     # Without the compiler too: then the checks that need it fail, and tell why.
-    require_libraries(("onnxruntime", "onnx"))
+    check_libraries_installed(("onnxruntime", "onnx"))
     from conversion.qnn.verify import verify_bundle
 
     loaded = None
@@ -158,9 +158,9 @@ def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], Non
 
 def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
     """A conversation with a bundle's graphs, as `genieblue.serving.conversation.Chat` is with a model."""
-    from conversion.qnn.npu.sessions import require_libraries
+    from conversion.qnn.npu.sessions import check_libraries_installed
 
-    require_libraries(("onnxruntime",))  # the emulator's own is asked for where it is opened
+    check_libraries_installed(("onnxruntime",))  # the emulator's own is asked for where it is opened
     from conversion.qnn.bundle.runner import QnnRunner
     from genieblue.serving.qnn_conversation import QnnChat
 

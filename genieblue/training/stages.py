@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_accelerate_available
 
 from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
-from conversion.chat_template import refuse_processor_without_template
+from conversion.chat_template import check_processor_template
 from genieblue.training.chats import ChatDataset
 from genieblue.training.collation import ChatCollator, EncodedChats
 from genieblue.training.frozen_weights import refuse_changed_base, tensor_digests
@@ -69,7 +69,7 @@ def train(
     if not is_accelerate_available():
         raise ValueError("Training needs the library accelerate: pip install 'genieblue[train]'.")
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
-    refuse_processor_without_template(processor)
+    check_processor_template(processor)
     if not stop_token_ids(structure.model.generation_config):
         raise ValueError(NO_STOP_TOKEN)
     recipe = structure.recipe(settings.stage)

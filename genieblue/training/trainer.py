@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from conversion.staging import lock_output
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ SETTINGS = "training_settings.json"
 # The last one is the one that Trainer writes last.
 CHECKPOINT_FILES = (TRAINED, SETTINGS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 UNFINISHED = "unfinished"
-LOCK = ".lock"
 # Of `torch.save` on a full disk, which is a RuntimeError.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
 # A data loader puts the traceback of its worker process into the message of the error that it raises again.
@@ -210,20 +210,12 @@ def exclusive_run(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise OSError(
-            f"Another training writes to {folder} at this moment: wait for it, end it, or give another output."
-        ) from error
-    try:
-        yield
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-        with contextlib.suppress(OSError):  # it holds checkpoints
-            folder.rmdir()
+    with lock_output(folder, "training"):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it holds checkpoints
+                folder.rmdir()
 
 
 def find_checkpoint(folder: Path, resume: bool | str | os.PathLike) -> Path | None:

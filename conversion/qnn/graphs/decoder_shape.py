@@ -10,7 +10,7 @@ from torch import nn
 
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, causal_mask
 from conversion.qnn.graphs.decoder_graph import Block, DecoderGraph
-from conversion.qnn.graphs.supported_bases import refuse_unsupported_structure, rotary_frequencies
+from conversion.qnn.graphs.supported_bases import check_structure, rotary_frequencies
 from modeling_genieblue.language_views_genieblue import find_blocks
 
 TOKENS = 24  # that blocks are compared on
@@ -19,7 +19,7 @@ EMPTY_SLOTS = 8  # of a cache, which nothing may see
 # Of the largest number that a block adds, both in 32 bits; of the largest logit by the base's own bits; and of all
 # logits together, in which the noise of 16 bits is averaged.
 BLOCK_TOLERANCE, LOGITS_TOLERANCE, SCALE_TOLERANCE = 1e-3, {32: 1e-3, 16: 5e-2}, 5e-3
-TURNS_TOLERANCE = 1e-2  # of cosines and sines in 16 bits
+ROTARY_TOLERANCE = 1e-2  # of cosines and sines in 16 bits
 
 
 def make_decoder_shape(base: nn.Module, chunk_length: int, context_length: int) -> DecoderShape:
@@ -30,7 +30,7 @@ def make_decoder_shape(base: nn.Module, chunk_length: int, context_length: int) 
     """
     config = base.config.get_text_config(decoder=True)
     check_lengths(config, chunk_length, context_length)
-    refuse_unsupported_structure(base, context_length)
+    check_structure(base, context_length)
     frequencies, scaling = rotary_frequencies(base)
     shape = DecoderShape(
         num_blocks=config.num_hidden_layers,
@@ -92,7 +92,7 @@ def _compare_at(view: nn.Module, shape: DecoderShape, first: int, title: str) ->
         )
     for index, (block, (arguments, options)) in enumerate(zip(blocks, calls, strict=True)):
         arguments, options = _in_float32((arguments, options))
-        options = _with_exact_turns(options, shape, first)
+        options = _with_exact_rotary(options, shape, first)
         x = arguments[0] if arguments else options["hidden_states"]
         own = copy.deepcopy(block).float()(*arguments, **options)
         own = own if isinstance(own, torch.Tensor) else own[0]
@@ -148,13 +148,13 @@ def _in_float32(value: Any) -> Any:
     return type(value)(map(_in_float32, value)) if type(value) in (tuple, list) else value
 
 
-def _turns(shape: DecoderShape, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_embedding(shape: DecoderShape, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines from position `first` on, each (`TOKENS`, head_dim / 2), in 32 bits."""
     angles = torch.arange(first, first + TOKENS, dtype=torch.float32)[:, None] * torch.tensor(shape.rotary_frequencies)
     return angles.cos() * shape.rotary_scaling, angles.sin() * shape.rotary_scaling
 
 
-def _with_exact_turns(options: dict[str, Any], shape: DecoderShape, first: int) -> dict[str, Any]:
+def _with_exact_rotary(options: dict[str, Any], shape: DecoderShape, first: int) -> dict[str, Any]:
     """What a block is called with, cosines and sines of the same angles as exact as the graph has them.
 
     A base in 16 bits rounds them before its blocks, which is more than a block may differ by.
@@ -162,9 +162,9 @@ def _with_exact_turns(options: dict[str, Any], shape: DecoderShape, first: int) 
     given = options.get("position_embeddings")
     if not isinstance(given, tuple) or len(given) != 2:
         return options
-    exact = tuple(torch.cat([turn, turn], dim=1)[None].to(given[0].device) for turn in _turns(shape, first))
+    exact = tuple(torch.cat([part, part], dim=1)[None].to(given[0].device) for part in _rotary_embedding(shape, first))
     for found, expected in zip(given, exact, strict=True):
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=TURNS_TOLERANCE):
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=ROTARY_TOLERANCE):
             return options
     return {**options, "position_embeddings": exact}
 
@@ -173,9 +173,9 @@ def _run_block(block: Block, x: torch.Tensor, shape: DecoderShape, first: int) -
     """A graph's block on (1, `TOKENS`, hidden_size), behind a cache that holds nothing yet."""
     groups, size = shape.num_key_value_heads, shape.head_dim
     mask = torch.from_numpy(causal_mask(TOKENS, 0, EMPTY_SLOTS + TOKENS, shape.masked))
-    turns = (turn[None, None] for turn in _turns(shape, first))
+    rotary = (part[None, None] for part in _rotary_embedding(shape, first))
     empty = x.new_zeros(1, groups, size, EMPTY_SLOTS), x.new_zeros(1, groups, EMPTY_SLOTS, size)
-    return block(x, *(other.to(x.device) for other in (mask, *turns)), *empty)[0]
+    return block(x, *(other.to(x.device) for other in (mask, *rotary)), *empty)[0]
 
 
 __all__ = ["check_lengths", "compare_with_graphs", "make_decoder_shape"]

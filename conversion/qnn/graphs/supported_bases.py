@@ -16,7 +16,7 @@ MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 DYNAMIC_ROPE_TYPES = ("dynamic", "longrope")
 
 
-def refuse_unsupported_structure(base: nn.Module, context_length: int) -> None:
+def check_structure(base: nn.Module, context_length: int) -> None:
     """`ValueError` that names what the QNN graphs have no place for in `base`, for a context of `context_length`."""
     config = base.config.get_text_config(decoder=True)
     reasons = [*_structure_problems(base), *_config_problems(config, context_length)]
@@ -103,4 +103,4 @@ def norm_epsilon(norm: nn.Module) -> float:
     raise ValueError(f"{type(norm).__name__} is no plain RMSNorm: the base cannot be exported to QNN.")
 
 
-__all__ = ["norm_epsilon", "refuse_unsupported_structure", "rotary_frequencies"]
+__all__ = ["norm_epsilon", "check_structure", "rotary_frequencies"]

@@ -52,7 +52,7 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
     needed = {path.name for path in graphs.values()}
     for name, path in graphs.items():
         graph = onnx.load(path, load_external_data=False).graph
-        _refuse_open_shapes(name, graph)
+        _check_fixed_shapes(name, graph)
         needed |= {entry.value for tensor in graph.initializer for entry in tensor.external_data
                    if entry.key == "location"}  # fmt: skip
     sources = {path.resolve().parent for path in graphs.values()}
@@ -112,7 +112,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _refuse_open_shapes(name: str, graph: onnx.GraphProto) -> None:
+def _check_fixed_shapes(name: str, graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output):
         dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
         if not all(isinstance(dim, int) for dim in dims):

@@ -49,7 +49,7 @@ def check_platform() -> None:
         )
 
 
-def require_libraries(names: Iterable[str] = LIBRARIES) -> None:
+def check_libraries_installed(names: Iterable[str] = LIBRARIES) -> None:
     """`ModuleNotFoundError` that names the extra if one of its libraries is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -153,5 +153,5 @@ def cpu_session(model: str | os.PathLike) -> "onnxruntime.InferenceSession":
 
 __all__ = [
     "CompileError", "check_platform", "compiler_version", "cpu_options", "cpu_session", "npu_devices", "npu_session",
-    "require_libraries",
+    "check_libraries_installed",
 ]  # fmt: skip

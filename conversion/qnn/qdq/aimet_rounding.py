@@ -21,7 +21,7 @@ EXTRA = "pip install 'genieblue[aimet]'"
 logger = logging.getLogger(__name__)
 
 
-def require_aimet() -> None:
+def check_aimet_installed() -> None:
     """`OSError` that names the extra if AIMET is not installed."""
     with _quietly():
         try:
@@ -70,7 +70,7 @@ def seqmse_scales(
     leave: set[str] = frozenset(),
 ) -> dict[str, np.ndarray]:
     """Scales (channels,) by name of the matrices of a float graph, but for those in `leave`."""
-    require_aimet()
+    check_aimet_installed()
     with _quietly():
         from aimet_onnx import QuantizationSimModel, apply_seq_mse, int4, int16
 
@@ -106,4 +106,4 @@ def _quietly() -> Iterator[None]:
         logging.disable(level)
 
 
-__all__ = ["SeqMse", "require_aimet", "seqmse_scales"]
+__all__ = ["SeqMse", "check_aimet_installed", "seqmse_scales"]

@@ -21,7 +21,7 @@ from conversion.qnn.graphs.decoder_shape import make_decoder_shape
 from conversion.qnn.graphs.names import weight_bits
 from conversion.qnn.npu.sessions import cpu_session
 from conversion.qnn.qdq.aimet_encodings import save_with_encodings
-from conversion.qnn.qdq.aimet_rounding import SeqMse, require_aimet, seqmse_scales
+from conversion.qnn.qdq.aimet_rounding import SeqMse, check_aimet_installed, seqmse_scales
 from conversion.qnn.qdq.files import read_codes
 from conversion.qnn.qdq.language import LanguageSettings, collect_calls, make_float_graph
 from conversion.qnn.qdq.quantize import apply_codes, encodings_of, quantize_graph, round_weights
@@ -180,7 +180,7 @@ def test_aimet_reads_the_encodings_and_computes_what_the_quantized_graph_compute
 def test_without_aimet_seqmse_names_the_extra_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "aimet_onnx", None)
     with pytest.raises(OSError, match=r"genieblue\[aimet\]"):
-        require_aimet()
+        check_aimet_installed()
     with pytest.raises(OSError, match=r"genieblue\[aimet\]"):
         export_bundle(tmp_path / "none", tmp_path / "out", soc="sm8750", calibration=[], rounding="seqmse")
     with pytest.raises(OSError, match=r"genieblue\[aimet\]"):

@@ -1,0 +1,43 @@
+"""The classes of the runtime, which importing this registers for transformers' `Auto…`."""
+
+from .compat_genieblue import require_transformers
+
+require_transformers()
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_genieblue import GenieBlueConfig
+from .image_processing_genieblue import GenieBlueImageProcessor
+from .modeling_genieblue import GenieBlueForConditionalGeneration
+from .processing_genieblue import GenieBlueProcessor
+from .projector_genieblue import GenieBlueMultiModalProjector
+from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
+from .quantized_modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
+
+AutoConfig.register("genieblue", GenieBlueConfig, exist_ok=True)
+for _config, _model in (
+    (GenieBlueConfig, GenieBlueForConditionalGeneration),
+    (QuantizedGenieBlueConfig, QuantizedGenieBlueForConditionalGeneration),
+):
+    AutoImageProcessor.register(_config, GenieBlueImageProcessor, exist_ok=True)
+    AutoProcessor.register(_config, GenieBlueProcessor, exist_ok=True)
+    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        _auto_class.register(_config, _model, exist_ok=True)
+
+__all__ = [
+    "GenieBlueConfig",
+    "GenieBlueForConditionalGeneration",
+    "GenieBlueImageProcessor",
+    "GenieBlueMultiModalProjector",
+    "GenieBlueProcessor",
+    "QuantizedGenieBlueConfig",
+    "QuantizedGenieBlueForConditionalGeneration",
+]
