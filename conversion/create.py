@@ -83,59 +83,29 @@ def create_genieblue(
     if lora_rank < 1 or lora_alpha < 1:
         raise ValueError(f"LoRA rank {lora_rank} and alpha {lora_alpha} were asked for: both must be 1 or more.")
     GenieBlueImageProcessor(max_tiles=max_tiles)  # refuses a number that is not a square
-
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     from_base = {**hub, "revision": base_revision, "trust_remote_code": trust_remote_code}
-    config = _load("base", base, AutoConfig.from_pretrained, **from_base)
-    _check_base_config(base, config, placement)
+    from_vision = {**hub, "revision": vision_revision}
+    _check_base_config(base, _load("base", base, AutoConfig.from_pretrained, **from_base), placement)
     check_settings_files(base, {GENERATION_CONFIG_NAME: None}, revision=base_revision, **hub)
-    vision_config = _load_vision_config(vision, revision=vision_revision, **hub)
-    tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
-    if chat_template is not None and tokenizer.chat_template is not None:
-        raise ValueError(
-            f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
-        )
-    if chat_template is not None:
-        refuse_unusable_template(tokenizer, chat_template, "The given chat template (--chat-template)")
-    elif tokenizer.chat_template is not None:
-        refuse_unusable_template(tokenizer, None, f"The chat template of {base}")
-    else:
-        logger.warning(
-            "%s has no chat template, without which it can neither be trained on chats nor chat: give one now, with "
-            "`chat_template` (--chat-template FILE).",
-            base,
-        )
+    vision_config = _load_vision_config(vision, **from_vision)
+    tokenizer = _load_tokenizer(base, chat_template, **from_base)
 
-    weights = {"use_safetensors": True, "dtype": dtype}
-    load_base = AutoModelForCausalLM.from_pretrained
-    # Weights of another shape are refused by name, too, and not by transformers' RuntimeError.
-    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    base_model, info = _load("base", base, load_base, **reported, **from_base, **weights)
-    if info["mismatched_keys"]:
-        name, found, expected = min(info["mismatched_keys"])
-        raise ValueError(
-            f"{name} of {base} has shape {list(found)}, but its config.json means {list(expected)}: fetch the files "
-            "that belong together."
-        )
-    check_complete(base, info)
-    _refuse_other_numbers("base", base, base_model, revision=base_revision, **hub)
-    weights["dtype"] = base_model.dtype
-    vision_tower = _load_vision_tower(vision, vision_config, revision=vision_revision, **hub, **weights)
-    _refuse_other_numbers("vision model", vision, vision_tower, revision=vision_revision, **hub)
-    if device is not None:
-        base_model.to(device)
-        vision_tower.to(device)
-
+    base_model = _load_base(base, dtype, **from_base).to(device)
+    vision_tower = _load_vision_tower(vision, vision_config, base_model.dtype, **from_vision).to(device)
+    lora = {"lora_rank": lora_rank, "lora_alpha": lora_alpha}
+    identity = {"base_model_name_or_path": base, "base_model_revision": base_revision, "hub_kwargs": hub}
     model = GenieBlueForConditionalGeneration.from_base(
-        base_model,
-        vision_tower,
-        placement=placement,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        base_model_name_or_path=base,
-        base_model_revision=base_revision,
-        hub_kwargs=hub,
+        base_model, vision_tower, placement=placement, **lora, **identity
     )
+    _save(model, tokenizer, max_tiles, chat_template, output)
+    return output
+
+
+def _save(
+    model: GenieBlueForConditionalGeneration, tokenizer: Any, max_tiles: int, chat_template: str | None, output: Path
+) -> None:
+    """Writes the model with its processor, and says what one may not expect of either."""
     processor = GenieBlueProcessor.from_base(
         tokenizer,
         image_token_id=model.config.image_token_id,
@@ -149,7 +119,6 @@ def create_genieblue(
     foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER)
     if foreign:
         logger.warning("%s still holds %s, which are not part of the new model.", output, ", ".join(foreign))
-    return output
 
 
 def _tell_how_answers_end(processor: GenieBlueProcessor, generation_config: GenerationConfig) -> None:
@@ -214,6 +183,43 @@ def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
         raise kind(f"The {what} {name} could not be loaded: {error}") from error
 
 
+def _load_tokenizer(base: str, chat_template: str | None, **hub: Any) -> Any:
+    """The base's tokenizer; `ValueError` for a chat template, its own or the given one, that cannot be used."""
+    tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **hub)
+    if chat_template is not None and tokenizer.chat_template is not None:
+        raise ValueError(
+            f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
+        )
+    if chat_template is not None:
+        refuse_unusable_template(tokenizer, chat_template, "The given chat template (--chat-template)")
+    elif tokenizer.chat_template is not None:
+        refuse_unusable_template(tokenizer, None, f"The chat template of {base}")
+    else:
+        logger.warning(
+            "%s has no chat template, without which it can neither be trained on chats nor chat: give one now, with "
+            "`chat_template` (--chat-template FILE).",
+            base,
+        )
+    return tokenizer
+
+
+def _load_base(base: str, dtype: str | torch.dtype, trust_remote_code: bool, **hub: Any) -> PreTrainedModel:
+    """The base with all of its weights, and no others; `ValueError` or `OSError` if they do not belong together."""
+    # Weights of another shape are refused by name, too, and not by transformers' RuntimeError.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True, "dtype": dtype}
+    load = AutoModelForCausalLM.from_pretrained
+    model, info = _load("base", base, load, trust_remote_code=trust_remote_code, **options, **hub)
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{name} of {base} has shape {list(found)}, but its config.json means {list(expected)}: fetch the files "
+            "that belong together."
+        )
+    check_complete(base, info)
+    _refuse_other_numbers("base", base, model, **hub)
+    return model
+
+
 def _refuse_other_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> None:
     """`ValueError` for weights that are integers in their file, which transformers casts, or hold NaN or infinity."""
     parameters = dict(model.named_parameters())
@@ -257,13 +263,14 @@ def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
     return getattr(config, "vision_config", config)
 
 
-def _load_vision_tower(vision: str, config: PreTrainedConfig, **kwargs: Any) -> SiglipVisionModel:
-    kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+def _load_vision_tower(vision: str, config: PreTrainedConfig, dtype: torch.dtype, **hub: Any) -> SiglipVisionModel:
+    """The tower in `dtype`; `ValueError` for weights that are missing, of another shape or no numbers."""
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True, "dtype": dtype}
     # A whole SigLIP holds a text half too, which transformers would report at length as unexpected.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, info = _load("vision model", vision, SiglipVisionModel.from_pretrained, **kwargs)
+        model, info = _load("vision model", vision, SiglipVisionModel.from_pretrained, config=config, **options, **hub)
     finally:
         transformers_logging.set_verbosity(verbosity)
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -272,6 +279,7 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, **kwargs: Any) -> 
             f"The weights of {vision} lack {lacking[:3]} ({len(lacking)} tensors in all), or hold them in another "
             "shape: expected a complete SigLIP vision tower."
         )
+    _refuse_other_numbers("vision model", vision, model, **hub)
     return model
 
 
