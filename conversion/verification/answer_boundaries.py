@@ -15,6 +15,7 @@ ANSWERS = ("Blue.", "\nBlue,\nand green.", "  Blue", "Blue.\n", "7")
 
 def check_answer_boundaries(subject: SavedModel) -> str:
     """Ids of chats as training makes them are those that the processor makes at inference, and end in a stop token."""
+    _ = subject.base  # refuses a base whose code may not run
     processor = GenieBlueProcessor.from_pretrained(subject.name, trust_remote_code=subject.trust, **subject.source)
     stop_ids = stop_token_ids(subject.model.generation_config)
     if processor.chat_template is None:

@@ -97,7 +97,7 @@ def _is_label(value: str) -> bool:
 
 def shortened(value: Any) -> str:
     """A value as a message can show it."""
-    text = redacted(repr(value))
+    text = " ".join(redacted(repr(value)).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

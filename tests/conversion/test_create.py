@@ -148,6 +148,25 @@ def test_a_chat_template_can_be_given_to_a_base_without_one(pair):
     assert GenieBlueProcessor.from_pretrained(pair / "reader").chat_template == template
 
 
+STOPS = {
+    "another token than the template's": (
+        {"eos_token_id": 3}, "Generation stops at '<unk>', but the chat template ends an answer with '</s>'"
+    ),
+    "none": ({"eos_token_id": None}, "stops at no token"),
+    "the template's": ({"eos_token_id": [3, 2]}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_a_base_whose_generation_does_not_stop_at_the_end_of_a_turn_is_told(pair, case, caplog):
+    settings, told = STOPS[case]
+    change_config(pair / "base", **settings)
+    path = pair / "base" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    create_genieblue(pair / "base", pair / "vision", pair / "reader")
+    assert told in caplog.text if told else "enerat" not in caplog.text
+
+
 def test_a_chat_template_of_the_base_is_not_replaced(pair):
     with pytest.raises(ValueError, match="has a chat template of its own"):
         create_genieblue(pair / "base", pair / "vision", pair / "reader", chat_template="{{ messages }}")
