@@ -109,12 +109,10 @@ def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> 
         raise TypeError(f"`config` is {_described(config)}: expected a GenieBlueConfig.")
 
 
-def refuse_offloaded(module: nn.Module, title: str) -> None:
-    """`ValueError` if weights of `module` are on the meta device, where accelerate leaves what it offloads."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                raise ValueError(f"Weights of {title} ({name} and perhaps others) are offloaded: {OFFLOAD_ADVICE}")
+def refuse_offloaded(parameters: Iterable[nn.Parameter], title: str) -> None:
+    """`ValueError` if one of them, of `title`, is on the meta device, where accelerate leaves what it offloads."""
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError(f"Weights of {title} are offloaded: {OFFLOAD_ADVICE}")
 
 
 def check_save_arguments(kwargs: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ REFUSALS = {
     "init_weights": _INITIALISED,
     "initialize_weights": _INITIALISED,
     "post_init": _INITIALISED,
+    "smart_apply": _INITIALISED,
     "to_empty": "it would lose all weights, the base's too. Move with `to(device)`.",
     "set_use_kernels": "it would replace layers of the base. Load the base with `use_kernels=True`, and give it as "
     "`base_model=`.",
@@ -61,7 +62,7 @@ REFUSALS = {
     "continuous_batching_context_manager": _BATCHING,
 }
 # transformers calls these itself while a GenieBlue has no base yet.
-_USED_AT_LOAD = ("init_weights", "initialize_weights", "post_init", "to_empty", "set_use_kernels")
+_USED_AT_LOAD = ("init_weights", "initialize_weights", "post_init", "smart_apply", "to_empty", "set_use_kernels")
 
 
 class FrozenBaseModel(PreTrainedModel):

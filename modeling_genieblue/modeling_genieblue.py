@@ -7,6 +7,7 @@ weights with trained copies of a quarter of the blocks and LoRA on the others. T
 import copy
 import os
 from collections.abc import Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         """
         check_base_model(base_model)
         check_vision_tower(vision_tower)
-        refuse_offloaded(nn.ModuleList([base_model, vision_tower]), "the base or the vision tower")
+        refuse_offloaded((*base_model.parameters(), *vision_tower.parameters()), "the base or the vision tower")
         text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
         if replicated_layers is None:
             replicated_layers = select_replicated_layers(text_config.num_hidden_layers, placement)
@@ -202,7 +203,7 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         model_class = cls._class_for(request.check_layout())
         model, loading_info = model_class._load_own_weights(request, model_args, base_model)
         base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
-        refuse_offloaded(nn.ModuleList([model, base]), "the vision tower, the projector or the base")
+        refuse_offloaded((*model.parameters(), *base.parameters()), "the vision tower, the projector or the base")
         samples = request.base_samples(required=check_base)
         model.provenance = Provenance(source=request, access=request.access(), base_samples=samples)
         model._check_base(base, request, samples if check_base else None)
@@ -384,7 +385,9 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         if self.language_model is None:
             raise ValueError("This GenieBlue has no base: load it by `from_pretrained`, or make one by `from_base`.")
         if not torch.compiler.is_compiling():
-            refuse_offloaded(self, "this GenieBlue")
+            # One of each part: to look at all of them would be felt in a step of decoding.
+            firsts = (islice(part.parameters(), 1) for part in self.children())
+            refuse_offloaded(chain.from_iterable(firsts), "this GenieBlue")
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("`pixel_values` need `input_ids` that say where the images are.")

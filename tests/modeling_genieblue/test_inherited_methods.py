@@ -59,7 +59,7 @@ active_adapters add_adapter continuous_batching_context_manager delete_adapter d
 enable_adapters enable_peft_hotswap generate_batch get_adapter_state_dict get_position_embeddings
 init_continuous_batching init_weights initialize_weights load_adapter post_init resize_position_embeddings
 resize_token_embeddings save_distributed_checkpoint set_adapter set_decoder set_encoder set_input_embeddings
-set_output_embeddings set_use_kernels to_empty
+set_output_embeddings set_use_kernels smart_apply to_empty
 """
 DECISIONS = {
     name: decision

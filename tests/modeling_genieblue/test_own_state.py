@@ -11,6 +11,8 @@ from tiny_genieblue import IMAGE, change_adapter, prompt, row, save_tiny_pair, t
 from tiny_models import tiny_base
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
@@ -209,6 +211,37 @@ def test_weights_of_peft_are_refused_outside_of_their_folder(tmp_path):
 def test_distributed_checkpoint_takes_what_is_ours():
     model = tiny_genieblue()
     assert {*get_model_state_dict(model)} == {*model.state_dict()}
+
+
+@pytest.fixture
+def one_process():
+    """A group of processes of which this one is all."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "DDP": lambda model: torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True),
+    "FSDP2": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_distributed_wrapper_restores_all_of_ours_or_nothing(wrap, one_process):
+    wrapped, source = wrap(tiny_genieblue()), other_genieblue()
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    before = get_model_state_dict(wrapped, options=options)
+    assert {*before} == {*state}
+    with pytest.raises(ValueError, match="missing: "):
+        set_model_state_dict(wrapped, only(state, "vision_tower"), options=options)
+    after = get_model_state_dict(wrapped, options=options)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    set_model_state_dict(wrapped, dict(state), options=options)
+    after = get_model_state_dict(wrapped, options=options)
+    assert all(torch.equal(value, after[name]) for name, value in state.items())
+    assert torch.equal(wrapped(prompt(), view="text").logits, tiny_base("llama")(prompt()).logits)
 
 
 def test_accelerator_saves_and_loads_all_of_ours(tmp_path):
