@@ -122,8 +122,13 @@ class FrozenBaseModel(PreTrainedModel):
             part.get_correct_attn_implementation(choice)
         for part, choice in parts.items():
             part.set_attn_implementation(choice, *args, **kwargs)
-        if "" in wanted:
-            self.config._attn_implementation = wanted[""]
+        # The model's own configuration says what the base runs; the tower's is part of it.
+        language = self.language_model
+        self.config._attn_implementation_internal = (
+            wanted.get("", self.config._attn_implementation)
+            if language is None
+            else language.config._attn_implementation
+        )
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
         """Of the base, in both views; the tower has no experts."""

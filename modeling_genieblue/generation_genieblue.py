@@ -202,26 +202,6 @@ class GenieBlueGenerationMixin(GenerationMixin):
             pad = eos[0] if isinstance(eos, list | tuple) else eos
         return join_sequences(text, multimodal, rows, 0 if pad is None else int(pad))
 
-    # Continuous batching schedules ids alone, so it is for texts: the base's own.
-
-    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """The base's own, for texts; `ValueError` if one of the prompts (lists of ids) has an image."""
-        if any(self.config.image_token_id in ids for ids in inputs):
-            raise ValueError("Continuous batching takes no images: pass rows with images to `generate`, as a batch.")
-        return self.language_model.generate_batch(inputs, *args, **kwargs)
-
-    def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Always a `ValueError`: its manager would take prompts with images."""
-        raise ValueError(
-            "Continuous batching takes no images: start it on `model.language_model`, for texts, or use `generate`."
-        )
-
-    continuous_batching_context_manager = init_continuous_batching
-
-    def destroy_cached_continuous_batching_manager(self) -> None:
-        """The base's own, whose manager `generate_batch` may have kept."""
-        self.language_model.destroy_cached_continuous_batching_manager()
-
 
 class _StreamerOfText:
     """A streamer that is given the prompt without its image tokens, which have no text; otherwise as it was."""

@@ -20,7 +20,7 @@ REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 # Defined by GenieBlue itself; other tests say what they do.
 OURS = """
 apply base_model_prefix config_class disable_input_require_grads embed_request enable_input_require_grads forward
-from_base from_pretrained generate get_experts_implementation get_image_features get_input_embeddings
+from_base from_pretrained generate generation_config get_experts_implementation get_image_features get_input_embeddings
 get_output_embeddings input_modalities main_input_name push_to_hub requires_grad_ save_pretrained
 set_attn_implementation set_experts_implementation set_submodule supports_gradient_checkpointing tie_weights train
 warn_if_padding_and_no_attention_mask
