@@ -327,15 +327,10 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         return dtype or next(self.multi_modal_projector.parameters()).dtype
 
     def _write_weights(
-        self,
-        folder: Path,
-        dtype: torch.dtype,
-        state: Mapping[str, torch.Tensor],
-        is_checkpoint: bool,
-        variant: str | None = None,
+        self, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
     ) -> None:
         """Vision tower, projector and adapter as files of a folder that is being saved."""
-        write_trained_weights(self, folder, dtype, state, is_checkpoint, variant)
+        write_trained_weights(self, folder, dtype, state, is_checkpoint)
 
     # Requests
 
