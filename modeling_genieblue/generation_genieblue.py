@@ -109,9 +109,11 @@ class GenieBlueGenerationMixin(GenerationMixin):
     def _multimodal_generate(self, input_ids: torch.Tensor | None, pixel_values: Any, **kwargs: Any) -> Any:
         if input_ids is None or not bool((input_ids == self.config.image_token_id).any()):
             return self.multimodal_language_model.generate(input_ids, **kwargs)
-        prompt = self._ids_for_processors(input_ids)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._inferred_attention_mask(input_ids, kwargs)
+        if kwargs.get("past_key_values") is None:
+            input_ids, kwargs["attention_mask"] = _padded_on_the_left(input_ids, kwargs["attention_mask"])
+        prompt = self._ids_for_processors(input_ids)
         if kwargs.get("streamer") is not None:
             is_text = input_ids[0] != self.config.image_token_id  # a streamer takes one row
             kwargs["streamer"] = _StreamerOfText(kwargs["streamer"], input_ids[:, is_text])
@@ -201,6 +203,14 @@ class GenieBlueGenerationMixin(GenerationMixin):
             eos = self._setting("eos_token_id", kwargs)
             pad = eos[0] if isinstance(eos, list | tuple) else eos
         return join_sequences(text, multimodal, rows, 0 if pad is None else int(pad))
+
+
+def _padded_on_the_left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose padding is moved to the left, where generation needs it: pipelines pad as the tokenizer is set."""
+    if mask.ndim != 2 or bool(mask[:, -1].all()):
+        return ids, mask
+    order = mask.to(ids.device).argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order.to(mask.device))
 
 
 class _StreamerOfText:

@@ -289,15 +289,15 @@ def _key_problems(expected: set[str], found: set[str]) -> list[str]:
 
 
 def save_adapter(
-    view: nn.Module, values: Mapping[str, torch.Tensor], file: str | os.PathLike, dtype: torch.dtype
+    view: nn.Module, values: Mapping[str, torch.Tensor], folder: str | os.PathLike, dtype: torch.dtype
 ) -> None:
-    """Writes the adapter's weights to `file` in the layout of stock PEFT, in `dtype`; `values` by name in `view`."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    """Writes the adapter's weights to `folder` in the layout of stock PEFT, in `dtype`; `values` by name in `view`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         stock: values[name].detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
         for name, stock, _ in adapter_parameters(view)
     }
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, Path(folder) / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def save_adapter_config(lora_config: LoraConfig, folder: str | os.PathLike) -> None:

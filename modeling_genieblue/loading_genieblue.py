@@ -40,7 +40,10 @@ from .model_files_genieblue import (
 logger = logging.getLogger(__name__)
 
 # What the base is given as it would be by hand.
-BASE_KEYS = ("dtype", "torch_dtype", "max_memory", "offload_folder", "offload_buffers", "trust_remote_code")
+BASE_KEYS = (
+    "dtype", "torch_dtype", "max_memory", "offload_folder", "offload_buffers", "trust_remote_code", "disable_mmap",
+    "experts_implementation",
+)  # fmt: skip
 
 
 @dataclass

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .arguments_genieblue import (
     PUSH_KEYWORDS,
@@ -36,6 +35,7 @@ from .configuration_genieblue import (
 )
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
+from .image_features_genieblue import ImageFeaturesMixin
 from .language_views_genieblue import (
     TextEmbedder,
     build_multimodal_view,
@@ -54,7 +54,6 @@ from .view_routing_genieblue import (
     TEXT,
     as_mixed_cache,
     check_inputs,
-    check_tiles,
     choose_views,
     mark_given_cache,
     mark_returned_cache,
@@ -64,7 +63,7 @@ from .view_routing_genieblue import (
 )
 
 
-class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixin):
+class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, GenieBlueGenerationMixin):
     """A base LLM with eyes; see the module's docstring, and `from_base` / `from_pretrained` for ways to get one.
 
     Attributes:
@@ -329,56 +328,12 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         return dtype or next(self.multi_modal_projector.parameters()).dtype
 
     def _write_weights(
-        self,
-        folder: Path,
-        dtype: torch.dtype,
-        state: Mapping[str, torch.Tensor],
-        is_checkpoint: bool,
-        variant: str | None = None,
+        self, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
     ) -> None:
         """Vision tower, projector and adapter as files of a folder that is being saved."""
-        write_trained_weights(self, folder, dtype, state, is_checkpoint, variant)
+        write_trained_weights(self, folder, dtype, state, is_checkpoint)
 
     # Requests
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Tiles (num_tiles, 3, image_size, image_size) → features (num_tiles, image_seq_length, hidden_size).
-
-        As in all of transformers they are the `pooler_output` of what the vision tower gives (`last_hidden_state` are
-        its own features of the patches), or the second of a tuple with `return_dict=False`; `kwargs` are the tower's.
-        """
-        tower = self.vision_tower
-        outputs = tower(pixel_values.to(tower.device, tower.dtype), return_dict=True, **kwargs)
-        weight = self.multi_modal_projector.linear_1.weight
-        patch_features = outputs.last_hidden_state.to(weight.device, weight.dtype)
-        outputs.pooler_output = self.multi_modal_projector(patch_features)
-        return outputs
-
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
-    ) -> torch.BoolTensor:
-        """Where image features go among the embeddings, (batch, length, 1); `ValueError` if they do not fit."""
-        is_image = input_ids == self.config.image_token_id
-        num_tokens, num_features = int(is_image.sum()), image_features.numel() // image_features.shape[-1]
-        if num_tokens != num_features:
-            raise ValueError(
-                f"Image tokens and image features do not match: tokens: {num_tokens}, features: {num_features}."
-            )
-        return is_image.unsqueeze(-1).to(inputs_embeds.device)
-
-    def embed_request(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings (batch, length, hidden_size), with image features in place; `ValueError` if tiles do not fit."""
-        is_image = input_ids == self.config.image_token_id
-        # The id of an image token has no row in the base's embedding: look any other one up in its place.
-        inputs_embeds = self._embed_text(input_ids.masked_fill(is_image, 0))
-        check_tiles(pixel_values, int(is_image.sum()), self.config.vision_config, self.config.image_seq_length)
-        if pixel_values is None:
-            return inputs_embeds
-        image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-        return inputs_embeds.masked_scatter(mask, image_features)
 
     def _route(self, input_ids: torch.Tensor | None, cache: Any, view: str | None, pixel_values: Any) -> list[bool]:
         """Which rows run the multimodal view."""
@@ -444,28 +399,6 @@ class GenieBlueForConditionalGeneration(FrozenBaseModel, GenieBlueGenerationMixi
         else:
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
         return outputs.to_tuple() if as_tuple else outputs
-
-    def _embedded(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of the multimodal view, ids and pixels as embeddings."""
-        inputs = dict(inputs)
-        if "inputs_embeds" not in inputs:
-            inputs["inputs_embeds"] = self.embed_request(inputs.pop("input_ids"), pixel_values)
-        if self.training and torch.is_grad_enabled():
-            if pixel_values is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-                inputs["inputs_embeds"] = inputs["inputs_embeds"] + self._nothing_of_the_image_path()
-            if inputs["inputs_embeds"].is_leaf:  # reentrant checkpointing gives no gradients otherwise
-                inputs["inputs_embeds"].requires_grad_(True)
-        return inputs
-
-    def _nothing_of_the_image_path(self) -> torch.Tensor:
-        """Zero, with a gradient of zero for each parameter that a batch without images leaves out.
-
-        `DistributedDataParallel` waits for a gradient of every parameter, whatever the other processes have seen.
-        """
-        trained = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
-        weight = self.get_input_embeddings().weight
-        firsts = [each.flatten()[0].to(weight.device, weight.dtype) for each in trained if each.requires_grad]
-        return sum(firsts, weight.new_zeros(())) * 0
 
     def _multimodal_forward(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         inputs = dict(inputs)

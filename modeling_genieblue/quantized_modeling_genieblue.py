@@ -106,15 +106,8 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
         return own
 
     def _write_weights(
-        self,
-        folder: Path,
-        dtype: torch.dtype,
-        state: Mapping[str, torch.Tensor],
-        is_checkpoint: bool,
-        variant: str | None = None,
+        self, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
     ) -> None:
-        if variant is not None:
-            raise ValueError("A quantized GenieBlue is saved as it was loaded: leave out `variant`.")
         for place, source in self.provenance.files.items():  # what is in memory is packed for a kernel
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / place)

@@ -97,6 +97,8 @@ def save_model(
             f"`max_shard_size` is {max_shard_size!r}, but the weights are written whole, as PEFT reads them: leave it "
             "out, or give more."
         )
+    if variant is not None and model.provenance.files:
+        raise ValueError("What this GenieBlue was loaded from is copied as it is: leave out `variant`.")
     if token is not None:
         model.provenance.access = {**model.provenance.access, "token": token}
     with NewFolder(target, "saving") as new:
@@ -165,7 +167,7 @@ def _write_files(
 ) -> bool:
     """Writes all files into `staging`; returns whether a processor is among them."""
     is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", target.name) is not None
-    model._write_weights(staging, dtype, state, is_checkpoint, variant)
+    model._write_weights(staging, dtype, state, is_checkpoint)
     config = _config_to_save(model, target, dtype)
     config.save_pretrained(staging)
     # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
@@ -183,6 +185,9 @@ def _write_files(
     for name, content in {**model.provenance.facts(model._kept_facts), **(facts or {})}.items():
         (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _write_card(staging, target)
+    if variant is not None:
+        for name in (WEIGHTS_NAME, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_NAME}"):
+            os.rename(staging / name, staging / name_of_variant(name, variant))
     return processor is not None
 
 
@@ -201,12 +206,7 @@ def code_files(model_class: type) -> list[Path]:
 
 
 def write_trained_weights(
-    model: Any,
-    folder: Path,
-    dtype: torch.dtype,
-    state: Mapping[str, torch.Tensor],
-    is_checkpoint: bool,
-    variant: str | None = None,
+    model: Any, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor], is_checkpoint: bool
 ) -> None:
     """Vision tower and projector into `model.safetensors`, copied blocks and LoRA into the adapter.
 
@@ -220,11 +220,10 @@ def write_trained_weights(
         for name, value in state.items()
         if is_checkpoint or name.partition(".")[0] in OWN_MODULES
     }  # fmt: skip
-    save_file(tensors, folder / name_of_variant(WEIGHTS_NAME, variant), metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     tree = f"{MULTIMODAL_TREE}."
     of_view = {name.removeprefix(tree): value for name, value in state.items() if name.startswith(tree)}
-    adapter_file = folder / ADAPTER_FOLDER / name_of_variant(ADAPTER_WEIGHTS_NAME, variant)
-    save_adapter(model.multimodal_language_model, of_view, adapter_file, dtype)
+    save_adapter(model.multimodal_language_model, of_view, folder / ADAPTER_FOLDER, dtype)
 
 
 def _check_additions(state: Mapping[str, torch.Tensor]) -> None:

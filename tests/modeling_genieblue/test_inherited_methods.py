@@ -19,17 +19,18 @@ REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 
 # Defined by GenieBlue itself; other tests say what they do.
 OURS = """
-apply base_model_prefix config_class disable_input_require_grads embed_request enable_input_require_grads forward
-from_base from_pretrained generate generation_config get_experts_implementation get_image_features get_input_embeddings
-get_output_embeddings input_modalities main_input_name push_to_hub requires_grad_ save_pretrained
-set_attn_implementation set_experts_implementation set_submodule supports_gradient_checkpointing tie_weights train
-warn_if_padding_and_no_attention_mask
+apply base_model base_model_prefix config_class destroy_cached_continuous_batching_manager
+disable_input_require_grads embed_request enable_input_require_grads forward from_base from_pretrained generate
+generation_config get_decoder get_experts_implementation get_image_features get_input_embeddings
+get_output_embeddings get_placeholder_mask input_modalities main_input_name push_to_hub requires_grad_
+save_pretrained set_attn_implementation set_experts_implementation set_submodule supports_gradient_checkpointing
+tie_weights train warn_if_padding_and_no_attention_mask
 """
 # Read, or report, and change nothing.
 READ_ONLY = """
-T_destination base_model buffers call_super_init can_generate can_record_outputs children compute_transition_scores
+T_destination buffers call_super_init can_generate can_record_outputs children compute_transition_scores
 device dtype dummy_inputs dump_patches ep_plan eval extra_repr fsdp_plan fsdp_size generation_config_class get_buffer
-get_compiled_call get_correct_attn_implementation get_correct_experts_implementation get_decoder get_encoder
+get_compiled_call get_correct_attn_implementation get_correct_experts_implementation get_encoder
 get_expanded_tied_weights_keys get_extra_state get_init_context get_memory_footprint get_parameter
 get_parameter_or_buffer get_submodule heal_tokens is_activation_checkpointing is_backend_compatible is_custom_code
 is_distributed_loading_by_transformers is_gradient_checkpointing is_remote_code load_custom_generate loss_function
@@ -50,7 +51,7 @@ register_parameter register_state_dict_post_hook register_state_dict_pre_hook se
 """
 # Steps of `from_pretrained`, `generate` and `save_pretrained` of transformers, which have no effect by themselves.
 INTERNAL = """
-adjust_generation_fn barrier_after_gathered_checkpoint_save destroy_cached_continuous_batching_manager
+adjust_generation_fn barrier_after_gathered_checkpoint_save
 gather_sharded_state_dict_for_save init_parallel_plans mark_tied_weights_as_initialized maybe_distribute_model
 prepare_distribute_model
 """

@@ -1,0 +1,86 @@
+"""Image features of a GenieBlue: from pixels, through vision tower and projector, to their places among embeddings."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .view_routing_genieblue import check_tiles
+
+
+class ImageFeaturesMixin:
+    """What embeds a request with images; to be mixed into the model class."""
+
+    vision_tower: PreTrainedModel
+    multi_modal_projector: nn.Module
+    config: Any
+    training: bool
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Tiles (num_tiles, 3, image_size, image_size) → features (num_tiles, image_seq_length, hidden_size).
+
+        As in all of transformers they are the `pooler_output` of what the vision tower gives (`last_hidden_state` are
+        its own features of the patches), or the second of a tuple with `return_dict=False`; `kwargs` are the tower's.
+        """
+        tower = self.vision_tower
+        outputs = tower(pixel_values.to(tower.device, tower.dtype), return_dict=True, **kwargs)
+        weight = self.multi_modal_projector.linear_1.weight
+        patch_features = outputs.last_hidden_state.to(weight.device, weight.dtype)
+        outputs.pooler_output = self.multi_modal_projector(patch_features)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
+    ) -> torch.BoolTensor:
+        """Where image features go among the embeddings, (batch, length, 1); `ValueError` if they do not fit."""
+        is_image = input_ids == self.config.image_token_id
+        num_tokens, num_features = int(is_image.sum()), image_features.numel() // image_features.shape[-1]
+        if num_tokens != num_features:
+            raise ValueError(
+                f"Image tokens and image features do not match: tokens: {num_tokens}, features: {num_features}."
+            )
+        return is_image.unsqueeze(-1).to(inputs_embeds.device)
+
+    def embed_request(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings (batch, length, hidden_size), with image features in place; `ValueError` if tiles do not fit."""
+        is_image = input_ids == self.config.image_token_id
+        # The id of an image token has no row in the base's embedding: look any other one up in its place.
+        inputs_embeds = self._embed_text(input_ids.masked_fill(is_image, 0))
+        check_tiles(pixel_values, int(is_image.sum()), self.config.vision_config, self.config.image_seq_length)
+        if pixel_values is None:
+            return inputs_embeds
+        image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return inputs_embeds.masked_scatter(mask, image_features)
+
+    def _embedded(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of the multimodal view, ids and pixels as embeddings."""
+        inputs = dict(inputs)
+        if "inputs_embeds" not in inputs:
+            inputs["inputs_embeds"] = self.embed_request(inputs.pop("input_ids"), pixel_values)
+        if self.training and torch.is_grad_enabled():
+            if pixel_values is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+                inputs["inputs_embeds"] = inputs["inputs_embeds"] + self._nothing_of_the_image_path()
+            if inputs["inputs_embeds"].is_leaf:  # reentrant checkpointing gives no gradients otherwise
+                inputs["inputs_embeds"].requires_grad_(True)
+        return inputs
+
+    def _nothing_of_the_image_path(self) -> torch.Tensor:
+        """Zero, with a gradient of zero for each parameter that a batch without images leaves out.
+
+        `DistributedDataParallel` waits for a gradient of every parameter, whatever the other processes have seen.
+        """
+        trained = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+        weight = self.get_input_embeddings().weight
+        firsts = [each.flatten()[0].to(weight.device, weight.dtype) for each in trained if each.requires_grad]
+        return sum(firsts, weight.new_zeros(())) * 0
+
+
+__all__ = ["ImageFeaturesMixin"]
