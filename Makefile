@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow test-versions lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -19,12 +19,15 @@ test: $(STAMP) lint  ## ruff, then the tests that take seconds each
 test-slow: $(VENV)/aimet.stamp  ## the tests marked slow, with the extra aimet
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
+test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in environments of their own
+	PYTHONPATH=.:tests/support $(BIN)/python tests/versions/run_matrix.py
+
 lint: $(STAMP)  ## ruff alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 
-clean:  ## remove the environment, caches and the demo's output
-	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove the environments, caches and the demo's output
+	rm -rf $(VENV) .venvs $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes by itself and first: asked for together with other packages, pip may choose another build of it.
