@@ -48,6 +48,11 @@ OFFLOAD_ADVICE = (
 
 def check_base_model(base: Any) -> None:
     """`TypeError` unless `base` is a loaded language model with its LM head, `ValueError` if it is a GenieBlue."""
+    if hasattr(base, "_orig_mod"):  # its modules, and so the adapter's, would have other names than in the base
+        raise TypeError(
+            "The base is what `torch.compile` made of a model: give the model itself (`base._orig_mod`), and compile "
+            "the views afterwards."
+        )
     can_generate = getattr(base, "can_generate", None)
     if not isinstance(base, nn.Module) or not hasattr(base, "config") or can_generate is None or not can_generate():
         raise TypeError(

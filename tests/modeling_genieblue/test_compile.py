@@ -79,6 +79,11 @@ def test_a_base_that_was_compiled_before_does_not_answer_for_the_other_view():
     assert torch.equal(greedy(model, SEEN, pixel_values=PIXELS, **compiling(backend)), expected)
 
 
+def test_a_compiled_wrapper_is_no_base():
+    with pytest.raises(TypeError, match="_orig_mod"):
+        tiny_genieblue(base=torch.compile(tiny_base("llama"), backend="eager"))
+
+
 @pytest.mark.parametrize(
     "request_, most",
     [
