@@ -22,9 +22,8 @@ from hub_cards.publish_base import publish_quantized_base
 
 OWN, ADAPTER = "genieblue/model.safetensors", "genieblue/language_adapter/quantized_adapter.safetensors"
 BASE = "base/quantized_model.safetensors"
-NAMES = [
-    "folder", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view", "quantization", "remote_code"
-]  # fmt: skip
+NAMES = ["folder", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view", "quantization",
+         "remote_code"]  # fmt: skip
 WITHOUT_CODE = "folder base_files language_adapter tokenizer text_view stock_peft"
 
 
