@@ -216,10 +216,13 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
         raise ValueError(
             f"{where}: expected a list of turns as `messages` or `conversations`, found the keys {sorted(raw)}."
         )
-    messages = [_parse_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1)]
+    given = _either(raw, IMAGE_KEYS, where)
+    has_placeholders = is_nothing(raw.get("messages")) or not is_nothing(given)
+    messages = [
+        _parse_turn(turn, has_placeholders, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1)
+    ]
     messages = _with_system(messages, _either(raw, ("system", "system_prompt"), where), where)
     _check_turns(messages, where)
-    given = _either(raw, IMAGE_KEYS, where)
     if given is IN_A_COLUMN:
         given = [b""] * sum(source is None for source in image_sources(messages))
     given = [] if is_nothing(given) else list(given) if isinstance(given, (list, tuple)) else [given]
@@ -278,7 +281,7 @@ def texts_of(messages: list[dict[str, Any]]) -> list[str]:
             if isinstance(part, str) or part["type"] == "text"]  # fmt: skip
 
 
-def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
+def _parse_turn(turn: Any, has_placeholders: bool, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is {shortened(turn)}, expected an object.")
     role, content = _either(turn, ("role", "from"), where), _either(turn, ("content", "value"), where)
@@ -286,7 +289,7 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: the role is {shortened(role)}, expected one of {', '.join(ROLES)}.")
     if isinstance(content, str):
         text = _encodable(content, where)
-        parsed = _split_placeholders(text) if ROLES[role] == "user" else text  # others show no images
+        parsed = _split_placeholders(text) if has_placeholders and ROLES[role] == "user" else text
     elif isinstance(content, (list, tuple)):
         parsed = [_parse_part(part, where) for part in content]
     else:

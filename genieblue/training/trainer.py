@@ -91,10 +91,6 @@ class StageTrainer(Trainer):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, dtype=self._autocast_dtype)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loss of one batch, without a cache."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one batch; `ValueError` for a loss that is not finite."""
         self._last_log_time = self._last_log_time or time.perf_counter()

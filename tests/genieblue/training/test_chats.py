@@ -179,6 +179,14 @@ def test_literal_placeholder_in_a_text_part_stays_text():
     assert "<image>" in processor.decode(row["input_ids"]) and VOCABULARY not in row["input_ids"]
 
 
+def test_a_placeholder_in_messages_without_images_beside_them_is_text_and_in_llavas_form_an_image_that_is_missing():
+    text = "What does <image> do?"
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "A <image> shows."}]
+    assert [message["content"] for message in parse_chat({"messages": chat}, "", None).messages][0] == text
+    with pytest.raises(ValueError, match="1 placeholders .*for 0 images"):
+        parse_chat(llava_line(text), "", None)
+
+
 def test_a_literal_placeholder_beside_an_image_is_trained_as_text():
     processor = make_processor()
     question = turn("user", {"type": "image"}, "What does <image> mean?")
