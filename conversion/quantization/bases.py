@@ -25,7 +25,6 @@ from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
     QMAP_NAME,
     QUANTIZED_WEIGHTS_NAME,
-    check_folder_or_id,
     is_path,
     read_settings,
     with_siblings,
@@ -138,7 +137,8 @@ def check_existing_base(
     than those of the base that `config` names; `OSError` if it is not there. No weight is read.
     """
     is_folder = os.path.isdir(name)
-    check_folder_or_id(name, "The quantized base ")
+    if not is_folder and (is_path(name) or "/" not in os.fspath(name)):
+        raise FileNotFoundError(f"There is no quantized base in {name}: give its folder or Hub id (org/name).")
     settings = read_base_quantization(name, **access)
     if settings is None:
         unseen = "" if is_folder else ", or it cannot be reached on the Hub"
