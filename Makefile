@@ -16,7 +16,7 @@ demo: $(STAMP)  ## make a small GenieBlue from nothing and show that it reads (u
 test: $(STAMP) lint  ## ruff, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/aimet.stamp  ## the tests marked slow, with the extra aimet
+test-slow: $(VENV)/slow.stamp  ## the tests marked slow, with the extras aimet and clients
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in environments of their own
@@ -41,7 +41,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 # AIMET asks for torchvision and does without it. The one on PyPI is built for CUDA, and beside a CPU build of torch
 # transformers cannot be imported any more.
-$(VENV)/aimet.stamp: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[aimet]'
+$(VENV)/slow.stamp: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[aimet,clients]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
