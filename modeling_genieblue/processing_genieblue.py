@@ -55,6 +55,7 @@ class GenieBlueProcessor(ProcessorMixin):
 
     # Makes save_pretrained copy this file and its siblings and name the class in auto_map.
     _auto_class = "AutoProcessor"
+    return_mm_token_type_ids = False  # as every processor has it from transformers 5.20 on
 
     def __init__(
         self,

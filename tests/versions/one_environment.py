@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
 
 LIBRARIES = ("transformers", "peft", "huggingface_hub", "tokenizers", "torch")
 OPTIONS = {"do_sample": False, "max_new_tokens": 5}
@@ -66,12 +73,34 @@ class Checks:
         """A text is answered as by the base, bit for bit, and the base is not changed by that."""
         expected = text_answer(self.base, self.ids)
         assert equal(text_answer(self.model, self.ids), expected)
+        as_causal = AutoModelForCausalLM.from_pretrained(self.repo_id, trust_remote_code=True)
+        assert equal(text_answer(as_causal, self.ids), expected)
         on_given_base = AutoModelForImageTextToText.from_pretrained(
             self.repo_id, trust_remote_code=True, base_model=self.base
         )
         assert equal(text_answer(on_given_base, self.ids), expected)
         assert equal(text_answer(self.base, self.ids), expected)
         assert equal(image_answer(on_given_base, self.processor), self.answer)
+
+    def processing(self) -> None:
+        """Texts are tokenized as by the base's tokenizer; a request with an image is the same in one call."""
+        tokenizer = AutoTokenizer.from_pretrained(self.base_id)
+        words = "What is in the image?"
+        chat = [{"role": "user", "content": words}]
+        assert self.processor(text=words)["input_ids"] == tokenizer(words)["input_ids"]
+        options = {"add_generation_prompt": True, "tokenize": True}
+        assert self.processor.apply_chat_template(chat, **options) == list(
+            tokenizer.apply_chat_template(chat, return_dict=True, **options)["input_ids"]
+        )
+        whole = self.processor.apply_chat_template(
+            CHAT, images=scan(), return_dict=True, return_tensors="pt", return_mm_token_type_ids=True, **options
+        )
+        prompt = self.processor.apply_chat_template(CHAT, add_generation_prompt=True)
+        parts = self.processor(text=prompt, images=scan(), return_tensors="pt")
+        assert torch.equal(whole["input_ids"], parts["input_ids"])
+        assert torch.equal(whole["pixel_values"], parts["pixel_values"])
+        is_image = whole["input_ids"] == self.processor.image_token_id
+        assert torch.equal(whole["mm_token_type_ids"].bool(), is_image) and is_image.sum() == 12
 
     def training(self) -> None:
         """A step changes image answers and no text."""
@@ -102,13 +131,18 @@ class Checks:
             torch.testing.assert_close(adapted(self.ids).logits, expected, atol=1e-4, rtol=1e-4)
 
     def pipe(self) -> None:
-        """transformers' pipeline answers as the model does."""
+        """transformers' pipelines answer as the model and as the base do."""
         pipe = pipeline("image-text-to-text", model=self.repo_id, trust_remote_code=True)
         content = [{"type": "image", "image": scan()}, {"type": "text", "text": "What is it?"}]
         (found,) = pipe(text=[{"role": "user", "content": content}], return_full_text=False, generate_kwargs=OPTIONS)
         prompt_length = self.answer[0].shape[1]
         expected = self.processor.decode(self.answer[1][0, prompt_length:], skip_special_tokens=True)
         assert found["generated_text"].strip() == expected.strip(), (found["generated_text"], expected)
+        texts = [
+            pipeline("text-generation", model=model, trust_remote_code=True)("The answer is", **OPTIONS)
+            for model in (self.repo_id, self.base_id)
+        ]
+        assert texts[0] == texts[1], texts
 
     def others(self) -> None:
         """Folders that other environments saved."""
@@ -116,7 +150,7 @@ class Checks:
             assert equal(image_answer(load(folder), self.processor), self.answer), folder
 
 
-STEPS = ("image", "text", "training", "saving", "stock_peft", "pipe", "others")
+STEPS = ("image", "text", "processing", "training", "saving", "stock_peft", "pipe", "others")
 
 
 def main(request_file: str) -> None:

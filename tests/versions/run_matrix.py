@@ -26,8 +26,8 @@ BEGIN, END = "<!-- written by make test-versions -->", "<!-- end -->"
 BASE, REPO = "you/base-llm", "you/genieblue-tiny"
 PINNED = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line)
 STEPS = {
-    "image": "image", "text": "text", "training": "step", "saving": "saved, loaded", "stock_peft": "stock PEFT",
-    "pipe": "pipeline",
+    "image": "image", "text": "text", "processing": "processor", "training": "step", "saving": "saved, loaded",
+    "stock_peft": "stock PEFT", "pipe": "pipelines",
 }  # fmt: skip
 
 
@@ -65,7 +65,9 @@ def make_environment(folder: Path, *requirements: str, pip: Path | None = None, 
     if shared is not None:
         (site_packages(folder) / "shared.pth").write_text(f"{site_packages(shared)}\n")
     command = [str(pip or folder / "bin/python"), "-m", "pip", "--python", str(folder / "bin/python")]
-    subprocess.run([*command, "install", "--quiet", *requirements], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, "install", "--quiet", "--no-compile", *requirements], check=True, stderr=subprocess.DEVNULL
+    )
 
 
 def site_packages(folder: Path) -> Path:
