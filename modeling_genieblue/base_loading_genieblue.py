@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.hub import cached_file
 
 from .base_identity_genieblue import cached_commits, compare_with_samples, different_settings
+from .hints_genieblue import ACCEPT_BASE, GIVE_BASE, BaseNotFoundError, WrongBaseError
 from .loading_genieblue import LoadRequest, hub_commit
 from .model_files_genieblue import (
     CONFIG_NAME,
@@ -58,7 +59,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     """The base that `config` names (or `override`), loaded by `AutoModelForCausalLM` as it would be by hand."""
     location = os.fspath(override) if override is not None else request.base_location(config)
     if location is None:
-        raise ValueError(f"{request.path} names no base: pass `base_model=` (a loaded model, a folder or a Hub id).")
+        raise WrongBaseError(f"{request.path} names no base.", GIVE_BASE)
     is_recorded = override is None or location == config.base_model_name_or_path
     kwargs = dict(request.base_kwargs)
     # Consent to our code is not needed, and not used, for a base that transformers itself knows.
@@ -66,9 +67,9 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code")) and needs_code
     if is_path(location):
         if not os.path.isdir(location):
-            raise OSError(
-                f"The base of {request.path} should be in {location}, but there is no such folder. Put it there, or "
-                "pass `base_model=` (a loaded model, a folder or a Hub id)."
+            raise BaseNotFoundError(
+                f"The base of {request.path} should be in {location}, but there is no such folder: put it there.",
+                GIVE_BASE,
             )
     elif is_recorded and config.base_model_revision is not None:
         kwargs["revision"] = config.base_model_revision
@@ -92,11 +93,8 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     except (OSError, ValueError) as error:
         if "Unrecognized configuration class" in str(error):  # all known ones follow
             check_base_type(location, AutoConfig.from_pretrained(location, **where))
-        kind = ValueError if isinstance(error, ValueError) else OSError
-        raise kind(
-            f"The base {location} of {request.path} could not be loaded: {error}\nA base that is already in memory "
-            "can be given as `base_model=`."
-        ) from error
+        kind = WrongBaseError if isinstance(error, ValueError) else BaseNotFoundError
+        raise kind(f"The base {location} of {request.path} could not be loaded: {error}\n", GIVE_BASE) from error
     check_complete(location, info)
     if "revision" in kwargs:
         _check_cached_files(location, config, kwargs)
@@ -138,9 +136,10 @@ def _check_cached_files(location: str, config: Any, kwargs: dict[str, Any]) -> N
         path = files.cached(name)
         found = recorded if path is None else cached_sha256(path) or recorded
         if found != recorded:
-            raise ValueError(
+            raise WrongBaseError(
                 f"{location} at {kwargs['revision']} is not the recorded base: sha256 of {name} is {found}, expected "
-                f"{recorded}. Pass `check_base=False` and `base_model=` to use it."
+                f"{recorded}.",
+                GIVE_BASE,
             )
 
 
@@ -159,11 +158,12 @@ def check_identity(
     if differences:
         recorded = request.base_location(config, required=False) or config.base_model_name_or_path
         at = f" at {config.base_model_revision}" if config.base_model_revision else ""
-        raise ValueError(
+        raise WrongBaseError(
             f"{getattr(base.config, '_name_or_path', '') or type(base).__name__} is not the base that {request.path} "
             f"was made for, {recorded}{at}: {'; '.join(differences[:3])}"
-            f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}. Load that base, or pass "
-            "`check_base=False` to run on this one all the same."
+            f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}.",
+            GIVE_BASE,
+            ACCEPT_BASE,
         )
 
 

@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .base_identity_genieblue import is_sample
 from .configuration_genieblue import check_config_kinds
+from .hints_genieblue import ACCEPT_BASE, GIVE_BASE, BaseNotFoundError, WrongBaseError
 from .language_views_genieblue import tensors_of_other_kinds
 from .model_files_genieblue import (
     ACCESS_KEYS,
@@ -181,7 +182,7 @@ class LoadRequest:
             return {}
         samples = read_settings(path)
         if not samples or not all(map(is_sample, samples.values())):
-            raise OSError(f"{path} records no base: it is damaged; fetch it again, or pass `check_base=False`.")
+            raise BaseNotFoundError(f"{path} records no base: it is damaged; fetch it again.", ACCEPT_BASE)
         return samples
 
     def base_location(self, config: Any, required: bool = True) -> str | None:
@@ -201,10 +202,7 @@ class LoadRequest:
                 return os.path.join(snapshot_download(self.path, allow_patterns=f"{name[2:]}/*", **options), name[2:])
             if not required:
                 return None
-            raise ValueError(
-                f"{self.path} names its base by a path on another computer, {name!r}: pass `base_model=` (a loaded "
-                "model, a folder or a Hub id)."
-            )
+            raise WrongBaseError(f"{self.path} names its base by a path on another computer, {name!r}.", GIVE_BASE)
         folder = os.path.join(os.path.realpath(self.path), self.hub_kwargs.get("subfolder", ""))
         return os.path.normpath(os.path.join(folder, name))
 

@@ -239,7 +239,7 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
     """Configuration with the code map, the base's file hashes, and a local base as a path relative to `target`."""
     name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     if name is None:
-        logger.warning("This GenieBlue does not say where its base is: `base_model=` will be needed to load it.")
+        logger.warning("This GenieBlue does not say where its base is: the base has to be given at each load.")
     elif model.config.base_model_fingerprint is None:
         model.config.base_model_fingerprint = weight_file_hashes(name, revision, **model.provenance.access) or None
         if model.config.base_model_fingerprint is None:

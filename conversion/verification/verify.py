@@ -61,11 +61,12 @@ CLEAN_PROCESS_SECONDS = 3600
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: whether it holds, and in words what was found."""
+    """One thing that was checked: whether it holds, in words what was found, and hints (`hints_genieblue`)."""
 
     name: str
     ok: bool
     detail: str
+    hints: tuple[str, ...] = ()
 
 
 def verify_model(
@@ -106,7 +107,9 @@ def verify_model(
             check = Check(name, False, str(failure))
         except Exception as error:  # whatever keeps a check from ending is a reason to report, not to stop
             logger.debug("Check %s could not be made", name, exc_info=error)
-            check = Check(name, False, f"could not be checked: {_one_line(error)}")
+            said, hints = getattr(error, "what", str(error)), getattr(error, "hints", ())
+            detail = " ".join(said.split()) or type(error).__name__
+            check = Check(name, False, f"could not be checked: {detail}", hints)
         checks.append(check)
         if on_check is not None:
             on_check(check)
@@ -394,10 +397,6 @@ def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tenso
     padded = [nn.functional.pad(row, (length - row.shape[1], 0), value=pad) for row in rows]
     mask = [nn.functional.pad(torch.ones_like(row), (length - row.shape[1], 0)) for row in rows]
     return {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _last_error(stderr: str) -> str:

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import traceback
+from collections.abc import Iterable
 
 # Errors of these libraries say what is wrong with a file, a network or a template: they are for the user.
 LIBRARIES_WITH_ERRORS_FOR_USERS = ("huggingface_hub", "httpx", "httpx2", "safetensors", "jinja2")
@@ -32,15 +33,8 @@ NO_ANSWER = re.compile(
 MAY_HOLD_SECRETS = re.compile(r":/|data:|\bhf_|bearer", re.IGNORECASE)
 # transformers' list of all that it knows.
 ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
-# What Python programs are advised, and what the command line has for it.
-COMMAND_WORDS = (
-    ("pass `base_model=` (a loaded model, a folder or a Hub id)", "give its folder or Hub id as --base"),
-    ("A base that is already in memory can be given as `base_model=`.", "Another copy of it can be given as --base."),
-    ("Load that base, or pass `check_base=False` to run on this one all the same.", "Give that base as --base."),
-    (" Pass `check_base=False` and `base_model=` to use it.", ""),
-    (", or pass `check_base=False`", ""),
-    ("`base_model=` will be needed to load it", "--base will be needed to load it"),
-)
+# What the command line has for the hints of our errors (`modeling_genieblue.hints_genieblue`).
+HINTS = {"give_base": "Give the right base, its folder or Hub id, as --base."}
 
 
 def message_for_user(error: Exception) -> str | None:
@@ -61,7 +55,7 @@ def message_for_user(error: Exception) -> str | None:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         return f"The disk of the Hub's cache, {HF_HUB_CACHE}, is full: make room, or set HF_HOME to another folder."
-    message = in_command_words(str(error).strip() or type(error).__name__)
+    message = in_command_words(text_of(error)) or type(error).__name__
     if message.startswith("[Errno") and getattr(error, "filename", None):
         message = f"{error.filename} cannot be used ({error.strerror}): give a place that you may read and write."
     if type(error).__name__.startswith("Connect") and is_for_users(error):
@@ -73,13 +67,22 @@ def message_for_user(error: Exception) -> str | None:
     return message
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says, with its hints as the command line words them."""
+    hints = with_hints(getattr(error, "what", ""), getattr(error, "hints", ()))
+    return hints or str(error).strip()
+
+
+def with_hints(what: str, hints: Iterable[str]) -> str:
+    """A text and hints in the words of the command line; those that it has no option for are left out."""
+    return " ".join([what, *(HINTS[hint] for hint in hints if hint in HINTS)])
+
+
 def in_command_words(message: str) -> str:
     """An error of a library in the command line's own words, without secrets and what is long about the network."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
     message = ALL_KINDS.sub("", message)
-    for words, ours in COMMAND_WORDS:
-        message = message.replace(words, ours)
     return without_secrets(message)
 
 
@@ -111,4 +114,4 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-__all__ = ["in_command_words", "is_for_users", "message_for_user", "without_secrets"]
+__all__ = ["in_command_words", "is_for_users", "message_for_user", "text_of", "with_hints", "without_secrets"]

@@ -16,7 +16,14 @@ import typer
 from typer.core import TyperGroup
 
 from conversion.stdout import stdout_to_stderr
-from genieblue.cli.errors import UNREACHABLE, in_command_words, is_for_users, message_for_user, without_secrets
+from genieblue.cli.errors import (
+    UNREACHABLE,
+    in_command_words,
+    is_for_users,
+    message_for_user,
+    text_of,
+    without_secrets,
+)
 
 OUR_PACKAGES = ("genieblue", "conversion", "hub_cards", "modeling_genieblue")
 _debug = False
@@ -118,7 +125,7 @@ def looking_for(name: str) -> Iterator[None]:
         is_from_client = isinstance(error, OSError) or is_for_users(error)
         if os.path.isdir(name) or not is_from_client or f"{name} is no folder" in str(error):
             raise
-        message = in_command_words(str(error))
+        message = in_command_words(text_of(error))
         if UNREACHABLE in message:
             raise OSError(f"{name} is no folder here. {UNREACHABLE}") from error
         raise OSError(f"{name} is no folder here, so it was looked up on the Hub: {message}") from error

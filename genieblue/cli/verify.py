@@ -4,11 +4,11 @@ from typing import Any
 
 import typer
 
+from genieblue.cli.errors import in_command_words, with_hints
 from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Precision, Revision
 from genieblue.cli.qnn import is_bundle, refuse_options, verify_qnn_bundle
 from genieblue.cli.terminal import (
     choose_device,
-    in_command_words,
     looking_for,
     print_json,
     quiet_transformers,
@@ -36,9 +36,12 @@ def verify(
         code = ("trust_remote_code",) if base is None else ()  # it would be the base's
         refuse_options(ctx, ("revision", "dtype", "device", *code), "a bundle, which is complete as it was compiled")
 
+    def worded(check: Any) -> str:
+        return in_command_words(with_hints(check.detail, check.hints))
+
     def show_check(check: Any) -> None:
         typer.secho("ok    " if check.ok else "FAIL  ", nl=False, fg="green" if check.ok else "red", bold=True)
-        typer.echo(f"{check.name:<17} {in_command_words(check.detail)}")
+        typer.echo(f"{check.name:<17} {worded(check)}")
 
     with stdout_for_json(json_output), looking_for(model):
         quiet_transformers()
@@ -58,7 +61,7 @@ def verify(
             )
     passed = sum(check.ok for check in checks)
     if json_output:
-        listed = [{"name": check.name, "ok": check.ok, "detail": in_command_words(check.detail)} for check in checks]
+        listed = [{"name": check.name, "ok": check.ok, "detail": worded(check)} for check in checks]
         print_json({"ok": passed == len(checks), "checks": listed})
     else:
         typer.echo(f"{passed} of {len(checks)} checks passed.")

@@ -58,8 +58,8 @@ def test_bad_images_are_told_before_anything_is_loaded(bad_images, name, message
     [
         ("genieblue", "genieblue is a GenieBlue already"),
         ("vision", "vision has model_type 'siglip_vision_model': expected a decoder-only language model"),
-        ("nothing/here", "give its folder or Hub id as --base"),
-        ("other", "Give that base as --base."),
+        ("nothing/here", "Give the right base, its folder or Hub id, as --base."),
+        ("other", "Give the right base, its folder or Hub id, as --base."),
     ],
 )
 def test_a_wrong_base_is_told_in_words_of_the_command_line(work, base, message):
