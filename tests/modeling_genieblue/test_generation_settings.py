@@ -113,7 +113,7 @@ class PaddedHead(nn.Module):
 def model_that_reads_the_image_as_words(model):
     """The multimodal view in which the image's features are rows of the embedding, and the request in its ids."""
     view = copy.deepcopy(model.multimodal_language_model)
-    features = model.get_image_features(PIXELS).detach().flatten(0, 1)
+    features = model.get_image_features(PIXELS).pooler_output.detach().flatten(0, 1)
     rows = torch.cat([view.get_input_embeddings().weight.detach(), features])
     view.set_input_embeddings(nn.Embedding.from_pretrained(rows))
     view.lm_head = PaddedHead(view.lm_head)
