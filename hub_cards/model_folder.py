@@ -163,7 +163,8 @@ def count_parts(folder: Path) -> dict[str, PartSize]:
     parts: dict[str, PartSize] = {}
     for file in own_weight_files(folder):
         for name, size in parameter_sizes(folder / file).items():
-            _add(parts, name.split(".", 1)[0], size)
+            if not name.startswith("multimodal_language_model."):  # the adapter again, in a checkpoint of training
+                _add(parts, name.split(".", 1)[0], size)
     for name, size in parameter_sizes(folder / adapter_weights(read_model_config(folder))).items():
         _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
     return parts

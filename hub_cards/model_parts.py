@@ -88,7 +88,8 @@ def model_info(
     parts: dict[str, PartSize | None] = dict.fromkeys(PART_NAMES)
     for file in files.weight_files():
         for name, size in files.tensor_sizes(file).items():
-            _add(parts, name.split(".", 1)[0], size)
+            if not name.startswith("multimodal_language_model."):  # the adapter again, in a checkpoint of training
+                _add(parts, name.split(".", 1)[0], size)
     for name, size in files.tensor_sizes(adapter_weights(config)).items():
         _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
     parts[LANGUAGE_MODEL] = _base_size(files, config, None if base is None else os.fspath(base))
