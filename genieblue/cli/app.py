@@ -9,6 +9,7 @@ from genieblue.cli.demo import demo
 from genieblue.cli.info import info
 from genieblue.cli.init import init
 from genieblue.cli.params import params
+from genieblue.cli.progress import use_lines_if_nobody_watches
 from genieblue.cli.push import push
 from genieblue.cli.qnn import export_app
 from genieblue.cli.quantize import quantize
@@ -35,6 +36,7 @@ def main(
 ) -> None:
     """Settings of all commands."""
     speak_plainly(debug)
+    use_lines_if_nobody_watches()
 
 
 for command in (init, train, chat, info, params, verify, quantize, push, demo):

@@ -36,6 +36,9 @@ def chat(
     backend: Annotated[
         Backend, typer.Option(help="What multiplies 4-bit weights; onnxruntime: 8-bit activations, fast on one core.")
     ] = Backend.quanto,
+    compile_decoding: Annotated[
+        bool, typer.Option("--compile", help="Compile decoding: the first answer takes longer, long ones are faster.")
+    ] = False,
     base: Base = None,
     revision: Revision = None,
     dtype: Dtype = Precision.auto,
@@ -48,7 +51,10 @@ def chat(
     if (model is None) == (qnn is None):
         raise typer.BadParameter("Give a model, or a bundle as --qnn.", param_hint="MODEL")
     if qnn is not None:
-        drawing, loading = ("temperature", "top_p", "seed"), ("backend", "base", "revision", "dtype", "device")
+        drawing, loading = (
+            ("temperature", "top_p", "seed"),
+            ("backend", "compile_decoding", "base", "revision", "dtype", "device"),
+        )
         others = (*drawing, *loading, "trust_remote_code")
         refuse_options(ctx, others, "a bundle, which is greedy, and complete as it was compiled")
     else:
@@ -66,7 +72,9 @@ def chat(
             conversation = open_bundle(qnn, npu.value, adapter)
         else:
             where = "cpu" if backend == Backend.onnxruntime and device is None else choose_device(device)
-            conversation = load_chat(model, base, revision, dtype, where, trust_remote_code, backend.value)
+            conversation = load_chat(
+                model, base, revision, dtype, where, trust_remote_code, backend.value, compile_decoding
+            )
             settings |= {"temperature": temperature, "top_p": top_p}
         if seed is not None:
             set_seed(seed)
@@ -91,6 +99,7 @@ def load_chat(
     device: str,
     trust_remote_code: bool,
     backend: str = Backend.quanto.value,
+    compile_decoding: bool = False,
 ) -> Any:
     from genieblue.serving.conversation import Chat
 
@@ -102,6 +111,7 @@ def load_chat(
             dtype=dtype.value,
             device=device,
             backend=backend,
+            compile=compile_decoding,
             trust_remote_code=trust_remote_code,
         )
 

@@ -15,7 +15,7 @@ def train(
     stage: Annotated[int, typer.Option(min=1, max=2, help="1: the projector; 2: all that GenieBlue adds.")],
     model: Annotated[str, typer.Option(help="Folder or Hub id of the GenieBlue to begin with.", show_default=False)],
     data: Annotated[
-        Path, typer.Option(help="JSONL file of chats, or a folder that `datasets` saved.", show_default=False)
+        list[Path], typer.Option(help="JSONL file of chats, or a folder that `datasets` saved.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for the trained GenieBlue.", show_default=False)],
     image_folder: Annotated[
@@ -74,9 +74,11 @@ def train(
         num_workers=num_workers,
         seed=seed,
     )
+    if len(data) > 1:
+        raise typer.BadParameter(f"{len(data)} were given, of which one can be read: join them.", param_hint="--data")
     out = out.expanduser()  # shells leave `--out=~/x` as it is
     refuse_taken_output(out.absolute())
-    chats = ChatDataset(data_source(data), image_folder=image_folder, skip_bad=skip_bad)
+    chats = ChatDataset(data_source(data[0]), image_folder=image_folder, skip_bad=skip_bad)
     quiet_transformers()
     chat = load_chat(model, base, None, dtype, "cpu", trust_remote_code)  # Trainer moves it to the GPU
     result = run(chat.model, chat.processor, chats, out, settings, resume=resume)
