@@ -57,8 +57,8 @@ class ImageFeaturesMixin:
             return inputs_embeds
         image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-        return inputs_embeds.masked_scatter(mask, image_features)
+        # Counted above; `get_placeholder_mask` would count again, and end a compiled graph by it.
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1).to(inputs_embeds.device), image_features)
 
     def _embedded(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the multimodal view, ids and pixels as embeddings."""
