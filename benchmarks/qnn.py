@@ -31,7 +31,7 @@ from conversion.qnn.graphs.names import BASE_BITS, LORA_BITS, UNFINISHED
 from conversion.qnn.verify import verify_bundle
 from genieblue.cli.terminal import short_bytes
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 SOC = "sm8750"
 Rows = dict[str, dict[str, Any]]

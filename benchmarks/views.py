@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, StaticCache
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 
 def make_model(

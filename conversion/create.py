@@ -26,7 +26,7 @@ from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImage
 from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
-from modeling_genieblue.language_views_genieblue import tensors_of_other_kinds
+from modeling_genieblue.language_adapter_genieblue import tensors_of_other_kinds
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
     CONFIG_NAME,

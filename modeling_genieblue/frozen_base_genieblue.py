@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
 from .arguments_genieblue import OFFLOAD_ADVICE
-from .language_views_genieblue import adapter_parameters
+from .language_adapter_genieblue import adapter_parameters
 
 LANGUAGE_TREES = ("language_model", "multimodal_language_model")
 _ONE_ADAPTER = (

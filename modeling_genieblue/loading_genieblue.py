@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .base_identity_genieblue import is_sample
 from .configuration_genieblue import check_config_kinds
 from .hints_genieblue import ACCEPT_BASE, GIVE_BASE, BaseNotFoundError, WrongBaseError
-from .language_views_genieblue import tensors_of_other_kinds
+from .language_adapter_genieblue import tensors_of_other_kinds
 from .model_files_genieblue import (
     ACCESS_KEYS,
     ADAPTER_CONFIG_NAME,

@@ -36,14 +36,8 @@ from .configuration_genieblue import (
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .image_features_genieblue import ImageFeaturesMixin
-from .language_views_genieblue import (
-    TextEmbedder,
-    build_multimodal_view,
-    check_adapter_settings,
-    initialize_adapter,
-    load_adapter,
-    make_lora_config,
-)
+from .language_adapter_genieblue import check_adapter_settings, initialize_adapter, load_adapter, make_lora_config
+from .language_views_genieblue import TextEmbedder, build_multimodal_view
 from .loading_genieblue import LoadRequest, Provenance
 from .model_files_genieblue import RECIPE_NAME
 from .own_state_genieblue import keep_own_state

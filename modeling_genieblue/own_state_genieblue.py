@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .language_views_genieblue import is_adapter_name
+from .language_adapter_genieblue import is_adapter_name
 
 # Trees of modules that hold the base's weights.
 BASE_TREES = ("language_model.", "multimodal_language_model.")

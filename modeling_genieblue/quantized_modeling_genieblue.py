@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .base_loading_genieblue import BASE_LOADERS, check_identity
-from .language_views_genieblue import adapter_parameters
+from .language_adapter_genieblue import adapter_parameters
 from .loading_genieblue import LoadRequest
 from .model_files_genieblue import CONFIG_NAME, MEASUREMENTS_NAME, RECIPE_NAME, read_settings
 from .modeling_genieblue import GenieBlueForConditionalGeneration

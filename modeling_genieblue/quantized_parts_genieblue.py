@@ -11,12 +11,7 @@ import torch
 from torch import nn
 
 from .base_identity_genieblue import is_plain_weight
-from .language_views_genieblue import (
-    adapter_dtype,
-    adapter_parameters,
-    parameter_device,
-    set_parameter,
-)
+from .language_adapter_genieblue import adapter_dtype, adapter_parameters, parameter_device, set_parameter
 from .loading_genieblue import LoadRequest
 from .model_files_genieblue import (
     ADAPTER_FOLDER,

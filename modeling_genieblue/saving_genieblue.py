@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .addresses_genieblue import refuse_address
 from .arguments_genieblue import weight_dtype
 from .base_identity_genieblue import weight_file_hashes
-from .language_views_genieblue import save_adapter, save_adapter_config
+from .language_adapter_genieblue import save_adapter, save_adapter_config
 from .model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conversion.quantization.rounding import ROUNDING_METHODS
-from modeling_genieblue.language_views_genieblue import adapter_parameters, find_blocks
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters, find_blocks
 from modeling_genieblue.quantized_linears_genieblue import is_frozen, reason_against
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
 from modeling_genieblue.quantized_settings_genieblue import ACTIVATIONS, PRECISIONS

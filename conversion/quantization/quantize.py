@@ -41,7 +41,7 @@ from modeling_genieblue import (
     QuantizedGenieBlueForConditionalGeneration,
 )
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
-from modeling_genieblue.language_views_genieblue import adapter_parameters, find_blocks, set_parameter
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters, find_blocks, set_parameter
 from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,

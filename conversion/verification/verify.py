@@ -26,7 +26,8 @@ from conversion.verification.verify_quantized import check_quantization, check_q
 from hub_cards.model_folder import not_finite, own_weight_files, read_model_config, read_tensor_sizes
 from modeling_genieblue import GenieBlueProcessor
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
-from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters, make_lora_config
+from modeling_genieblue.language_views_genieblue import build_multimodal_view
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS_NAME,

@@ -25,7 +25,8 @@ from conversion.quantization.rounding import TOP_CODE
 from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, some
 from hub_cards.model_folder import read_tensor_sizes
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters, build_multimodal_view, make_lora_config
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters, make_lora_config
+from modeling_genieblue.language_views_genieblue import build_multimodal_view
 from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from genieblue.serving.conversation import Chat
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 ADAPTER = "language_adapter/adapter_model.safetensors"

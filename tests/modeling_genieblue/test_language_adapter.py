@@ -11,7 +11,7 @@ from tiny_models import PROMISED_FAMILIES, save_tiny_base, tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 promised_family = pytest.mark.parametrize("family", PROMISED_FAMILIES)
 # Llama has the layout of most, Phi-3 fused projections, Gemma-3 two kinds of attention, BlueLM its own code.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 

@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, PROMISED_FAMILIES, tiny_base, tiny_vision_towe
 from transformers import AutoModelForCausalLM
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 promised_family = pytest.mark.parametrize("family", PROMISED_FAMILIES)

@@ -9,7 +9,7 @@ from tiny_models import SEED, VOCABULARY, save_tiny_base, tiny_base, tiny_vision
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 IMAGE_ID = VOCABULARY  # the first id that a tiny base does not have
 TOKENS_PER_TILE = 4  # 3x3 patches, padded to 4x4, 2x2 of them per token

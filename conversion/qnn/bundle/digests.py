@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names, cache_names
 from conversion.qnn.graphs.supported_bases import norm_epsilon
-from modeling_genieblue.language_views_genieblue import find_blocks
+from modeling_genieblue.language_adapter_genieblue import find_blocks
 
 
 class Projection(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, causal_mask
 from conversion.qnn.graphs.decoder_graph import Block, DecoderGraph
 from conversion.qnn.graphs.supported_bases import check_structure, rotary_frequencies
-from modeling_genieblue.language_views_genieblue import find_blocks
+from modeling_genieblue.language_adapter_genieblue import find_blocks
 
 TOKENS = 24  # that blocks are compared on
 MARGIN = 20.0  # of the exponent, by which what is masked shall lie below what is seen

@@ -20,7 +20,7 @@ from conversion.qnn.export import export_bundle
 from conversion.qnn.verify import verify_bundle
 from genieblue.cli.app import app
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_views_genieblue import adapter_parameters
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 from modeling_genieblue.quantized_settings_genieblue import QUANTIZED_PARTS
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from conversion.quantization.hessians import linear_hessians, read_paragraphs, text_batches, walk_blocks
 from conversion.quantization.rounding import round_weight
-from modeling_genieblue.language_views_genieblue import find_blocks
+from modeling_genieblue.language_adapter_genieblue import find_blocks
 
 
 def nothing(_index, _block, _hessians):
