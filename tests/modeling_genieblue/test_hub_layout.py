@@ -54,9 +54,9 @@ def pushed(hub, model):
 
 def test_push_is_one_commit_of_what_is_ours(hub, model, base):
     before = hub.files(BASE), len(hub.commits(BASE))
-    info = model.push_to_hub(REPO, commit_message="First light")
+    info = model.push_to_hub(REPO, commit_message="First light", commit_description="Sees.")
     (commit,) = hub.commits(REPO)
-    assert (commit.title, commit.sha) == ("First light", info.oid)
+    assert (commit.title, commit.description, commit.sha) == ("First light", "Sees.", info.oid)
     assert (hub.files(BASE), len(hub.commits(BASE))) == before
 
     files = hub.files(REPO)
