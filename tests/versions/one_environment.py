@@ -1,6 +1,6 @@
 """What a user does with a GenieBlue of the Hub, done in one environment: only torch, transformers, peft and Pillow.
 
-Run as `python worker.py REQUEST.json`; writes its findings to the file that the request names.
+Run as `python one_environment.py REQUEST.json`; writes its findings to the file that the request names.
 """
 
 import importlib.metadata
