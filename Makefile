@@ -13,7 +13,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## make a small GenieBlue from nothing and show that it reads (under 10 minutes on 2 cores)
 	$(BIN)/genieblue demo --out $(DEMO_OUT)
 
-test: $(STAMP) lint  ## ruff, then the tests that take seconds each
+test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/slow.stamp  ## the tests marked slow, with the extras aimet and clients
@@ -22,9 +22,10 @@ test-slow: $(VENV)/slow.stamp  ## the tests marked slow, with the extras aimet a
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in environments of their own
 	PYTHONPATH=.:tests/support $(BIN)/python tests/versions/run_matrix.py
 
-lint: $(STAMP)  ## ruff alone
+lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## remove the environments, caches and the demo's output
 	rm -rf $(VENV) .venvs $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache

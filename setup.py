@@ -1,7 +1,11 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.search('__version__ = "(.*)"', Path(__file__).with_name("genieblue").joinpath("__init__.py").read_text())[
+    1
+]
 PACKAGES = ["modeling_genieblue", "hub_cards", "conversion", "conversion.*", "genieblue", "genieblue.*"]
 OPTIMUM_COMMANDS = "optimum.commands.register"
 QNN_COMPILER = "onnxruntime-qnn>=2.7; platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -17,13 +21,13 @@ EXTRAS = {
     "aimet": ["aimet-onnx>=2.42,<3"],
     # What tests drive as it is: servers, evaluation and training of others.
     "clients": ["fastapi>=0.165", "uvicorn>=0.54", "openai>=3.57", "lm-eval>=0.4.13", "trl>=1.16"],
-    "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "setuptools>=77"],
+    "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "pyright[nodejs]>=1.1.414", "setuptools>=77"],
 }
 EXTRAS["all"] = sorted({each for name, extra in EXTRAS.items() if name not in ("aimet", "clients") for each in extra})
 
 setup(
     name="genieblue",
-    version="0.1.0.dev0",
+    version=VERSION,
     description="Add images to a frozen language model and keep its text answers bit for bit",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -33,12 +37,13 @@ setup(
     # optimum-cli looks for commands in a namespace of its own, which a folder of that name here would hide in tests.
     package_dir={"": ".", OPTIMUM_COMMANDS: "optimum_cli"},
     packages=[*find_packages(include=PACKAGES), OPTIMUM_COMMANDS],
-    package_data={"hub_cards": ["*.md"]},
+    package_data={"": ["py.typed"], "hub_cards": ["*.md"]},
     install_requires=[
         "torch>=2.13",
-        # Training, saving and processing build on methods of Trainer and ProcessorMixin that are not public.
-        "transformers>=5.23,<5.24",
-        "peft>=0.21,<0.22",
+        # What was tested, and the next minor version: see docs/compatibility.md, "Private members". The code that a
+        # repository carries has no upper bounds.
+        "transformers>=5.23,<5.26",
+        "peft>=0.18,<0.23",
         "huggingface-hub>=2.4,<3",
         "safetensors>=0.8",
         "numpy>=2.0",

@@ -189,12 +189,14 @@ def card_info_from_folder(
     text_config = config.get("text_config") or {}
     vision_name = (config.get("vision_config") or {}).get("_name_or_path")
     on_hub = is_hub_id(base, folder)
-    base_is_local = base is not None and not on_hub
-    base_card = _hub_metadata(base, revision) if on_hub else _local_metadata(folder / base) if base_is_local else {}
+    local_base = None if on_hub else base
+    base_card = _hub_metadata(base, revision) if on_hub else {}
+    if local_base is not None:
+        base_card = _local_metadata(folder / local_base)
     images = _image_settings(folder)
     return ModelCardInfo(
         repo_name=repo_name or folder.name,
-        base_model=_path_beside(folder, base) if base_is_local else base,
+        base_model=base if local_base is None else _path_beside(folder, local_base),
         base_is_on_hub=on_hub,
         base_is_inside=is_inner_folder(base),
         base_revision=revision,

@@ -150,10 +150,11 @@ def published_base(reference: str, recorded: dict[str, str] | None, token: str |
         info = HfApi(token=token).model_info(name, revision=revision or None, files_metadata=True)
     except RepositoryNotFoundError as error:
         raise ValueError(f"{name} is not on the Hub, or not for you to see: push the base first ({error}).") from error
-    names = {file.rfilename for file in info.siblings}
+    files = info.siblings or []
+    names = {file.rfilename for file in files}
     # As transformers chooses: one file, else the shards.
     taken = {WEIGHTS_NAME} if WEIGHTS_NAME in names else set(recorded)
-    found = {file.rfilename: _sha256(file, info, token) for file in info.siblings if file.rfilename in taken}
+    found = {file.rfilename: _sha256(file, info, token) for file in files if file.rfilename in taken}
     for file in sorted(recorded.keys() | found.keys()):
         if found.get(file) != recorded.get(file):
             raise ValueError(
@@ -162,7 +163,7 @@ def published_base(reference: str, recorded: dict[str, str] | None, token: str |
             )
     if CONFIG_NAME not in names:
         raise ValueError(f"{name} at {info.sha} has no config.json, so nobody could load it: publish the whole base.")
-    return info.id, info.sha
+    return info.id, str(info.sha)
 
 
 def _sha256(file: Any, info: Any, token: str | bool | None) -> str:

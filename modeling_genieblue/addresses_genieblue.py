@@ -39,10 +39,11 @@ def refuse_address(name: Any, what: str = "The model") -> None:
 def _without_secrets(text: str) -> str:
     if text.lower().startswith("data:"):
         return "data:…"
-    scheme, separator, rest = re.match(r"([\w+.-]+)(:/+)?(.*)", text, re.DOTALL).groups()
-    if separator is None:  # a token
+    parts = re.match(r"([\w+.-]+)(?:(:/+)([^/\\?#]*)([/\\]?)([^?#]*))?", text)
+    if parts is None or parts[2] is None:  # a token
         return "…"
-    authority, slash, path = re.match(r"([^/\\?#]*)([/\\]?)([^?#]*)", rest, re.DOTALL).groups()
+    scheme, separator, authority, slash, path = parts.groups()
+    rest = text[parts.start(3) :]
     host = authority.rpartition("@")[2]
     port = host.rpartition("]")[2].partition(":")[2]
     if "@" not in authority and port and ("@" in rest or not port.isdecimal()):

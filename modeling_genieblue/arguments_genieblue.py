@@ -59,7 +59,7 @@ def check_base_model(base: Any) -> None:
             f"The base is {_described(base)}: expected a loaded language model with its LM head, as "
             "`AutoModelForCausalLM.from_pretrained` gives it."
         )
-    if base.config.model_type == "genieblue":  # `AutoModelForCausalLM` gives that, too
+    if getattr(base.config, "model_type", None) == "genieblue":  # `AutoModelForCausalLM` gives that, too
         raise ValueError("The base is a GenieBlue already: give the language model that it should be made from.")
 
 

@@ -13,6 +13,7 @@ from .view_routing_genieblue import MULTIMODAL, TEXT, check_inputs, merge_rows, 
 class GenieBlueBackbone(nn.Module):
     """What `base_model` of a GenieBlue is: the same modules, with a forward that ends before the LM head."""
 
+    _genieblue: Any
     # Asked for by transformers where it looks for a plan of several devices.
     _tp_plan = _pp_plan = None
 

@@ -77,10 +77,11 @@ def is_sample(sample: Any) -> bool:
     """Whether `sample` can be one of `tensor_samples`, and not what is left of one in a damaged file."""
     if not isinstance(sample, dict):
         return False
-    lists = [sample.get(name) for name in ("shape", "positions", "values")]
-    if not all(isinstance(numbers, list) for numbers in lists) or not isinstance(sample.get("dtype"), str):
+    shape, positions, values = (sample.get(name) for name in ("shape", "positions", "values"))
+    if not (isinstance(shape, list) and isinstance(positions, list) and isinstance(values, list)):
         return False
-    shape, positions, values = lists
+    if not isinstance(sample.get("dtype"), str):
+        return False
     whole = all(type(number) is int and number >= 0 for number in (*shape, *positions))
     fits = len(positions) == len(values) and all(isinstance(value, int | float) for value in values)
     is_dtype = isinstance(getattr(torch, sample["dtype"], None), torch.dtype)
@@ -223,7 +224,7 @@ def _published_hashes(name: str, revision: str | None, token: str | bool | None)
     except (HfHubHTTPError, OSError, ValueError) as error:
         logger.debug("No files of %s: %s", name, error)
         return {}
-    hashes = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
+    hashes = {file.rfilename: file.lfs.sha256 for file in files or () if file.lfs is not None}
     for single in (WEIGHTS_NAME, QUANTIZED_WEIGHTS_NAME):
         if single in hashes:
             return {single: hashes[single]}

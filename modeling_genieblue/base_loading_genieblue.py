@@ -85,9 +85,10 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         if isinstance(method, str) and method in BASE_LOADERS:
             base, info = BASE_LOADERS[method](location, **kwargs, **request.base_loader_kwargs), {}
         else:
-            base, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location, use_safetensors=True, output_loading_info=True, **kwargs
             )
+            base, info = loaded
     except SafetensorError as error:
         raise OSError(f"The weights of the base {location} cannot be read ({error}): fetch them again.") from error
     except (OSError, ValueError) as error:

@@ -40,7 +40,7 @@ def text_for_template(
     """Return a text-only conversation, with strings for lists of text parts unless the template reads such lists."""
     if not any(isinstance(message.get("content"), (list, tuple)) for message in conversation):
         return conversation
-    template = {name: template_kwargs.get(name) for name in ("chat_template", "tools")}
+    template: dict[str, Any] = {name: template_kwargs.get(name) for name in ("chat_template", "tools")}
     renderings = []
     for content in ("text", [{"type": "text", "text": "text"}]):
         try:
@@ -105,7 +105,8 @@ def _image_source(part: dict[str, Any], number: int) -> Any:
             source = source.get("url")
         if key in ("base64", "image_url") and not isinstance(source, str):
             raise ValueError(f"An image part has no text for {key}; expected base64 text, or the address of an image.")
-        return f"data:image/any;base64,{source}" if key == "base64" and not source.startswith("data:") else source
+        is_bare = key == "base64" and not str(source).startswith("data:")
+        return f"data:image/any;base64,{source}" if is_bare else source
     return None
 
 

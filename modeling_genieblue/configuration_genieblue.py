@@ -93,7 +93,7 @@ class GenieBlueConfig(PreTrainedConfig):
 
     model_type = "genieblue"
     # Not `sub_configs_defaults`, of which transformers before 5.20 knows nothing.
-    sub_configs = {"vision_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig}  # pyright: ignore[reportAssignmentType]: there a property
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -149,7 +149,7 @@ class GenieBlueConfig(PreTrainedConfig):
             self.image_token_id = getattr(self.text_config, "vocab_size", None)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """The configuration of a folder or Hub id, which errors name; see `from_dict` for what they are."""
         refuse_address(pretrained_model_name_or_path)
         kwargs.setdefault("name_or_path", os.fspath(pretrained_model_name_or_path))
@@ -166,7 +166,7 @@ class GenieBlueConfig(PreTrainedConfig):
         return next((kind for kind in cls.__subclasses__() if kind.describes(settings)), cls)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration in a dictionary.
 
         Raises `ValueError` for that of another kind of model, such as a base alone, or settings out of range, and
@@ -193,7 +193,8 @@ class GenieBlueConfig(PreTrainedConfig):
     @property
     def tokens_per_tile(self) -> int:
         """Image tokens of one tile: the patch grid, zero-padded to a multiple of `downsample_factor`, downsampled."""
-        side = self.vision_config.image_size // self.vision_config.patch_size
+        tower: Any = self.vision_config
+        side = tower.image_size // tower.patch_size
         return math.ceil(side / self.downsample_factor) ** 2
 
 

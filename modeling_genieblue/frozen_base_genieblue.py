@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .arguments_genieblue import OFFLOAD_ADVICE
 from .language_adapter_genieblue import adapter_parameters
+from .projector_genieblue import GenieBlueMultiModalProjector
 
 LANGUAGE_TREES = ("language_model", "multimodal_language_model")
 _ONE_ADAPTER = (
@@ -69,9 +70,10 @@ class FrozenBaseModel(PreTrainedModel):
     """A model with a base that no inherited method changes; see the module's docstring."""
 
     vision_tower: PreTrainedModel
-    multi_modal_projector: nn.Module
-    language_model: PreTrainedModel | None
-    multimodal_language_model: PreTrainedModel | None
+    multi_modal_projector: GenieBlueMultiModalProjector
+    # Both are None until a base is attached.
+    language_model: PreTrainedModel
+    multimodal_language_model: PreTrainedModel
 
     def requires_grad_(self, requires_grad: bool = True) -> "FrozenBaseModel":
         """`nn.Module.requires_grad_` of what is ours; the base stays frozen, and a tower's head that is not used."""
@@ -135,7 +137,7 @@ class FrozenBaseModel(PreTrainedModel):
         for name in LANGUAGE_TREES:
             getattr(self, name).set_experts_implementation(experts_implementation)
 
-    def get_experts_implementation(self) -> dict[str, str | None]:
+    def get_experts_implementation(self) -> Any:
         """That of the base."""
         return self.language_model.get_experts_implementation()
 

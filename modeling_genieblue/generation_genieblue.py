@@ -1,5 +1,6 @@
 """`generate` of a GenieBlue: each row in the view that it runs, by transformers' own `generate` of that view."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ NEEDS_ONE_VIEW = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_
 
 class GenieBlueGenerationMixin(GenerationMixin):
     """Routes generation to the two views; to be mixed into the model class."""
+
+    config: Any
+    language_model: Any
+    multimodal_language_model: Any
+    embed_request: Callable[[torch.Tensor, Any], torch.Tensor]
+    _route: Callable[..., list[bool]]
 
     @property
     def generation_config(self) -> GenerationConfig:

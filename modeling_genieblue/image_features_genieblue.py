@@ -1,12 +1,14 @@
 """Image features of a GenieBlue: from pixels, through vision tower and projector, to their places among embeddings."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .language_views_genieblue import TextEmbedder
+from .projector_genieblue import GenieBlueMultiModalProjector
 from .view_routing_genieblue import check_tiles
 
 
@@ -14,9 +16,11 @@ class ImageFeaturesMixin:
     """What embeds a request with images; to be mixed into the model class."""
 
     vision_tower: PreTrainedModel
-    multi_modal_projector: nn.Module
+    multi_modal_projector: GenieBlueMultiModalProjector
     config: Any
     training: bool
+    _embed_text: TextEmbedder
+    get_input_embeddings: Callable[[], Any]
 
     def get_image_features(
         self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
@@ -36,8 +40,8 @@ class ImageFeaturesMixin:
         return outputs.to_tuple() if return_dict is False else outputs
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
-    ) -> torch.BoolTensor:
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
         """Where image features go among the embeddings, (batch, length, 1); `ValueError` if they do not fit."""
         is_image = input_ids == self.config.image_token_id
         num_tokens, num_features = int(is_image.sum()), image_features.numel() // image_features.shape[-1]
@@ -55,8 +59,8 @@ class ImageFeaturesMixin:
         check_tiles(pixel_values, int(is_image.sum()), self.config.vision_config, self.config.image_seq_length)
         if pixel_values is None:
             return inputs_embeds
-        image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        features: Any = self.get_image_features(pixel_values, return_dict=True)
+        image_features = features.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
         # Counted above; `get_placeholder_mask` would count again, and end a compiled graph by it.
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1).to(inputs_embeds.device), image_features)
 

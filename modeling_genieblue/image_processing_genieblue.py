@@ -9,7 +9,8 @@ require_transformers()
 
 import numpy as np
 from PIL import Image
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .image_reading_genieblue import IMAGE_TYPES, flatten_images, read_image, rgb_pixels

@@ -54,7 +54,8 @@ def rgb_pixels(image: Any, index: int, convert: bool, input_data_format: str | N
             return _as_rgb(_decode(image, name), name, convert)
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is of type {type(image).__name__}; expected {IMAGE_TYPES}.")
-    name = f"{name} ({shown(image.filename)})" if getattr(image, "filename", "") else name
+    file = getattr(image, "filename", "")
+    name = f"{name} ({shown(file)})" if file else name
     return _as_rgb(_decode(image, name), name, convert)
 
 

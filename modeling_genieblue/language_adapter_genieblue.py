@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .compat_genieblue import require_peft
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from .model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME
 
@@ -28,7 +30,7 @@ ADAPTER = "default"
 PEFT_PREFIX = "base_model.model."
 
 
-def find_blocks(language_model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Path and list of a decoder's blocks: the heaviest `ModuleList` as long as `config.num_hidden_layers`."""
     count = language_model.config.get_text_config(decoder=True).num_hidden_layers
     candidates = [
@@ -45,7 +47,7 @@ def find_blocks(language_model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, blocks
 
 
-def make_lora_config(base: nn.Module, config) -> LoraConfig:
+def make_lora_config(base: PreTrainedModel, config: Any) -> LoraConfig:
     """The stock PEFT configuration of a GenieBlue adapter: copies as `modules_to_save`, LoRA on all other blocks."""
     path, blocks = find_blocks(base)
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):

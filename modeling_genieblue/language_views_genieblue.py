@@ -7,9 +7,11 @@ LoRA on the linears of all others. What is trained is saved as a stock PEFT adap
 
 import copy
 import threading
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .language_adapter_genieblue import ADAPTER, find_blocks
 
@@ -21,14 +23,14 @@ except ImportError:  # Without a try transformers would import peft before `requ
     raise
 
 
-def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module:
+def build_multimodal_view(base: PreTrainedModel, lora_config: LoraConfig) -> PreTrainedModel:
     """A second tree over the base's parameters, with the adapter's own parameters still on the meta device.
 
     The base is only read, but its parameters are frozen (`requires_grad=False`): in GenieBlue it never trains. Its
     generation configuration is shared too; the view's configuration is its own, so that nothing done to the view (an
     attention implementation set) reaches the base.
     """
-    memo = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     memo[id(base.generation_config)] = base.generation_config
     # What an earlier `generate` left with the base goes on running the base, so the view must not have it.
     left = [name for name in ("_compiled_call", "_cached_continuous_batching_manager") if name in vars(base)]
@@ -36,9 +38,8 @@ def build_multimodal_view(base: nn.Module, lora_config: LoraConfig) -> nn.Module
     view = copy.deepcopy(base, memo)
     for name in left:
         delattr(view, name)
-    path, _ = find_blocks(base)
-    blocks = view.get_submodule(path)
-    replicated = [int(name.rsplit(".", 1)[-1]) for name in lora_config.modules_to_save]
+    path, blocks = find_blocks(view)
+    replicated = [int(name.rsplit(".", 1)[-1]) for name in lora_config.modules_to_save or ()]
     shared = {index: blocks[index] for index in replicated}
     # PEFT deep-copies a module that is to be trained. It is given a skeleton, so that no copy is made in memory.
     for index, block in shared.items():
@@ -99,7 +100,7 @@ class TextEmbedder:
     first block is what has to be passed on. Which kind a model is, is found out by running it up to its first block.
     """
 
-    def __init__(self, view: nn.Module):
+    def __init__(self, view: PreTrainedModel):
         path, _ = find_blocks(view)
         self._view = view
         self._first_block = f"{path}.0"
@@ -115,7 +116,7 @@ class TextEmbedder:
 
     @torch.no_grad()
     def _needs_first_block(self) -> bool:
-        embedding = self._view.get_input_embeddings()
+        embedding: Any = self._view.get_input_embeddings()
         ids = torch.arange(min(8, embedding.weight.shape[0]), device=embedding.weight.device)[None]
         was_training = self._view.training
         self._view.eval()  # dropout would hide the comparison

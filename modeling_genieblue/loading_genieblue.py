@@ -85,8 +85,15 @@ class LoadRequest:
                 base_kwargs["attn_implementation"] = base_attention
         return cls(os.fspath(path), hub_kwargs, kwargs, base_kwargs)
 
-    def file(self, name: str, *, folder: str = "", required: bool = True) -> str | None:
-        """Path of one of our files, in the folder or in the Hub's cache; `OSError` if it is required and missing."""
+    def file(self, name: str, *, folder: str = "") -> str:
+        """Path of one of our files, in the folder or in the Hub's cache; `OSError` if it is missing."""
+        path = self.find(name, folder=folder, required=True)
+        if path is None:
+            raise FileNotFoundError(f"{self.path} has no {name}: it is incomplete; save or fetch it again.")
+        return path
+
+    def find(self, name: str, *, folder: str = "", required: bool = False) -> str | None:
+        """As `file`, but `None` for a missing one unless it is `required`."""
         subfolder = os.path.join(self.hub_kwargs.get("subfolder", ""), folder)
         if os.path.isdir(self.path) and required and not os.path.isfile(os.path.join(self.path, subfolder, name)):
             raise FileNotFoundError(
@@ -105,7 +112,7 @@ class LoadRequest:
         Raises `OSError` if there is none, `ValueError` for an adapter in the root, which `AutoModel` prefers.
         """
         try:
-            has_config = self.file(CONFIG_NAME, required=not os.path.isdir(self.path)) is not None
+            has_config = self.find(CONFIG_NAME, required=not os.path.isdir(self.path)) is not None
         except OSError as error:
             raise OSError(f"{self.path} could not be loaded: {error}") from error
         if not has_config:  # transformers would go on with a default configuration
@@ -114,7 +121,7 @@ class LoadRequest:
         config_file = self.file(CONFIG_NAME)
         settings = read_settings(config_file)
         check_config_kinds(settings, config_file)
-        if self.file(ADAPTER_CONFIG_NAME, required=False) is not None:
+        if self.find(ADAPTER_CONFIG_NAME) is not None:
             raise ValueError(
                 f"{self.path} has {ADAPTER_CONFIG_NAME} in its root, so `AutoModel` takes it for a plain adapter and "
                 f"loads the base instead of GenieBlue. Move the adapter's files to {ADAPTER_FOLDER}/."
@@ -152,9 +159,9 @@ class LoadRequest:
 
     def _check_number_kinds(self) -> None:
         """`ValueError` for integer or complex tensors among our own weights, which transformers casts in silence."""
-        sharded = self.file(INDEX_NAME, required=False) is not None
+        sharded = self.find(INDEX_NAME) is not None
         name = name_of_variant(WEIGHTS_NAME, self.own_kwargs.get("variant"))
-        path = self.file(name, required=os.path.isdir(self.path) and not sharded)
+        path = self.find(name, required=os.path.isdir(self.path) and not sharded)
         if path is None:
             return
         with safe_open(path, framework="pt") as file:
@@ -173,11 +180,11 @@ class LoadRequest:
     def has_generation_settings(self) -> bool:
         """Whether there are any to be had from us: in our files, or given to `from_pretrained`."""
         is_given = self.own_kwargs.get("generation_config") is not None
-        return is_given or self.file(GENERATION_CONFIG_NAME, required=False) is not None
+        return is_given or self.find(GENERATION_CONFIG_NAME) is not None
 
     def base_samples(self, required: bool) -> dict[str, dict]:
         """The recorded sample of the base's values; `OSError` if there is none although it is needed."""
-        path = self.file(BASE_FINGERPRINT_NAME, required=required)
+        path = self.find(BASE_FINGERPRINT_NAME, required=required)
         if path is None:
             return {}
         samples = read_settings(path)
@@ -198,8 +205,11 @@ class LoadRequest:
             return name
         if not os.path.isdir(self.path):
             if is_inner_folder(name):
-                options = self.access() | {"revision": self.hub_kwargs.get("revision")}
-                return os.path.join(snapshot_download(self.path, allow_patterns=f"{name[2:]}/*", **options), name[2:])
+                revision = self.hub_kwargs.get("revision")
+                whole = snapshot_download(
+                    self.path, revision=revision, allow_patterns=f"{name[2:]}/*", **self.access()
+                )
+                return os.path.join(whole, name[2:])
             if not required:
                 return None
             raise WrongBaseError(f"{self.path} names its base by a path on another computer, {name!r}.", GIVE_BASE)
@@ -248,8 +258,10 @@ class Provenance:
         """Content by name of JSON files that lay in the loaded folder; one that is gone or damaged is left out."""
         facts = {}
         for name in names:
+            if self.source is None:
+                break
             try:
-                path = None if self.source is None else self.source.file(name, required=False)
+                path = self.source.find(name)
                 if path is not None:
                     facts[name] = json.loads(Path(path).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:

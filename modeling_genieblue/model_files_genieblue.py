@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
@@ -70,7 +70,7 @@ def is_path(name: str | os.PathLike) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
 
 
-def is_hub_id(name: Any, folder: str | os.PathLike = ".") -> bool:
+def is_hub_id(name: Any, folder: str | os.PathLike = ".") -> TypeGuard[str]:
     """Whether a recorded name is a Hub id rather than a path, absolute or relative to `folder`."""
     if not isinstance(name, str) or is_path(name) or os.path.exists(os.path.join(folder, name)):
         return False
@@ -81,7 +81,7 @@ def is_hub_id(name: Any, folder: str | os.PathLike = ".") -> bool:
     return True
 
 
-def is_inner_folder(name: Any) -> bool:
+def is_inner_folder(name: Any) -> TypeGuard[str]:
     """Whether a base lies in a subfolder of the GenieBlue that names it."""
     return isinstance(name, str) and name.startswith("./") and ".." not in name.split("/")
 
@@ -190,9 +190,11 @@ def weight_files(find: Callable[[str], Path | None]) -> dict[str, Path]:
     if (path := find(WEIGHTS_NAME)) is not None:
         return {WEIGHTS_NAME: path}
     if (index := find(INDEX_NAME)) is not None:
-        files = {name: find(name) for name in sorted(set(read_weight_map(index).values()))}
-        if missing := [name for name, path in files.items() if path is None]:
-            raise FileNotFoundError(f"{index} names {missing[0]}, which is not there: save or fetch the model again.")
+        files = {}
+        for name in sorted(set(read_weight_map(index).values())):
+            if (path := find(name)) is None:
+                raise FileNotFoundError(f"{index} names {name}, which is not there: save or fetch the model again.")
+            files[name] = path
         return files
     path = find(QUANTIZED_WEIGHTS_NAME)
     return {} if path is None else {QUANTIZED_WEIGHTS_NAME: path}

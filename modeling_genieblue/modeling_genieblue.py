@@ -73,7 +73,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
     config_class = GenieBlueConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]: as transformers' own models
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -93,8 +93,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = GenieBlueMultiModalProjector(config)
         # Attached after the weights above are in place: `from_pretrained` would initialise what its file lacks.
-        self.language_model: PreTrainedModel | None = None
-        self.multimodal_language_model: PreTrainedModel | None = None
+        self.language_model = self.multimodal_language_model = None  # pyright: ignore[reportAttributeAccessIssue]
         self.provenance = Provenance()
         keep_own_state(self)
         self.post_init()
@@ -135,26 +134,27 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         check_vision_tower(vision_tower)
         refuse_offloaded((*base_model.parameters(), *vision_tower.parameters()), "the base or the vision tower")
         text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
+        is_by_hand = replicated_layers is not None
         if replicated_layers is None:
             replicated_layers = select_replicated_layers(text_config.num_hidden_layers, placement)
         else:
             replicated_layers = check_replicated_layers(replicated_layers, text_config.num_hidden_layers)
-            placement = None
         name, revision = resolve_base(base_model, base_model_name_or_path, base_model_revision, hub_kwargs)
         if hasattr(vision_tower.config, "vision_config"):  # a whole SigLIP: its text half is not needed
-            vision_tower = vision_tower.vision_model
+            vision_tower = vision_tower.get_submodule("vision_model")  # pyright: ignore[reportAssignmentType]
+        embedding: Any = base_model.get_input_embeddings()
         config = GenieBlueConfig(
             text_config=text_config,
             vision_config=vision_tower.config,
             base_model_name_or_path=name,
             base_model_revision=revision,
             base_model_runs_remote_code=base_model.is_remote_code(),
-            placement=placement,
+            placement=None if is_by_hand else placement,
             replicated_layers=replicated_layers,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            image_token_id=base_model.get_input_embeddings().weight.shape[0],
+            image_token_id=embedding.weight.shape[0],
             downsample_factor=downsample_factor,
         )
         with torch.device("meta"):
@@ -209,7 +209,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         model._load_adapter(request)
         record_location(model.config, request, base, base_model)
         model.eval()
-        return (model, loading_info) if output_loading_info else model
+        # As everywhere in transformers the type is that of the model alone.
+        return (model, loading_info) if output_loading_info else model  # pyright: ignore[reportReturnType]
 
     @classmethod
     def _class_for(cls, settings: dict[str, Any]) -> type["GenieBlueForConditionalGeneration"]:
@@ -217,15 +218,15 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         config_class = GenieBlueConfig.kind_of(settings)
         return next((kind for kind in (cls, *cls.__subclasses__()) if kind.config_class is config_class), cls)
 
-    def _attach(self, base: PreTrainedModel, lora_config) -> None:
+    def _attach(self, base: PreTrainedModel, lora_config: Any) -> None:
         """Registers the base and builds the multimodal view over its parameters."""
-        hidden_size = base.get_input_embeddings().weight.shape[-1]
+        embedding: Any = base.get_input_embeddings()
+        rows, hidden_size = embedding.weight.shape
         if hidden_size != self.config.text_config.hidden_size:
             raise ValueError(
                 f"The base has hidden size {hidden_size}, this GenieBlue was made for "
                 f"{self.config.text_config.hidden_size}: load it onto {self.config.base_model_name_or_path}."
             )
-        rows = base.get_input_embeddings().weight.shape[0]
         if self.config.image_token_id < rows:
             raise ValueError(
                 f"`image_token_id` is {self.config.image_token_id}, which is a token of the base ({rows} embeddings): "
@@ -234,7 +235,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         view = build_multimodal_view(base, lora_config)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)
-        view.is_multimodal_view = True
+        view.is_multimodal_view = True  # pyright: ignore[reportArgumentType]: a mark, no module
         self.language_model, self.multimodal_language_model = base, view
         self.config._attn_implementation_internal = base.config._attn_implementation
         if (head := getattr(self.vision_tower, "head", None)) is not None:
@@ -292,7 +293,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, processor=processor, dtype=dtype, token=token, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any):
+    def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any) -> Any:
         """Publishes as one commit; the base must be on the Hub itself. Returns huggingface_hub's `CommitInfo`.
 
         Keywords: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `dtype`,
@@ -361,7 +362,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         labels: torch.LongTensor | None = None,
         view: str | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """One pass; rows with image tokens run the multimodal view, other rows the base.
 
         Args:
@@ -425,7 +426,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         merged = merge_rows(text, multimodal, rows)
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(merged["logits"], labels, num_items_in_batch=num_items),
-            past_key_values=cache if cache[TEXT] is not None else None,
+            past_key_values=cache if cache[TEXT] is not None else None,  # pyright: ignore[reportArgumentType]
             **merged,
         )
 

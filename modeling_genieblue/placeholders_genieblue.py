@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
+from transformers import AddedToken
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 FEWEST_MARKERS = 16
 # Settings of a fast tokenizer that can be replaced in place, without any trace in its attributes.
@@ -144,7 +145,7 @@ class MarkingTokenizer:
             # Not special, for special ones are split by `split_special_tokens`.
             markers = [AddedToken(marker, special=False, normalized=False) for marker in self.markers(count)]
             tokenizer.add_tokens(markers)
-            ids = tokenizer.convert_tokens_to_ids(self.markers(count))
+            ids: Any = tokenizer.convert_tokens_to_ids(self.markers(count))
             self._copied = state, tokenizer, {token: number for number, token in enumerate(ids)}
         return self._copied[1:]
 

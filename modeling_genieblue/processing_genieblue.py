@@ -81,7 +81,7 @@ class GenieBlueProcessor(ProcessorMixin):
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
-        self.image_token_id = image_token_id
+        self.image_token_id: Any = image_token_id  # a number, as is checked below
         self.image_token_ids = [image_token_id]  # as serving engines ask for it
         self.image_seq_length = image_seq_length
         self._marking = MarkingTokenizer()
@@ -211,7 +211,9 @@ class GenieBlueProcessor(ProcessorMixin):
         is_batch = bool(conversation) and (
             isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
         )
-        conversations = [getattr(chat, "messages", chat) for chat in (conversation if is_batch else [conversation])]
+        conversations: list[Any] = [
+            getattr(chat, "messages", chat) for chat in (conversation if is_batch else [conversation])
+        ]
         options = take(kwargs, CALL_OPTIONS)
         options |= {**(kwargs.pop("tokenizer_kwargs", None) or {}), **(processor_kwargs or {})}
         for given in (kwargs, options):
@@ -289,7 +291,7 @@ class GenieBlueProcessor(ProcessorMixin):
         self._check_tokenizer()
         token_ids = to_py_obj(token_ids)
         if isinstance(token_ids, (list, tuple)) and any(isinstance(ids, (list, tuple)) for ids in token_ids):
-            return [self.decode(ids, skip_special_tokens, **kwargs) for ids in token_ids]
+            return self.batch_decode(token_ids, skip_special_tokens, **kwargs)
         if not isinstance(token_ids, (list, tuple)) or self.image_token_id not in token_ids:
             return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
         if skip_special_tokens:
@@ -303,11 +305,12 @@ class GenieBlueProcessor(ProcessorMixin):
             if token != self.image_token_id or before != self.image_token_id
         ]
         (marker,) = self._marking.markers(1)
-        return tokenizer.decode(token_ids, **kwargs).replace(marker, self.image_token)
+        return str(tokenizer.decode(token_ids, **kwargs)).replace(marker, self.image_token)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Return the texts of several sequences, as `decode` does for each."""
-        return [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
+        texts: list[Any] = [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
+        return texts
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -326,20 +329,21 @@ class GenieBlueProcessor(ProcessorMixin):
             # chat_template.jinja does not tell whose it is, and the base's tokenizer may have none.
             "base_has_chat_template": getattr(self.tokenizer, "chat_template", None) is not None,
         }
-        return settings | ({"auto_map": self.auto_map} if hasattr(self, "auto_map") else {})
+        auto_map = getattr(self, "auto_map", None)
+        return settings if auto_map is None else {**settings, "auto_map": auto_map}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
         """Write a folder that `AutoProcessor.from_pretrained` loads, code included; the tokenizer is not touched."""
         self._check_tokenizer()
         # Saving marks the tokenizer and the image processor with class names, so it is done to copies.
-        portable = copy.copy(self)
+        portable: Any = copy.copy(self)
         portable.tokenizer = copy.deepcopy(self.tokenizer)
         portable.image_processor = copy.deepcopy(self.image_processor)
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self, save_directory, config=portable)
         # The mixin would also write our auto_map into the tokenizer's settings, which are the base's.
         portable._auto_class = None
-        return super(__class__, portable).save_pretrained(str(save_directory), push_to_hub, **kwargs)
+        return ProcessorMixin.save_pretrained(portable, str(save_directory), push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "GenieBlueProcessor":

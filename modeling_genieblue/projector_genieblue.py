@@ -1,5 +1,7 @@
 """The projector: patch features of the vision tower → image tokens of the language model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,9 +13,11 @@ class GenieBlueMultiModalProjector(nn.Module):
 
     def __init__(self, config: GenieBlueConfig):
         super().__init__()
+        vision: Any = config.vision_config
+        language: Any = config.text_config
         self.downsample_factor = config.downsample_factor
-        concatenated_size = config.vision_config.hidden_size * config.downsample_factor**2
-        hidden_size = config.text_config.hidden_size
+        concatenated_size = vision.hidden_size * config.downsample_factor**2
+        hidden_size = language.hidden_size
         self.norm = nn.LayerNorm(concatenated_size)
         self.linear_1 = nn.Linear(concatenated_size, hidden_size)
         self.act = nn.GELU()

@@ -114,7 +114,7 @@ def load_quantized_base(
         if config is None
         else copy.deepcopy(config)
     )
-    settings = getattr(own_config, "quantization_config", None) or read_base_quantization(location, **hub_kwargs)
+    settings: Any = getattr(own_config, "quantization_config", None) or read_base_quantization(location, **hub_kwargs)
     if not is_our_quantization(settings):
         raise ValueError(f"{location} is no base that GenieBlue quantized: load it without this class.")
     check_quantization(settings, BASE_PARTS, f"`quantization_config` of {location}")
@@ -123,8 +123,10 @@ def load_quantized_base(
         own_config.__dict__.pop(name, None)
     dtype = chosen_dtype(dtype or kwargs.get("torch_dtype"), settings["activations"])
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    base = on_meta_device(lambda: model_class._from_config(own_config, dtype=dtype, **attention))
-    files = {name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)}
+    base: Any = on_meta_device(lambda: model_class._from_config(own_config, dtype=dtype, **attention))
+    files: dict[str, Any] = {
+        name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)
+    }
     file = QuantizedFile(files[QUANTIZED_WEIGHTS_NAME], files[QMAP_NAME], for_kernel=for_kernel)
     fill_from_quantized_file(base, file, dtype=dtype, device=one_device(device_map), tied=_tied(base))
     use_stored_generation_config(base, location, hub_kwargs)
@@ -132,7 +134,8 @@ def load_quantized_base(
     base.config.quantization_config = settings
     guard_tree(base, dtype, _QuantizedBase)
     base.requires_grad_(False).eval()
-    return (base, nothing_missing()) if kwargs.get("output_loading_info") else base
+    loaded: Any = (base, nothing_missing()) if kwargs.get("output_loading_info") else base
+    return loaded
 
 
 def use_stored_generation_config(model: PreTrainedModel, location: str, hub_kwargs: dict[str, Any]) -> None:
@@ -149,7 +152,7 @@ def check_options(options: dict[str, Any]) -> None:
         raise TypeError(f"{', '.join(unknown)}: not known when a quantized model is loaded.")
 
 
-def _own_class(location: str, config: Any, settings: dict[str, Any], trust: bool, hub_kwargs: dict[str, Any]) -> type:
+def _own_class(location: str, config: Any, settings: dict[str, Any], trust: bool, hub_kwargs: dict[str, Any]) -> Any:
     """The class that the unquantized base has: transformers' own, or that of the base's code."""
     own_map = settings.get("base_auto_map")
     if own_map is None:
@@ -179,6 +182,8 @@ def _tied(base: PreTrainedModel) -> tuple[str, str] | None:
 
 class _QuantizedBase(PrecisionGuard):
     """What a quantized base cannot do, refused in a sentence."""
+
+    config: Any
 
     def save_pretrained(self, save_directory: str | os.PathLike, *_args: Any, **_kwargs: Any) -> None:
         """Always a `ValueError`: the weights in memory are packed for one kernel."""

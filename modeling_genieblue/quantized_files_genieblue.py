@@ -1,7 +1,7 @@
 """Files of quantized weights: the quantization map, what must be in them, and trees that are filled from them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class QuantizedFile:
         value = self._file.get_tensor(name)
         return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
 
-    def weight(self, name: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, device: Any) -> torch.Tensor:
+    def weight(self, name: str, kind: str, shape: Sequence[int], dtype: torch.dtype, device: Any) -> torch.Tensor:
         """quanto's tensor of the weight of module `name`."""
         parts = {part: self.tensor(f"{name}.weight.{part}", dtype, device) for part in _PARTS[kind]}
         return frozen(quanto_weight(parts, kind, shape, for_kernel=self.for_kernel))
@@ -89,7 +89,9 @@ class QuantizedFile:
 def read_qmap(path: str | os.PathLike) -> dict[str, str]:
     """`{module: "qint4" | "qint8"}` of quanto's quantization map; `OSError` for a damaged one."""
     content = read_settings(path)
-    kinds = {name: entry.get("weights") if isinstance(entry, dict) else entry for name, entry in content.items()}
+    kinds: dict[str, Any] = {
+        name: entry.get("weights") if isinstance(entry, dict) else entry for name, entry in content.items()
+    }
     unknown = [f"{name}: {kind!r}" for name, kind in kinds.items() if not isinstance(kind, str) or kind not in BITS]
     if unknown:
         raise ValueError(f"{path} names an unknown precision ({unknown[0]}): expected {' or '.join(BITS)}.")
@@ -101,7 +103,7 @@ def qmap_content(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
     return {name: {"weights": kind, "activations": "none"} for name, kind in kinds.items()}
 
 
-def quantized_modules(tree: nn.Module, qmap: dict[str, str]) -> Iterator[tuple[str, str, nn.Module]]:
+def quantized_modules(tree: nn.Module, qmap: dict[str, str]) -> Iterator[tuple[str, str, nn.Linear | nn.Embedding]]:
     """`(name, kind, module)` for each entry of a map; `ValueError` if a name is no linear or embedding of `tree`."""
     for name, kind in qmap.items():
         try:
@@ -151,13 +153,14 @@ def fill_from_quantized_file(
     for name, kind, module in found:
         if f"{name}.weight" == head_weight:
             continue
-        weight = file.weight(name, kind, tuple(module.weight.shape), dtype, device)
+        weight = file.weight(name, kind, module.weight.shape, dtype, device)
         if isinstance(module, nn.Embedding):
             module.weight = nn.Parameter(weight, requires_grad=False)
         else:
             tree.set_submodule(name, FrozenLinear(weight, module.bias, kind))
     if tied:
-        head, embedding = tree.get_submodule(tied[0]), tree.get_submodule(tied[1])
+        head: Any = tree.get_submodule(tied[0])
+        embedding: Any = tree.get_submodule(tied[1])
         if isinstance(embedding.weight, FrozenWeight):
             head = FrozenLinear(embedding.weight, head.bias, "qint8")
             tree.set_submodule(tied[0], head)

@@ -6,8 +6,9 @@ compiled on the user's machine, and tensors are read by name, strictly.
 """
 
 import copy
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +22,9 @@ try:
     from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
     from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor, TinyGemmWeightQBitsTensor
 except ImportError:  # only needed where something is quantized
-    QLinear, WeightQBytesTensor, quanto_cpp = nn.Linear, torch.Tensor, None
+    QLinear: Any = nn.Linear
+    WeightQBytesTensor: Any = torch.Tensor
+    quanto_cpp: Any = None
 
 
 BITS = {"qint4": 4, "qint8": 8}
@@ -40,7 +43,7 @@ def check_quanto_installed() -> None:
             name="optimum",
         )
     if quanto_cpp._lib is None:  # quanto would compile it in C++ on first use; this is bit-equal and as fast
-        quanto_cpp._lib = SimpleNamespace(unpack=unpack)
+        quanto_cpp._lib = SimpleNamespace(unpack=unpack)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def group_size_of(in_features: int) -> int:
@@ -96,7 +99,7 @@ def stored_tensors(
     }
 
 
-class FrozenWeight:
+class FrozenWeight(torch.Tensor if TYPE_CHECKING else object):
     """What all quantized weights here have in common: they are looked up row by row, and never added to.
 
     An embedding, whatever module holds it, then expands only the rows that it looks up. PEFT's merging, which quanto
@@ -106,10 +109,12 @@ class FrozenWeight:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is functional.embedding and isinstance(args[1], WeightQBytesTensor):
-            ids, weight = args[0], args[1]
+            ids: Any = args[0]
+            weight: Any = args[1]
             scale = weight._scale[ids, 0].unsqueeze(-1)
             return functional.embedding(ids, weight._data).to(scale.dtype) * scale
-        is_set = func == torch.Tensor.data.__set__ and not isinstance(args[1], FrozenWeight)
+        set_data: Any = torch.Tensor.data
+        is_set = func == set_data.__set__ and not isinstance(args[1], FrozenWeight)
         if (is_set or getattr(func, "__name__", "") in CHANGING_OPERATIONS) and isinstance(args[0], FrozenWeight):
             raise ValueError(
                 "Quantized weights cannot be changed in place, as a merge of LoRA would: merge it in 16 bits, then "
@@ -119,7 +124,8 @@ class FrozenWeight:
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: tuple, kwargs: dict | None = None) -> Any:
-        return frozen(super().__torch_dispatch__(op, types, args, kwargs))  # detached, or on another device
+        # Detached, or on another device.
+        return frozen(super().__torch_dispatch__(op, types, args, kwargs))  # pyright: ignore[reportAttributeAccessIssue]
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
         if id(self) not in memo:
@@ -173,8 +179,8 @@ class FrozenLinear(PrecisionGuard, QLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` (..., in_features) → (..., out_features), in the precision of the scales."""
         if torch.compiler.is_compiling():
-            return _multiply_outside_of_graphs(self, input)
-        weight = self.weight
+            return _multiply_outside_of_graphs(self, input)  # pyright: ignore[reportCallIssue]: torch's decorator
+        weight: Any = self.weight
         if input.dtype != weight.dtype:  # under autocast
             input = input.to(weight.dtype)
         if input.dtype != torch.bfloat16 or input.device.type != "cpu":
@@ -187,11 +193,12 @@ class FrozenLinear(PrecisionGuard, QLinear):
             return functional.linear(input, weight, self.bias)
         flat = input.view(-1, self.in_features)
         if isinstance(weight, TinyGemmWeightQBitsTensor):
-            result = torch._weight_int4pack_mm_for_cpu(
+            result = torch._weight_int4pack_mm_for_cpu(  # pyright: ignore[reportPrivateImportUsage]
                 flat, weight._data._data, weight._group_size, weight._scale_shift
             )
         elif isinstance(weight, WeightQBytesTensor):
-            result = torch._weight_int8pack_mm(flat, weight._data, weight._scale.flatten())
+            codes, scale = weight._data, weight._scale.flatten()
+            result = torch._weight_int8pack_mm(flat, codes, scale)  # pyright: ignore[reportPrivateImportUsage]
         else:
             return functional.linear(input, weight, self.bias)
         if self.bias is not None:
@@ -204,7 +211,7 @@ def _multiply_outside_of_graphs(linear: FrozenLinear, input: torch.Tensor) -> to
     return linear(input)
 
 
-def _copied(weight: torch.Tensor) -> torch.Tensor:
+def _copied(weight: Any) -> torch.Tensor:
     """A quantized weight with memory of its own, which quanto's packed tensors cannot make."""
     if isinstance(weight, TinyGemmWeightQBitsTensor):
         codes = TinyGemmPackedTensor(weight._data._data.clone(), weight.size(), weight.stride())
@@ -220,7 +227,7 @@ def _copied(weight: torch.Tensor) -> torch.Tensor:
     return frozen(type(weight).__tensor_unflatten__(copies, settings, weight.size(), weight.stride()))
 
 
-def scales_of(weight: torch.Tensor) -> torch.Tensor | None:
+def scales_of(weight: Any) -> torch.Tensor | None:
     """Scales of one of our quantized weights as they are stored, (rows of codes, 1); `None` for any other tensor."""
     if quanto_cpp is None or not isinstance(weight, WeightQBytesTensor | WeightQBitsTensor):
         return None
@@ -234,7 +241,7 @@ def stored_codes(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
     codes: uint8 (out_features, in_features); scale, zero_point: (out_features, groups).
     """
-    weight = module.weight if is_frozen(module) else None
+    weight: Any = module.weight if is_frozen(module) else None
     if weight is None or not isinstance(weight, WeightQBitsTensor) or isinstance(weight, TinyGemmWeightQBitsTensor):
         return None
     rows, columns = weight.shape
@@ -244,7 +251,7 @@ def stored_codes(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def sampled_codes(weight: torch.Tensor) -> torch.Tensor:
+def sampled_codes(weight: Any) -> torch.Tensor:
     """A few codes of one of our quantized weights, whatever form its kernel has it in."""
     rows, columns = weight.shape
     places = torch.linspace(0, rows - 1, min(rows, 8), device=weight.device).long()
@@ -264,7 +271,7 @@ def sampled_codes(weight: torch.Tensor) -> torch.Tensor:
 
 
 def quanto_weight(
-    parts: dict[str, torch.Tensor], kind: str, shape: tuple[int, int], *, for_kernel: bool
+    parts: dict[str, torch.Tensor], kind: str, shape: Sequence[int], *, for_kernel: bool
 ) -> torch.Tensor:
     """quanto's tensor from its stored parts; `for_kernel` in the form that the 4-bit kernel of its device wants."""
     out_features, in_features = shape

@@ -64,7 +64,8 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
         model.provenance.files = files
         if base_samples is not None:
             model.provenance.base_samples = base_samples
-        return model.requires_grad_(False)
+        quantized: Any = model.requires_grad_(False)
+        return quantized
 
     @classmethod
     def _load_own_weights(cls, request: LoadRequest, model_args: tuple, base_model: Any) -> tuple[Any, dict]:

@@ -8,7 +8,7 @@ activations, and not the same numbers.
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ try:
     import onnxruntime
     from onnx import TensorProto, helper
 except ImportError:
-    onnxruntime = None
+    onnxruntime: Any = None
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,16 @@ def pack_weight(
         zero_point = zero_point[:, group_of_block]
         if bits == 4:
             zero_point = _pair_up(functional.pad(zero_point, (0, blocks % 2)))
-        zero_point = zero_point.contiguous().numpy()
     # What fills the last block is multiplied by zeros.
     codes = functional.pad(codes, (0, blocks * block - in_features))
     blob = (_pair_up(codes) if bits == 4 else codes).reshape(out_features, blocks, block * bits // 8)
-    scale = scale[:, group_of_block].to(torch.float32).contiguous().numpy()
-    return PackedWeight(in_features, bits, blob.contiguous().numpy(), scale, zero_point)
+    return PackedWeight(
+        in_features,
+        bits,
+        blob.contiguous().numpy(),
+        scale[:, group_of_block].to(torch.float32).contiguous().numpy(),
+        None if zero_point is None else zero_point.contiguous().numpy(),
+    )
 
 
 def _pair_up(values: torch.Tensor) -> torch.Tensor:
@@ -119,7 +123,7 @@ def check_onnxruntime_installed() -> None:
         )
 
 
-def _make_session(weight: PackedWeight, bias: np.ndarray | None) -> "onnxruntime.InferenceSession":
+def _make_session(weight: PackedWeight, bias: np.ndarray | None) -> Any:
     """A session of one `MatMulNBits` node: float32 `x` (tokens, in_features) → `y` (tokens, out_features)."""
     out_features, blocks, bytes_per_block = weight.blob.shape
     tensors = {"weight": weight.blob, "scale": weight.scale, "zero_point": weight.zero_point, "bias": bias}
@@ -206,7 +210,7 @@ class FusedOnnxRuntimeLinears:
                 scale=np.concatenate([weight.scale for weight in weights]),
                 zero_point=None
                 if weights[0].zero_point is None
-                else np.concatenate([weight.zero_point for weight in weights]),
+                else np.concatenate([weight.zero_point for weight in weights if weight.zero_point is not None]),
             )
         )
         bias = None
@@ -234,7 +238,7 @@ class FusedOnnxRuntimeLinears:
             last.input, last.parts = None, []  # do not keep the activations alive
         return part
 
-    def _compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _compute(self, x: torch.Tensor) -> list[Any]:
         shape = x.shape[:-1]
         tokens = shape.numel()
         if tokens == 1:
@@ -255,7 +259,7 @@ class FusedOnnxRuntimeLinears:
         parts = [part.to(x.dtype).contiguous() for part in result.split(self.out_features, dim=-1)]
         return [part.view(*shape, size) for part, size in zip(parts, self.out_features, strict=True)]
 
-    def bind(self, x: torch.Tensor, y: torch.Tensor) -> "onnxruntime.IOBinding":
+    def bind(self, x: torch.Tensor, y: torch.Tensor) -> Any:
         """A binding of the session to the memory of `x` and `y`, which must stay alive as long as it is used."""
         binding = self._session.io_binding()
         binding.bind_input("x", "cpu", 0, np.float32, tuple(x.shape), x.data_ptr())
@@ -308,7 +312,7 @@ class OnnxRuntimeLinear(nn.Module):
         linears = [cls.__new__(cls) for _ in weights]
         for index, (linear, dtype) in enumerate(zip(linears, dtypes, strict=True)):
             linear._set(product, index, dtype)
-        return linears
+        return list(linears)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -411,7 +415,8 @@ def _convert(new: dict[nn.Module, Quantized]) -> dict[nn.Module, OnnxRuntimeLine
         for module, (codes, scale, zero_point, bits, group_size) in new.items()
     }
     together = [list(new)] if len({weight.layout for weight in weights.values()}) == 1 else [[one] for one in new]
-    made = {}
+    made: dict[nn.Module, OnnxRuntimeLinear] = {}
+    modules: list[Any]
     for modules in together:
         linears = OnnxRuntimeLinear.siblings(
             [weights[module] for module in modules],

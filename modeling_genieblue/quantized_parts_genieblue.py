@@ -49,7 +49,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     `quantization_config` on top, and for a device map that spreads the model.
     """
     kwargs = dict(request.own_kwargs)
-    config = kwargs.pop("config", None)
+    config: Any = kwargs.pop("config", None)
     check_options(kwargs)
     if request.base_kwargs.get("quantization_config") is not None:
         raise ValueError(
@@ -59,7 +59,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     if config is None:
         config = QuantizedGenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
     config = copy.deepcopy(config)
-    own = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
+    own: Any = base_model.dtype if isinstance(base_model, nn.Module) else config.quantization["activations"]
     dtype = chosen_dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), own)
     request.base_kwargs["dtype"] = dtype  # a base that is not quantized may be stored in another one
     attention = {} if kwargs.get("attn_implementation") is None else {
@@ -68,7 +68,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     device_map = kwargs.get("device_map")
     if device_map is None and isinstance(base_model, nn.Module):
         device_map = base_model.device
-    model = on_meta_device(lambda: model_class._from_config(config, dtype=dtype, **attention))
+    model: Any = on_meta_device(lambda: model_class._from_config(config, dtype=dtype, **attention))
     file = QuantizedFile(request.file(WEIGHTS_NAME), request.file(QMAP_NAME))
     fill_from_quantized_file(model, file, dtype=dtype, device=one_device(device_map))
     for module in (model.vision_tower, model.multi_modal_projector):
@@ -111,7 +111,7 @@ def run_on_onnxruntime(model: Any) -> None:
 
 def has_quantized_base(config: QuantizedGenieBlueConfig) -> bool:
     """Whether the base that a quantized GenieBlue runs on is quantized as well."""
-    return any(config.quantization[part] != "w16a16" for part in BASE_PARTS)
+    return any((config.quantization or {})[part] != "w16a16" for part in BASE_PARTS)
 
 
 def quantized_values(base: nn.Module) -> dict[str, torch.Tensor]:
@@ -129,8 +129,8 @@ def check_base_is_quantized(base: nn.Module, config: QuantizedGenieBlueConfig, p
     """`ValueError` for a 16-bit base under an adapter that was made for a quantized one."""
     if has_quantized_base(config) and all(scales_of(parameter) is None for parameter in base.parameters()):
         raise ValueError(
-            f"{path} is for a base quantized to {config.quantization['llm']}, and was given one that is not: load it "
-            f"onto {config.base_model_name_or_path}, or use the unquantized GenieBlue."
+            f"{path} is for a base quantized to {(config.quantization or {})['llm']}, and was given one that is not: "
+            f"load it onto {config.base_model_name_or_path}, or use the unquantized GenieBlue."
         )
 
 
@@ -184,8 +184,9 @@ def load_quantized_adapter(
             codes, scale = (file.tensor(f"{stock}.weight.{part}", dtype, device) for part in ("_data", "_scale"))
             set_parameter(view, f"{name}.weight", codes.to(dtype) * scale)
         else:
-            weight = file.weight(stock, kind, tuple(parameter.shape), base_dtype, device)
-            view.set_submodule(name, FrozenLinear(weight, view.get_submodule(name).bias, kind))
+            weight = file.weight(stock, kind, parameter.shape, base_dtype, device)
+            plain_linear: Any = view.get_submodule(name)
+            view.set_submodule(name, FrozenLinear(weight, plain_linear.bias, kind))
     for _, _, parameter in adapter_parameters(view):
         parameter.requires_grad_(False)  # what is saved is the files: training would be lost
 
@@ -195,7 +196,7 @@ def stored_files(request: LoadRequest, config: QuantizedGenieBlueConfig) -> dict
     places = {name: os.path.split(name) for name in STORED_FILES}
     files = {name: Path(request.file(file, folder=folder)) for name, (folder, file) in places.items()}
     if is_inner_folder(config.base_model_name_or_path):
-        folder = Path(request.base_location(config))
+        folder = Path(str(request.base_location(config)))
         files |= {f"{folder.name}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
     return files
 

@@ -1,6 +1,6 @@
 """Keeps the precision of a model with quantized weights from being changed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ def is_frozen(module: nn.Module) -> bool:
     return getattr(module, "is_frozen_linear", False)
 
 
-class PrecisionGuard:
+class PrecisionGuard(nn.Module if TYPE_CHECKING else object):
     """Refuses to change the precision of a model with quantized weights, which quanto would do by half.
 
     A cast to the precision that it has changes nothing, not even what is in float32 on purpose.
@@ -19,7 +19,7 @@ class PrecisionGuard:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """`nn.Module.to`; `ValueError` for another dtype."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if dtype is None or not self._keeps_precision(dtype):
             return super().to(*args, **kwargs)
         return self if device is None else super().to(device, non_blocking=non_blocking)
@@ -48,7 +48,7 @@ class PrecisionGuard:
         """Whether there are quantized weights here, of this very precision; `ValueError` if of another."""
         frozen = next(filter(is_frozen, self.modules()), None)
         # What holds none itself may be part of a model that does.
-        precision = self.__dict__.get("quantized_precision") if frozen is None else frozen.weight.dtype
+        precision: Any = self.__dict__.get("quantized_precision") if frozen is None else frozen.weight.dtype
         if precision is not None and precision != dtype:
             raise ValueError(
                 f"The weights are quantized for activations in {precision}; neither they nor what belongs to them "
@@ -74,11 +74,12 @@ def guard_tree(tree: nn.Module, precision: torch.dtype, guard: type = PrecisionG
 
     Plain linears among other modules keep their class, which LoRA goes by.
     """
-    head = tree.get_output_embeddings() if hasattr(tree, "get_output_embeddings") else None
+    find_head: Any = getattr(tree, "get_output_embeddings", lambda: None)
+    head = find_head()
     for module in tree.modules():
         is_plain_linear = type(module) is nn.Linear and module is not head
         if not is_plain_linear and not isinstance(module, PrecisionGuard):
-            module.quantized_precision = precision
+            module.quantized_precision = precision  # pyright: ignore[reportArgumentType]: a mark, no module
             guard_precision(module, guard if module is tree else PrecisionGuard)
 
 

@@ -91,7 +91,7 @@ def save_model(
     _check_additions(state)
     if (
         max_shard_size is not None
-        and split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size).is_sharded
+        and split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size).is_sharded
     ):
         raise ValueError(
             f"`max_shard_size` is {max_shard_size!r}, but the weights are written whole, as PEFT reads them: leave it "
@@ -116,11 +116,11 @@ def _check_save(model: Any, target: Path, dtype: str | torch.dtype | None) -> to
     """The precision to save in; `ValueError` or `OSError` if the model cannot be saved, or not there."""
     if model.multimodal_language_model is None:
         raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
-    dtype = model._check_save(None if dtype is None else weight_dtype(dtype))
+    written = model._check_save(None if dtype is None else weight_dtype(dtype))
     if os.path.isfile(target):
         raise OSError(f"{target} is a file: give a folder to save into.")
     check_replaceable(target)
-    return dtype
+    return written
 
 
 def check_replaceable(target: Path) -> None:
@@ -141,8 +141,8 @@ def _inner_base(folder: Path) -> list[str]:
     config_file = folder / CONFIG_NAME
     config = read_settings(config_file) if config_file.is_file() else {}
     name = config.get("base_model_name_or_path")
-    is_ours = config.get("quantization") is not None and is_inner_folder(name)
-    return [name.removeprefix("./")] if is_ours else []
+    is_ours = config.get("quantization") is not None
+    return [name.removeprefix("./")] if is_ours and is_inner_folder(name) else []
 
 
 def _foreign_files(folder: Path, stale: Iterable[str]) -> list[Path]:
@@ -279,7 +279,7 @@ def _own_processor(model: Any) -> Any:
     try:
         if request is not None and is_path(request.path) and not os.path.exists(request.path):
             logger.warning("%s is gone: the processor is made anew, from the base's tokenizer.", request.path)
-        elif request is not None and any(request.file(name, required=False) for name in PROCESSOR_CONFIGS):
+        elif request is not None and any(request.find(name) for name in PROCESSOR_CONFIGS):
             trust = bool(request.base_kwargs.get("trust_remote_code"))
             return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
         if model.config.base_model_name_or_path is not None:

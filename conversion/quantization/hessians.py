@@ -88,7 +88,7 @@ def linear_hessians(module: nn.Module, run: Callable[[], object], names: Sequenc
     return hessians
 
 
-def text_batches(tokenizer, texts: Iterable[str], length: int, count: int) -> list[torch.Tensor]:
+def text_batches(tokenizer: Any, texts: Iterable[str], length: int, count: int) -> list[torch.Tensor]:
     """Up to `count` rows of token ids (1, length): the texts in their order, separated by empty lines and packed.
 
     Each row begins with what the tokenizer begins a text with (`<s>`, or nothing). Texts that are not needed are not
@@ -134,7 +134,7 @@ def read_paragraphs(path: str | os.PathLike) -> list[str]:
     return paragraphs
 
 
-def _leading_tokens(tokenizer) -> list[int]:
+def _leading_tokens(tokenizer: Any) -> list[int]:
     """Ids that the tokenizer puts before a text."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     for position in range(len(whole) - len(plain) + 1):

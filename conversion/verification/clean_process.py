@@ -7,6 +7,7 @@ import, so everything has to come from the files that lie in the model's reposit
 import importlib.abc
 import json
 import sys
+from typing import Any
 
 BARRED = ("modeling_genieblue", "hub_cards", "conversion", "genieblue")
 
@@ -14,7 +15,7 @@ BARRED = ("modeling_genieblue", "hub_cards", "conversion", "genieblue")
 class BarPackages(importlib.abc.MetaPathFinder):
     """Refuses to import the packages of this project, wherever they are installed."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         """`ImportError` for a barred package; None, which lets others look, for all else."""
         if fullname.split(".")[0] in BARRED:
             raise ImportError(f"{fullname} is not to be imported here: the repository's own code files must do")

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -38,23 +39,23 @@ class TrainingBudget(TrainerCallback):
         """Used part of the budget at an optimizer step, 0 to 1."""
         return min(1.0, max(step / self.max_steps, self.elapsed() / self.max_seconds))
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
         self._bar = tqdm(total=self.max_steps, desc=self.title, unit="step", dynamic_ncols=True)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps_done = state.global_step
         self._bar.update(1)
         if self.elapsed() >= self.max_seconds:
             control.should_training_stop = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.last_loss = float(logs["loss"])
             rate = self.steps_done * self.samples_per_step / max(self.elapsed(), 1e-9)
             self._bar.set_postfix_str(f"loss {self.last_loss:.3f}, {rate:.0f} samples/s")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
 
 

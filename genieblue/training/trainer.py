@@ -45,7 +45,7 @@ class LastLoss(TrainerCallback):
 class TrainingProgress(ProgressCallback):
     """Trainer's progress bar, with loss and samples per second beside it instead of dictionaries below it."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(
                 f"loss {logs['loss']:.4g}, {logs.get('samples_per_second', math.nan):.3g} samples/s"
