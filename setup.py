@@ -14,7 +14,6 @@ EXTRAS = {
     "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
     "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7,<0.3", "accelerate>=1.15"],
-    "onnxruntime": ["onnxruntime>=1.31,<2", "onnx>=1.23"],
     # Linux on x86-64 with glibc 2.35.
     "qnn": ["onnxruntime>=1.31,<2", QNN_COMPILER, "onnx>=1.23", "onnxscript>=0.7"],
     # SeqMSE. Of its requirements torchvision is not needed, and PyPI's breaks CPU builds of torch: see the Makefile.

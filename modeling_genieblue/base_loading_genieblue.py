@@ -83,7 +83,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         check_settings_files(location, {GENERATION_CONFIG_NAME: None}, **where)
         if isinstance(method, str) and method in BASE_LOADERS:
-            base, info = BASE_LOADERS[method](location, **kwargs, **request.base_loader_kwargs), {}
+            base, info = BASE_LOADERS[method](location, **kwargs), {}
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location, use_safetensors=True, output_loading_info=True, **kwargs

@@ -55,7 +55,6 @@ class LoadRequest:
     hub_kwargs: dict[str, Any]
     own_kwargs: dict[str, Any]
     base_kwargs: dict[str, Any]
-    base_loader_kwargs: dict[str, Any] = field(default_factory=dict)  # for a loader that is not transformers' own
 
     @classmethod
     def from_arguments(cls, path: str | os.PathLike, kwargs: dict[str, Any]) -> "LoadRequest":

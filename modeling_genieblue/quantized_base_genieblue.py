@@ -90,12 +90,9 @@ def load_quantized_base(
     device_map: Any = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    for_kernel: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The base of its own class, with quantized linears, from a folder or a Hub id.
-
-    With `for_kernel=False` 4-bit weights stay codes, for a backend other than quanto's.
 
     Raises `OSError` for missing or damaged files, `ValueError` for tensors that are missing or not expected and for a
     `quantization_config` on top.
@@ -127,7 +124,7 @@ def load_quantized_base(
     files: dict[str, Any] = {
         name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)
     }
-    file = QuantizedFile(files[QUANTIZED_WEIGHTS_NAME], files[QMAP_NAME], for_kernel=for_kernel)
+    file = QuantizedFile(files[QUANTIZED_WEIGHTS_NAME], files[QMAP_NAME])
     fill_from_quantized_file(base, file, dtype=dtype, device=one_device(device_map), tied=_tied(base))
     use_stored_generation_config(base, location, hub_kwargs)
     base.config.name_or_path = location

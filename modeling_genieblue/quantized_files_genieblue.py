@@ -42,14 +42,10 @@ def stored_layout(name: str, kind: str, out_features: int, in_features: int) -> 
 
 
 class QuantizedFile:
-    """A safetensors file with quantized weights, read by name; whatever is not asked for must not be there.
+    """A safetensors file with quantized weights, read by name; whatever is not asked for must not be there."""
 
-    `for_kernel` says whether weights are packed for quanto's kernels, or kept as codes for another backend to take.
-    """
-
-    def __init__(self, path: str | os.PathLike, qmap: str | os.PathLike, *, for_kernel: bool = True):
+    def __init__(self, path: str | os.PathLike, qmap: str | os.PathLike):
         check_quanto_installed()
-        self.for_kernel = for_kernel
         self.path = path
         self.qmap = read_qmap(qmap)
         try:
@@ -83,7 +79,7 @@ class QuantizedFile:
     def weight(self, name: str, kind: str, shape: Sequence[int], dtype: torch.dtype, device: Any) -> torch.Tensor:
         """quanto's tensor of the weight of module `name`."""
         parts = {part: self.tensor(f"{name}.weight.{part}", dtype, device) for part in _PARTS[kind]}
-        return frozen(quanto_weight(parts, kind, shape, for_kernel=self.for_kernel))
+        return frozen(quanto_weight(parts, kind, shape))
 
 
 def read_qmap(path: str | os.PathLike) -> dict[str, str]:

@@ -236,20 +236,6 @@ def scales_of(weight: Any) -> torch.Tensor | None:
     return weight._scale
 
 
-def stored_codes(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int] | None:
-    """`(codes, scale, zero_point, bits, group_size)` of a 4-bit linear that was loaded as codes; else `None`.
-
-    codes: uint8 (out_features, in_features); scale, zero_point: (out_features, groups).
-    """
-    weight: Any = module.weight if is_frozen(module) else None
-    if weight is None or not isinstance(weight, WeightQBitsTensor) or isinstance(weight, TinyGemmWeightQBitsTensor):
-        return None
-    rows, columns = weight.shape
-    scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
-    zero_point = (shift.float() / scale.float()).round().to(torch.uint8)
-    return unpack(weight._data._data).view(rows, columns), scale, zero_point, 4, weight._group_size or columns
-
-
 @torch.no_grad()
 def sampled_codes(weight: Any) -> torch.Tensor:
     """A few codes of one of our quantized weights, whatever form its kernel has it in."""
@@ -270,10 +256,8 @@ def sampled_codes(weight: Any) -> torch.Tensor:
     return ((values + shift) / scale).round()
 
 
-def quanto_weight(
-    parts: dict[str, torch.Tensor], kind: str, shape: Sequence[int], *, for_kernel: bool
-) -> torch.Tensor:
-    """quanto's tensor from its stored parts; `for_kernel` in the form that the 4-bit kernel of its device wants."""
+def quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: Sequence[int]) -> torch.Tensor:
+    """quanto's tensor from its stored parts, 4 bits in the form that the kernel of their device wants."""
     out_features, in_features = shape
     size, stride = torch.Size(shape), (in_features, 1)
     if kind == "qint8":
@@ -285,11 +269,10 @@ def quanto_weight(
     group_size = group_size_of(in_features)
     grouped = unpack(parts["_data._data"])
     cpu_kernel = scale.device.type == "cpu" and scale.dtype == torch.bfloat16 and group_size in KERNEL_GROUPS
-    if not cpu_kernel or not for_kernel:
+    if not cpu_kernel:
         group = None if group_size == in_features else group_size
-        make = WeightQBitsTensor.create if for_kernel else WeightQBitsTensor
         # quanto's GPU kernels take the shift as a number of the weight's dtype.
-        return make(qint4, 0, group, size, stride, grouped, scale, shift * scale)
+        return WeightQBitsTensor.create(qint4, 0, group, size, stride, grouped, scale, shift * scale)
     # The kernel counts from the middle of the range. Built here, because quanto's own way rounds twice.
     middle = ((8 - shift.float()) * scale.float()).to(scale.dtype)
     scale_shift = torch.cat([scale, middle], 1).view(out_features, -1, 2).transpose(0, 1).contiguous()

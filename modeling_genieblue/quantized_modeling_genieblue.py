@@ -16,13 +16,11 @@ from .modeling_genieblue import GenieBlueForConditionalGeneration
 from .quantized_base_genieblue import load_quantized_base
 from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
 from .quantized_parts_genieblue import (
-    check_backend,
     check_base_is_quantized,
     has_quantized_base,
     load_quantized_adapter,
     load_quantized_parts,
     quantized_values,
-    run_on_onnxruntime,
     stored_files,
 )
 from .quantized_precision_guard_genieblue import PrecisionGuard
@@ -35,9 +33,7 @@ BASE_LOADERS[QUANT_METHOD] = load_quantized_base
 class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForConditionalGeneration):
     """A GenieBlue with weights of 4 or 8 bits, on a base that is quantized or not; made by `genieblue quantize`.
 
-    `from_pretrained` takes one keyword more: `backend`, what multiplies 4-bit weights, `"quanto"` with 16-bit
-    activations or `"onnxruntime"`, which is faster on a CPU and computes with 8-bit activations. The weights are
-    neither trained nor cast: what is saved is the files that were loaded.
+    The weights are neither trained nor cast: what is saved is the files that were loaded.
     """
 
     config_class = QuantizedGenieBlueConfig
@@ -77,7 +73,6 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
                 f"{request.path} was quantized by an earlier version of GenieBlue, whose files are not read any more: "
                 "quantize the 16-bit GenieBlue again (`genieblue quantize`)."
             )
-        check_backend(request.own_kwargs.pop("backend", "quanto"), request, base_model)
         return load_quantized_parts(cls, request, base_model)
 
     def _check_base(self, base: PreTrainedModel, request: LoadRequest, samples: dict[str, dict] | None) -> None:
@@ -87,13 +82,8 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
             check_identity(base, self.config, samples, request, values)
 
     def _load_adapter(self, request: LoadRequest) -> None:
-        for_kernel = request.base_loader_kwargs["for_kernel"]
-        load_quantized_adapter(
-            self.multimodal_language_model, request, self.language_model.dtype, for_kernel=for_kernel
-        )
+        load_quantized_adapter(self.multimodal_language_model, request, self.language_model.dtype)
         self.provenance.files = stored_files(request, self.config)
-        if not for_kernel:
-            run_on_onnxruntime(self)
 
     def _check_save(self, dtype: torch.dtype | None) -> torch.dtype:
         own = getattr(torch, self.config.quantization["activations"])

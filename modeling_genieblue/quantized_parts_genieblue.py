@@ -1,7 +1,6 @@
 """What GenieBlue adds to a base, in a quantized folder: vision tower and projector, copied blocks, LoRA."""
 
 import copy
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +29,10 @@ from .quantized_base_genieblue import (
 )
 from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
 from .quantized_files_genieblue import FLOATING, QuantizedFile, fill_from_quantized_file, stored_layout
-from .quantized_linears_genieblue import FrozenLinear, is_frozen, sampled_codes, scales_of, stored_codes
+from .quantized_linears_genieblue import FrozenLinear, is_frozen, sampled_codes, scales_of
 from .quantized_precision_guard_genieblue import guard_tree
 from .quantized_settings_genieblue import BASE_PARTS
 
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("quanto", "onnxruntime")
 STORED_FILES = (
     WEIGHTS_NAME, QMAP_NAME, f"{ADAPTER_FOLDER}/{QUANTIZED_ADAPTER_NAME}", f"{ADAPTER_FOLDER}/{QMAP_NAME}"
 )  # fmt: skip
@@ -79,36 +75,6 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     return model, nothing_missing()
 
 
-def check_backend(backend: str, request: LoadRequest, base_model: Any) -> None:
-    """Tells the loading of the base whether 4-bit weights are to be packed for quanto's kernels.
-
-    Raises `ValueError` for an unknown backend, and where ONNX Runtime cannot run: a GPU, a base that is packed
-    already.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` is {backend!r}: choose {' or '.join(BACKENDS)}.")
-    request.base_loader_kwargs["for_kernel"] = backend == "quanto"
-    if backend == "quanto":
-        return
-    from .quantized_onnxruntime_genieblue import check_onnxruntime_installed  # imports ONNX Runtime, which few need
-
-    check_onnxruntime_installed()
-    if isinstance(base_model, nn.Module):
-        raise ValueError("ONNX Runtime takes the base's codes at load: give `base_model` as a folder or Hub id.")
-    for device_map in (request.own_kwargs.get("device_map"), request.base_kwargs.get("device_map")):
-        if one_device(device_map).type != "cpu":
-            raise ValueError("ONNX Runtime runs on the CPU: load with `device_map='cpu'`, or leave `backend` out.")
-
-
-def run_on_onnxruntime(model: Any) -> None:
-    """Replaces the 4-bit linears of both views by ones that ONNX Runtime runs; both share those of the base."""
-    from .quantized_onnxruntime_genieblue import use_onnxruntime
-
-    # At once, so that what both views share stays one, and each original is freed in turn.
-    count = use_onnxruntime(nn.ModuleList([model.language_model, model.multimodal_language_model]), stored_codes)
-    logger.info("ONNX Runtime runs %d linears, with activations rounded to 8 bits.", count)
-
-
 def has_quantized_base(config: QuantizedGenieBlueConfig) -> bool:
     """Whether the base that a quantized GenieBlue runs on is quantized as well."""
     return any((config.quantization or {})[part] != "w16a16" for part in BASE_PARTS)
@@ -147,15 +113,13 @@ def lora_layout(name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple, tup
     return {f"{name}.weight._data": (tuple(shape), ("I8",)), f"{name}.weight._scale": (scales, FLOATING)}
 
 
-def load_quantized_adapter(
-    view: nn.Module, request: LoadRequest, base_dtype: torch.dtype, *, for_kernel: bool = True
-) -> None:
+def load_quantized_adapter(view: nn.Module, request: LoadRequest, base_dtype: torch.dtype) -> None:
     """Fills the adapter of `view`: copied blocks stay quantized, LoRA is expanded (in memory it is float32).
 
     Raises `ValueError` for missing, unexpected or differently shaped tensors, `OSError` for a damaged file.
     """
     qmap = request.adapter_file(QMAP_NAME)
-    file = QuantizedFile(request.adapter_file(QUANTIZED_ADAPTER_NAME), qmap, for_kernel=for_kernel)
+    file = QuantizedFile(request.adapter_file(QUANTIZED_ADAPTER_NAME), qmap)
     linears = {stock: (name, parameter) for name, stock, parameter in quantized_adapter_entries(view)}
     if unknown := sorted(set(file.qmap) - set(linears)):
         raise ValueError(f"{qmap} names {unknown[0]!r}, which is no linear of this adapter.")

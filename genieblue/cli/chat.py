@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from genieblue.cli.options import Backend, Base, BaseCode, Device, Dtype, Json, NpuBackend, Precision, Revision, View
+from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, NpuBackend, Precision, Revision, View
 from genieblue.cli.qnn import open_bundle, refuse_options
 from genieblue.cli.terminal import choose_device, looking_for, note, print_json, quiet_transformers, stdout_for_json
 
@@ -33,9 +33,6 @@ def chat(
     adapter: Annotated[
         Path | None, typer.Option(help="File of `export adapter` for a bundle, instead of its own LoRA.")
     ] = None,
-    backend: Annotated[
-        Backend, typer.Option(help="What multiplies 4-bit weights; onnxruntime: 8-bit activations, fast on one core.")
-    ] = Backend.quanto,
     compile_decoding: Annotated[
         bool, typer.Option("--compile", help="Compile decoding: the first answer takes longer, long ones are faster.")
     ] = False,
@@ -51,11 +48,8 @@ def chat(
     if (model is None) == (qnn is None):
         raise typer.BadParameter("Give a model, or a bundle as --qnn.", param_hint="MODEL")
     if qnn is not None:
-        drawing, loading = (
-            ("temperature", "top_p", "seed"),
-            ("backend", "compile_decoding", "base", "revision", "dtype", "device"),
-        )
-        others = (*drawing, *loading, "trust_remote_code")
+        drawing, loading = ("temperature", "top_p", "seed"), ("base", "revision", "dtype", "device")
+        others = (*drawing, *loading, "compile_decoding", "trust_remote_code")
         refuse_options(ctx, others, "a bundle, which is greedy, and complete as it was compiled")
     else:
         refuse_options(ctx, ("npu", "adapter"), "a model; it is for a bundle (--qnn)")
@@ -71,10 +65,8 @@ def chat(
         if qnn is not None:
             conversation = open_bundle(qnn, npu.value, adapter)
         else:
-            where = "cpu" if backend == Backend.onnxruntime and device is None else choose_device(device)
-            conversation = load_chat(
-                model, base, revision, dtype, where, trust_remote_code, backend.value, compile_decoding
-            )
+            device = choose_device(device)
+            conversation = load_chat(model, base, revision, dtype, device, trust_remote_code, compile_decoding)
             settings |= {"temperature": temperature, "top_p": top_p}
         if seed is not None:
             set_seed(seed)
@@ -98,7 +90,6 @@ def load_chat(
     dtype: Precision,
     device: str,
     trust_remote_code: bool,
-    backend: str = Backend.quanto.value,
     compile_decoding: bool = False,
 ) -> Any:
     from genieblue.serving.conversation import Chat
@@ -110,7 +101,6 @@ def load_chat(
             revision=revision,
             dtype=dtype.value,
             device=device,
-            backend=backend,
             compile=compile_decoding,
             trust_remote_code=trust_remote_code,
         )

@@ -18,8 +18,8 @@ EXTRAS = {
     "scipy": "demo",
     "sentencepiece": "sentencepiece",
     "optimum": "quantization",
-    "onnxruntime": "onnxruntime",
-    "onnx": "onnxruntime",
+    "onnxruntime": "qnn",
+    "onnx": "qnn",
 }
 UNREACHABLE = "The Hub cannot be reached: check the network, or HF_ENDPOINT."
 OFFLINE = "It is not in the cache, and HF_HUB_OFFLINE keeps the Hub from being asked."

@@ -91,13 +91,6 @@ class NpuBackend(StrEnum):
     emulator = "emulator"
 
 
-class Backend(StrEnum):
-    """What multiplies the weights of a quantized model."""
-
-    quanto = "quanto"
-    onnxruntime = "onnxruntime"
-
-
 def _refuse_empty(name: str | None) -> str | None:
     """What an unset variable of the shell gives is not taken for an option that was left out."""
     if name is not None and not name.strip():

@@ -10,12 +10,7 @@ import torch
 from transformers import CompileConfig, StaticCache, TextStreamer
 
 from conversion.chat_ids import answer_text
-from modeling_genieblue import (
-    GenieBlueConfig,
-    GenieBlueForConditionalGeneration,
-    GenieBlueProcessor,
-    QuantizedGenieBlueConfig,
-)
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.image_reading_genieblue import read_image
 from modeling_genieblue.placeholders_genieblue import TextWithImages
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
@@ -164,7 +159,6 @@ class Chat(Conversation):
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
-        backend: str = "quanto",
         compile: bool = False,
         **hub_kwargs: Any,
     ) -> "Chat":
@@ -173,22 +167,14 @@ class Chat(Conversation):
         Args:
             base_model: a loaded base, or the folder or Hub id of it; by default the one that the model names.
             trust_remote_code: allows code of the base's repository to run.
-            backend: of a quantized model, see `QuantizedGenieBlueForConditionalGeneration`.
-            compile: compiles decoding, see the class; not with `backend="onnxruntime"`, which `torch.compile` cannot
-                look into.
+            compile: compiles decoding, see the class.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
         """
-        if compile and backend == "onnxruntime":
-            raise ValueError("`compile` is for PyTorch, and `backend` is 'onnxruntime': leave one of them out.")
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if value is not None}
         hub_kwargs["trust_remote_code"] = trust_remote_code
-        options = {"base_model": base_model, "dtype": dtype, **hub_kwargs}
-        if backend != "quanto":
-            config = GenieBlueConfig.from_pretrained(model, **hub_kwargs)
-            if not isinstance(config, QuantizedGenieBlueConfig):
-                raise ValueError(f"{model} is not quantized, as the backend {backend} needs: leave `backend` out.")
-            options["backend"] = backend
-        loaded = GenieBlueForConditionalGeneration.from_pretrained(model, **options)
+        loaded = GenieBlueForConditionalGeneration.from_pretrained(
+            model, base_model=base_model, dtype=dtype, **hub_kwargs
+        )
         if device is not None:
             loaded.to(device)
         return cls(loaded, GenieBlueProcessor.from_pretrained(model, **hub_kwargs), compile=compile)

@@ -270,8 +270,3 @@ def test_compiled_decoding_gives_the_same_conversation(chat, monkeypatch):
     for prompt, images in turns:
         assert compiled.ask(prompt, images, **SHORT) == chat.ask(prompt, images, **SHORT)
     assert graphs
-
-
-def test_compiling_is_refused_for_onnxruntime():
-    with pytest.raises(ValueError, match="`compile`.*onnxruntime"):
-        Chat.from_pretrained("somewhere", compile=True, backend="onnxruntime")
