@@ -96,7 +96,7 @@ def test_what_is_unknown_leaves_no_trace():
         "More Information",
         "TODO",
         "## Training",
-        "## Evaluation",
+        "| metric",
         "LoRA:",
         "rank",
         "at commit",
