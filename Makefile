@@ -10,7 +10,7 @@ DEMO_OUT ?= demo-out
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
-demo: $(STAMP)  ## make a small GenieBlue from nothing and show that it reads (under 10 minutes on 2 cores)
+demo: $(STAMP)  ## train a small GenieBlue from scratch and show that it reads (under 10 minutes on 2 cores)
 	$(BIN)/genieblue demo --out $(DEMO_OUT)
 
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
@@ -19,7 +19,7 @@ test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 test-slow: $(VENV)/slow.stamp  ## the tests marked slow, with the extras aimet and clients
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
-test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in environments of their own
+test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments
 	PYTHONPATH=.:tests/support $(BIN)/python tests/versions/run_matrix.py
 
 lint: $(STAMP)  ## ruff and pyright
@@ -31,7 +31,7 @@ clean:  ## remove the environments, caches and the demo's output
 	rm -rf $(VENV) .venvs $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes by itself and first: asked for together with other packages, pip may choose another build of it.
+# Install torch first and alone: together with other packages, pip may choose another build of it.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "GenieBlue needs Python 3.11 or newer; name one with make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -40,8 +40,8 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
 	touch $@
 
-# AIMET asks for torchvision and does without it. The one on PyPI is built for CUDA, and beside a CPU build of torch
-# transformers cannot be imported any more.
+# AIMET requires torchvision but works without it. PyPI's build is for CUDA; with a CPU build of torch it breaks the
+# import of transformers.
 $(VENV)/slow.stamp: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[aimet,clients]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision

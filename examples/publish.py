@@ -1,8 +1,8 @@
-"""Publish a GenieBlue and load it back by its name, on a Hub that runs on this computer.
+"""Publish a GenieBlue and load it back by name, on a local Hub server.
 
     python examples/publish.py --model runs/trained --base runs/smollm2
 
-The same calls publish to huggingface.co: leave the local Hub out and log in with `hf auth login`.
+The same calls publish to huggingface.co: remove the local Hub and log in with `hf auth login`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from hub_server import HubServer  # noqa: E402
 
 hub = HubServer()
 hub.start()
-# Read by huggingface_hub when it is imported, hence before that.
+# huggingface_hub reads these when it is imported, so set them first.
 os.environ |= hub.env(HF_HOME=tempfile.mkdtemp(), HF_HUB_DISABLE_XET="1")
 
 from huggingface_hub import HfApi  # noqa: E402

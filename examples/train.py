@@ -1,8 +1,8 @@
-"""Train a GenieBlue to read short words that Pillow draws: both stages, a few minutes on two cores.
+"""Train a GenieBlue to read short words drawn by Pillow: both stages, a few minutes on two cores.
 
     python examples/train.py --model runs/reader --out runs/trained
 
-With this few steps it reads some of the words. `genieblue train` takes more data and has the paper's settings.
+After these few steps it reads some of the words. `genieblue train` takes more data and uses the paper's settings.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main(model: Path, out: Path, steps: int) -> None:
         chat = Chat.from_pretrained(str(folder))
     print("Answer:", chat.ask(QUESTION, [str(data.with_name("0000.png"))])["text"])
     chat.reset()
-    print("Text, by the base alone:", chat.ask("What is the capital of France?", max_new_tokens=20)["text"])
+    print("Text, from the base alone:", chat.ask("What is the capital of France?", max_new_tokens=20)["text"])
 
 
 if __name__ == "__main__":

@@ -144,8 +144,9 @@ def row(environment: Environment) -> str:
     names = ("transformers", "peft", "huggingface_hub", "tokenizers")
     cells = [found["versions"][name] for name in names]
     if environment.refusal is not None:
-        told = found["failures"].get("image", "")
-        cells += ["refused" if environment.refusal in told else f"**{told or 'not refused'}**", *["–"] * len(STEPS)]
+        message = found["failures"].get("image", "").split(" (/")[0]  # without the path of the environment
+        refused = environment.refusal in message
+        cells += ["refused" if refused else f"**{message or 'not refused'}**", *["–"] * len(STEPS)]
     else:
         cells += ["yes" if step not in found["failures"] else "**no**" for step in (*STEPS, "others")]
     return f"| {' | '.join(cells)} |"
