@@ -42,7 +42,7 @@ def main(model: Path, out: Path, steps: int) -> None:
     data = draw_words(out.with_name(f"{out.name}-words"), 400)
     chat = Chat.from_pretrained(str(model))
     for stage, folder, count, rate in ((1, out.with_name(f"{out.name}-1"), steps // 3, 2e-3), (2, out, steps, 1e-3)):
-        settings = TrainingSettings(stage=stage, steps=count, batch_size=16, learning_rate=rate, save_steps=0)
+        settings = TrainingSettings(stage=stage, steps=count, batch_size=4, learning_rate=rate, save_steps=0)
         train(chat.model, chat.processor, ChatDataset(data), folder, settings)
         chat = Chat.from_pretrained(str(folder))
     print("Answer:", chat.ask(QUESTION, [str(data.with_name("0000.png"))])["text"])
@@ -54,6 +54,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/reader"), help="folder of the GenieBlue to train")
     parser.add_argument("--out", type=Path, default=Path("runs/trained"), help="folder for the trained one")
-    parser.add_argument("--steps", type=int, default=120, help="steps of stage 2")
+    parser.add_argument("--steps", type=int, default=60, help="steps of stage 2")
     arguments = parser.parse_args()
     main(arguments.model, arguments.out, arguments.steps)
