@@ -1,1 +1,1 @@
-"""What people do with a GenieBlue model: make, train, ask, publish and demonstrate one."""
+"""Tools for GenieBlue models: make, train, chat with, publish and demonstrate them."""

@@ -163,7 +163,7 @@ def test_what_is_no_hub_id_is_refused_as_base(hub, pair):
 
 def test_a_base_has_no_base(hub, pair):
     result = push(pair / "base", BASE, "--base", "you/other")
-    assert result.exit_code == 2 and "is itself a base" in result.output
+    assert result.exit_code == 2 and "is a base itself" in result.output
 
 
 # Checks
@@ -268,7 +268,7 @@ def test_info_tells_precisions_and_sizes_of_a_folder_and_of_the_hub_alike(hub, p
         name: part["parameters"] for name, part in found[0].items()
     }
     table = CliRunner().invoke(app, ["info", str(whole)]).output
-    assert re.search(r"part +precision +parameters", table) and "lies in a folder of this GenieBlue" in table
+    assert re.search(r"part +precision +parameters", table) and "stored in a folder of this GenieBlue" in table
 
 
 # Cards
