@@ -122,7 +122,7 @@ def test_info_without_the_base_still_tells_of_the_rest(work):
     shutil.rmtree(work / "base")
     result = run("info", "genieblue", "--json")
     assert json.loads(result.stdout)["parts"]["language_model"] == {"parameters": None, "bytes": None}
-    assert "size of the base is not known" in result.stderr
+    assert "base's size is unknown" in result.stderr
 
 
 def test_info_of_a_repository_downloads_no_weights(hub, good):
@@ -234,7 +234,7 @@ def test_push_tells_how_to_log_in(hub, work, monkeypatch):
 
 def test_push_refuses_a_local_base(hub, work):
     message = error_of("push", "genieblue", "you/reader")
-    assert "local path" in message and "nothing was sent" in message
+    assert "local path" in message and "nothing was uploaded" in message
 
 
 # init, train, verify
