@@ -1,3 +1,3 @@
-"""What people do with a GenieBlue model: make, train, ask, publish and demonstrate one."""
+"""Tools for GenieBlue models: make, train, chat with, publish and demonstrate them."""
 
 __version__ = "0.1.0.dev0"

@@ -1,1 +1,1 @@
-"""Model cards and publishing: what a GenieBlue's repository on the Hub says, and how it gets there."""
+"""Model cards, and publishing a GenieBlue on the Hub."""

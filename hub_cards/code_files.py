@@ -1,4 +1,4 @@
-"""The Python files that the auto classes of transformers load from a model's folder."""
+"""The Python files that transformers' auto classes load from a model folder."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ CONFIGS_THAT_NAME_CODE = (CONFIG_NAME, *PROCESSOR_CONFIGS, TOKENIZER_CONFIG_NAME
 
 
 def code_files(folder: Path) -> list[str]:
-    """Files that any `auto_map` names, and what they import from siblings, whether they are there or not.
+    """Files named in any `auto_map` and the siblings they import, whether or not they exist.
 
-    Raises `SyntaxError` for a file that is not valid Python, `OSError` for a configuration that is damaged.
+    Raises `SyntaxError` for a file that is not valid Python, `OSError` for a damaged configuration.
     """
     waiting: list[str] = []
     for config_name in CONFIGS_THAT_NAME_CODE:
@@ -27,7 +27,7 @@ def code_files(folder: Path) -> list[str]:
 
 
 def _auto_map_files(config: Any) -> list[str]:
-    """Files named by the `auto_map` of a configuration, of an image processor's and of a quantized base's inside."""
+    """Files named in the `auto_map` of a configuration, or of a nested image processor or quantized base."""
     if not isinstance(config, dict):
         return []
     references: list[Any] = []
@@ -35,12 +35,12 @@ def _auto_map_files(config: Any) -> list[str]:
         if isinstance(holder, dict):
             references += (holder.get("auto_map") or holder.get("base_auto_map") or {}).values()
     flat = [item for entry in references for item in (entry if isinstance(entry, list | tuple) else [entry])]
-    # `repo--module.Class` is code of another repo, None the absent half of a tokenizer's pair.
+    # `repo--module.Class` is code in another repo; None is the missing slow or fast tokenizer of a pair.
     return [f"{item.split('.')[0]}.py" for item in flat if isinstance(item, str) and "--" not in item]
 
 
 def code_problems(folder: Path) -> list[str]:
-    """Why the code of a folder would not load, one sentence each."""
+    """Reasons why the code in a folder would not load, one sentence each."""
     try:
         missing = [name for name in code_files(folder) if not (folder / name).is_file()]
     except SyntaxError as error:

@@ -1,4 +1,4 @@
-"""What lies in the folder of a saved GenieBlue, read without loading it: configuration, weight headers, sizes."""
+"""Reads a saved GenieBlue's folder without loading the model: configuration, weight headers, sizes."""
 
 import os
 from dataclasses import dataclass
@@ -29,24 +29,24 @@ QMAPS = (QMAP_NAME, f"{ADAPTER_FOLDER}/{QMAP_NAME}")
 QUANT_METHOD = "genieblue_quanto"  # of a base that GenieBlue quantized
 BASE_PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings": "embeddings"}
 
-# Of a floating-point format of safetensors: unsigned integers of its width, and the bits of its exponent.
+# For each safetensors float format: the unsigned integer type of its width, and its exponent bits.
 EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 NUMBERS_AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """Number of parameters of one part of the model, and the bytes that they take on disk."""
+    """Parameters of one part of the model, and their bytes on disk."""
 
     parameters: int
     bytes: int
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a GenieBlue; `OSError` if it is missing or damaged, `ValueError` for another model's."""
+    """`config.json` of a GenieBlue; `OSError` if it is missing or damaged, `ValueError` for another kind of model."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}: expected the folder of a saved GenieBlue.")
+        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}: give the folder of a saved GenieBlue.")
     return check_is_genieblue(read_settings(path), path)
 
 
@@ -54,16 +54,15 @@ def check_is_genieblue(config: dict[str, Any], where: str | os.PathLike) -> dict
     """`config`, or `ValueError` if it describes another kind of model."""
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(
-            f"{where} has model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}: this is another kind of "
-            "model."
+            f"{where} has model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}: give a GenieBlue."
         )
     return config
 
 
 def read_base_quantization(folder: Path) -> dict[str, Any] | None:
-    """How the base in a folder was quantized by GenieBlue; `None` for any other folder.
+    """Quantization settings of a base that GenieBlue quantized; `None` for any other folder.
 
-    Raises `OSError` for a `config.json` that is damaged.
+    Raises `OSError` for a damaged `config.json`.
     """
     path = folder / CONFIG_NAME
     quantization = read_settings(path).get("quantization_config") if path.is_file() else None
@@ -72,7 +71,7 @@ def read_base_quantization(folder: Path) -> dict[str, Any] | None:
 
 
 def own_weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the model's own weights; `OSError` if they or their index are not whole."""
+    """Names of the model's own weight files; `OSError` if they or their index are incomplete."""
     if files := weight_files(ModelFiles(folder).find):
         return list(files)
     raise FileNotFoundError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: save the model again.")
@@ -103,7 +102,7 @@ def read_tensor_sizes(path: Path) -> dict[str, PartSize]:
 
 
 def are_zero(path: Path, names: list[str]) -> bool:
-    """Whether these tensors of a safetensors file consist of zeros alone."""
+    """Whether these tensors in a safetensors file are all zero."""
     tensors = parse_local_safetensors_file_metadata(path).tensors
     with path.open("rb") as file:
         data = 8 + int.from_bytes(file.read(8), "little")
@@ -115,7 +114,7 @@ def are_zero(path: Path, names: list[str]) -> bool:
 
 
 def not_finite(path: Path) -> list[str]:
-    """Names of the floating-point tensors in a safetensors file that hold NaN or infinity; it is read in pieces."""
+    """Names of tensors in a safetensors file that contain NaN or infinity; the file is read in chunks."""
     tensors = parse_local_safetensors_file_metadata(path).tensors
     broken = []
     with path.open("rb") as file:
@@ -129,25 +128,25 @@ def not_finite(path: Path) -> list[str]:
             file.seek(data + start)
             for done in range(0, count, NUMBERS_AT_A_TIME):
                 numbers = np.fromfile(file, integers, min(NUMBERS_AT_A_TIME, count - done))
-                if ((numbers & exponent) == exponent).any():  # all ones in NaN and infinity, and in nothing else
+                if ((numbers & exponent) == exponent).any():  # all ones only in NaN and infinity
                     broken.append(name)
                     break
     return sorted(broken)
 
 
 def adapter_weights(config: dict[str, Any]) -> str:
-    """Path in the folder of the adapter's weights: quantized ones have a name that stock PEFT does not take."""
+    """Path of the adapter's weights; quantized ones have a name that stock PEFT ignores."""
     name = ADAPTER_WEIGHTS_NAME if config.get("quantization") is None else QUANTIZED_ADAPTER_NAME
     return f"{ADAPTER_FOLDER}/{name}"
 
 
 def parameter_sizes(path: Path) -> dict[str, PartSize]:
-    """As `read_tensor_sizes`, but in parameters of the model: see `as_parameters`."""
+    """Like `read_tensor_sizes`, but counts parameters of the model: see `as_parameters`."""
     return {name: as_parameters(name, size) for name, size in read_tensor_sizes(path).items()}
 
 
 def as_parameters(name: str, size: PartSize) -> PartSize:
-    """Size of a stored tensor in parameters of the model: two to a byte in 4 bits, none for scales and zero points."""
+    """Size of a stored tensor in model parameters: two per byte at 4 bits, none for scales and zero points."""
     if name.endswith("._data._data"):
         return PartSize(2 * size.parameters, size.bytes)
     if name.endswith(("._scale", "._shift", ".input_scale", ".output_scale")):
@@ -156,14 +155,16 @@ def as_parameters(name: str, size: PartSize) -> PartSize:
 
 
 def count_parts(folder: Path) -> dict[str, PartSize]:
-    """Parameters and bytes of each part that lies in the folder; the base's weights do not.
+    """Parameters and bytes of each part in the folder, which does not include the base.
 
     Raises `OSError` for a missing or damaged weight file.
     """
     parts: dict[str, PartSize] = {}
     for file in own_weight_files(folder):
         for name, size in parameter_sizes(folder / file).items():
-            if not name.startswith("multimodal_language_model."):  # the adapter again, in a checkpoint of training
+            if not name.startswith(
+                "multimodal_language_model."
+            ):  # in a training checkpoint, a second copy of the adapter
                 _add(parts, name.split(".", 1)[0], size)
     for name, size in parameter_sizes(folder / adapter_weights(read_model_config(folder))).items():
         _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)

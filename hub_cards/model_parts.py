@@ -1,4 +1,4 @@
-"""What a GenieBlue is made of: parameters and bytes of each part, from the headers of its files alone."""
+"""Parameters and bytes of each part of a GenieBlue, read from file headers only."""
 
 import logging
 import os
@@ -36,8 +36,7 @@ PART_NAMES = (LANGUAGE_MODEL, "vision_tower", "multi_modal_projector", "replicat
 class ModelInfo:
     """The configuration of a GenieBlue, and the size of each of its parts.
 
-    The part `language_model` is the base: its files, of which none lies in the model's own repository. It is None
-    where the base cannot be found.
+    The part `language_model` is the base, whose files are in its own repository; `None` if it cannot be found.
     """
 
     config: dict[str, Any]
@@ -45,16 +44,16 @@ class ModelInfo:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """Precision by part of a quantized GenieBlue, nothing for another; that of the base is that of its blocks."""
+        """Precision by part of a quantized GenieBlue, else empty; the base has the precision of its blocks."""
         quantization = self.config.get("quantization")
         if quantization is None:
             return {}
         return {name: quantization["llm" if name == LANGUAGE_MODEL else name] for name in self.parts}
 
     def as_json(self) -> dict[str, Any]:
-        """`{"parts": {name: {"parameters": int, "bytes": int}}}`; both numbers of an unknown part are None.
+        """`{"parts": {name: {"parameters": int, "bytes": int}}}`; both are `None` for an unknown part.
 
-        Parts of a quantized GenieBlue have their `precision` as well.
+        Parts of a quantized GenieBlue also have a `precision`.
         """
         unknown = {"parameters": None, "bytes": None}
         parts = {name: unknown if size is None else asdict(size) for name, size in self.parts.items()}
@@ -71,10 +70,10 @@ def model_info(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> ModelInfo:
-    """Sizes of the parts of a saved GenieBlue, a folder or a Hub id; weights are neither read nor downloaded.
+    """Sizes of the parts of a saved GenieBlue (folder or Hub id), without reading or downloading weights.
 
-    `base` says where the base lies if not where the model says. Raises `OSError` or `ValueError` if `model` is no
-    GenieBlue, or its files are missing or damaged.
+    `base` overrides the recorded base. Raises `OSError` or `ValueError` if `model` is not a GenieBlue, or its files
+    are missing or damaged.
     """
     files = _Files(model, revision=revision, token=token, cache_dir=cache_dir)
     config_path = files.find(CONFIG_NAME, must_answer=True)
@@ -88,7 +87,9 @@ def model_info(
     parts: dict[str, PartSize | None] = dict.fromkeys(PART_NAMES)
     for file in files.weight_files():
         for name, size in files.tensor_sizes(file).items():
-            if not name.startswith("multimodal_language_model."):  # the adapter again, in a checkpoint of training
+            if not name.startswith(
+                "multimodal_language_model."
+            ):  # in a training checkpoint, a second copy of the adapter
                 _add(parts, name.split(".", 1)[0], size)
     for name, size in files.tensor_sizes(adapter_weights(config)).items():
         _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
@@ -99,7 +100,7 @@ def model_info(
 def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> PartSize | None:
     name, revision = base or config.get("base_model_name_or_path"), config.get("base_model_revision")
     if name is None:
-        logger.warning("The model does not say what its base is.")
+        logger.warning("The model does not record its base, so the base's size is unknown.")
         return None
     subfolder = ""
     if base is None and files.folder is None and is_inner_folder(name):
@@ -114,7 +115,7 @@ def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> Par
             for size in base_files.tensor_sizes(file).values():
                 _add(parts, LANGUAGE_MODEL, size)
     except (OSError, ValueError, EntryNotFoundError) as error:
-        logger.warning("The size of the base is not known: %s", " ".join(str(error).split()))
+        logger.warning("The base's size is unknown: %s", " ".join(str(error).split()))
         return None
     return parts.get(LANGUAGE_MODEL)
 
@@ -129,16 +130,16 @@ def _stored_size(tensor: Any) -> PartSize:
 
 
 class _Files(ModelFiles):
-    """Files of a model in a folder or on the Hub, of which the large ones are not downloaded."""
+    """Files of a model in a folder or on the Hub; large ones are not downloaded."""
 
     def weight_files(self) -> list[str]:
-        """The one file of weights, or the shards that the index names."""
+        """The single weight file, or the shards named in the index."""
         if files := weight_files(self._locate):
             return list(files)
         raise FileNotFoundError(f"{self.name} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: save or download it again.")
 
     def _locate(self, file: str) -> Path | None:
-        """As `find`; of weights on the Hub, some path if they are there."""
+        """Like `find`; for weights on the Hub, a placeholder path if they exist."""
         if self.folder is not None or not file.endswith(".safetensors"):
             return self.find(file)
         api, revision = HfApi(token=self.hub.get("token")), self.hub.get("revision")

@@ -1,4 +1,4 @@
-"""Sending the files of a model to the Hub as one commit, with respect for what somebody else put there."""
+"""Uploads a model's files to the Hub as one commit, without overwriting other people's work."""
 
 import logging
 from collections.abc import Callable
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be sent.
+    """The contents of an upload.
 
     Attributes:
         files: path in the repository -> the file, or its content.
-        card: text of the folder's own README, `None` if it has none.
-        render_card: makes the card for a repository's name.
-        stale: patterns of files of an earlier push that would disagree with this one; a star stays in its folder.
-        foreign: patterns of files of another model, beside which these would not be loaded.
+        card: text of the folder's own README, or `None`.
+        render_card: renders the card for a repository's name.
+        stale: patterns of files from earlier pushes to delete; a star does not match `/`.
+        foreign: patterns of another model's files, which would be loaded instead of these.
     """
 
     files: dict[str, Path | bytes]
@@ -44,20 +44,21 @@ def send(
     create_pr: bool,
     commit_description: str | None = None,
 ) -> CommitInfo:
-    """Makes the commit, and the repository if need be; `ValueError` where another model's weights lie.
+    """Creates the commit, and the repository if needed; `ValueError` if it contains another model's weights.
 
-    A card that was generated and not edited is rendered anew for `repo_id`, and gives way to one that somebody edited
-    on the Hub.
+    A generated, unedited card is rendered again for `repo_id`, but never replaces one that was edited on the Hub.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and revision != "main" and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    # Everything below is decided by what lies there now: a commit of somebody else in between makes this one fail.
+    # Everything below depends on the current head: if somebody else commits in between, this commit fails.
     head = api.model_info(repo_id, revision=revision)
     remote = {file.rfilename for file in head.siblings or ()}
     if foreign := sorted(path for path in remote if matches(path, upload.foreign)):
-        raise ValueError(f"{repo_id} holds another model ({', '.join(foreign[:3])}): give a repository of its own.")
+        raise ValueError(
+            f"{repo_id} already contains another model ({', '.join(foreign[:3])}): use a separate repository."
+        )
 
     additions = [
         CommitOperationAdd(path, content) for path, content in sorted(upload.files.items()) if path != CARD_NAME
@@ -71,8 +72,8 @@ def send(
         names = ", ".join(deletion.path_in_repo for deletion in deletions)
         logger.warning("Deleting files of an earlier push from %s: %s", repo_id, names)
 
-    # Not `upload_folder`: with Xet it splits an upload of more than five minutes into several commits, and between
-    # them the repo would hold new code with old weights.
+    # Not `upload_folder`: with Xet it splits uploads of more than five minutes into several commits, and in between
+    # the repo would have new code with old weights.
     return api.create_commit(
         repo_id,
         operations=[*deletions, *additions],
@@ -93,20 +94,20 @@ def _card_to_send(api: HfApi, upload: Upload, repo_id: str, revision: str | None
         if not is_as_generated(published):
             logger.warning("The card of %s was edited on the Hub and is kept.", repo_id)
             return None
-    # One in the folder was rendered at a save, when the repo's name was not known yet.
+    # The card in the folder was rendered when the model was saved, before the repo's name was known.
     return upload.render_card(repo_id)
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a path fits a pattern; `fnmatch` alone lets a star reach into subfolders."""
+    """Whether a path matches a pattern; unlike plain `fnmatch`, a star does not match `/`."""
     return any(path.count("/") == pattern.count("/") and fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def check_no_problems(folder: Path, problems: list[str]) -> None:
-    """`ValueError` that lists the problems, if there are any."""
+    """`ValueError` that lists the problems, if any."""
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
-        raise ValueError(f"{folder} was not published, nothing was sent:\n{listed}")
+        raise ValueError(f"{folder} cannot be published, nothing was uploaded:\n{listed}")
 
 
 __all__ = ["Upload", "matches", "check_no_problems", "send"]

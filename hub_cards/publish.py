@@ -1,4 +1,4 @@
-"""Publishing the folder of a saved GenieBlue: checked first, then sent to the Hub as one commit."""
+"""Checks the folder of a saved GenieBlue, then publishes it on the Hub as one commit."""
 
 import json
 import logging
@@ -52,8 +52,8 @@ from modeling_genieblue.model_files_genieblue import (
 
 logger = logging.getLogger(__name__)
 
-# What may be published beside the weights and the code. Anything else in the folder (checkpoints, optimizer states,
-# logs, data) stays at home.
+# Files that may be published in addition to weights and code. Anything else in the folder (checkpoints, optimizer
+# states, logs, data) is never uploaded.
 PUBLISHED_NAMES = (
     CONFIG_NAME,
     BASE_FINGERPRINT_NAME,
@@ -64,11 +64,11 @@ PUBLISHED_NAMES = (
     MEASUREMENTS_NAME,
     CARD_NAME,
     *LICENSE_FILES,
-    "*.png",  # pictures that a card shows
+    "*.png",  # images in the card
     "*.jpg",
 )
 
-# Files of an earlier push that would disagree with this one if they stayed. Patterns match within one folder.
+# Files from an earlier push that would conflict with this one. A star does not match `/`.
 STALE_PATTERNS = (
     WEIGHTS_NAME,
     WEIGHT_SHARDS,
@@ -79,7 +79,7 @@ STALE_PATTERNS = (
     ADAPTER_CONFIG_NAME,
     RECIPE_NAME,
     MEASUREMENTS_NAME,
-    "base/*",  # the quantized base of a self-contained one
+    "base/*",  # quantized base of a self-contained model
 )
 
 
@@ -95,16 +95,16 @@ def publish_folder(
     create_pr: bool = False,
     base: str | None = None,
 ) -> CommitInfo:
-    """Checks the folder of a saved GenieBlue and pushes it to the Hub as one commit; creates the repo if need be.
+    """Checks the folder of a saved GenieBlue and pushes it to the Hub as one commit; creates the repo if needed.
 
-    A missing card is written into the folder; one that was generated and not edited is rendered anew for `repo_id`,
-    and gives way to a card that somebody edited on the Hub. Files of an earlier push that are no longer there are
-    deleted in the same commit, files of other origin are left alone.
+    A missing card is written into the folder. A generated, unedited card is rendered again for `repo_id`, but never
+    replaces one that was edited on the Hub. Our files from an earlier push that no longer exist are deleted in the
+    same commit; other files are left alone.
 
-    `base` (`you/base` or `you/base@commit`) says where on the Hub the base is, if the folder names a local one: its
-    weight files must have the recorded sha256. What is sent names it at its commit; the folder stays as it is.
+    `base` (`you/base` or `you/base@commit`) is the Hub repository of a base that the folder records as a local path;
+    its weight files must have the recorded sha256. The upload records it at its commit; the folder does not change.
 
-    Raises `ValueError` with every problem found, before anything is sent; the Hub's own errors pass through.
+    Raises `ValueError` with every problem found, before anything is uploaded; the Hub's own errors pass through.
     """
     folder = Path(folder)
     config = _config_to_publish(folder, base, token)
@@ -136,13 +136,13 @@ def publish_folder(
 
 
 def _config_to_publish(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
-    """`config.json` as it is to be published."""
+    """`config.json` in the form to publish."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give the one that the model was saved into.")
+        raise FileNotFoundError(f"{folder} is not a folder: give the folder of a saved GenieBlue.")
     config = read_model_config(folder)
     source = (config.get("quantization") or {}).get("source") or {}
     if isinstance(source.get("name"), str) and not (is_hub_id(source["name"], folder) and "/" in source["name"]):
-        # A path of this computer is nobody else's business.
+        # Do not publish a local path.
         source["name"] = "../" + os.path.basename(os.path.normpath(source["name"]))
     if base is None:
         return config
@@ -155,15 +155,15 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
 
 
 def find_problems(folder: str | Path, config: dict[str, Any] | None = None) -> list[str]:
-    """Why a folder cannot be published, one sentence each; empty if it can.
+    """Reasons why a folder cannot be published, one sentence each; empty if it can.
 
-    `config` takes the place of its `config.json`, where another name of the base is to be published.
+    `config` replaces its `config.json`, if the base is published under a different name.
 
-    Raises `OSError` or `ValueError` if it is not the folder of a GenieBlue at all.
+    Raises `OSError` or `ValueError` if the folder is not a GenieBlue.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give the one that the model was saved into.")
+        raise FileNotFoundError(f"{folder} is not a folder: give the folder of a saved GenieBlue.")
     recorded = read_model_config(folder)
     config = config or recorded
     return [
@@ -176,9 +176,9 @@ def find_problems(folder: str | Path, config: dict[str, Any] | None = None) -> l
 
 
 def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -> list[str]:
-    """Paths, relative to the folder, that belong to its GenieBlue; what is left out is logged.
+    """Paths, relative to the folder, that belong to its GenieBlue; other files are logged.
 
-    With `config` in place of its `config.json`, for a base that is named otherwise there.
+    `config` replaces its `config.json`, if the base is published under a different name.
     """
     folder = Path(folder)
     config = config or read_model_config(folder)
@@ -196,7 +196,7 @@ def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -
     chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
     if left_out:
-        logger.warning("Not published, as no part of a GenieBlue: %s", ", ".join(left_out))
+        logger.warning("Not published, because not part of a GenieBlue: %s", ", ".join(left_out))
     return sorted(chosen)
 
 
@@ -208,18 +208,18 @@ def _base_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         yield from _inner_base_problems(folder / base, config)
     elif not is_hub_id(base, folder):
         yield (
-            f"Its base is {base!r}, a local path, which nobody else has: say where the same files are on the Hub "
-            "(`--base you/base`, `base=` in Python); publish the base first if they are not."
+            f"Its base is {base!r}, a local path that nobody else has: give the Hub repository with the same files "
+            "(`--base you/base`, `base=` in Python); publish the base first if there is none."
         )
     elif not isinstance(revision, str) or not COMMIT_SHA.fullmatch(revision):
         yield (
-            f"Its base {base} is recorded at the revision {revision!r}, expected the 40 digits of a commit: save it "
-            "with the base loaded from the Hub at that commit, so that a later change of the base cannot reach it."
+            f"Its base {base} is recorded at the revision {revision!r}, expected a 40-digit commit: save it with the "
+            "base loaded from the Hub at a commit, so that later changes to the base cannot affect it."
         )
     if not config.get("base_model_fingerprint") or not (folder / BASE_FINGERPRINT_NAME).is_file():
         yield (
             "Its base's fingerprint is missing (base_fingerprint.json, and sha256 in config.json), so nobody could "
-            "tell whether they have the right base: save the model again with the base's files at hand."
+            "verify their base: save the model again where the base's files are available."
         )
 
 
@@ -234,8 +234,8 @@ def _inner_base_problems(inner: Path, config: dict[str, Any]) -> Iterator[str]:
     recorded = config.get("base_model_fingerprint") or {}
     if recorded.get(QUANTIZED_WEIGHTS_NAME) != file_sha256(inner / QUANTIZED_WEIGHTS_NAME):
         yield (
-            f"{inner.name}/{QUANTIZED_WEIGHTS_NAME} does not have the recorded sha256: it was changed, or is another "
-            "base's; quantize the model again."
+            f"{inner.name}/{QUANTIZED_WEIGHTS_NAME} does not have the recorded sha256: it was changed or belongs to "
+            "another base; quantize the model again."
         )
 
 
@@ -258,30 +258,30 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     foreign = sorted(name for name in found if name.split(".", 1)[0] not in OWN_MODULES)
     if foreign:
         yield (
-            f"The weights hold {_some(foreign)}, expected only {' and '.join(OWN_MODULES)}: weights of the base are "
-            "not published; save the model with `save_pretrained`, which leaves them out."
+            f"The weights contain {_some(foreign)}, expected only {' and '.join(OWN_MODULES)}: the base's weights "
+            "are never published; save the model with `save_pretrained`, which leaves them out."
         )
     missing = [module for module in OWN_MODULES if not any(name.startswith(f"{module}.") for name in found)]
     if missing:
-        yield f"The weights hold nothing of {' and '.join(missing)}: save the model again."
+        yield f"The weights are missing {' and '.join(missing)}: save the model again."
 
 
 def _not_finite_problem(names: list[str]) -> str:
-    return f"NaN or infinity in {_some(names)}: nothing could be computed with it; train or save the model again."
+    return f"NaN or infinity in {_some(names)}: the model is unusable; train or save it again."
 
 
 def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     if (folder / ADAPTER_CONFIG_NAME).exists():
         yield (
-            "adapter_config.json lies in the root: `AutoModel.from_pretrained` of the repo would then load the base "
-            f"with an adapter in place of a GenieBlue. The adapter belongs into {ADAPTER_FOLDER}/; remove the file."
+            "adapter_config.json is in the root: `AutoModel.from_pretrained` would load the base with an adapter "
+            f"instead of a GenieBlue. Remove the file; the adapter belongs in {ADAPTER_FOLDER}/."
         )
     try:
         adapter = read_json(folder / ADAPTER_CONFIG)
         weights = adapter_weights(config)
         tensors = read_tensor_sizes(folder / weights)
     except (OSError, ValueError) as error:
-        yield f"The language adapter is not complete: {error}"
+        yield f"The language adapter is incomplete: {error}"
         return
     for ours, peft in (("base_model_name_or_path", "base_model_name_or_path"), ("base_model_revision", "revision")):
         if adapter.get(peft) != config.get(ours):
@@ -290,7 +290,7 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
                 "they must name the same base; save the model again."
             )
     if not tensors:
-        yield f"{weights} holds no tensor: save the model again."
+        yield f"{weights} contains no tensors: save the model again."
     if broken := not_finite(folder / weights):
         yield _not_finite_problem(broken)
     if config.get("quantization") is not None:
@@ -298,8 +298,8 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     lora_b = [name for name in tensors if ".lora_B." in name and not name.endswith("._scale")]
     if lora_b and are_zero(folder / weights, lora_b):
         yield (
-            "Nothing has been trained in the language model (all of LoRA B is zero), so the copied blocks are the "
-            "base's own weights, which are not published: train stage 2 first (`genieblue train --stage 2`)."
+            "The language model is untrained (all of LoRA B is zero), so the replicated blocks are the base's own "
+            "weights, which are not published: train stage 2 first (`genieblue train --stage 2`)."
         )
 
 

@@ -1,4 +1,4 @@
-"""Publishing a quantized base, and finding one that is published: the same bytes, at a commit."""
+"""Publishes a quantized base, and finds a published base with the same bytes."""
 
 import logging
 from collections.abc import Iterator
@@ -32,12 +32,12 @@ from modeling_genieblue.model_files_genieblue import (
 logger = logging.getLogger(__name__)
 
 CODE_CLASS = "AutoModelForCausalLM"
-# What a base has beside its weights, configuration and code, and a user of it needs.
+# Files of a base that its users need in addition to weights, configuration and code.
 BASE_COMPANIONS = (GENERATION_CONFIG_NAME, "preprocessor_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
 PUBLISHED_NAMES = (
     CONFIG_NAME, QUANTIZED_WEIGHTS_NAME, QMAP_NAME, CARD_NAME, *BASE_COMPANIONS
 )  # fmt: skip
-# Where they lie, transformers and the base's fingerprint take them instead of the quantized ones.
+# transformers, and the base's fingerprint, prefer these files to the quantized ones.
 FOREIGN_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS)
 
 
@@ -51,9 +51,9 @@ def publish_quantized_base(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Checks the folder of a quantized base and pushes it to the Hub as one commit; creates the repo if need be.
+    """Checks the folder of a quantized base and pushes it to the Hub as one commit; creates the repo if needed.
 
-    Raises `ValueError` with every problem found, before anything is sent; the Hub's own errors pass through.
+    Raises `ValueError` with every problem found, before anything is uploaded; the Hub's own errors pass through.
     """
     folder = Path(folder)
     check_no_problems(folder, find_base_problems(folder))
@@ -76,22 +76,24 @@ def publish_quantized_base(
 
 
 def find_base_problems(folder: Path) -> list[str]:
-    """Why the folder of a quantized base cannot be published, one sentence each; empty if it can.
+    """Reasons why a quantized base's folder cannot be published, one sentence each; empty if it can.
 
-    Raises `ValueError` if it is no such folder at all.
+    Raises `ValueError` if the folder is not a quantized base.
     """
     settings = read_base_quantization(folder)
     if settings is None:
-        raise ValueError(f"{folder} holds no base that GenieBlue quantized: expected what `genieblue quantize` wrote.")
+        raise ValueError(
+            f"{folder} is not a base quantized by GenieBlue: give a folder written by `genieblue quantize`."
+        )
     return [*_weight_problems(folder), *_loading_problems(folder)]
 
 
 def base_files_to_publish(folder: Path) -> list[str]:
-    """Names of the files that belong to a quantized base; what is left out is logged."""
+    """Names of the files that belong to a quantized base; other files are logged."""
     names = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
     chosen = {name for name in names if matches(name, PUBLISHED_NAMES)} | set(code_files(folder))
     if left_out := sorted(names - chosen):
-        logger.warning("Not published, as no part of a quantized base: %s", ", ".join(left_out))
+        logger.warning("Not published, because not part of a quantized base: %s", ", ".join(left_out))
     return sorted(chosen)
 
 
@@ -104,11 +106,11 @@ def _weight_problems(folder: Path) -> Iterator[str]:
     tied = bool(read_json(folder / CONFIG_NAME).get("tie_word_embeddings"))
     yield from map_problems(folder / QMAP_NAME, set(found), allowed_without_tensors=1 if tied else 0)
     for name in sorted(path.name for path in folder.iterdir() if matches(path.name, FOREIGN_WEIGHTS)):
-        yield f"{name} lies beside the quantized weights and would be loaded in their place: remove it."
+        yield f"{name} would be loaded instead of the quantized weights: remove it."
 
 
 def map_problems(path: Path, tensors: set[str], allowed_without_tensors: int = 0) -> list[str]:
-    """How a quantization map and the names of the stored tensors disagree, one sentence each."""
+    """Disagreements between a quantization map and the stored tensors, one sentence each."""
     if not path.is_file():
         return [f"{path.name} is missing, so nobody could read the quantized weights: quantize the model again."]
     try:
@@ -118,7 +120,7 @@ def map_problems(path: Path, tensors: set[str], allowed_without_tensors: int = 0
     ending = {"qint8": ".weight._data", "qint4": ".weight._data._data"}
     unknown = sorted(name for name, kind in kinds.items() if kind not in ending)
     if unknown:
-        return [f"{path} gives {unknown[0]} the precision {kinds[unknown[0]]!r}: quantize the model again."]
+        return [f"{path} has an unknown precision, {kinds[unknown[0]]!r}, for {unknown[0]}: quantize the model again."]
     meant = {f"{name}{ending[kind]}" for name, kind in kinds.items()}
     stored = {name for name in tensors if name.endswith("._data")}
     missing, extra = sorted(meant - stored), sorted(stored - meant)
@@ -133,36 +135,38 @@ def _loading_problems(folder: Path) -> Iterator[str]:
     yield from code_problems(folder)
     names = [path.name for path in folder.iterdir()]
     if "tokenizer_config.json" not in names or not any(matches(name, VOCABULARIES) for name in names):
-        yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): copy the base's own into it."
+        yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): copy the base's tokenizer files."
 
 
 def published_base(reference: str, recorded: dict[str, str] | None, token: str | bool | None) -> tuple[str, str]:
-    """Hub id and commit of `you/base` or `you/base@commit`, if its weight files are those whose sha256 is recorded.
+    """Hub id and commit of `you/base` or `you/base@commit`, if its weight files have the recorded sha256.
 
-    Raises `ValueError` if they are others, or the repository is missing; the Hub's other errors pass through.
+    Raises `ValueError` if they differ or the repository is missing; the Hub's other errors pass through.
     """
     name, _, revision = reference.partition("@")
     if not is_hub_id(name, Path()) or "/" not in name:
-        raise ValueError(f"The base {reference!r} is no Hub id: give you/base or you/base@commit.")
+        raise ValueError(f"The base {reference!r} is not a Hub id: give you/base or you/base@commit.")
     if not recorded:
-        raise ValueError("The sha256 of the base's files is not recorded, so no other base can be told from it.")
+        raise ValueError("The sha256 of the base's files is not recorded, so the base on the Hub cannot be verified.")
     try:
         info = HfApi(token=token).model_info(name, revision=revision or None, files_metadata=True)
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{name} is not on the Hub, or not for you to see: push the base first ({error}).") from error
+        raise ValueError(f"{name} is not on the Hub, or you have no access: push the base first ({error}).") from error
     files = info.siblings or []
     names = {file.rfilename for file in files}
-    # As transformers chooses: one file, else the shards.
+    # transformers prefers a single file to shards.
     taken = {WEIGHTS_NAME} if WEIGHTS_NAME in names else set(recorded)
     found = {file.rfilename: _sha256(file, info, token) for file in files if file.rfilename in taken}
     for file in sorted(recorded.keys() | found.keys()):
         if found.get(file) != recorded.get(file):
             raise ValueError(
-                f"{name} at {info.sha} is not the base that this model was made on: sha256 of {file} there is "
-                f"{found.get(file, 'that of no file')}, recorded is {recorded.get(file, 'no such file')}."
+                f"{name} at {info.sha} is not the base that this model was made from: sha256 of {file} there is "
+                f"{found.get(file, 'missing')}, the recorded one is {recorded.get(file, 'missing')}."
             )
     if CONFIG_NAME not in names:
-        raise ValueError(f"{name} at {info.sha} has no config.json, so nobody could load it: publish the whole base.")
+        raise ValueError(
+            f"{name} at {info.sha} has no config.json, so nobody could load it: publish the complete base."
+        )
     return info.id, str(info.sha)
 
 

@@ -1,4 +1,4 @@
-"""The card of a quantized base: what it was made from, at which precision, and how it is loaded."""
+"""The card of a quantized base: its origin, its precision and how to load it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +19,18 @@ def write_quantized_base_card(folder: Path, source: Path | None = None) -> None:
 
 
 def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None = None) -> str:
-    """The card of the quantized base in `folder`, whose `config.json` and weights are there.
+    """The card of the quantized base in `folder`, which must contain `config.json` and the weights.
 
     Args:
-        repo_name: what `from_pretrained` takes.
-        source: folder of the unquantized base. Its README names licence and languages, unless that base is on the
-            Hub; without it they are those of the card that the folder has already.
+        repo_name: argument of `from_pretrained`.
+        source: folder of the unquantized base. Its README gives licence and languages unless that base is on the Hub;
+            without `source` they come from the folder's existing card.
     """
     settings = read_base_quantization(folder)
     if settings is None:
-        raise ValueError(f"{folder} holds no base that GenieBlue quantized.")
+        raise ValueError(
+            f"{folder} is not a base quantized by GenieBlue: give a folder written by `genieblue quantize`."
+        )
     origin = settings["source"]
     on_hub = is_hub_id(origin["name"], folder) and "/" in origin["name"]
     licence, languages = _facts(folder, origin if on_hub else None, source)

@@ -90,7 +90,7 @@ def check_folder_or_id(name: str | os.PathLike, what: str = "") -> None:
     """`FileNotFoundError` for the path of a folder that is not there, `ValueError` for a web address."""
     refuse_address(name, what.strip() or "The model")
     if is_path(name) and not os.path.isdir(name):
-        raise FileNotFoundError(f"{what}{name} is no folder: give a folder or a Hub id.")
+        raise FileNotFoundError(f"{what}{name} is not a folder: give a folder or a Hub id.")
 
 
 class ModelFiles:

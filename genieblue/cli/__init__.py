@@ -1,1 +1,1 @@
-"""The command `genieblue`: one file per command; only this room speaks to a terminal."""
+"""The command `genieblue`, one file per command. Only this package prints."""

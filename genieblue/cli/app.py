@@ -1,4 +1,4 @@
-"""The command `genieblue`. Heavy libraries are imported by the commands that need them."""
+"""The command `genieblue`. Each command imports the heavy libraries it needs itself."""
 
 from typing import Annotated
 
@@ -9,17 +9,17 @@ from genieblue.cli.demo import demo
 from genieblue.cli.info import info
 from genieblue.cli.init import init
 from genieblue.cli.params import params
-from genieblue.cli.progress import use_lines_if_nobody_watches
+from genieblue.cli.progress import log_progress_without_terminal
 from genieblue.cli.push import push
 from genieblue.cli.qnn import export_app
 from genieblue.cli.quantize import quantize
-from genieblue.cli.terminal import ReportingGroup, speak_plainly
+from genieblue.cli.terminal import ReportingGroup, configure_logging
 from genieblue.cli.train import train
 from genieblue.cli.verify import verify
 
 app = typer.Typer(
     cls=ReportingGroup,
-    help="GenieBlue: eyes for a frozen language model, whose text answers do not change by one bit.",
+    help="GenieBlue: add vision to a language model while keeping its text answers bit-exact.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,9 +34,9 @@ def main(
         bool, typer.Option("--debug", help="Show tracebacks and all log messages (or set GENIEBLUE_DEBUG=1).")
     ] = False,
 ) -> None:
-    """Settings of all commands."""
-    speak_plainly(debug)
-    use_lines_if_nobody_watches()
+    """Settings for all commands."""
+    configure_logging(debug)
+    log_progress_without_terminal()
 
 
 for command in (init, train, chat, info, params, verify, quantize, push, demo):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, NpuBackend, Precision, Revision, View
-from genieblue.cli.qnn import open_bundle, refuse_options
+from genieblue.cli.qnn import check_unused_options, open_bundle
 from genieblue.cli.terminal import choose_device, looking_for, note, print_json, quiet_transformers, stdout_for_json
 
 
@@ -15,26 +15,28 @@ def chat(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option("--image", "-i", help="Image file or address; may be repeated.", show_default=False),
+        typer.Option("--image", "-i", help="Image file or URL; may be repeated.", show_default=False),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer, end.", show_default=False)
+        str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.", show_default=False)
     ] = None,
     json_output: Json = False,
-    view: Annotated[View | None, typer.Option(help="Chosen by the images, if left out.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likelier tokens of this share.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.", show_default=False)] = None,
-    qnn: Annotated[
-        str | None, typer.Option(help="Bundle of `export qnn` to ask, instead of a model.", show_default=False)
+    view: Annotated[
+        View | None, typer.Option(help="Default: multimodal if there are images.", show_default=False)
     ] = None,
-    npu: Annotated[NpuBackend, typer.Option(help="What runs the bundle's graphs.")] = NpuBackend.cpu,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 means greedy decoding.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling threshold.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    qnn: Annotated[
+        str | None, typer.Option(help="Bundle from `export qnn`, instead of a model.", show_default=False)
+    ] = None,
+    npu: Annotated[NpuBackend, typer.Option(help="Where to run the bundle's graphs.")] = NpuBackend.cpu,
     adapter: Annotated[
-        Path | None, typer.Option(help="File of `export adapter` for a bundle, instead of its own LoRA.")
+        Path | None, typer.Option(help="File from `export adapter`, to replace the bundle's own LoRA.")
     ] = None,
     compile_decoding: Annotated[
-        bool, typer.Option("--compile", help="Compile decoding: the first answer takes longer, long ones are faster.")
+        bool, typer.Option("--compile", help="Compile decoding: slower first answer, faster long answers.")
     ] = False,
     base: Base = None,
     revision: Revision = None,
@@ -42,17 +44,8 @@ def chat(
     device: Device = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Ask one question, or hold a conversation with images at any turn."""
-    if json_output and prompt is None:
-        raise typer.BadParameter("--json answers one request: give it as --prompt.", param_hint="--json")
-    if (model is None) == (qnn is None):
-        raise typer.BadParameter("Give a model, or a bundle as --qnn.", param_hint="MODEL")
-    if qnn is not None:
-        drawing, loading = ("temperature", "top_p", "seed"), ("base", "revision", "dtype", "device")
-        others = (*drawing, *loading, "compile_decoding", "trust_remote_code")
-        refuse_options(ctx, others, "a bundle, which is greedy, and complete as it was compiled")
-    else:
-        refuse_options(ctx, ("npu", "adapter"), "a model; it is for a bundle (--qnn)")
+    """Ask one question, or chat, with images in any turn."""
+    _check_options(ctx, model, qnn, prompt, json_output)
     with stdout_for_json(json_output):
         quiet_transformers()
         from transformers import set_seed
@@ -71,7 +64,7 @@ def chat(
         if seed is not None:
             set_seed(seed)
         if conversation.completes_only:
-            note("The base has no chat template: what you write is completed, and not remembered.")
+            note("The base has no chat template: each prompt is completed on its own, without history.")
         if prompt is None:
             converse(conversation, images, **settings)
             return
@@ -81,6 +74,22 @@ def chat(
     else:
         typer.echo()
         note(describe(result))
+
+
+def _check_options(
+    ctx: typer.Context, model: str | None, qnn: str | None, prompt: str | None, json_output: bool
+) -> None:
+    """`BadParameter` for options that do not go together."""
+    if json_output and prompt is None:
+        raise typer.BadParameter("--json answers a single request: give it with --prompt.", param_hint="--json")
+    if (model is None) == (qnn is None):
+        raise typer.BadParameter("Give either a model or a bundle (--qnn).", param_hint="MODEL")
+    if qnn is not None:
+        sampling, running = ("temperature", "top_p", "seed"), ("compile_decoding", "dtype", "device")
+        others = (*sampling, *running, "base", "revision", "trust_remote_code")
+        check_unused_options(ctx, others, "a bundle, which decodes greedily and is fixed when it is compiled")
+    else:
+        check_unused_options(ctx, ("npu", "adapter"), "a model, only to a bundle (--qnn)")
 
 
 def load_chat(

@@ -1,4 +1,4 @@
-"""The conversation at a terminal: a line is a turn, a line that begins with a slash is a command."""
+"""A conversation in the terminal: each line is a turn; a line that starts with a slash is a command."""
 
 import contextlib
 import shlex
@@ -14,16 +14,16 @@ from genieblue.cli.terminal import note
 from genieblue.serving.conversation import Conversation
 from modeling_genieblue.image_reading_genieblue import read_image
 
-HELP = """/image PATH…  show images with your next line
-/reset        begin a new conversation
-/help         this list
-/quit         end (also Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/image PATH…  add images to your next message
+/reset        start a new conversation
+/help         show this list
+/quit         quit (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 def converse(chat: Conversation, images: Sequence[Any], **settings: Any) -> None:
-    """Reads lines until /quit or the end of input; `settings` are those of its `ask`.
+    """Reads lines until /quit or the end of input; `settings` are passed to `chat.ask`.
 
-    A turn that fails is told and forgotten; the conversation goes on.
+    A turn that fails is reported and discarded; the conversation continues.
     """
     at_terminal = sys.stdin.isatty()
     if at_terminal:
@@ -40,11 +40,11 @@ def converse(chat: Conversation, images: Sequence[Any], **settings: Any) -> None
         elif command == "/reset":
             chat.reset()
             waiting.clear()
-            note("A new conversation.")
+            note("Started a new conversation.")
         elif command == "/image":
             waiting += _open_images(rest)
         elif command.startswith("/") and len(command) > 1 and command[1:].isalpha():
-            note(f"There is no command {command}; /help lists them.")
+            note(f"Unknown command {command}; /help lists the commands.")
         elif line and _answer(chat, line, waiting, at_terminal, settings):
             waiting.clear()
 
@@ -73,39 +73,39 @@ def _answer(chat: Conversation, line: str, images: list[Any], at_terminal: bool,
         result = chat.ask(line, images, on_text=show, **settings)
     except KeyboardInterrupt:
         typer.echo()
-        note(f"Stopped. {_forgotten(images)}")
+        note(f"Stopped. {_discarded(images)}")
         return False
     except Exception as error:
         message = message_for_user(error)
         if message is None:
             raise
         typer.echo(f"Error: {message}", err=True)
-        note(_forgotten(images))
+        note(_discarded(images))
         return False
     typer.echo()
     note(describe(result))
     return True
 
 
-def _forgotten(images: list[Any]) -> str:
-    if images:  # perhaps they are what was wrong, and then every later line would fail with them
-        return "This turn is forgotten, but its images go with your next line; /reset drops them and begins anew."
-    return "This turn is forgotten; /reset begins a new conversation."
+def _discarded(images: list[Any]) -> str:
+    if images:  # if they caused the failure, the user must be able to drop them
+        return "This turn is discarded, but its images stay for your next message; /reset drops them and starts over."
+    return "This turn is discarded; /reset starts a new conversation."
 
 
 def show(piece: str) -> None:
-    """Writes a piece of an answer as soon as it is there."""
+    """Writes a piece of an answer as soon as it is generated."""
     sys.stdout.write(piece)
     sys.stdout.flush()
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Which view answered, and how many tokens it read and wrote."""
-    return f"[{result['view']} view, {result['prompt_tokens']} tokens read, {result['generated_tokens']} written]"
+    """The view that answered, and the number of prompt and generated tokens."""
+    return f"[{result['view']} view, {result['prompt_tokens']} prompt tokens, {result['generated_tokens']} generated]"
 
 
 def _open_images(rest: str) -> list[Any]:
-    """The images that a line names, opened; none if one of them cannot be."""
+    """Opens the images named in a line; returns none if any of them cannot be opened."""
     rest = rest.strip()
     try:
         names = [rest] if Path(rest).is_file() else shlex.split(rest)
@@ -120,5 +120,5 @@ def _open_images(rest: str) -> list[Any]:
         typer.echo(f"Error: {error}", err=True)
         return []
     for name, image in zip(names, images, strict=True):
-        note(f"{name}: {image.width}x{image.height}; goes with your next line.")
+        note(f"{name}: {image.width}x{image.height}, added to your next message.")
     return images

@@ -1,4 +1,4 @@
-"""`genieblue demo`: a small GenieBlue from nothing."""
+"""`genieblue demo`: a small GenieBlue from scratch."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,13 @@ from genieblue.cli.terminal import print_json, quiet_transformers, stdout_for_js
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
     seed: int = 0,
     json_output: Json = False,
 ) -> None:
-    """Make a small GenieBlue that reads handwriting.
+    """Train a small GenieBlue that reads handwritten numbers.
 
-    It takes under 10 minutes on two cores, without a network. The exit code is 1 if the base's text answers changed.
+    Takes under 10 minutes on two cores, without a network. The exit code is 1 if the base's text answers changed.
     """
     with stdout_for_json(json_output):
         quiet_transformers()

@@ -1,6 +1,6 @@
-"""Errors as the command line tells them: one clear message, in the words of its own options.
+"""Error messages of the command line: one clear message, which names the command line's own options.
 
-Nothing here imports torch, so that `genieblue --help` is there at once.
+Nothing here imports torch, so that `genieblue --help` is instant.
 """
 
 import errno
@@ -9,7 +9,7 @@ import re
 import traceback
 from collections.abc import Iterable
 
-# Errors of these libraries say what is wrong with a file, a network or a template: they are for the user.
+# Errors of these libraries describe a problem with a file, the network or a template, so they are shown to the user.
 LIBRARIES_WITH_ERRORS_FOR_USERS = ("huggingface_hub", "httpx", "httpx2", "safetensors", "jinja2")
 EXTRAS = {
     "datasets": "train",
@@ -22,8 +22,8 @@ EXTRAS = {
     "onnx": "qnn",
 }
 UNREACHABLE = "The Hub cannot be reached: check the network, or HF_ENDPOINT."
-OFFLINE = "It is not in the cache, and HF_HUB_OFFLINE keeps the Hub from being asked."
-# What the Hub's clients say when nothing answers, and what comes before it.
+OFFLINE = "It is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub."
+# The messages of the Hub's clients when the Hub does not answer.
 NO_ANSWER = re.compile(
     r"[:.]?\s*(We couldn't connect to '.*?offline-mode'\.|"
     r"(Got: Connect.*\s)?An error happened while trying to locate the files? on the Hub.*?(connection is on|again)\.|"
@@ -31,55 +31,55 @@ NO_ANSWER = re.compile(
     re.DOTALL,
 )
 MAY_HOLD_SECRETS = re.compile(r":/|data:|\bhf_|bearer", re.IGNORECASE)
-# transformers' list of all that it knows.
+# transformers' list of all the model types it knows.
 ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
-# What the command line has for the hints of our errors (`modeling_genieblue.hints_genieblue`).
-HINTS = {"give_base": "Give the right base, its folder or Hub id, as --base."}
+# The command line's wording for the hints of our errors (`modeling_genieblue.hints_genieblue`).
+HINTS = {"give_base": "Give the folder or Hub id of the right base with --base."}
 
 
 def message_for_user(error: Exception) -> str | None:
-    """What to tell the user; None for an error that is no user's but a mistake of the program."""
+    """The message to show the user; `None` for an error that is a bug, which needs a traceback."""
     if isinstance(error, BrokenPipeError):
         return None  # `genieblue … | head`: handled by the caller
     if isinstance(error, ModuleNotFoundError):
-        if "genieblue[" in str(error):  # whoever raised it knows best which extra brings the library
+        if "genieblue[" in str(error):  # the message already names the extra
             return str(error)
         package = (error.name or "").split(".")[0]
         extra = EXTRAS.get(package)
-        return extra and f"This needs the library {package}, which is not installed: pip install 'genieblue[{extra}]'."
+        return extra and f"This needs the package {package}, which is not installed: pip install 'genieblue[{extra}]'."
     if type(error).__name__ == "OutOfMemoryError":
-        return f"The GPU's memory is full: {_first_line(error)} Use a smaller batch, fewer tiles or another dtype."
+        return f"The GPU is out of memory: {_first_line(error)} Use a smaller batch, fewer tiles or another dtype."
     if not isinstance(error, (ValueError, OSError)) and not is_for_users(error):
         return None
     if _fills_the_cache(error):
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        return f"The disk of the Hub's cache, {HF_HUB_CACHE}, is full: make room, or set HF_HOME to another folder."
-    message = in_command_words(text_of(error)) or type(error).__name__
+        return f"The disk with the Hub cache, {HF_HUB_CACHE}, is full: free some space, or set HF_HOME elsewhere."
+    message = command_line_message(text_of(error)) or type(error).__name__
     if message.startswith("[Errno") and getattr(error, "filename", None):
-        message = f"{error.filename} cannot be used ({error.strerror}): give a place that you may read and write."
+        message = f"{error.filename} cannot be used ({error.strerror}): give a path that you can read and write."
     if type(error).__name__.startswith("Connect") and is_for_users(error):
         return UNREACHABLE
     if "401 Unauthorized" in message:
-        message += "\nLog in with `hf auth login`, set HF_TOKEN, or give --token where there is that option."
+        message += "\nLog in with `hf auth login`, set HF_TOKEN, or use --token where the command has it."
     if "trust_remote_code" in message and "--trust-remote-code" not in message:
         message += "\nOn the command line the option is --trust-remote-code."
     return message
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, with its hints as the command line words them."""
+    """The message of an error, with its hints in the command line's wording."""
     hints = with_hints(getattr(error, "what", ""), getattr(error, "hints", ()))
     return hints or str(error).strip()
 
 
 def with_hints(what: str, hints: Iterable[str]) -> str:
-    """A text and hints in the words of the command line; those that it has no option for are left out."""
+    """A text with its hints in the command line's wording; hints without an option are left out."""
     return " ".join([what, *(HINTS[hint] for hint in hints if hint in HINTS)])
 
 
-def in_command_words(message: str) -> str:
-    """An error of a library in the command line's own words, without secrets and what is long about the network."""
+def command_line_message(message: str) -> str:
+    """A library's message, with long network errors shortened and secrets removed."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
     message = ALL_KINDS.sub("", message)
@@ -87,16 +87,16 @@ def in_command_words(message: str) -> str:
 
 
 def without_secrets(message: str) -> str:
-    """A message with its addresses redacted; a library's own may hold passwords and tokens."""
+    """A message with its URLs redacted, since a library's message may contain passwords and tokens."""
     if not MAY_HOLD_SECRETS.search(message):
         return message
-    from modeling_genieblue.addresses_genieblue import redacted  # which imports torch, so for few messages only
+    from modeling_genieblue.addresses_genieblue import redacted  # imports torch, so only if needed
 
     return redacted(message)
 
 
 def _fills_the_cache(error: BaseException | None) -> bool:
-    """Whether a disk was full while the Hub's client wrote to it."""
+    """Whether the disk was full when huggingface_hub wrote to it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -114,4 +114,4 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-__all__ = ["in_command_words", "is_for_users", "message_for_user", "text_of", "with_hints", "without_secrets"]
+__all__ = ["command_line_message", "is_for_users", "message_for_user", "text_of", "with_hints", "without_secrets"]

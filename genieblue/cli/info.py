@@ -1,4 +1,4 @@
-"""`genieblue info`: what a GenieBlue is made of, as a table or JSON."""
+"""`genieblue info`: the parts of a GenieBlue, as a table or JSON."""
 
 import typer
 
@@ -7,7 +7,7 @@ from genieblue.cli.terminal import looking_for, note, print_json, print_table, s
 
 
 def print_info(model: str, base: str | None, revision: str | None) -> None:
-    """Prints what a GenieBlue is and a table of its parts, with their precision if it is quantized."""
+    """Prints a summary of a GenieBlue and a table of its parts, with their precision if it is quantized."""
     from hub_cards.model_folder import PartSize
     from hub_cards.model_parts import LANGUAGE_MODEL, model_info
     from modeling_genieblue.model_files_genieblue import is_inner_folder
@@ -20,27 +20,27 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
     layers = config.get("replicated_layers") or []
     typer.echo(
         f"{len(layers)} of {(config.get('text_config') or {}).get('num_hidden_layers')} blocks replicated: "
-        f"{', '.join(map(str, layers))} ({config.get('placement') or 'chosen by hand'}); LoRA rank "
-        f"{config.get('lora_rank')} alpha {config.get('lora_alpha')}, {config.get('image_seq_length')} tokens a tile\n"
+        f"{', '.join(map(str, layers))} ({config.get('placement') or 'custom'}); LoRA rank {config.get('lora_rank')}, "
+        f"alpha {config.get('lora_alpha')}; {config.get('image_seq_length')} tokens per tile\n"
     )
     own = [size for name, size in found.parts.items() if size is not None and name != LANGUAGE_MODEL]
     total = PartSize(sum(size.parameters for size in own), sum(size.bytes for size in own))
     rows = [
         (name, found.precisions.get(name, ""), *(("unknown", "") if size is None else
                                                  (f"{size.parameters:,}", short_bytes(size.bytes))))
-        for name, size in [*found.parts.items(), ("all but the base", total)]
+        for name, size in [*found.parts.items(), ("total without base", total)]
     ]  # fmt: skip
     header = ("part", "precision", "parameters", "on disk")
     shown = range(4) if found.precisions else (0, 2, 3)
     print_table([header[column] for column in shown], [[row[column] for column in shown] for row in rows])
     if is_inner_folder(config.get("base_model_name_or_path")):
-        note("language_model is the base, which lies in a folder of this GenieBlue.")
+        note("language_model is the base, stored in a folder of this GenieBlue.")
     else:
-        note("language_model is the base, whose files are its own: none of its weights lies in a GenieBlue.")
+        note("language_model is the base; its weights are stored in its own repository, not here.")
 
 
 def info(model: Model, json_output: Json = False, base: Base = None, revision: Revision = None) -> None:
-    """List the parts of a GenieBlue, their parameters and bytes."""
+    """List the parts of a GenieBlue with their parameters and sizes."""
     if not json_output:
         print_info(model, base, revision)
         return

@@ -1,4 +1,4 @@
-"""`genieblue init`: a base and a SigLIP in, a new GenieBlue out."""
+"""`genieblue init`: make a GenieBlue from a base and a SigLIP."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,16 +18,14 @@ def init(
     placement: PlacementOption = Placement.skip,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
     alpha: Annotated[int, typer.Option(min=1, help="LoRA alpha.")] = 16,
-    max_tiles: Annotated[int, typer.Option(help="Most tiles that an image is cut into: 1, 4, 9, 16, …")] = 16,
+    max_tiles: Annotated[int, typer.Option(help="Maximum tiles per image: 1, 4, 9, 16, …")] = 16,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file, for a base that has no chat template.", show_default=False)
     ] = None,
     dtype: Dtype = Precision.auto,
     base_revision: Revision = None,
     vision_revision: Revision = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a GenieBlue that lies in the folder.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing GenieBlue in --out.")] = False,
     trust_remote_code: BaseCode = False,
 ) -> None:
     """Make a new GenieBlue from a base and a SigLIP."""

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the values that they take."""
+"""Options shared by several commands, and their values."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 
 class Placement(StrEnum):
-    """Which quarter of the base's blocks is copied."""
+    """Which quarter of the base's blocks is replicated."""
 
     skip = "skip"
     pre = "pre"
@@ -15,7 +15,7 @@ class Placement(StrEnum):
 
 
 class Structure(StrEnum):
-    """What a structure of the paper trains in the language model."""
+    """Which parameters of the language model are trained, by the paper's structures."""
 
     full = "full"
     lora = "lora"
@@ -24,14 +24,14 @@ class Structure(StrEnum):
 
 
 class View(StrEnum):
-    """One of the two ways in which a request can run."""
+    """The view that a request runs."""
 
     text = "text"
     multimodal = "multimodal"
 
 
 class Precision(StrEnum):
-    """Number format of weights; `auto` is that of the files."""
+    """Dtype of the weights; `auto` is the dtype of the files."""
 
     auto = "auto"
     float32 = "float32"
@@ -40,7 +40,7 @@ class Precision(StrEnum):
 
 
 class Weights(StrEnum):
-    """Precision of a part's weights; activations stay in 16 bits."""
+    """Precision of a part's weights; activations stay at 16 bits."""
 
     w4a16 = "w4a16"
     w8a16 = "w8a16"
@@ -48,7 +48,7 @@ class Weights(StrEnum):
 
 
 class EightBits(StrEnum):
-    """Precision of a part that is not made for 4 bits."""
+    """Precision of a part that does not support 4 bits."""
 
     w8a16 = "w8a16"
     w16a16 = "w16a16"
@@ -63,7 +63,7 @@ class Rounding(StrEnum):
 
 
 class Activations(StrEnum):
-    """Number format of activations and of what is not quantized."""
+    """Dtype of activations and of unquantized weights."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -71,47 +71,47 @@ class Activations(StrEnum):
 
 
 class QnnRounding(StrEnum):
-    """How the decoder's matrices become codes of an NPU."""
+    """How the decoder's weights are rounded for an NPU."""
 
     rtn = "rtn"
     seqmse = "seqmse"
 
 
 class LoraMode(StrEnum):
-    """How LoRA enters the graphs of an NPU."""
+    """How LoRA enters an NPU's graphs."""
 
     constants = "constants"
     inputs = "inputs"
 
 
 class NpuBackend(StrEnum):
-    """What runs the graphs of a bundle on this computer."""
+    """Where to run the graphs of a bundle."""
 
     cpu = "cpu"
     emulator = "emulator"
 
 
-def _refuse_empty(name: str | None) -> str | None:
-    """What an unset variable of the shell gives is not taken for an option that was left out."""
+def _check_not_empty(name: str | None) -> str | None:
+    """`BadParameter` for an empty name: it comes from an unset shell variable and must not mean "not given"."""
     if name is not None and not name.strip():
         raise typer.BadParameter("The name is empty: give a folder or a Hub id.")
     return name
 
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a single JSON document.")]
 Base = Annotated[
     str | None,
     typer.Option(
-        help="Folder or Hub id of the base, if it is not where the model says.",
+        help="Folder or Hub id of the base, if not the recorded one.",
         show_default=False,
-        callback=_refuse_empty,
+        callback=_check_not_empty,
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
-Dtype = Annotated[Precision, typer.Option(help="Precision to load the weights in.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU if there is one.", show_default=False)]
-BaseCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow Python code of the base's repository to run.")
+Dtype = Annotated[Precision, typer.Option(help="Dtype to load the weights in.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if available.", show_default=False)
 ]
-PlacementOption = Annotated[Placement, typer.Option(help="Quarter of the blocks that is copied.")]
+BaseCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the base's repository to run.")]
+PlacementOption = Annotated[Placement, typer.Option(help="Which quarter of the blocks to replicate.")]

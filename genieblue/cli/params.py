@@ -1,4 +1,4 @@
-"""`genieblue params`: what a structure of the paper trains."""
+"""`genieblue params`: how many parameters a structure of the paper trains."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ def params(
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
     json_output: Json = False,
 ) -> None:
-    """Count what a structure of the paper trains."""
+    """Count the parameters that a structure of the paper trains."""
     with stdout_for_json(json_output):
         quiet_transformers()
         from genieblue.lab.parameters import count_trainable

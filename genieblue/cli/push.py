@@ -1,4 +1,4 @@
-"""`genieblue push`: checked, with a card, as one commit."""
+"""`genieblue push`: check a model and publish it with a card, as one commit."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,22 +15,22 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="Name on the Hub: you/model.", show_default=False)],
     base: Annotated[
         str | None,
-        typer.Option(help="Where a local base is on the Hub: you/base or you/base@commit.", show_default=False),
+        typer.Option(help="Hub id of a base that was local: you/base or you/base@commit.", show_default=False),
     ] = None,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="For a new repository.", show_default=False)
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repository.", show_default=False)
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.", show_default=False)] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.", show_default=False)] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     token: Annotated[
-        str | None, typer.Option(help="By default HF_TOKEN, or what `hf auth login` stored.", show_default=False)
+        str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.", show_default=False)
     ] = None,
 ) -> None:
     """Check a GenieBlue, or a quantized base, and publish it on the Hub.
 
-    It becomes one commit. The base of a GenieBlue must be on the Hub already, or lie within its folder; --base names
-    the repository if the folder has a local one, whose files must be the same.
+    The upload is a single commit. A GenieBlue's base must already be on the Hub, or inside its folder. If the folder
+    names a local base, --base gives its repository, whose files must be identical.
     """
     from hub_cards.model_folder import read_base_quantization
     from hub_cards.publish import publish_folder
@@ -45,7 +45,7 @@ def push(
     elif base is None:
         commit = publish_quantized_base(folder, repo_id, **options)
     else:
-        raise typer.BadParameter(f"{folder} is itself a base: leave --base out.", param_hint="--base")
+        raise typer.BadParameter(f"{folder} is a base itself: leave out --base.", param_hint="--base")
     typer.echo(commit.pr_url or commit.commit_url)
 
 

@@ -1,4 +1,4 @@
-"""`genieblue export qnn`, and what `chat` and `verify` do with a bundle for a phone's NPU."""
+"""`genieblue export qnn`, and how `chat` and `verify` use a bundle for a phone's NPU."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,32 +20,30 @@ def export() -> None:
 
 @export_app.command()
 def qnn(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit GenieBlue.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.", show_default=False)],
     soc: Annotated[str, typer.Option(help=f"Chip: {', '.join(SOCS)}.", show_default=False)],
     calibration: Annotated[
         Path, typer.Option(help="JSONL of chats, some with images, as for training.", show_default=False)
     ],
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where image paths of the JSONL begin.", show_default=False)
+        Path | None, typer.Option(help="Folder that image paths in the JSONL are relative to.", show_default=False)
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Chats to calibrate on.")] = 16,
-    chunk_length: Annotated[int, typer.Option(min=1, help="Tokens that prefill takes at a time.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration chats.")] = 16,
+    chunk_length: Annotated[int, typer.Option(min=1, help="Prefill chunk size, in tokens.")] = 128,
     context_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that a conversation may have; by default at most 2048.", show_default=False),
+        typer.Option(min=1, help="Longest conversation, in tokens; default: at most 2048.", show_default=False),
     ] = None,
-    parts: Annotated[int, typer.Option(min=1, help="Binaries that hold the blocks; more need less memory.")] = 1,
-    lora: Annotated[
-        LoraMode, typer.Option(help="constants, or inputs, so that one binary serves several adapters.")
-    ] = LoraMode.constants,
+    parts: Annotated[int, typer.Option(min=1, help="Number of binaries for the blocks; more use less memory.")] = 1,
+    lora: Annotated[LoraMode, typer.Option(help="inputs: one binary serves several adapters.")] = LoraMode.constants,
     cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
     vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
     rounding: Annotated[
-        QnnRounding, typer.Option(help="rtn, to nearest, or seqmse (extra aimet): slower, by what is lost.")
+        QnnRounding, typer.Option(help="rtn: to nearest; seqmse: least error, slower (extra aimet).")
     ] = QnnRounding.rtn,
     encodings: Annotated[
-        bool, typer.Option("--encodings", help="Write float graphs with AIMET .encodings too, for qairt-converter.")
+        bool, typer.Option("--encodings", help="Also write float graphs with AIMET .encodings, for qairt-converter.")
     ] = False,
     base: Base = None,
     revision: Revision = None,
@@ -54,8 +52,8 @@ def qnn(
 ) -> None:
     """Compile a bundle of context binaries for a Snapdragon NPU.
 
-    One vision graph, and text and multimodal prefill and decode that share their weights in one binary. An export that
-    was stopped goes on where it was when it is started again with the same settings.
+    The bundle has a vision graph and, in one binary with shared weights, prefill and decode graphs for the text and
+    multimodal views. An interrupted export resumes when it is run again with the same settings.
     """
     from conversion.qnn.npu.sessions import check_libraries_installed, check_platform
 
@@ -73,14 +71,16 @@ def qnn(
 
         with looking_for(model):
             LoadRequest.from_arguments(model, dict(options)).check_layout()
-            GenieBlueConfig.from_pretrained(model, revision=revision)  # which says best what is no GenieBlue
+            GenieBlueConfig.from_pretrained(
+                model, revision=revision
+            )  # has the clearest error for another kind of model
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         chats = read_chats(calibration, samples, image_folder=image_folder)
         bundle = export_bundle(
             model,
             out.expanduser(),
             soc=soc,
-            calibration=map(encode, chats),  # images are read when all else has been found good
+            calibration=map(encode, chats),  # lazy: images are read after all other checks
             chunk_length=chunk_length,
             context_length=context_length,
             parts=parts,
@@ -93,8 +93,12 @@ def qnn(
             base_model=base,
             **options,
         )
+    _print_bundle(bundle, soc, json_output)
+
+
+def _print_bundle(bundle: Path, soc: str, as_json: bool) -> None:
     files = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
-    if json_output:
+    if as_json:
         print_json({"bundle": str(bundle), "files": files})
         return
     for name, size in sorted(files.items(), key=lambda item: -item[1])[:12]:
@@ -105,14 +109,14 @@ def qnn(
 
 @export_app.command()
 def adapter(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
-    bundle: Annotated[Path, typer.Option(help="Bundle of `export qnn --lora inputs`.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="File to write, such as other.npz.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit GenieBlue.", show_default=False)],
+    bundle: Annotated[Path, typer.Option(help="Bundle from `export qnn --lora inputs`.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output file, such as other.npz.", show_default=False)],
     base: Base = None,
     revision: Revision = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Write the LoRA of another GenieBlue for the graphs of a bundle, which must share all but LoRA with it."""
+    """Write another GenieBlue's LoRA for a bundle; everything except LoRA must be identical."""
     from conversion.qnn.adapters import export_adapter
 
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
@@ -124,24 +128,24 @@ def adapter(
 
 
 def is_bundle(path: str) -> bool:
-    """Whether `path` is the folder of an exported bundle, and not of a model."""
+    """Whether `path` is an exported bundle rather than a model."""
     folder = Path(path)
     return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
 
 
-def refuse_options(ctx: typer.Context, names: Sequence[str], subject: str) -> None:
-    """`BadParameter` for an option of `names` that was given, but has no meaning for `subject`."""
+def check_unused_options(ctx: typer.Context, names: Sequence[str], subject: str) -> None:
+    """`BadParameter` if an option in `names` was given although it does not apply to `subject`."""
     for option in ctx.command.params:
         source = ctx.get_parameter_source(option.name)
         if option.name in names and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"It has no meaning for {subject}: leave it out.", param_hint=option.opts[0])
+            raise typer.BadParameter(f"It does not apply to {subject}: leave it out.", param_hint=option.opts[0])
 
 
 def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:
-    """The checks of a bundle; with `base` its text graphs are compared with what the base alone gives."""
+    """Checks a bundle; with `base`, compares its text graphs with the base itself."""
     from conversion.qnn.npu.sessions import check_libraries_installed
 
-    # Without the compiler too: then the checks that need it fail, and tell why.
+    # The compiler is optional: without it, the checks that need it fail and say why.
     check_libraries_installed(("onnxruntime", "onnx"))
     from conversion.qnn.verify import verify_bundle
 
@@ -157,14 +161,14 @@ def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], Non
 
 
 def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
-    """A conversation with a bundle's graphs, as `genieblue.serving.conversation.Chat` is with a model."""
+    """A conversation with a bundle, with the interface of `genieblue.serving.conversation.Chat`."""
     from conversion.qnn.npu.sessions import check_libraries_installed
 
-    check_libraries_installed(("onnxruntime",))  # the emulator's own is asked for where it is opened
+    check_libraries_installed(("onnxruntime",))  # opening the emulator checks for its own libraries
     from conversion.qnn.bundle.runner import QnnRunner
     from genieblue.serving.qnn_conversation import QnnChat
 
     return QnnChat(QnnRunner(bundle, backend=backend, adapter=adapter))
 
 
-__all__ = ["export_app", "is_bundle", "open_bundle", "refuse_options", "verify_qnn_bundle"]
+__all__ = ["export_app", "is_bundle", "open_bundle", "check_unused_options", "verify_qnn_bundle"]

@@ -1,4 +1,4 @@
-"""`genieblue quantize`: the recipe by options, the result as a table or JSON."""
+"""`genieblue quantize`: the recipe from options, the result as a table or JSON."""
 
 import signal
 import threading
@@ -23,11 +23,14 @@ from genieblue.cli.terminal import (
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit GenieBlue.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the quantized GenieBlue.", show_default=False)],
-    llm: Annotated[Weights, typer.Option(help="Linears of the base's blocks, and of their copies.")] = Weights.w4a16,
+    llm: Annotated[
+        Weights, typer.Option(help="Linear layers of the base and of the replicated blocks.")
+    ] = Weights.w4a16,
     replicated: Annotated[
-        Weights | None, typer.Option(help="Linears of the copies; as --llm if left out.", show_default=False)
+        Weights | None,
+        typer.Option(help="Linear layers of the replicated blocks; default: as --llm.", show_default=False),
     ] = None,
     lora: Annotated[EightBits, typer.Option(help="LoRA.")] = EightBits.w8a16,
     vision: Annotated[Weights, typer.Option(help="Vision tower.")] = Weights.w8a16,
@@ -35,37 +38,39 @@ def quantize(
     lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = EightBits.w16a16,
     embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = EightBits.w16a16,
     rounding: Annotated[
-        Rounding | None, typer.Option(help="gptq with --calibration, else hqq.", show_default=False)
+        Rounding | None, typer.Option(help="Default: gptq with --calibration, else hqq.", show_default=False)
     ] = None,
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file, or JSONL of chats with images; may be repeated.", show_default=False),
+        typer.Option(help="Text file or JSONL of chats; may be repeated.", show_default=False),
     ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where image paths of the JSONL begin.", show_default=False)
+        Path | None, typer.Option(help="Folder that image paths in the JSONL are relative to.", show_default=False)
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Most calibration samples of each kind.")] = 64,
-    sample_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration text.")] = 512,
-    activations: Annotated[Activations, typer.Option(help="Format of the 16 bits.")] = Activations.bfloat16,
+    samples: Annotated[int, typer.Option(min=1, help="Maximum calibration samples of each kind.")] = 64,
+    sample_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration text.")] = 512,
+    activations: Annotated[
+        Activations, typer.Option(help="Dtype of activations and unquantized weights.")
+    ] = Activations.bfloat16,
     base_out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the quantized base; by default beside --out.", show_default=False),
+        typer.Option(help="Folder for the quantized base; default: next to --out.", show_default=False),
     ] = None,
     quantized_base: Annotated[
-        str | None, typer.Option(help="A base that was quantized before, to use again.", show_default=False)
+        str | None, typer.Option(help="An already quantized base to reuse.", show_default=False)
     ] = None,
     self_contained: Annotated[
-        bool, typer.Option("--self-contained", help="Put the quantized base into the folder `base` of --out.")
+        bool, typer.Option("--self-contained", help="Store the quantized base in --out, in the folder `base`.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the folders.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output folders.")] = False,
     revision: Revision = None,
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
 ) -> None:
     """Quantize a GenieBlue and its base, for a CPU, a GPU or the Hub.
 
-    The default is the paper's recipe for phones: LLM W4A16, vision tower, projector and LoRA W8A16. The quantized
-    base is a repository of its own, which serves any number of adapters and plain users of the base.
+    The default is the paper's recipe for phones: LLM W4A16; vision tower, projector and LoRA W8A16. The quantized base
+    is a separate repository, which any number of adapters and plain users can share.
     """
     from conversion.quantization.precision import QuantizationRecipe
     from conversion.quantization.quantize import quantize_genieblue
@@ -75,9 +80,9 @@ def quantize(
 
     chosen = rounding.value if rounding is not None else "gptq" if calibration else "hqq"
     if calibration and chosen != "gptq":
-        raise typer.BadParameter(f"{chosen} uses no samples: leave --calibration out, or use gptq.")
+        raise typer.BadParameter(f"{chosen} uses no calibration samples: leave out --calibration or use gptq.")
     if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
-        raise typer.BadParameter("--image-folder is for the images of a JSONL file: give one (--calibration).")
+        raise typer.BadParameter("--image-folder is for images in a JSONL file: give one with --calibration.")
     recipe = QuantizationRecipe(
         llm=llm.value,
         replicated_blocks=None if replicated is None else replicated.value,
@@ -115,37 +120,46 @@ def quantize(
     sizes = {name: size for name, size in parts.items() if size is not None}
     precisions = {**recipe.parts(), "language_model": recipe.llm}
     if json_output:
-        print_json(
-            {
-                "output": str(report.output),
-                "base": report.base,
-                "parts": {
-                    name: {"precision": precisions[name], "parameters": size.parameters, "bytes": size.bytes}
-                    for name, size in sizes.items()
-                },
-                "errors": report.errors,
-                "other_precision": report.other_precision,
-            }
-        )
+        _print_json_report(report, sizes, precisions)
         return
+    _print_report(report, sizes, precisions, recipe.activations)
+    note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
+
+
+def _print_json_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str]) -> None:
+    parts = {
+        name: {"precision": precisions[name], "parameters": size.parameters, "bytes": size.bytes}
+        for name, size in sizes.items()
+    }
+    print_json(
+        {
+            "output": str(report.output),
+            "base": report.base,
+            "parts": parts,
+            "errors": report.errors,
+            "other_precision": report.other_precision,
+        }
+    )
+
+
+def _print_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str], activations: str) -> None:
     rows = [
         (name, precisions[name], f"{size.parameters:,}", short_bytes(size.bytes), f"{_bits(size):.2f}")
         for name, size in sizes.items()
     ]
-    print_table(("part", "precision", "parameters", "on disk", "bits each"), rows)
+    print_table(("part", "precision", "parameters", "on disk", "bits per parameter"), rows)
     for name, reason in report.other_precision.items():
         note(f"{name}: {reason}")
     for view, error in report.errors.items():
-        typer.echo(f"Error of the {view} view's logits against {recipe.activations}: {error:.3f} (relative L2)")
+        typer.echo(f"Error of the {view} view's logits against {activations}: {error:.3f} (relative L2)")
     typer.echo(f"{report.output}, on the base {report.base}")
-    note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that hidden folders are removed on the way out."""
+    """Treats SIGTERM like Ctrl-C, so that hidden folders are removed on exit."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # where no signal arrives
+        yield  # signal handlers need the main thread
         return
 
     def end(number: int, _frame: Any) -> None:
@@ -159,7 +173,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _bits(size: Any) -> float:
-    """Bits on disk for each parameter, scales and what stayed at 16 bits included."""
+    """Bits per parameter on disk, including scales and weights kept at 16 bits."""
     return 8 * size.bytes / size.parameters
 
 

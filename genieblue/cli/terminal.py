@@ -1,6 +1,6 @@
-"""How the command line speaks: one clear message for an error, one JSON document on stdout, libraries kept quiet.
+"""Terminal output: one clear message per error, one JSON document on stdout, quiet libraries.
 
-Nothing here imports torch, so that `genieblue --help` is there at once.
+Nothing here imports torch, so that `genieblue --help` is instant.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from conversion.stdout import stdout_to_stderr
 from genieblue.cli.errors import (
     UNREACHABLE,
-    in_command_words,
+    command_line_message,
     is_for_users,
     message_for_user,
     text_of,
@@ -30,10 +30,10 @@ _debug = False
 
 
 class ReportingGroup(TyperGroup):
-    """Turns errors that a user can do something about into one message on stderr and exit code 1."""
+    """Turns errors that the user can fix into one message on stderr and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; with `--debug` or GENIEBLUE_DEBUG=1 errors keep their traceback."""
+        """Runs the command; `--debug` or GENIEBLUE_DEBUG=1 keeps tracebacks."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -45,8 +45,8 @@ class ReportingGroup(TyperGroup):
             raise typer.Exit(1) from error
 
 
-def speak_plainly(debug: bool = False) -> None:
-    """Our warnings go to stderr as one line each; with `debug` (or GENIEBLUE_DEBUG=1) all that is logged does."""
+def configure_logging(debug: bool = False) -> None:
+    """Logs our warnings to stderr, one line each; with `debug` (or GENIEBLUE_DEBUG=1), logs everything."""
     global _debug
     _debug = debug or bool(os.environ.get("GENIEBLUE_DEBUG"))
     if _debug:
@@ -54,13 +54,13 @@ def speak_plainly(debug: bool = False) -> None:
         handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.DEBUG, handlers=[handler])
         return
-    # Libraries warn about themselves, which helps their developers, and not the user of a command.
+    # Python warnings of libraries are meant for developers, not for users of a command.
     warnings.simplefilter("ignore")
     for package in OUR_PACKAGES:
-        _speak_for(package, logging.INFO if package == "genieblue" else logging.WARNING)
+        _log_to_stderr(package, logging.INFO if package == "genieblue" else logging.WARNING)
 
 
-def _speak_for(package: str, level: int) -> None:
+def _log_to_stderr(package: str, level: int) -> None:
     logger = logging.getLogger(package)
     logger.setLevel(level)
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
@@ -68,41 +68,41 @@ def _speak_for(package: str, level: int) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Leaves out what is secret in the addresses that a client logs."""
+    """Removes secrets from the URLs that a client logs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what `sys.stderr` is at that moment; the Hub client's report of each retry becomes one line."""
+    """Writes to the current `sys.stderr`; all retry reports of huggingface_hub become one line."""
 
-    told_of_retries = False
+    reported_retries = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = in_command_words(record.getMessage())
+        message = command_line_message(record.getMessage())
         if record.name.startswith("huggingface_hub") and ("Retrying in" in message or "thrown while" in message):
-            if self.told_of_retries:
+            if self.reported_retries:
                 return
-            self.told_of_retries = True
-            message = "The Hub does not answer; trying again …"
+            self.reported_retries = True
+            message = "The Hub does not respond; retrying …"
         prefix = "Warning: " if record.levelno >= logging.WARNING else ""
         typer.echo(prefix + message, err=True)
 
 
 def quiet_hub() -> None:
-    """Lets the Hub's client speak through us alone; it takes a handler of its own when it is imported."""
+    """Routes huggingface_hub's log through our handler only; it adds a handler of its own when it is imported."""
     import huggingface_hub  # noqa: F401
 
     if not _debug:
         logger = logging.getLogger("huggingface_hub")
         for handler in [handler for handler in logger.handlers if not isinstance(handler, _StderrHandler)]:
             logger.removeHandler(handler)
-        _speak_for("huggingface_hub", logging.WARNING)
+        _log_to_stderr("huggingface_hub", logging.WARNING)
 
 
 def quiet_transformers() -> None:
-    """Keeps transformers' own warnings and loading bars off the terminal; downloads still show a bar."""
+    """Hides transformers' warnings and loading bars; downloads still show a bar."""
     from transformers.utils import logging as transformers_logging
 
     quiet_hub()
@@ -113,9 +113,9 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def looking_for(name: str) -> Iterator[None]:
-    """Names what was looked for, and where, in the error of a client that found neither a folder nor a repository.
+    """Adds the name, and where it was looked up, to an error about a missing folder or repository.
 
-    What is neither a folder nor the name of a repository is refused at once.
+    A name that can be neither a folder nor a repository is refused at once.
     """
     check_name(name)
     quiet_hub()
@@ -123,20 +123,20 @@ def looking_for(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         is_from_client = isinstance(error, OSError) or is_for_users(error)
-        if os.path.isdir(name) or not is_from_client or f"{name} is no folder" in str(error):
+        if os.path.isdir(name) or not is_from_client or f"{name} is not a folder" in str(error):
             raise
-        message = in_command_words(text_of(error))
+        message = command_line_message(text_of(error))
         if UNREACHABLE in message:
-            raise OSError(f"{name} is no folder here. {UNREACHABLE}") from error
-        raise OSError(f"{name} is no folder here, so it was looked up on the Hub: {message}") from error
+            raise OSError(f"{name} is not a local folder. {UNREACHABLE}") from error
+        raise OSError(f"{name} is not a local folder, so it was looked up on the Hub: {message}") from error
 
 
 def check_name(name: str, what: str = "The model") -> None:
-    """`ValueError` for an empty name, which an unset variable of the shell is; `OSError` for that of a file."""
+    """`ValueError` for an empty name (from an unset shell variable); `OSError` for a file."""
     if not name.strip():
         raise ValueError(f"{what}'s name is empty: give a folder or a Hub id.")
     if os.path.isfile(name):
-        raise OSError(f"{name} is a file: give the folder that it belongs to, or a Hub id.")
+        raise OSError(f"{name} is a file: give the folder that contains it, or a Hub id.")
     if ":/" in name:
         from modeling_genieblue.addresses_genieblue import refuse_address
 
@@ -144,12 +144,12 @@ def check_name(name: str, what: str = "The model") -> None:
 
 
 def stdout_for_json(active: bool) -> contextlib.AbstractContextManager[None]:
-    """While it lasts and is `active`, stdout is kept for one JSON document and nothing else."""
+    """If `active`, reserves stdout for one JSON document."""
     return stdout_to_stderr() if active else contextlib.nullcontext()
 
 
 def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:
-    """`steps` with a bar on stderr, for work that takes longer than a moment."""
+    """`steps` with a progress bar on stderr, shown after a second."""
     from tqdm.auto import tqdm
 
     return tqdm(steps, desc=title.capitalize(), delay=1, leave=False)
@@ -161,7 +161,7 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns with two spaces between them, the first one left-aligned, the others right-aligned."""
+    """Prints columns separated by two spaces, the first left-aligned, the others right-aligned."""
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for number, line in enumerate(lines):
@@ -171,12 +171,12 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def note(text: str) -> None:
-    """A remark beside the result, on stderr."""
+    """Prints a remark on stderr."""
     typer.secho(text, err=True, dim=True)
 
 
 def choose_device(name: str | None) -> str:
-    """The device to run on: a named one, or the GPU if there is one; `ValueError` if it cannot be used here."""
+    """The named device, or by default a GPU if available; `ValueError` if it cannot be used."""
     import torch
 
     if name is None:
@@ -186,7 +186,7 @@ def choose_device(name: str | None) -> str:
     except RuntimeError as error:
         raise ValueError(f"Unknown device {name!r}: give cpu, cuda, cuda:1, mps, …") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"The device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices.")
+        raise ValueError(f"The device {name} does not exist: torch found {torch.cuda.device_count()} CUDA devices.")
     return name
 
 

@@ -1,4 +1,4 @@
-"""`genieblue train`: one of the two stages."""
+"""`genieblue train`: run one of the two training stages."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,49 +12,51 @@ from genieblue.cli.terminal import note, quiet_transformers
 
 
 def train(
-    stage: Annotated[int, typer.Option(min=1, max=2, help="1: the projector; 2: all that GenieBlue adds.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of the GenieBlue to begin with.", show_default=False)],
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: projector only; 2: everything GenieBlue adds.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the GenieBlue to train.", show_default=False)],
     data: Annotated[
-        list[Path], typer.Option(help="JSONL file of chats, or a folder that `datasets` saved.", show_default=False)
+        list[Path], typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for the trained GenieBlue.", show_default=False)],
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Where image paths begin; by default beside the JSONL file.", show_default=False),
+        typer.Option(
+            help="Folder that image paths are relative to; default: the JSONL file's folder.", show_default=False
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default=False)] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Passes over the data; 1 by default.", show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 8,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches in one optimizer step.")] = 1,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak; the paper's by default.", show_default=False)
+        float | None, typer.Option(help="Peak learning rate; default: the paper's.", show_default=False)
     ] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Most tokens in a sample, image tokens included.")] = 4096,
+    max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per sample, including image tokens.")] = 4096,
     max_tiles: Annotated[
         int | None,
         typer.Option(
-            help="Most tiles of an image; by default 1 in stage 1, as at `init` in stage 2.", show_default=False
+            help="Maximum tiles per image; default: 1 in stage 1, the model's own in stage 2.", show_default=False
         ),
     ] = None,
     bf16: Annotated[
         bool | None,
-        typer.Option("--bf16/--no-bf16", help="bfloat16 autocast; as the base by default.", show_default=False),
+        typer.Option(
+            "--bf16/--no-bf16", help="bfloat16 autocast; default: if the base is bfloat16.", show_default=False
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Save memory, take a third more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Use less memory, about a third more time.")
     ] = False,
-    save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 writes none.")] = 500,
-    num_workers: Annotated[int, typer.Option(min=0, help="Processes that prepare the data.")] = 0,
+    save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: no checkpoints.")] = 500,
+    num_workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
     seed: int = 42,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad samples out instead of stopping.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip bad samples instead of stopping.")] = False,
     base: Base = None,
     dtype: Dtype = Precision.auto,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Train one of the two stages; the base stays as it is."""
+    """Run one of the two training stages; the base does not change."""
     from genieblue.training.chats import ChatDataset
     from genieblue.training.stages import TrainingSettings, refuse_taken_output
     from genieblue.training.stages import train as run
@@ -75,8 +77,10 @@ def train(
         seed=seed,
     )
     if len(data) > 1:
-        raise typer.BadParameter(f"{len(data)} were given, of which one can be read: join them.", param_hint="--data")
-    out = out.expanduser()  # shells leave `--out=~/x` as it is
+        raise typer.BadParameter(
+            f"Only one data source is supported, got {len(data)}: merge them.", param_hint="--data"
+        )
+    out = out.expanduser()  # shells do not expand `--out=~/x`
     refuse_taken_output(out.absolute())
     chats = ChatDataset(data_source(data[0]), image_folder=image_folder, skip_bad=skip_bad)
     quiet_transformers()
@@ -84,7 +88,7 @@ def train(
     result = run(chat.model, chat.processor, chats, out, settings, resume=resume)
     loss = "" if result.loss is None else f", last loss {result.loss:.4g}"
     typer.echo(f"{result.output}: stage {stage}, {result.steps} steps over {result.num_samples} samples{loss}.")
-    note("The base's bytes are what they were before.")
+    note("The base's bytes are unchanged.")
     if stage == 1:
         note(f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …")
     else:

@@ -1,12 +1,12 @@
-"""`genieblue verify`: the checks of a model or a bundle, one line each."""
+"""`genieblue verify`: check a model or a bundle, one line per check."""
 
 from typing import Any
 
 import typer
 
-from genieblue.cli.errors import in_command_words, with_hints
+from genieblue.cli.errors import command_line_message, with_hints
 from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Precision, Revision
-from genieblue.cli.qnn import is_bundle, refuse_options, verify_qnn_bundle
+from genieblue.cli.qnn import check_unused_options, is_bundle, verify_qnn_bundle
 from genieblue.cli.terminal import (
     choose_device,
     looking_for,
@@ -26,22 +26,24 @@ def verify(
     device: Device = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Prove that a GenieBlue, or a bundle of `export qnn`, is what it says.
+    """Check that a GenieBlue, or a bundle from `export qnn`, is complete and correct.
 
-    The exit code is 1 if any check fails. The last check runs the Python files of the model's own repository, in a
-    process of its own. Of a bundle, --base says what the weights of its text graphs are compared with.
+    The exit code is 1 if any check fails. The last check runs the Python files of the model's repository, in a
+    separate process. For a bundle, --base is the model that its text graphs are compared with.
     """
     bundled = is_bundle(model)
     if bundled:
-        code = ("trust_remote_code",) if base is None else ()  # it would be the base's
-        refuse_options(ctx, ("revision", "dtype", "device", *code), "a bundle, which is complete as it was compiled")
+        code = ("trust_remote_code",) if base is None else ()  # it applies to the base
+        check_unused_options(
+            ctx, ("revision", "dtype", "device", *code), "a bundle, which is fixed when it is compiled"
+        )
 
-    def worded(check: Any) -> str:
-        return in_command_words(with_hints(check.detail, check.hints))
+    def message_of(check: Any) -> str:
+        return command_line_message(with_hints(check.detail, check.hints))
 
     def show_check(check: Any) -> None:
         typer.secho("ok    " if check.ok else "FAIL  ", nl=False, fg="green" if check.ok else "red", bold=True)
-        typer.echo(f"{check.name:<17} {worded(check)}")
+        typer.echo(f"{check.name:<17} {message_of(check)}")
 
     with stdout_for_json(json_output), looking_for(model):
         quiet_transformers()
@@ -61,7 +63,7 @@ def verify(
             )
     passed = sum(check.ok for check in checks)
     if json_output:
-        listed = [{"name": check.name, "ok": check.ok, "detail": worded(check)} for check in checks]
+        listed = [{"name": check.name, "ok": check.ok, "detail": message_of(check)} for check in checks]
         print_json({"ok": passed == len(checks), "checks": listed})
     else:
         typer.echo(f"{passed} of {len(checks)} checks passed.")

@@ -85,7 +85,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self._sequence: Sequence[dict[str, Any]] | None = None
         self._image_counts: array | None = None  # of each sample, once all were checked
         if image_folder is not None and not os.path.isdir(image_folder):
-            raise OSError(f"The image folder {image_folder} is no folder.")
+            raise OSError(f"The image folder {image_folder} is not a folder: give an existing one.")
         if isinstance(source, (str, os.PathLike)):
             self._file = Path(source)
             if not self._file.is_file():

@@ -303,8 +303,8 @@ BAD = {
         lambda pair: keep_half_of_the_weights(pair / "vision"), {}, "cannot be read"
     ),
     "an incomplete vision tower": (lambda pair: drop_tensor(pair / "vision"), {}, "position_embedding"),
-    "no base": (lambda pair: shutil.rmtree(pair / "base"), {}, "base .* is no folder"),
-    "no vision model": (lambda pair: shutil.rmtree(pair / "vision"), {}, "vision model .* is no folder"),
+    "no base": (lambda pair: shutil.rmtree(pair / "base"), {}, "base .* is not a folder"),
+    "no vision model": (lambda pair: shutil.rmtree(pair / "vision"), {}, "vision model .* is not a folder"),
     "an unknown placement": (lambda pair: None, {"placement": "middle"}, "skip, pre, post"),
     "a rank of zero": (lambda pair: None, {"lora_rank": 0}, "1 or more"),
     "tiles that are no square": (lambda pair: None, {"max_tiles": 15}, "square"),

@@ -201,7 +201,7 @@ def test_a_local_base_with_a_broken_readme_has_an_unknown_licence(tmp_path, capl
     (tmp_path / "base" / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     folder = write_handmade_folder(tmp_path / "reader", base_model_name_or_path="../base", base_model_revision=None)
     assert card_info_from_folder(folder).base_license is None
-    assert "Licence of the base not known" in caplog.text
+    assert "The base's licence is unknown" in caplog.text
 
 
 def test_licence_of_a_hub_base_comes_from_the_hub(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_an_unreachable_hub_leaves_the_licence_unknown_and_says_so(tmp_path, cap
 def test_a_fact_file_of_another_form_is_named(tmp_path, name, content):
     folder = write_handmade_folder(tmp_path / "reader")
     write_json(folder / name, content)
-    with pytest.raises(ValueError, match=f"{name} is not of the form"):
+    with pytest.raises(ValueError, match=f"{name} does not have the form"):
         card_info_from_folder(folder)
 
 

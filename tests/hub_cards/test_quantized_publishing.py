@@ -157,13 +157,13 @@ def test_unquantized_weights_beside_the_recorded_ones_would_be_loaded_and_are_re
 
 
 def test_what_is_no_hub_id_is_refused_as_base(hub, pair):
-    with pytest.raises(ValueError, match="is no Hub id"):
+    with pytest.raises(ValueError, match="is not a Hub id"):
         publish_folder(pair / "genieblue", REPO, base="../base")
 
 
 def test_a_base_has_no_base(hub, pair):
     result = push(pair / "base", BASE, "--base", "you/other")
-    assert result.exit_code == 2 and "is itself a base" in result.output
+    assert result.exit_code == 2 and "is a base itself" in result.output
 
 
 # Checks
@@ -183,7 +183,10 @@ BASE_DAMAGES = {
     "no code": (lambda base: (base / "quantized_linears_genieblue.py").unlink(), "Code files are missing"),
     "no auto_map": (lambda base: edit_json(base / "config.json", auto_map={}), "AutoModelForCausalLM"),
     "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), "tokenizer is missing"),
-    "16-bit weights": (lambda base: (base / "model.safetensors").touch(), "would be loaded in their place"),
+    "16-bit weights": (
+        lambda base: (base / "model.safetensors").touch(),
+        "would be loaded instead of the quantized weights",
+    ),
 }
 
 
@@ -216,7 +219,7 @@ def test_a_tied_head_is_stored_once_and_has_no_problem(tmp_path):
 
 def test_a_repository_with_another_model_is_left_alone(hub, pair):
     hub.commit(BASE, {"model.safetensors": b"mine"})
-    with pytest.raises(ValueError, match="holds another model"):
+    with pytest.raises(ValueError, match="already contains another model"):
         publish_quantized_base(pair / "base", BASE)
     assert len(hub.commits(BASE)) == 1
 
@@ -246,7 +249,7 @@ def test_a_quantized_adapter_that_was_never_trained_is_refused(whole, tmp_path):
     tensors = load_file(path)
     save_file({name: value * 0 if name.endswith("lora_B.weight._data") else value for name, value in tensors.items()},
               path)  # fmt: skip
-    assert ["Nothing has been trained" in problem for problem in find_problems(folder)] == [True]
+    assert ["The language model is untrained" in problem for problem in find_problems(folder)] == [True]
 
 
 # Sizes
@@ -268,7 +271,7 @@ def test_info_tells_precisions_and_sizes_of_a_folder_and_of_the_hub_alike(hub, p
         name: part["parameters"] for name, part in found[0].items()
     }
     table = CliRunner().invoke(app, ["info", str(whole)]).output
-    assert re.search(r"part +precision +parameters", table) and "lies in a folder of this GenieBlue" in table
+    assert re.search(r"part +precision +parameters", table) and "stored in a folder of this GenieBlue" in table
 
 
 # Cards

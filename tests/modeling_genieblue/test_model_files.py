@@ -47,7 +47,7 @@ def test_an_existing_folder_is_no_hub_id(tmp_path):
 
 
 def test_a_path_to_nothing_is_named():
-    with pytest.raises(FileNotFoundError, match="The base /no/such/place is no folder"):
+    with pytest.raises(FileNotFoundError, match="The base /no/such/place is not a folder"):
         check_folder_or_id("/no/such/place", "The base ")
     check_folder_or_id("org/base")
 

@@ -213,4 +213,4 @@ def test_options_that_have_no_meaning_are_refused(tmp_path, monkeypatch, argumen
     save(tmp_path / "bundle", signed(metadata()))
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert f"Invalid value for {option}: It has no meaning for a" in " ".join(result.stderr.split())
+    assert f"Invalid value for {option}: It does not apply to a" in " ".join(result.stderr.split())

@@ -241,7 +241,7 @@ def test_weight_files_of_other_origin_are_found(folder, run, name):
 
 
 def test_a_folder_that_is_no_genieblue_is_an_error(good, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         verify_model(tmp_path / "nothing")
     with pytest.raises(ValueError, match="model_type 'llama'"):
         verify_model(good / "base")

@@ -122,7 +122,7 @@ def test_info_without_the_base_still_tells_of_the_rest(work):
     shutil.rmtree(work / "base")
     result = run("info", "genieblue", "--json")
     assert json.loads(result.stdout)["parts"]["language_model"] == {"parameters": None, "bytes": None}
-    assert "size of the base is not known" in result.stderr
+    assert "base's size is unknown" in result.stderr
 
 
 def test_info_of_a_repository_downloads_no_weights(hub, good):
@@ -166,7 +166,7 @@ def test_a_conversation_reads_lines_and_commands(work):
     assert views == ["[text", "[multimodal", "[multimodal", "[text"]
     answers = result.stdout.splitlines()
     assert len(answers) == 4 and answers[0] == answers[3]
-    assert "'none.png' does not exist" in result.stderr and "no command /what" in result.stderr
+    assert "'none.png' does not exist" in result.stderr and "Unknown command /what" in result.stderr
 
 
 def test_an_image_of_the_command_line_goes_with_the_first_line(work):
@@ -179,7 +179,7 @@ def test_a_turn_that_fails_does_not_end_the_conversation(work):
         "chat", "genieblue", "--view", "text", "--max-new-tokens", 2, input="/image scan.png\nhi\n/reset\nhi\n"
     )
     assert "cannot see" in result.stderr and "[text view" in result.stderr
-    assert "images go with your next line; /reset drops them" in result.stderr
+    assert "images stay for your next message; /reset drops them" in result.stderr
 
 
 def test_a_base_without_chat_template_is_said_to_complete(tmp_path):
@@ -234,7 +234,7 @@ def test_push_tells_how_to_log_in(hub, work, monkeypatch):
 
 def test_push_refuses_a_local_base(hub, work):
     message = error_of("push", "genieblue", "you/reader")
-    assert "local path" in message and "nothing was sent" in message
+    assert "local path" in message and "nothing was uploaded" in message
 
 
 # init, train, verify
@@ -260,8 +260,8 @@ def test_init_reads_a_chat_template_from_a_file(work):
     assert (work / "reader/chat_template.jinja").read_text() == template
     arguments = ("init", "--base", "base", "--vision", "vision", "--out", "other", "--chat-template", "none.jinja")
     assert "none.jinja cannot be read (No such file" in error_of(*arguments)
-    assert "vision cannot be read (Is a directory): expected a text file" in error_of(*arguments[:-1], "vision")
-    assert "scan.png cannot be read (it is not text in UTF-8)" in error_of(*arguments[:-1], "scan.png")
+    assert "vision cannot be read (Is a directory): expected a Jinja text file" in error_of(*arguments[:-1], "vision")
+    assert "scan.png cannot be read (it is not UTF-8 text)" in error_of(*arguments[:-1], "scan.png")
 
 
 def test_init_names_what_is_wrong_with_a_base(work):

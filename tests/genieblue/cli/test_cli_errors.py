@@ -58,8 +58,8 @@ def test_bad_images_are_told_before_anything_is_loaded(bad_images, name, message
     [
         ("genieblue", "genieblue is a GenieBlue already"),
         ("vision", "vision has model_type 'siglip_vision_model': expected a decoder-only language model"),
-        ("nothing/here", "Give the right base, its folder or Hub id, as --base."),
-        ("other", "Give the right base, its folder or Hub id, as --base."),
+        ("nothing/here", "Give the folder or Hub id of the right base with --base."),
+        ("other", "Give the folder or Hub id of the right base with --base."),
     ],
 )
 def test_a_wrong_base_is_told_in_words_of_the_command_line(work, base, message):
@@ -131,7 +131,7 @@ def test_a_device_that_is_not_there_is_told(work):
 def test_a_missing_repository_is_told(hub):
     for command in (["info"], ["verify"], ["chat", "-p", "hi"]):
         message = error_of(command[0], "you/nothing", *command[1:])
-        assert "you/nothing is no folder here" in message
+        assert "you/nothing is not a local folder" in message
 
 
 def test_a_gated_repository_is_told(hub, good, monkeypatch):
@@ -145,8 +145,11 @@ def test_a_gated_repository_is_told(hub, good, monkeypatch):
 def test_no_network_is_told(no_network):
     for command in (["info"], ["verify"], ["chat", "-p", "hi"]):
         message = error_of(command[0], "you/reader", *command[1:])
-        assert "you/reader is no folder here. The Hub cannot be reached: check the network, or HF_ENDPOINT." in message
-        assert "offline" not in message and len(message.splitlines()) == 1 + ("trying again" in message)
+        assert (
+            "you/reader is not a local folder. The Hub cannot be reached: check the network, or HF_ENDPOINT."
+            in message
+        )
+        assert "offline" not in message and len(message.splitlines()) == 1 + ("retrying" in message)
 
 
 def test_no_network_is_told_of_a_base(no_network, work):
@@ -159,14 +162,14 @@ def test_no_network_is_told_of_a_base(no_network, work):
 def test_retries_of_the_hub_are_one_line():
     """In a process of its own, whose libraries are imported after the command has begun to speak."""
     script = (
-        "import logging; from genieblue.cli import terminal\nterminal.speak_plainly()\nterminal.quiet_hub()\n"
+        "import logging; from genieblue.cli import terminal\nterminal.configure_logging()\nterminal.quiet_hub()\n"
         "log = logging.getLogger('huggingface_hub.utils._http')\n"
         "for number in (1, 2): log.warning('thrown while requesting'); log.warning('Retrying in %ds', number)\n"
         "log.warning('Something else')"
     )
     process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert process.stderr.splitlines() == [
-        "Warning: The Hub does not answer; trying again …", "Warning: Something else"
+        "Warning: The Hub does not respond; retrying …", "Warning: Something else"
     ]  # fmt: skip
 
 

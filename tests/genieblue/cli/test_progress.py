@@ -12,8 +12,8 @@ BARS = """
 import sys, time
 from genieblue.cli import progress
 progress.SECONDS = 0.05
-progress.use_lines_if_nobody_watches()
-progress.use_lines_if_nobody_watches()
+progress.log_progress_without_terminal()
+progress.log_progress_without_terminal()
 from tqdm.auto import tqdm
 from huggingface_hub.utils import tqdm as hub_tqdm
 def run(bars, steps=40, **options):

@@ -450,11 +450,11 @@ def test_samples_that_are_made_when_asked_for_are_not_made_before():
 def test_what_is_no_data_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no file"):
         ChatDataset(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="a folder that `datasets` did not save: give a JSONL file"):
+    with pytest.raises(ValueError, match="was not saved by `datasets`: give a JSONL file"):
         data_source(tmp_path)
     with pytest.raises(ValueError, match="give one split"):
         ChatDataset({"train": [good_line()]})
-    with pytest.raises(OSError, match="is no folder"):
+    with pytest.raises(OSError, match="is not a folder"):
         ChatDataset([good_line()], image_folder=tmp_path / "none")
     with pytest.raises(ValueError, match="`image_folder`"):
         parse_chat(image_line("a.png"), "here", None)
