@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from genieblue import __version__
 from genieblue.cli.chat import chat
 from genieblue.cli.demo import demo
 from genieblue.cli.info import info
@@ -28,10 +29,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"genieblue {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and all log messages (or set GENIEBLUE_DEBUG=1).")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     """Settings for all commands."""

@@ -1,0 +1,70 @@
+"""The repository's own promises: the file tree in the docs is complete, links lead somewhere, no room imports upward."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TREE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Repository layout")[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# From the top of the house down: each room imports from itself and from those after it.
+FLOORS = ("genieblue.cli", "genieblue.demo", "genieblue.lab", "genieblue.training", "genieblue.serving", "conversion",
+          "hub_cards", "modeling_genieblue")  # fmt: skip
+
+
+def tracked(*patterns: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.split()
+
+
+def floor_of(module: str) -> int | None:
+    return next((number for number, room in enumerate(FLOORS) if f"{module}.".startswith(f"{room}.")), None)
+
+
+def imports_of(path: str) -> list[str]:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return names + [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+
+
+def test_every_file_is_in_the_tree_of_the_architecture_page():
+    rooms = ("modeling_genieblue/*.py", "hub_cards", "conversion/*.py", "genieblue/*.py", "optimum_cli", "examples",
+             "benchmarks/*.py")  # fmt: skip
+    names = {Path(path).name for path in tracked(*rooms)} - {"__init__.py", "py.typed"}
+    assert not sorted(name for name in names if name not in TREE)
+
+
+def test_the_tree_names_no_file_that_is_gone():
+    named = set(re.findall(r"[\w]+\.(?:py|md|sh)", TREE))
+    assert not sorted(named - {Path(path).name for path in tracked()})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_docs_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_the_index_of_the_docs_lists_every_page():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert not [
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name not in index and page.name != "README.md"
+    ]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_no_room_imports_from_one_above_it():
+    upward = []
+    for path in tracked(*(room.replace(".", "/") for room in FLOORS)):
+        if not path.endswith(".py"):
+            continue
+        own = floor_of(path.removesuffix(".py").replace("/", "."))
+        upward += [(path, name) for name in imports_of(path) if (floor := floor_of(name)) is not None and floor < own]
+    # A save renders a card and publishes through `hub_cards` where that is installed.
+    assert [(path, name) for path, name in upward if path != "modeling_genieblue/saving_genieblue.py"] == []
