@@ -1,4 +1,4 @@
-"""The repository's own promises: the file tree in the docs is complete, links lead somewhere, no room imports upward."""
+"""What the repository promises of itself: the file tree is complete, links lead somewhere, nothing imports upward."""
 
 import ast
 import re
