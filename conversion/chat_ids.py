@@ -114,8 +114,13 @@ def answer_text(processor: Any, messages: list[dict[str, Any]], generated_ids: l
         before, after = answer_frame(processor, messages)
     except ValueError:  # no model can be trained with such a template: this one was made with another
         return text
-    after_ids = processor.tokenizer(after.rstrip(), add_special_tokens=False)["input_ids"]
-    return text.removeprefix(before).removesuffix(processor.tokenizer.decode(after_ids, skip_special_tokens=True))
+    before, after = (_as_generated(processor.tokenizer, piece) for piece in (before, after.rstrip()))
+    return text.removeprefix(before).removesuffix(after)
+
+
+def _as_generated(tokenizer: Any, text: str) -> str:
+    """A text of the template as it reads in a decoded answer: without special tokens."""
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
 
 
 def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool) -> str:

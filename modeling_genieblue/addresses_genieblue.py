@@ -1,7 +1,10 @@
 """Web addresses in messages, without what may be secret: users, passwords, queries, fragments, tokens."""
 
+import contextlib
+import logging
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _SCHEME = r"[a-z][a-z0-9+.-]+:/+"  # one slash is what `pathlib` leaves of two; one letter is a drive
@@ -9,7 +12,10 @@ _SECRET = re.compile(
     rf"{_SCHEME}[^\s'\"<>`]*|\bdata:[\w.+-]*[/;,][^\s'\"<>`]*|\b(?-i:hf_)[a-z0-9]{{20,}}|(?<=\bBearer )\S+",
     re.IGNORECASE,
 )
+# The user and the query of an address without its scheme.
+_BARE = re.compile(r"[^\s'\"<>`@:/\\]+:[^\s'\"<>`@:/\\]+@(?=[\w\[])|\?[\w.%~-]+=[^\s'\"<>`]*")
 _WHOLE = re.compile(rf"\s*({_SCHEME}|data:)", re.IGNORECASE)
+_CLIENTS = ("httpx", "httpcore", "huggingface_hub")
 _LONGEST = 200  # characters
 
 
@@ -18,13 +24,31 @@ def redacted(text: Any) -> str:
     text = str(text)
     if _WHOLE.match(text) and "\n" not in text.strip():  # all of it is one address, whatever blanks are in it
         text = _without_secrets(text.strip())
-    return _SECRET.sub(lambda found: _without_secrets(found[0]), text)
+    return _BARE.sub("", _SECRET.sub(lambda found: _without_secrets(found[0]), text))
 
 
 def shown(source: Any) -> str:
     """Return a path, an address or a name for a message: redacted, and no longer than a line or two."""
     text = redacted(source)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+@contextlib.contextmanager
+def redacted_logs() -> Iterator[None]:
+    """Within, what the HTTP clients log of a request is redacted: they repeat its address, and those it leads to."""
+
+    def redact(record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage()), ()
+        return True
+
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(_CLIENTS)]
+    for logger in loggers:
+        logger.addFilter(redact)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(redact)
 
 
 def refuse_address(name: Any, what: str = "The model") -> None:
@@ -39,7 +63,7 @@ def refuse_address(name: Any, what: str = "The model") -> None:
 def _without_secrets(text: str) -> str:
     if text.lower().startswith("data:"):
         return "data:…"
-    parts = re.match(r"([\w+.-]+)(?:(:/+)([^/\\?#]*)([/\\]?)([^?#]*))?", text)
+    parts = re.match(r"([\w+.-]+)(?:(:/+)([^/\\?#]*)([/\\]?)([^?#;&]*))?", text)
     if parts is None or parts[2] is None:  # a token
         return "…"
     scheme, separator, authority, slash, path = parts.groups()
@@ -51,4 +75,4 @@ def _without_secrets(text: str) -> str:
     return f"{scheme}{separator}{host}{slash}{path}"
 
 
-__all__ = ["redacted", "refuse_address", "shown"]
+__all__ = ["redacted", "redacted_logs", "refuse_address", "shown"]

@@ -1,5 +1,6 @@
 """A GenieBlue without its LM head: hidden states instead of logits, for trainers that run the head by themselves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,6 @@ class GenieBlueBackbone(nn.Module):
         self._modules = model._modules  # the very ones, so that parameters and buffers are the model's
         object.__setattr__(self, "_genieblue", model)  # not a module of this one
         self.config = model.config
-
-    def train(self, mode: bool = True) -> "GenieBlueBackbone":
-        """Training mode of all that trains, as the model's own."""
-        self._genieblue.train(mode)
-        return self
 
     def forward(
         self,
@@ -68,6 +64,23 @@ class GenieBlueBackbone(nn.Module):
             hidden_states = outputs.last_hidden_state
             outputs.last_hidden_state = torch.where(before_image, hidden_states.detach(), hidden_states)
         return outputs
+
+
+def _of_the_model(name: str) -> Callable:
+    def call(self: GenieBlueBackbone, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self._genieblue, name)(*args, **kwargs)
+        return self if result is self._genieblue else result
+
+    call.__name__, call.__doc__ = name, f"`{name}` of the model, which keeps it away from the base."
+    return call
+
+
+# What changes modules or weights, or hands them out, as the model itself does it.
+for _name in (
+    "train", "requires_grad_", "apply", "_apply", "state_dict", "load_state_dict", "add_module", "set_submodule",
+    "to_empty", "_replicate_for_data_parallel",
+):  # fmt: skip
+    setattr(GenieBlueBackbone, _name, _of_the_model(_name))
 
 
 def _decoder(view: PreTrainedModel) -> nn.Module:

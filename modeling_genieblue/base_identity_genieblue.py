@@ -136,7 +136,7 @@ def different_settings(base: Any, recorded: Any) -> list[str]:
         base: the configuration of the loaded base.
         recorded: `text_config` of the GenieBlue.
     """
-    found, expected = (_deciding_settings(config) for config in (base.get_text_config(decoder=True), recorded))
+    found, expected = (deciding_settings(config) for config in (base.get_text_config(decoder=True), recorded))
     # A setting that only one of them has is one that only one version of transformers, or of the base's code, knows.
     return [
         f"its configuration has {name} {found[name]!r} where {expected[name]!r} was recorded"
@@ -145,7 +145,8 @@ def different_settings(base: Any, recorded: Any) -> list[str]:
     ]
 
 
-def _deciding_settings(config: Any) -> dict[str, Any]:
+def deciding_settings(config: Any) -> dict[str, Any]:
+    """The settings of a configuration that decide what its model computes, by name, as JSON has them."""
     settings = json.loads(json.dumps(config.to_dict(), default=str))
     # How far positions reach matters where rotary embeddings are stretched, and nowhere else.
     rope = json.dumps([settings.get("rope_parameters"), settings.get("rope_scaling")])

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from .addresses_genieblue import refuse_address
 from .base_identity_genieblue import cached_commits, compare_with_samples, different_settings
 from .hints_genieblue import ACCEPT_BASE, GIVE_BASE, BaseNotFoundError, WrongBaseError
 from .loading_genieblue import LoadRequest, hub_commit
@@ -40,6 +41,7 @@ def resolve_base(
     same weights. A base that was never loaded from anywhere gives (None, None).
     """
     name = name or getattr(base.config, "_name_or_path", None) or None
+    refuse_address(name, "The base")
     if name is None or os.path.isdir(name):
         return (None if name is None else os.path.realpath(name)), None
     if revision is not None and len(revision) == 40:

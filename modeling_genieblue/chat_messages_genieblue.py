@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .addresses_genieblue import shown
+
 IMAGE_SOURCES = ("image", "url", "path", "base64")
 IMAGE_KINDS = ("image", "image_url")
 # What a message or a text part cannot carry: nothing would read it there.
@@ -80,7 +82,7 @@ def _is_image(part: str | dict[str, Any]) -> bool:
     if kind in IMAGE_KINDS:
         return True
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f"A message has a part of type {kind!r} with {sorted(part)}; expected {EXPECTED}.")
+        raise ValueError(f"A message has a part of type {shown(kind)!r} with {sorted(part)}; expected {EXPECTED}.")
     _refuse_keys("A text part", part, [key for key in MEDIA if part.get(key) is not None])
     return False
 
@@ -112,8 +114,9 @@ def _image_source(part: dict[str, Any], number: int) -> Any:
 
 def _refuse_keys(what: str, holder: dict[str, Any], keys: list[Any]) -> None:
     if keys:
+        lost = ", ".join(repr(shown(key)) for key in keys)
         raise ValueError(
-            f"{what} with {sorted(map(str, holder))} has {', '.join(map(repr, keys))}, which would be lost; expected "
+            f"{what} with {sorted(map(shown, holder))} has {lost}, which would be lost; expected "
             f"parts of a message's content such as {EXPECTED}. Leave it out, or say it in text."
         )
 

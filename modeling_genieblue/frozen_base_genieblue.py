@@ -29,6 +29,7 @@ _EMBEDDINGS = (
     "before making a GenieBlue from it, if it must have more tokens."
 )
 _OTHER_BASE = "it would replace the base. Load the GenieBlue onto it with `from_pretrained(..., base_model=)`."
+_COMPILED = "A view is compiled where it is, by its own `compile()`."
 _POSITIONS = "positions are the base's own, and nothing of them can be resized here."
 _BATCHING = "it serves one model, and a GenieBlue is two views. Texts can use that of `model.language_model`."
 # By name, why a method is refused and what to do instead.
@@ -209,6 +210,12 @@ class FrozenBaseModel(PreTrainedModel):
         # What accelerate does to a model that it spreads or offloads, before anything else.
         if name == "_old_forward" and self.language_model is not None:
             raise ValueError(f"accelerate cannot dispatch or offload a GenieBlue that is loaded: {OFFLOAD_ADVICE}")
+        # What it does last, behind `load_checkpoint_and_dispatch` too, which passes over what a file does not hold.
+        if name == "hf_device_map" and self.language_model is not None:
+            raise ValueError(
+                "accelerate cannot dispatch a GenieBlue that is loaded. If it was to load weights, some of them may "
+                "be others by now: load the folder anew, with `from_pretrained(..., device_map=)`."
+            )
         super().__setattr__(name, value)
 
 
@@ -226,13 +233,22 @@ for _name, _reason in REFUSALS.items():
     setattr(FrozenBaseModel, _name, _refusal(_name, _reason))
 
 
-def _refuse_peft(container: nn.Module, _name: str, module: Any) -> None:
-    """Stops PEFT where it takes a model in, before it replaces any layer of the base; see `get_peft_model`."""
-    is_ours = isinstance(module, FrozenBaseModel) or getattr(module, "__dict__", {}).get("is_multimodal_view", False)
-    if is_ours and any(kind.__module__.partition(".")[0] == "peft" for kind in type(container).__mro__):
-        raise ValueError(f"PEFT cannot put another adapter over a GenieBlue: {_ONE_ADAPTER}")
+def _check_registration(container: nn.Module, name: str, module: Any) -> None:
+    """Stops PEFT where it takes a model in, before it replaces any layer of the base, and what would replace a base.
+
+    Called wherever a module becomes a part of another one: `self.name = module`, `add_module`.
+    """
+    if isinstance(container, FrozenBaseModel):
+        attached = container._modules.get(name) if name in LANGUAGE_TREES else None
+        if attached is not None and module is not attached:
+            raise ValueError(f"`{name}` of a GenieBlue is not replaced: {_OTHER_BASE} {_COMPILED}")
+    elif isinstance(module, nn.Module) and any(kind.__module__.partition(".")[0] == "peft"
+                                               for kind in type(container).__mro__):  # fmt: skip
+        held = (part for each in (module, getattr(module, "_genieblue", module)) for part in each.modules())
+        if any(isinstance(part, FrozenBaseModel) or vars(part).get("is_multimodal_view", False) for part in held):
+            raise ValueError(f"PEFT cannot put another adapter over a GenieBlue: {_ONE_ADAPTER}")
 
 
-register_module_module_registration_hook(_refuse_peft)
+register_module_module_registration_hook(_check_registration)
 
 __all__ = ["FrozenBaseModel"]

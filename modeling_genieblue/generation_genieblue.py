@@ -75,6 +75,7 @@ class GenieBlueGenerationMixin(GenerationMixin):
         Raises `ValueError`, before anything runs, for what cannot be right for rows with images (`WORKS_FROM_IDS`).
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        kwargs.pop("mm_token_type_ids", None)  # where the images are, which the ids say already
         check_inputs(input_ids, pixel_values, num_tiles)
         is_multimodal = self._route(input_ids, kwargs.get("past_key_values"), view, pixel_values)
         if generation_config is not None:
@@ -103,6 +104,8 @@ class GenieBlueGenerationMixin(GenerationMixin):
         has_images = input_ids is not None and bool((input_ids == self.config.image_token_id).any())
         if not has_images and kwargs.get("inputs_embeds") is None:
             return
+        if has_images and kwargs.get("inputs_embeds") is not None:
+            raise ValueError("`inputs_embeds` are given beside ids with image tokens: give the ids and the pixels.")
         for name, neutral in WORKS_FROM_IDS.items():
             value = self._setting(name, kwargs)
             if value is not None and value != neutral:

@@ -13,6 +13,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from .addresses_genieblue import refuse_address
 from .image_reading_genieblue import IMAGE_TYPES, flatten_images, read_image, rgb_pixels
 
 
@@ -75,6 +76,12 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
         if 0 in self.image_std:
             raise ValueError(f"image_std is {self.image_std}; pixels are divided by it, so expected no zero.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load saved settings, from a folder or by the id of a repository."""
+        refuse_address(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def select_grid(self, width: int, height: int) -> tuple[int, int]:
         """Return the (columns, rows) of tiles for an image of `width` x `height` pixels (arXiv 2411.10640)."""

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps
 
-from .addresses_genieblue import shown
+from .addresses_genieblue import redacted, redacted_logs, shown
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,12 @@ def _download(address: str) -> bytes:
     """Fetch an image's bytes; transformers' own loader would decode it too, past all the checks that files get."""
     content = bytearray()
     try:
-        with get_session().stream("GET", address, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as response:
-            problem = f"HTTP {response.status_code} {response.reason_phrase}" if response.is_error else None
+        session = get_session()
+        with (
+            redacted_logs(),
+            session.stream("GET", address, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as response,
+        ):
+            problem = f"HTTP {response.status_code} {redacted(response.reason_phrase)}" if response.is_error else None
             for piece in response.iter_bytes() if problem is None else ():
                 content += piece
                 if len(content) > LARGEST_DOWNLOAD:

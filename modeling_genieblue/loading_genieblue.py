@@ -52,9 +52,10 @@ class LoadRequest:
     """One call of `from_pretrained`: where our files are, and what the base is to be loaded with."""
 
     path: str
-    hub_kwargs: dict[str, Any]
-    own_kwargs: dict[str, Any]
-    base_kwargs: dict[str, Any]
+    # Not shown: there may be a token among them.
+    hub_kwargs: dict[str, Any] = field(repr=False)
+    own_kwargs: dict[str, Any] = field(repr=False)
+    base_kwargs: dict[str, Any] = field(repr=False)
 
     @classmethod
     def from_arguments(cls, path: str | os.PathLike, kwargs: dict[str, Any]) -> "LoadRequest":
@@ -248,8 +249,8 @@ class Provenance:
     """
 
     source: LoadRequest | None = None
-    access: dict[str, Any] = field(default_factory=dict)
-    base_samples: dict[str, dict] = field(default_factory=dict)
+    access: dict[str, Any] = field(default_factory=dict, repr=False)
+    base_samples: dict[str, dict] = field(default_factory=dict, repr=False)
     files: dict[str, Path] = field(default_factory=dict)
     training_recipe: dict[str, dict[str, Any]] | None = None
 

@@ -24,6 +24,7 @@ from .arguments_genieblue import (
     check_vision_tower,
     refuse_offloaded,
 )
+from .as_built_genieblue import AsBuilt
 from .backbone_genieblue import GenieBlueBackbone
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
@@ -241,6 +242,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         if (head := getattr(self.vision_tower, "head", None)) is not None:
             head.requires_grad_(False)  # it pools patches into one vector, which no image token is made of
         self._lora_config = lora_config
+        self._as_built = AsBuilt(self.config, base)
         self._embed_text = TextEmbedder(view)
 
     def save_pretrained(
@@ -338,6 +340,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             # One of each part: to look at all of them would be felt in a step of decoding.
             firsts = (islice(part.parameters(), 1) for part in self.children())
             refuse_offloaded(chain.from_iterable(firsts), "this GenieBlue")
+            self._as_built.check_precision(self.language_model)
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
@@ -378,6 +381,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         """
         check_inputs(input_ids, pixel_values, num_tiles)
         is_multimodal = self._route(input_ids, past_key_values, view, pixel_values)
+        kwargs.pop("mm_token_type_ids", None)  # where the images are, which the ids say already
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .as_built_genieblue import AsBuilt
 from .base_loading_genieblue import BASE_LOADERS, check_identity
 from .language_adapter_genieblue import adapter_parameters
 from .loading_genieblue import LoadRequest
@@ -60,6 +61,7 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
         model.provenance.files = files
         if base_samples is not None:
             model.provenance.base_samples = base_samples
+        model._as_built = AsBuilt(model.config, model.language_model)
         quantized: Any = model.requires_grad_(False)
         return quantized
 

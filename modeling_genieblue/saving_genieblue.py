@@ -116,6 +116,7 @@ def _check_save(model: Any, target: Path, dtype: str | torch.dtype | None) -> to
     """The precision to save in; `ValueError` or `OSError` if the model cannot be saved, or not there."""
     if model.multimodal_language_model is None:
         raise ValueError("This GenieBlue has no base, so no adapter to save: use `from_base` or `from_pretrained`.")
+    model._as_built.check(model.config, model.language_model)
     written = model._check_save(None if dtype is None else weight_dtype(dtype))
     if os.path.isfile(target):
         raise OSError(f"{target} is a file: give a folder to save into.")

@@ -85,7 +85,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self._sequence: Sequence[dict[str, Any]] | None = None
         self._image_counts: array | None = None  # of each sample, once all were checked
         if image_folder is not None and not os.path.isdir(image_folder):
-            raise OSError(f"The image folder {image_folder} is not a folder: give an existing one.")
+            raise OSError(f"The image folder {shown(image_folder)} is not a folder: give an existing one.")
         if isinstance(source, (str, os.PathLike)):
             self._file = Path(source)
             if not self._file.is_file():
@@ -217,15 +217,19 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
             f"{where}: expected a list of turns as `messages` or `conversations`, found the keys {sorted(raw)}."
         )
     given = _either(raw, IMAGE_KEYS, where)
-    has_placeholders = is_nothing(raw.get("messages")) or not is_nothing(given)
+    is_list = isinstance(given, (list, tuple))
+    has_placeholders = is_nothing(raw.get("messages")) or not is_nothing(given) or is_list and len(given) > 0
     messages = [
         _parse_turn(turn, has_placeholders, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1)
     ]
     messages = _with_system(messages, _either(raw, ("system", "system_prompt"), where), where)
     _check_turns(messages, where)
+    missing = sum(source is None for source in image_sources(messages))
     if given is IN_A_COLUMN:
-        given = [b""] * sum(source is None for source in image_sources(messages))
-    given = [] if is_nothing(given) else list(given) if isinstance(given, (list, tuple)) else [given]
+        given = [b""] * missing
+    elif is_nothing(given) and not (is_list and missing):  # a list with nothing in it lacks what a placeholder shows
+        given = []
+    given = list(given) if isinstance(given, (list, tuple)) else [given]
     images = _images_of_parts(messages, given, where)
     read = SAMPLE_KEYS | (IMAGE_NAMES if images else frozenset())
     refuse_lost_keys(raw, read, where, texts=texts_of(messages))
@@ -354,6 +358,7 @@ def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
 def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
     """An image as it can be opened; a path becomes absolute and must stay in `folder`."""
     if isinstance(image, dict):  # what `datasets` gives for an image that it does not decode
+        refuse_lost_keys(image, ("bytes", "path"), where, strict=True)
         # Only real bytes: a string there would be opened as a path, past the checks below.
         image = image["bytes"] if isinstance(image.get("bytes"), bytes) else image.get("path")
     if isinstance(image, (Image.Image, np.ndarray, torch.Tensor, bytes)):

@@ -24,9 +24,18 @@ def parse_line(line: bytes) -> Any:
     if line.lstrip().startswith(b"["):
         raise ValueError("the line is a list: expected JSONL, one object a line (`jq -c '.[]'` makes it of a list).")
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}).") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice, and one of its values would be lost")
+        found[key] = value
+    return found
 
 
 def refuse_other_forms(path: Path) -> None:

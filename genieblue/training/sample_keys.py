@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from modeling_genieblue.addresses_genieblue import redacted
+from modeling_genieblue.addresses_genieblue import redacted, shown
 
 
 def _words(text: str) -> frozenset[str]:
@@ -25,9 +25,13 @@ MEANING = MEDIA | _words(
     "depth file files path paths document documents system tool tools function functions call calls answer answers "
     "response responses output outputs completion caption captions text texts weight loss mask train reasoning "
     "thinking thought thoughts context history instruction question prompt query input choices options detail bbox "
-    "boxes points refusal role"
+    "boxes points refusal role target targets label gt truth gold solution rationale explanation hint hints persona "
+    "character knowledge prefix suffix template preamble developer ocr transcript subtitle subtitles region crop "
+    "segmentation code stop skip ignore exclude use correct desirable"
 )
 ADDRESSES = _words("url urls uri link links")
+# In front of a word that means something: `num_images` is a number and no image.
+COUNTING = _words("num n count number total max min has is")
 # Of these even a text that stands in the chat means more than it says there.
 PREFERENCES = _words("chosen rejected preference")
 # Settings of a single sample, turn or image, and what asks for nothing.
@@ -47,7 +51,7 @@ def refuse_lost_keys(
     for key, value in found.items():
         if key not in read and not _passes(str(key), value, texts, strict):
             raise ValueError(
-                f"{where}: the key {str(key)!r} ({shortened(value)}) is not read, so what it says would be lost. "
+                f"{where}: the key {shown(key)!r} ({shortened(value)}) is not read, so what it says would be lost. "
                 "Write it into the messages, or remove the key."
             )
 
@@ -70,7 +74,7 @@ def _passes(key: str, value: Any, texts: Collection[str], strict: bool) -> bool:
     if _stands_in(value, texts):
         return True
     if strict or MEANING & {first, last}:
-        return not strict and isinstance(value, (int, float)) and len(words) > 1  # `num_images`
+        return not strict and is_number and first in COUNTING and first != last
     return is_number or isinstance(value, str) and _is_label(value)
 
 

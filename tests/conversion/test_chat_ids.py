@@ -145,6 +145,8 @@ FRAMES = {
     "nothing around": CHATML,
     "a thought before": CHATML.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' and loop.last %}"
                                        "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"),
+    "a control token before": "{% for m in messages %}<|assistant|>{{ m['role'] }}\n{{ m['content'] }}</s>"
+                              "{% endfor %}",
     "words around": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} ##\n{% endfor %}",
 }  # fmt: skip
 

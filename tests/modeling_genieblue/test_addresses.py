@@ -12,6 +12,7 @@ from PIL import Image
 
 from modeling_genieblue.addresses_genieblue import redacted, refuse_address, shown
 from modeling_genieblue.image_reading_genieblue import read_image
+from modeling_genieblue.loading_genieblue import LoadRequest, Provenance
 
 SECRETS = ("us3r", "passw0rd", "t0ken", "fr4gment", "r3direct", "c0ntent")
 
@@ -49,6 +50,11 @@ def assert_no_secret(text: str) -> None:
         ("data:,c0ntent", "data:…"),
         ("Authorization: Bearer t0ken, hf_t0kent0kent0kent0ken", "Authorization: Bearer … …"),
         ("HF_ENDPOINT, hf_transfer, HF_HUB_ENABLE_HF_TRANSFER", "HF_ENDPOINT, hf_transfer, HF_HUB_ENABLE_HF_TRANSFER"),
+        ("us3r:passw0rd@host/x.png?key=t0ken", "host/x.png"),
+        ("//us3r:passw0rd@host:80/x.png", "//host:80/x.png"),
+        ("no file www.host/x.png?sig=t0ken&a=t0ken, sorry", "no file www.host/x.png sorry"),
+        ("https://host/x.png&key=t0ken", "https://host/x.png"),
+        ("at 12:30 @home, C:\\a@b", "at 12:30 @home, C:\\a@b"),
         ("C:/a/b.png", "C:/a/b.png"),
         ("/tmp/what?#is this@home.png", "/tmp/what?#is this@home.png"),
         ("metadata:a/b, data: none", "metadata:a/b, data: none"),
@@ -139,12 +145,20 @@ def test_a_proxys_password_is_not_shown(monkeypatch):
         assert_no_secret(f"{error!r} {error}")
 
 
-def test_warnings_about_a_served_image_hold_no_secret(served, caplog):
+def test_what_remembers_a_load_does_not_show_its_token():
+    request = LoadRequest("a/b", {"token": "t0ken"}, {}, {"token": "t0ken"})
+    assert_no_secret(repr(Provenance(source=request, access=request.access())))
+
+
+def test_logs_and_warnings_about_a_served_image_hold_no_secret(served, caplog):
     folder, host = served
     frames = [Image.new("L", (4, 4), grey) for grey in (0, 255)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):  # as `genieblue --debug` logs
         read_image(f"http://{host}/moving.gif?key=t0ken")
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("modeling_genieblue")]
-    assert any("has 2 frames" in message for message in ours)
-    assert_no_secret(" ".join(ours))
+        with pytest.raises(OSError):
+            read_image(f"http://{host}/moved-away?key=t0ken")
+    logged = [record.getMessage() for record in caplog.records]
+    assert any("has 2 frames" in message for message in logged)
+    assert any("HTTP Request: GET http://127.0.0.1" in message for message in logged)
+    assert_no_secret(" ".join(logged))

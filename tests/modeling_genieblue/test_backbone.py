@@ -1,9 +1,14 @@
 """`base_model`: the model without its LM head, which trainers run by themselves."""
 
+import contextlib
+
 import pytest
 import torch
 from tiny_genieblue import IMAGE, IMAGE_ID, left_pad, prompt, row, tiles, tiny_genieblue
+from tiny_models import tiny_base
 from torch import nn
+
+from modeling_genieblue.backbone_genieblue import GenieBlueBackbone
 
 REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 
@@ -57,3 +62,24 @@ def test_a_cache_is_refused(model):
 def test_decoder_is_the_bases(model):
     assert model.get_decoder() is model.language_model.model
     assert model.get_encoder("image") is model.vision_tower
+
+
+METHODS = {
+    "requires_grad_": lambda model: model.requires_grad_(True),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "apply": lambda model: model.apply(lambda part: [torch.nn.init.zeros_(p) for p in part.parameters(recurse=False)]),
+    "load_state_dict": lambda model: model.load_state_dict({n: v + 1 for n, v in model.state_dict().items()}),
+    "to_empty": lambda model: model.to_empty(device="cpu"),
+    "train": lambda model: model.train(),
+}
+
+
+@pytest.mark.parametrize("call", METHODS.values(), ids=METHODS)
+def test_methods_of_the_backbone_are_the_models_and_keep_the_base(call):
+    model, expected = tiny_genieblue(), tiny_base("llama")
+    with contextlib.suppress(ValueError):
+        assert isinstance(call(model.base_model), (GenieBlueBackbone, tuple))
+    assert not any(parameter.requires_grad for parameter in model.language_model.parameters())
+    assert not model.language_model.training
+    assert torch.equal(model.language_model(prompt()).logits, expected(prompt()).logits)

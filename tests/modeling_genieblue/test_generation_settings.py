@@ -204,6 +204,17 @@ def test_settings_of_one_row_are_refused_for_a_mixed_batch():
             model.generate(**batch, pixel_values=PIXELS, **{**GREEDY, name: value})
 
 
+def test_embeddings_beside_an_image_are_refused_and_where_the_images_are_is_no_setting():
+    model = tiny_genieblue()
+    with pytest.raises(ValueError, match="`inputs_embeds` are given beside ids with image tokens"):
+        model.generate(SEEN, pixel_values=PIXELS, inputs_embeds=torch.zeros(*SEEN.shape, 32))
+    types = (SEEN == IMAGE_ID).long()
+    answers = [
+        model.generate(SEEN, pixel_values=PIXELS, **GREEDY, **more) for more in ({}, {"mm_token_type_ids": types})
+    ]
+    assert torch.equal(*answers)
+
+
 def test_a_paged_cache_is_refused_with_images():
     with pytest.raises(ValueError, match="takes no images"):
         tiny_genieblue().generate(SEEN, pixel_values=PIXELS, cache_implementation="paged")

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftMixedModel,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+    prepare_model_for_kbit_training,
+)
 from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles, tiny_genieblue
 from tiny_models import tiny_base
 from torch import nn
@@ -325,6 +334,11 @@ OTHERS_ADAPTERS = {
     "the multimodal view": lambda model: get_peft_model(
         model.multimodal_language_model, LoraConfig(target_modules=["q_proj"])
     ),
+    "a module around it": lambda model: get_peft_model(nn.Sequential(model), LoraConfig(target_modules=["q_proj"])),
+    "injection into a module around it": lambda model: inject_adapter_in_model(
+        LoraConfig(target_modules=["q_proj"]), nn.ModuleList([model]), "mine"
+    ),
+    "all but the head": lambda model: LoraModel(model.base_model, LoraConfig(target_modules=["q_proj"]), "mine"),
     "injection into the view": lambda model: inject_adapter_in_model(
         LoraConfig(target_modules=["q_proj"]), model.multimodal_language_model, "mine"
     ),
@@ -337,6 +351,24 @@ def test_another_adapter_is_refused_before_anything_changes(add, unchanged):
     with pytest.raises(ValueError, match="lora_rank"):
         add(model)
     assert portrait(model) == before
+
+
+@pytest.mark.parametrize("name", ["language_model", "multimodal_language_model"])
+def test_view_is_not_replaced(name, unchanged):
+    model, before = unchanged
+    for other in (tiny_base("llama", seed=3), None):
+        for replace in (setattr, nn.Module.add_module, nn.Module.register_module):
+            with pytest.raises(ValueError, match="base_model=.* `compile\\(\\)`"):
+                replace(model, name, other)
+    assert portrait(model) == before
+
+
+def test_casting_of_the_base_by_peft_is_noticed_at_the_next_request():
+    model = tiny_genieblue(base=tiny_base("llama", dtype=torch.bfloat16))
+    prepare_model_for_kbit_training(model)
+    for request in (lambda: model(prompt()), lambda: model.generate(REQUEST, pixel_values=PIXELS)):
+        with pytest.raises(ValueError, match="was cast to torch.float32 .*prepare_model_for_kbit"):
+            request()
 
 
 def test_saved_adapter_is_not_put_over_a_genieblue(tmp_path, unchanged):

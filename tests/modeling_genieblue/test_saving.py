@@ -1,6 +1,7 @@
 """Saving: only what is ours, complete, in the stated layout, and whole or not at all."""
 
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny_genieblue import IMAGE, change_adapter, prompt, row, save_tiny_pair, tiles, tiny_genieblue
 from tiny_models import save_tiny_base, tiny_base, tiny_tokenizer, tiny_vision_tower
@@ -443,3 +445,35 @@ def test_a_broken_installation_is_not_taken_for_a_missing_one(folder, tmp_path, 
     with pytest.raises(ModuleNotFoundError, match="hub_cards.model_card"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+EDITS = {
+    "lora_alpha": ("config", "lora_alpha", 32), "replicated_layers": ("config", "replicated_layers", [0]),
+    "image_token_id": ("config", "image_token_id", 5), "text_config": ("config", "text_config", None),
+    "a setting of the base": ("config.text_config", "rms_norm_eps", 0.1),
+    "a setting of the tower": ("config.vision_config", "image_size", 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_edited_configuration_is_not_saved_over_a_good_folder(edit, tmp_path):
+    """The weights in memory are those of other settings: the folder could not be loaded any more."""
+    part, name, value = edit
+    folder = save_tiny_pair(tmp_path)
+    model = GenieBlueForConditionalGeneration.from_pretrained(folder)
+    setattr(operator.attrgetter(part)(model), name, value)
+    with pytest.raises(ValueError, match=f"`{part}.{name}.* was .* and is "):
+        model.save_pretrained(folder)
+    GenieBlueForConditionalGeneration.from_pretrained(folder)
+
+
+def test_model_on_a_base_that_was_changed_is_not_saved(tmp_path):
+    model = tiny_genieblue()
+    get_peft_model(model.language_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+                   ).merge_and_unload()  # fmt: skip
+    with pytest.raises(ValueError, match="base is not as it was .*q_proj.weight holds"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    again = tiny_genieblue(trained=False)
+    again.load_state_dict(model.state_dict())  # the way that it names
+    again.save_pretrained(tmp_path / "new")

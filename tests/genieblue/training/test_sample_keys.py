@@ -45,6 +45,16 @@ LOST = {
     "a thought": sample(reasoning="The sky is."),
     "a text under an unknown name": sample(hint="look at the sky"),
     "a structure under an unknown name": sample(scene={"sky": "blue"}),
+    "another answer in a word": sample(solution="red"),
+    "a target in a word": sample(target="red"),
+    "a class": sample(label="red"),
+    "a persona in a word": sample(persona="pirate"),
+    "a reason in a word": sample(rationale="sky"),
+    "a weight under another name": sample(sample_weight=0),
+    "a request to leave it out": sample(skip=True),
+    "a request to train on prompts": sample(train_on_input=True),
+    "a box of an image": sample(images=[{"path": "a.png", "bbox": [0, 0, 1, 1]}])
+    | {"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": ANSWER}]},
     "calls of tools": with_turn(1, tool_calls=[{"function": {"name": "search"}}]),
     "a thought of a turn": with_turn(1, reasoning_content="The sky is."),
     "a weight of a turn": with_turn(1, weight=0),
@@ -123,6 +133,21 @@ def test_columns_of_a_data_set_are_looked_at_when_it_is_opened():
         ChatDataset(rows)
     good = ChatDataset(rows, skip_bad=True)
     assert len(good) == 1 and good[0].messages[1]["content"] == ANSWER
+
+
+def test_an_image_that_is_missing_from_the_list_of_them_is_named():
+    for missing in (None, ""):
+        with pytest.raises(ValueError, match="here: an image is "):
+            parse_chat(with_turn(0, content=f"<image>{QUESTION}") | {"images": [missing]}, "here", None)
+    assert parse_chat(sample(images=[None]), "here", None).images == []  # as tables have it for a text
+
+
+@pytest.mark.parametrize("line", ['{"messages": [], "messages": []}', '{"messages": [{"role": "user", "role": "x"}]}'])
+def test_a_key_that_is_there_twice_is_refused(line, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(sample()) + "\n" + line)
+    with pytest.raises(ValueError, match="chats.jsonl:2: .*is there twice"):
+        ChatDataset(path)
 
 
 LINES = json.dumps(sample()) + "\n" + json.dumps(sample()) + "\n"
