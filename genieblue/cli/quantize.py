@@ -25,15 +25,15 @@ from genieblue.cli.terminal import (
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue in 16 bits.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the quantized GenieBlue.", show_default=False)],
-    llm: Annotated[Weights, typer.Option(help="Linears of the base's blocks, and of their copies.")] = Weights.w4a16,
+    llm: Annotated[Weights, typer.Option(help="Linears of the base's blocks, and of their copies.")] = "w4a16",
     replicated: Annotated[
         Weights | None, typer.Option(help="Linears of the copies; as --llm if left out.", show_default=False)
     ] = None,
-    lora: Annotated[EightBits, typer.Option(help="LoRA.")] = EightBits.w8a16,
-    vision: Annotated[Weights, typer.Option(help="Vision tower.")] = Weights.w8a16,
-    projector: Annotated[Weights, typer.Option(help="Projector.")] = Weights.w8a16,
-    lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = EightBits.w16a16,
-    embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = EightBits.w16a16,
+    lora: Annotated[EightBits, typer.Option(help="LoRA.")] = "w8a16",
+    vision: Annotated[Weights, typer.Option(help="Vision tower.")] = "w8a16",
+    projector: Annotated[Weights, typer.Option(help="Projector.")] = "w8a16",
+    lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = "w16a16",
+    embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = "w16a16",
     rounding: Annotated[
         Rounding | None, typer.Option(help="gptq with --calibration, else hqq.", show_default=False)
     ] = None,
@@ -46,7 +46,7 @@ def quantize(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Most calibration samples of each kind.")] = 64,
     sample_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration text.")] = 512,
-    activations: Annotated[Activations, typer.Option(help="Format of the 16 bits.")] = Activations.bfloat16,
+    activations: Annotated[Activations, typer.Option(help="Format of the 16 bits.")] = "bfloat16",
     base_out: Annotated[
         Path | None,
         typer.Option(help="Folder for the quantized base; by default beside --out.", show_default=False),
@@ -73,21 +73,21 @@ def quantize(
     from hub_cards.model_parts import model_info
     from modeling_genieblue import GenieBlueProcessor
 
-    chosen = rounding.value if rounding is not None else "gptq" if calibration else "hqq"
+    chosen = rounding or ("gptq" if calibration else "hqq")
     if calibration and chosen != "gptq":
         raise typer.BadParameter(f"{chosen} uses no samples: leave --calibration out, or use gptq.")
     if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
         raise typer.BadParameter("--image-folder is for the images of a JSONL file: give one (--calibration).")
     recipe = QuantizationRecipe(
-        llm=llm.value,
-        replicated_blocks=None if replicated is None else replicated.value,
-        lora=lora.value,
-        vision_tower=vision.value,
-        multi_modal_projector=projector.value,
-        lm_head=lm_head.value,
-        embeddings=embeddings.value,
+        llm=llm,
+        replicated_blocks=replicated,
+        lora=lora,
+        vision_tower=vision,
+        multi_modal_projector=projector,
+        lm_head=lm_head,
+        embeddings=embeddings,
         rounding=chosen,
-        activations=activations.value,
+        activations=activations,
     )
     out = out.expanduser()
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})

@@ -1,13 +1,12 @@
 """`genieblue train`: one of the two stages."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.input_files import data_source
-from genieblue.cli.options import Base, BaseCode, Dtype, Precision
+from genieblue.cli.options import Base, BaseCode, Dtype
 from genieblue.cli.terminal import note, quiet_transformers
 
 
@@ -51,7 +50,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad samples out instead of stopping.")] = False,
     base: Base = None,
-    dtype: Dtype = Precision.auto,
+    dtype: Dtype = "auto",
     trust_remote_code: BaseCode = False,
 ) -> None:
     """Train one of the two stages; the base stays as it is."""
@@ -91,4 +90,19 @@ def train(
         note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
 
 
-__all__ = ["train"]
+def data_source(data: Path) -> Any:
+    """What `ChatDataset` reads: a JSONL file as it is, a folder as the data set that `datasets` saved."""
+    if not data.is_dir():
+        return data
+    if not any((data / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ValueError(f"{data} is a folder that `datasets` did not save: give a JSONL file, or one that it saved.")
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(data))
+    if isinstance(dataset, DatasetDict):
+        splits = ", ".join(str(data / name) for name in dataset)
+        raise ValueError(f"{data} holds several splits: give the folder of one of them ({splits}).")
+    return dataset
+
+
+__all__ = ["data_source", "train"]
