@@ -5,8 +5,7 @@ it at every start, so nothing heavy is imported here.
 """
 
 from argparse import ArgumentParser
-from enum import StrEnum
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -33,14 +32,13 @@ class GenieBlueCommand(BaseOptimumCLICommand):
             elif parameter.is_flag:
                 parser.add_argument(*parameter.opts, dest=parameter.name, action="store_true", help=text)
             else:
-                default = getattr(parameter.default, "value", parameter.default)
                 parser.add_argument(
                     *parameter.opts,
                     dest=parameter.name,
                     required=parameter.required,
                     choices=_choices(hints[parameter.name]),
                     action="append" if parameter.multiple else "store",
-                    help=text if default is None else f"{text} (default: {default})",
+                    help=text if parameter.default is None else f"{text} (default: {parameter.default})",
                 )
 
     def run(self) -> None:
@@ -70,8 +68,7 @@ def _command(name: str) -> Any:
 
 def _choices(hint: Any) -> list[str] | None:
     """What an option with this annotation takes, if that is one of a few words."""
-    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, StrEnum)]
-    return [member.value for kind in kinds for member in kind] or None
+    return next((list(get_args(kind)) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal), None)
 
 
 class GenieBlueQuantizeCommand(GenieBlueCommand):

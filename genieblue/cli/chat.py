@@ -31,7 +31,7 @@ def chat(
     qnn: Annotated[
         str | None, typer.Option(help="Bundle from `export qnn`, instead of a model.", show_default=False)
     ] = None,
-    npu: Annotated[NpuBackend, typer.Option(help="Where to run the bundle's graphs.")] = NpuBackend.cpu,
+    npu: Annotated[NpuBackend, typer.Option(help="Where to run the bundle's graphs.")] = "cpu",
     adapter: Annotated[
         Path | None, typer.Option(help="File from `export adapter`, to replace the bundle's own LoRA.")
     ] = None,
@@ -40,7 +40,7 @@ def chat(
     ] = False,
     base: Base = None,
     revision: Revision = None,
-    dtype: Dtype = Precision.auto,
+    dtype: Dtype = "auto",
     device: Device = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
@@ -54,9 +54,9 @@ def chat(
         from modeling_genieblue.image_reading_genieblue import read_image
 
         images = [read_image(source, index) for index, source in enumerate(image or [])]
-        settings = {"max_new_tokens": max_new_tokens, "view": None if view is None else view.value}
+        settings = {"max_new_tokens": max_new_tokens, "view": view}
         if qnn is not None:
-            conversation = open_bundle(qnn, npu.value, adapter)
+            conversation = open_bundle(qnn, npu, adapter)
         else:
             device = choose_device(device)
             conversation = load_chat(model, base, revision, dtype, device, trust_remote_code, compile_decoding)
@@ -108,7 +108,7 @@ def load_chat(
             model,
             base_model=base,
             revision=revision,
-            dtype=dtype.value,
+            dtype=dtype,
             device=device,
             compile=compile_decoding,
             trust_remote_code=trust_remote_code,

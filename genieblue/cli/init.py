@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from genieblue.cli.info import print_info
-from genieblue.cli.input_files import read_template
-from genieblue.cli.options import BaseCode, Dtype, Placement, PlacementOption, Precision, Revision
+from genieblue.cli.options import BaseCode, Dtype, PlacementOption, Revision
 from genieblue.cli.terminal import check_name, note, quiet_transformers
 
 
@@ -15,14 +14,14 @@ def init(
     base: Annotated[str, typer.Option(help="Folder or Hub id of the base language model.", show_default=False)],
     vision: Annotated[str, typer.Option(help="Folder or Hub id of a SigLIP.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the new GenieBlue.", show_default=False)],
-    placement: PlacementOption = Placement.skip,
+    placement: PlacementOption = "skip",
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
     alpha: Annotated[int, typer.Option(min=1, help="LoRA alpha.")] = 16,
     max_tiles: Annotated[int, typer.Option(help="Maximum tiles per image: 1, 4, 9, 16, …")] = 16,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file, for a base that has no chat template.", show_default=False)
     ] = None,
-    dtype: Dtype = Precision.auto,
+    dtype: Dtype = "auto",
     base_revision: Revision = None,
     vision_revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing GenieBlue in --out.")] = False,
@@ -40,12 +39,12 @@ def init(
         base,
         vision,
         out,
-        placement=placement.value,
+        placement=placement,
         lora_rank=rank,
         lora_alpha=alpha,
         max_tiles=max_tiles,
         chat_template=template,
-        dtype=dtype.value,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
         base_revision=base_revision,
         vision_revision=vision_revision,
@@ -53,6 +52,15 @@ def init(
     )
     print_info(str(folder), base=None, revision=None)
     note(f"\nNext: genieblue train --stage 1 --model {folder} --data captions.jsonl --out {folder}-stage1")
+
+
+def read_template(path: Path) -> str:
+    """Text of the file given as --chat-template; `OSError` if it cannot be read."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise OSError(f"--chat-template {path} cannot be read ({reason}): expected a Jinja text file.") from error
 
 
 __all__ = ["init"]

@@ -1,94 +1,20 @@
 """Options shared by several commands, and their values."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-
-class Placement(StrEnum):
-    """Which quarter of the base's blocks is replicated."""
-
-    skip = "skip"
-    pre = "pre"
-    post = "post"
-
-
-class Structure(StrEnum):
-    """Which parameters of the language model are trained, by the paper's structures."""
-
-    full = "full"
-    lora = "lora"
-    cogvlm = "cogvlm"
-    genieblue = "genieblue"
-
-
-class View(StrEnum):
-    """The view that a request runs."""
-
-    text = "text"
-    multimodal = "multimodal"
-
-
-class Precision(StrEnum):
-    """Dtype of the weights; `auto` is the dtype of the files."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Weights(StrEnum):
-    """Precision of a part's weights; activations stay at 16 bits."""
-
-    w4a16 = "w4a16"
-    w8a16 = "w8a16"
-    w16a16 = "w16a16"
-
-
-class EightBits(StrEnum):
-    """Precision of a part that does not support 4 bits."""
-
-    w8a16 = "w8a16"
-    w16a16 = "w16a16"
-
-
-class Rounding(StrEnum):
-    """How weights are rounded."""
-
-    rtn = "rtn"
-    hqq = "hqq"
-    gptq = "gptq"
-
-
-class Activations(StrEnum):
-    """Dtype of activations and of unquantized weights."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-class QnnRounding(StrEnum):
-    """How the decoder's weights are rounded for an NPU."""
-
-    rtn = "rtn"
-    seqmse = "seqmse"
-
-
-class LoraMode(StrEnum):
-    """How LoRA enters an NPU's graphs."""
-
-    constants = "constants"
-    inputs = "inputs"
-
-
-class NpuBackend(StrEnum):
-    """Where to run the graphs of a bundle."""
-
-    cpu = "cpu"
-    emulator = "emulator"
+Placement = Literal["skip", "pre", "post"]  # which quarter of the base's blocks is copied
+Structure = Literal["full", "lora", "cogvlm", "genieblue"]  # of the paper: what is trained in the language model
+View = Literal["text", "multimodal"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]  # of weights in memory; `auto` is that of the files
+Weights = Literal["w4a16", "w8a16", "w16a16"]  # of a part; activations stay in 16 bits
+EightBits = Literal["w8a16", "w16a16"]  # of a part that is not made for 4 bits
+Rounding = Literal["rtn", "hqq", "gptq"]
+Activations = Literal["bfloat16", "float16", "float32"]  # and what is not quantized
+QnnRounding = Literal["rtn", "seqmse"]  # of the decoder's matrices
+LoraMode = Literal["constants", "inputs"]  # of an NPU's graphs
+NpuBackend = Literal["cpu", "emulator"]  # what runs a bundle's graphs on this computer
 
 
 def _check_not_empty(name: str | None) -> str | None:

@@ -4,14 +4,14 @@ from typing import Annotated
 
 import typer
 
-from genieblue.cli.options import Json, Placement, PlacementOption, Structure
+from genieblue.cli.options import Json, PlacementOption, Structure
 from genieblue.cli.terminal import print_json, print_table, quiet_transformers, stdout_for_json
 
 
 def params(
     preset: Annotated[str, typer.Argument(help="bluelm-3b or qwen2.5-3b.", show_default=False)],
-    structure: Annotated[Structure, typer.Option(help="Structure of the paper.")] = Structure.genieblue,
-    placement: PlacementOption = Placement.skip,
+    structure: Annotated[Structure, typer.Option(help="Structure of the paper.")] = "genieblue",
+    placement: PlacementOption = "skip",
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
     json_output: Json = False,
 ) -> None:
@@ -20,13 +20,13 @@ def params(
         quiet_transformers()
         from genieblue.lab.parameters import count_trainable
 
-        counted = count_trainable(preset, structure.value, placement.value, rank)
+        counted = count_trainable(preset, structure, placement, rank)
     if json_output:
         print_json(counted)
         return
     parts = {**counted["parts"], "trainable": counted["trainable_parameters"]}
     rows = [(name, f"{number:,}", f"{number / 1e6:.2f} M") for name, number in parts.items()]
-    print_table((f"{preset}, {structure.value}", "parameters", ""), rows)
+    print_table((f"{preset}, {structure}", "parameters", ""), rows)
 
 
 __all__ = ["params"]

@@ -36,12 +36,12 @@ def qnn(
         typer.Option(min=1, help="Longest conversation, in tokens; default: at most 2048.", show_default=False),
     ] = None,
     parts: Annotated[int, typer.Option(min=1, help="Number of binaries for the blocks; more use less memory.")] = 1,
-    lora: Annotated[LoraMode, typer.Option(help="inputs: one binary serves several adapters.")] = LoraMode.constants,
+    lora: Annotated[LoraMode, typer.Option(help="inputs: one binary serves several adapters.")] = "constants",
     cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
     vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
     rounding: Annotated[
         QnnRounding, typer.Option(help="rtn: to nearest; seqmse: least error, slower (extra aimet).")
-    ] = QnnRounding.rtn,
+    ] = "rtn",
     encodings: Annotated[
         bool, typer.Option("--encodings", help="Also write float graphs with AIMET .encodings, for qairt-converter.")
     ] = False,
@@ -84,10 +84,10 @@ def qnn(
             chunk_length=chunk_length,
             context_length=context_length,
             parts=parts,
-            lora=lora.value,
+            lora=lora,
             cache_bits=cache_bits,
             vision_tiles=vision_tiles,
-            rounding=rounding.value,
+            rounding=rounding,
             encodings=encodings,
             on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
             base_model=base,

@@ -25,18 +25,16 @@ from genieblue.cli.terminal import (
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit GenieBlue.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the quantized GenieBlue.", show_default=False)],
-    llm: Annotated[
-        Weights, typer.Option(help="Linear layers of the base and of the replicated blocks.")
-    ] = Weights.w4a16,
+    llm: Annotated[Weights, typer.Option(help="Linear layers of the base and of the replicated blocks.")] = "w4a16",
     replicated: Annotated[
         Weights | None,
         typer.Option(help="Linear layers of the replicated blocks; default: as --llm.", show_default=False),
     ] = None,
-    lora: Annotated[EightBits, typer.Option(help="LoRA.")] = EightBits.w8a16,
-    vision: Annotated[Weights, typer.Option(help="Vision tower.")] = Weights.w8a16,
-    projector: Annotated[Weights, typer.Option(help="Projector.")] = Weights.w8a16,
-    lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = EightBits.w16a16,
-    embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = EightBits.w16a16,
+    lora: Annotated[EightBits, typer.Option(help="LoRA.")] = "w8a16",
+    vision: Annotated[Weights, typer.Option(help="Vision tower.")] = "w8a16",
+    projector: Annotated[Weights, typer.Option(help="Projector.")] = "w8a16",
+    lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = "w16a16",
+    embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = "w16a16",
     rounding: Annotated[
         Rounding | None, typer.Option(help="Default: gptq with --calibration, else hqq.", show_default=False)
     ] = None,
@@ -51,7 +49,7 @@ def quantize(
     sample_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration text.")] = 512,
     activations: Annotated[
         Activations, typer.Option(help="Dtype of activations and unquantized weights.")
-    ] = Activations.bfloat16,
+    ] = "bfloat16",
     base_out: Annotated[
         Path | None,
         typer.Option(help="Folder for the quantized base; default: next to --out.", show_default=False),
@@ -78,21 +76,21 @@ def quantize(
     from hub_cards.model_parts import model_info
     from modeling_genieblue import GenieBlueProcessor
 
-    chosen = rounding.value if rounding is not None else "gptq" if calibration else "hqq"
+    chosen = rounding or ("gptq" if calibration else "hqq")
     if calibration and chosen != "gptq":
         raise typer.BadParameter(f"{chosen} uses no calibration samples: leave out --calibration or use gptq.")
     if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
         raise typer.BadParameter("--image-folder is for images in a JSONL file: give one with --calibration.")
     recipe = QuantizationRecipe(
-        llm=llm.value,
-        replicated_blocks=None if replicated is None else replicated.value,
-        lora=lora.value,
-        vision_tower=vision.value,
-        multi_modal_projector=projector.value,
-        lm_head=lm_head.value,
-        embeddings=embeddings.value,
+        llm=llm,
+        replicated_blocks=replicated,
+        lora=lora,
+        vision_tower=vision,
+        multi_modal_projector=projector,
+        lm_head=lm_head,
+        embeddings=embeddings,
         rounding=chosen,
-        activations=activations.value,
+        activations=activations,
     )
     out = out.expanduser()
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})

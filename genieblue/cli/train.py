@@ -1,13 +1,12 @@
 """`genieblue train`: run one of the two training stages."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.input_files import data_source
-from genieblue.cli.options import Base, BaseCode, Dtype, Precision
+from genieblue.cli.options import Base, BaseCode, Dtype
 from genieblue.cli.terminal import note, quiet_transformers
 
 
@@ -53,7 +52,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip bad samples instead of stopping.")] = False,
     base: Base = None,
-    dtype: Dtype = Precision.auto,
+    dtype: Dtype = "auto",
     trust_remote_code: BaseCode = False,
 ) -> None:
     """Run one of the two training stages; the base does not change."""
@@ -95,4 +94,19 @@ def train(
         note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
 
 
-__all__ = ["train"]
+def data_source(data: Path) -> Any:
+    """The input for `ChatDataset`: the path of a JSONL file, or the dataset that `datasets` saved in a folder."""
+    if not data.is_dir():
+        return data
+    if not any((data / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ValueError(f"{data} was not saved by `datasets`: give a JSONL file or a folder from `save_to_disk`.")
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(data))
+    if isinstance(dataset, DatasetDict):
+        splits = ", ".join(str(data / name) for name in dataset)
+        raise ValueError(f"{data} has several splits: give the folder of one of them ({splits}).")
+    return dataset
+
+
+__all__ = ["data_source", "train"]

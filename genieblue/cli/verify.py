@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from genieblue.cli.errors import command_line_message, with_hints
-from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Precision, Revision
+from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Revision
 from genieblue.cli.qnn import check_unused_options, is_bundle, verify_qnn_bundle
 from genieblue.cli.terminal import (
     choose_device,
@@ -22,7 +22,7 @@ def verify(
     json_output: Json = False,
     base: Base = None,
     revision: Revision = None,
-    dtype: Dtype = Precision.auto,
+    dtype: Dtype = "auto",
     device: Device = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
@@ -56,7 +56,7 @@ def verify(
                 model,
                 base=base,
                 revision=revision,
-                dtype=dtype.value,
+                dtype=dtype,
                 device=choose_device(device),
                 trust_remote_code=trust_remote_code,
                 on_check=show_check,

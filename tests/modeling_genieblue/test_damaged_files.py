@@ -43,8 +43,10 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("keep", [0, 4, 200, 0.5, -1], ids=["empty", "4 bytes", "header", "half", "all but one byte"])
-@pytest.mark.parametrize("file", ["genieblue/model.safetensors", f"genieblue/{ADAPTER}", "base/model.safetensors"])
+@pytest.mark.parametrize(("file", "keep"), [
+    *(("genieblue/model.safetensors", keep) for keep in (0, 4, 200, 0.5, -1)), (f"genieblue/{ADAPTER}", 0),
+    (f"genieblue/{ADAPTER}", -1), ("base/model.safetensors", 0), ("base/model.safetensors", -1),
+])  # fmt: skip
 def test_truncated_weights_are_named(file, keep, tmp_path):
     folder = save_tiny_pair(tmp_path)
     content = (tmp_path / file).read_bytes()
@@ -58,7 +60,7 @@ def test_truncated_weights_are_named(file, keep, tmp_path):
 def test_missing_file_is_named(file, tmp_path):
     folder = save_tiny_pair(tmp_path)
     shutil.rmtree(folder / file) if (folder / file).is_dir() else (folder / file).unlink()
-    with pytest.raises(OSError, match=file.split("/")[-1].replace("language_adapter", "adapter_model")):
+    with pytest.raises(OSError, match=file.split("/")[-1].replace("language_adapter", "adapter_config")):
         load(folder)
 
 
@@ -79,7 +81,7 @@ def test_broken_fingerprint_is_a_clear_error(content, tmp_path):
 
 
 @pytest.mark.parametrize("file, content", [
-    *((file, content) for file in SETTINGS_FILES for content in ("[]", "null", "", "3", "[" * 100_000)),
+    *((file, content) for file in SETTINGS_FILES for content in ("[]", "")), ("config.json", "[" * 100_000),
     *((file, "{}") for file in ("config.json", "processor_config.json", "tokenizer.json")),
 ], ids=lambda value: value[:22])  # fmt: skip
 def test_settings_that_are_something_else_are_named(file, content, saved_pair):

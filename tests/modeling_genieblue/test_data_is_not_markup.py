@@ -77,8 +77,12 @@ def tokenizer(request):
     return make_tokenizer(request.param)
 
 
-@pytest.mark.parametrize("where", chats_with(""))
-def test_a_text_is_text_wherever_it_stands_in_a_conversation_with_images(tokenizer, where):
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [*((where, KINDS[0]) for where in chats_with("")), *((next(iter(chats_with(""))), kind) for kind in KINDS[1:])],
+)
+def test_a_text_is_text_wherever_it_stands_in_a_conversation_with_images(where, kind):
+    tokenizer = make_tokenizer(kind)
     processor = make_processor(tokenizer)
     for text in HOSTILE:
         chat = chats_with(text)[where]

@@ -22,8 +22,10 @@ IMAGES = [row(5, IMAGE, 9, 40, 41), row(60, 61, IMAGE, 44, IMAGE, 8)]
 PIXELS = tiles(3)
 
 
-@telling_family
-@pytest.mark.parametrize("place", ["first", "middle", "last", "alone"])
+@pytest.mark.parametrize(("family", "place"), [
+    *(("llama", place) for place in ("first", "middle", "last", "alone")),
+    *((family, "first") for family in ("mistral-sliding", "phi3", "gemma3_text", "bluelm", "bluelm-outside")),
+])  # fmt: skip
 def test_generation_with_an_image_equals_whole_passes(family, place):
     rows = {"first": (IMAGE, 9, 40), "middle": (5, IMAGE, 9), "last": (5, 9, IMAGE), "alone": (IMAGE,)}
     ids = row(*rows[place])

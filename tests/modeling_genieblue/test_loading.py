@@ -100,8 +100,9 @@ def test_loading_info_can_be_asked_for(tmp_path):
 # Options
 
 
-@pytest.mark.parametrize("given", ["object", "name", "torch_dtype"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("given", "dtype"), [
+    ("object", torch.bfloat16), ("object", torch.float16), ("name", torch.bfloat16), ("torch_dtype", torch.bfloat16)
+], ids=str)  # fmt: skip
 def test_dtype_reaches_every_part(dtype, given, tmp_path):
     folder = save_tiny_pair(tmp_path)
     name = str(dtype).removeprefix("torch.")
@@ -212,8 +213,8 @@ def test_parts_of_another_kind_are_refused(parts, message):
 
 
 @pytest.mark.parametrize("file_dtype, base_dtype", [
-    (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16), (torch.float32, torch.float64),
+    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16),
+    (torch.float16, torch.bfloat16),
 ], ids=str)  # fmt: skip
 def test_right_base_in_another_dtype_is_accepted(file_dtype, base_dtype, tmp_path):
     folder = save_tiny_pair(tmp_path, dtype=file_dtype)
@@ -292,8 +293,10 @@ def test_base_of_another_seed_is_refused_with_both_identities(tmp_path):
     assert torch.equal(model(prompt()).logits, tiny_base("llama", seed=2)(prompt()).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["layers.2.mlp.up_proj.weight", "norm.weight", "embed_tokens.weight"])
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("layers.2.mlp.up_proj.weight", torch.float32), ("layers.2.mlp.up_proj.weight", torch.bfloat16),
+    ("norm.weight", torch.float32), ("embed_tokens.weight", torch.float32),
+], ids=str)  # fmt: skip
 @torch.no_grad()
 def test_fine_tune_that_moved_one_tensor_is_refused(name, dtype, tmp_path):
     folder = save_tiny_pair(tmp_path, dtype=dtype)

@@ -163,13 +163,13 @@ SPOILS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("spoil, message", SPOILS.values(), ids=SPOILS)
-def test_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, message, strict):
+def test_state_that_does_not_fit_is_refused_strict_or_not_and_changes_nothing(spoil, message):
     model, state = tiny_genieblue(), other_genieblue().state_dict()
     before, base = values(model), base_values(model)
-    with pytest.raises(ValueError, match=message):
-        model.load_state_dict(spoil(dict(state)), strict=strict)
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=message):
+            model.load_state_dict(spoil(dict(state)), strict=strict)
     assert values(model) == before and base_values(model) == base
 
 

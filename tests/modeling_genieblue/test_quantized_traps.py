@@ -56,19 +56,17 @@ def model():
     lambda module: module.to(torch.float16), lambda module: module.to("cpu", torch.float32),
     lambda module: module.to(dtype=torch.float32), lambda module: module.to(torch.zeros(1)),
 ], ids=["half", "float", "double", "to", "to-device-and-dtype", "to-keyword", "to-tensor"])  # fmt: skip
-@pytest.mark.parametrize("part", ["model", "language_model", "multimodal_language_model"])
-def test_cast_is_refused_and_changes_nothing(part, cast, model):
+def test_cast_is_refused_and_changes_nothing(cast, model):
     before = answers(model)
     with pytest.raises(ValueError, match="Load the model again with `dtype="):
-        cast(model if part == "model" else getattr(model, part))
+        cast(model)
     assert same(answers(model), before)
 
 
-@pytest.mark.parametrize("mix", [{}, {"lm_head": "w8a16", "embeddings": "w8a16"}], ids=str)
-@pytest.mark.parametrize("part", ["model", "model.layers.0", "model.layers.0.mlp.up_proj", "model.rotary_emb",
+@pytest.mark.parametrize("part", ["", "model.layers.0", "model.layers.0.mlp.up_proj", "model.rotary_emb",
                                   "model.norm", "model.embed_tokens", "lm_head"])  # fmt: skip
-def test_cast_of_a_part_of_a_quantized_base_is_refused_and_changes_nothing(part, mix):
-    base = load_base(quantized_pair(**mix) / "base")
+def test_cast_of_a_part_of_a_quantized_base_is_refused_and_changes_nothing(part):
+    base = load_base(quantized_pair(lm_head="w8a16", embeddings="w8a16") / "base")
     expected, frequencies = base(TEXT).logits, base.model.rotary_emb.inv_freq.clone()
     module = base.get_submodule(part)
     for dtype in (torch.float16, torch.float32):
@@ -89,12 +87,11 @@ def test_cast_of_a_part_of_the_vision_tower_is_refused(model):
 
 
 @pytest.mark.parametrize("mix", [{}, W8, {"activations": "float32"}, {"activations": "float16"}], ids=str)
-@pytest.mark.parametrize("part", ["model", "language_model"])
-def test_move_and_cast_to_its_own_dtype_change_nothing(part, mix):
+def test_move_and_cast_to_its_own_dtype_change_nothing(mix):
     model = load(quantized_pair(**mix) / "genieblue")
-    before, module = answers(model), model if part == "model" else model.language_model
-    for moved in (module.to("cpu"), module.cpu(), module.to(model.dtype), module.to("cpu", model.dtype)):
-        assert moved is module
+    before = answers(model)
+    for moved in (model.to("cpu"), model.cpu(), model.to(model.dtype), model.to("cpu", model.dtype)):
+        assert moved is model
         assert same(answers(model), before)
     assert model.multimodal_language_model.model.layers[0].mlp.up_proj.lora_A["default"].weight.dtype == torch.float32
 
@@ -154,7 +151,7 @@ def rewrite_with_shift(path, shift):
     path.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + length :])
 
 
-@pytest.mark.parametrize("in_features", [588, 40, 24, 4, 20, 1])
+@pytest.mark.parametrize("in_features", [588, 40])
 def test_shapes_that_kernels_cannot_take_are_named(in_features):
     assert str(in_features) in reason_against(64, in_features, 8)
     assert str(in_features) in reason_against(64, in_features, 4)
@@ -169,11 +166,10 @@ def test_shapes_that_fit_8_bits_only_are_named():
 # Quantized again
 
 
-@pytest.mark.parametrize("mix", [{}, W8, {"llm": "w16a16"}], ids=str)
-@pytest.mark.parametrize("through", [GenieBlueForConditionalGeneration, AutoModel], ids=lambda each: each.__name__)
-def test_quantization_config_on_top_is_refused(through, mix):
+@pytest.mark.parametrize("mix", [{}, {"llm": "w16a16"}], ids=str)
+def test_quantization_config_on_top_is_refused(mix):
     with pytest.raises(ValueError, match="quantized already"):
-        through.from_pretrained(quantized_pair(**mix) / "genieblue", quantization_config=QuantoConfig(weights="int8"))
+        load(quantized_pair(**mix) / "genieblue", quantization_config=QuantoConfig(weights="int8"))
 
 
 def test_quantization_config_on_a_quantized_base_is_refused():
@@ -199,20 +195,18 @@ def test_new_genieblue_is_not_made_on_a_quantized_base():
     LlamaForSequenceClassification.from_pretrained, AutoModel.from_pretrained,
     lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True),
 ], ids=["auto-without-trust", "own-class", "another-head", "without-head", "without-head-trusted"])  # fmt: skip
-@pytest.mark.parametrize("mix", [{}, W8], ids=str)
-def test_stock_classes_never_load_a_quantized_base_at_random(mix, load_stock):
+def test_stock_classes_never_load_a_quantized_base_at_random(load_stock):
     with pytest.raises((ValueError, OSError)):
-        load_stock(quantized_pair(**mix) / "base")
+        load_stock(quantized_pair() / "base")
 
 
 # The wrong base
 
 
-@pytest.mark.parametrize("mix", [{}, W8, {"llm": "w16a16", "embeddings": "w8a16"}], ids=str)
-@pytest.mark.parametrize("check", [True, False])
-def test_unquantized_base_is_refused(check, mix):
+@pytest.mark.parametrize("mix", [{}, {"llm": "w16a16", "embeddings": "w8a16"}], ids=str)
+def test_unquantized_base_is_refused_checked_or_not(mix):
     folder, plain = quantized_pair(**mix), large_pair().parent / "base-llm"
-    for base in (plain, load_base(plain)):
+    for base, check in ((plain, True), (load_base(plain), False)):
         with pytest.raises(ValueError, match="for a base quantized to"):
             load(folder / "genieblue", base_model=base, check_base=check)
 
@@ -227,11 +221,10 @@ def test_base_that_transformers_quantized_is_refused():
     ({}, W8), (W8, {}), ({}, {"rounding": "rtn"}), ({"rounding": "rtn"}, {"rounding": "gptq"}),
     (W8, {**W8, "rounding": "gptq"}), (W8, {**W8, "lm_head": "w8a16"}), ({**W8, "embeddings": "w8a16"}, W8),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("given", ["object", "folder"])
-def test_base_quantized_otherwise_is_refused(given, mine, other):
+def test_base_quantized_otherwise_is_refused(mine, other):
     base = quantized_pair(**other) / "base"
     with pytest.raises(ValueError, match="is not the base"):
-        load(quantized_pair(**mine) / "genieblue", base_model=load_base(base) if given == "object" else base)
+        load(quantized_pair(**mine) / "genieblue", base_model=load_base(base))
 
 
 def test_quantized_base_of_other_weights_is_refused(tmp_path):
@@ -265,8 +258,9 @@ def test_stock_peft_does_not_load_a_quantized_adapter_at_random(name):
         load_base(large_pair().parent / "base-llm").load_adapter(str(folder / "language_adapter"))
 
 
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("mix", [{}, W8, {"activations": "float32"}], ids=str)
+@pytest.mark.parametrize(
+    ("mix", "safe"), [({}, True), ({}, False), (W8, False), ({"activations": "float32"}, False)], ids=str
+)
 def test_lora_is_not_merged_into_a_quantized_base(mix, safe):
     model = load(quantized_pair(**mix) / "genieblue")
     before = answers(model)
@@ -434,11 +428,11 @@ def test_nothing_trains_unless_asked_for(model):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["variant", "generation_config", "key_mapping", "gguf_file", "quantization_config"])
-def test_option_of_none_is_none_given(name):
+def test_option_of_none_is_none_given():
     folder = quantized_pair()
-    assert same(answers(load(folder / "genieblue", **{name: None})), answers(load(folder / "genieblue")))
-    base = load_base(folder / "base", **{name: None})
+    options = dict.fromkeys(("variant", "generation_config", "key_mapping", "gguf_file", "quantization_config"))
+    assert same(answers(load(folder / "genieblue", **options)), answers(load(folder / "genieblue")))
+    base = load_base(folder / "base", **options)
     assert torch.equal(base(TEXT).logits, load_base(folder / "base")(TEXT).logits)
 
 

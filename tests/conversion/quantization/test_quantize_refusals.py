@@ -115,8 +115,11 @@ def test_source_that_is_no_genieblue_is_refused(tmp_path):
         assert not (tmp_path / "out").exists() or leftovers(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("options", [{}, {"quantized_base": "base"}, {"self_contained": True}], ids=str)
-@pytest.mark.parametrize("mix", [{}, {"llm": "w16a16"}], ids=str)
+@pytest.mark.parametrize(
+    ("mix", "options"),
+    [({}, {}), ({}, {"quantized_base": "base"}), ({}, {"self_contained": True}), ({"llm": "w16a16"}, {})],
+    ids=str,
+)
 def test_gptq_without_samples_is_refused(mix, options, tmp_path, must_not_load):
     if "quantized_base" in options:
         options = {"quantized_base": quantized_pair() / "base"}

@@ -109,8 +109,10 @@ def test_eight_bits_has_the_scales_of_quanto(dtype):
     assert ((weight.float() - ours).abs() <= (weight.float() - theirs).abs() + 1e-7).all()
 
 
-@pytest.mark.parametrize("group_size", [16, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "group_size"),
+    [(torch.float32, 16), (torch.float32, 128), (torch.bfloat16, 64), (torch.float16, 64)],
+)
 def test_rtn_is_within_half_a_step_with_integer_zero_points(dtype, group_size):
     weight = DISTRIBUTIONS["gaussian"]((32, 128)) + torch.linspace(-0.1, 0.1, 32)[:, None]  # one-sided groups too
     rounded = round_weight(weight, 4, group_size, dtype=dtype)
@@ -144,9 +146,8 @@ def test_zero_stays_zero_also_in_groups_of_one_sign(method):
 
 
 @pytest.mark.parametrize("method", ROUNDING_METHODS)
-@pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-30, -1e4])
-def test_constant_groups_are_kept(method, value):
-    weight = torch.full((4, 32), value)
+def test_constant_groups_are_kept(method):
+    weight = torch.tensor([0.0, 0.3, -0.3, 1e-30, -1e4])[:, None].repeat(2, 32)
     found = round_weight(weight, 4, 16, method=method, hessian=torch.eye(32)).dequantize()
     torch.testing.assert_close(found, weight, rtol=1e-2, atol=0)
 
@@ -229,8 +230,7 @@ def test_scales_that_overflow_their_precision_are_refused(bits):
     assert torch.isfinite(round_weight(weight, bits, 16, dtype=torch.bfloat16).dequantize()).all()
 
 
-@pytest.mark.parametrize("method", ROUNDING_METHODS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("method", "value"), [("rtn", float("nan")), ("rtn", float("inf")), ("gptq", float("-inf"))])
 def test_weights_that_are_not_finite_are_refused(method, value):
     weight = torch.randn(4, 16)
     weight[1, 2] = value

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import EOS_ID, VOCABULARY, tiny_tokenizer
 
 from conversion.chat_template import UnusableTemplate
-from genieblue.cli.input_files import data_source
+from genieblue.cli.train import data_source
 from genieblue.training.calibration_chats import read_chats
 from genieblue.training.chats import ChatDataset, parse_chat
 from genieblue.training.collation import IGNORED, ChatCollator, EncodedChats
