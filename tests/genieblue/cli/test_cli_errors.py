@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
 @pytest.mark.parametrize("command", ["info", "verify", "chat"])
 def test_what_is_no_genieblue_is_told(work, command):
     options = ["-p", "hi"] if command == "chat" else []
-    assert "no folder" in error_of(command, work / "nothing", *options)
+    assert "not a " in error_of(command, work / "nothing", *options)
     (work / "empty").mkdir()
     assert "config.json" in error_of(command, "empty", *options)
 

@@ -264,7 +264,7 @@ def test_compiled_decoding_gives_the_same_conversation(chat, monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(conversation, "CompileConfig", functools.partial(CompileConfig, backend=backend))
-    monkeypatch.setattr(conversation, "SMALLEST_ROOM", 64)
+    monkeypatch.setattr(conversation, "SMALLEST_CACHE", 64)
     compiled = Chat(chat.model, chat.processor, compile=True)
     turns = [("Which tree?", []), ("And now?", []), ("What is it?", [picture()]), ("Are you sure?", [])]
     for prompt, images in turns:
