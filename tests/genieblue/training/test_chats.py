@@ -261,7 +261,7 @@ def test_long_chat_ends_with_the_last_answer_that_fits_as_a_whole(caplog):
     assert cut["input_ids"] == whole["input_ids"][: len(cut["input_ids"])] and len(cut["input_ids"]) < start
     assert [text for _, text in trained_runs(processor, cut)] == ["Two.</s>"]
     assert cut["num_tiles"].tolist() == [3, 1] and len(cut["pixel_values"]) == 4
-    assert "answers beyond are left out" in caplog.text
+    assert "lose their last answers" in caplog.text
 
 
 def test_first_answer_that_does_not_fit_with_its_end_token_is_refused():
@@ -295,7 +295,7 @@ def test_jsonl_is_read_by_line_with_image_paths_beside_it(tmp_path):
 BAD_LINES = {
     "no JSON": ('{"messages": [', "not valid JSON"),
     "not UTF-8": ("\udcff", "not valid JSON"),
-    "a list": ("[]", "expected JSONL, one object a line"),
+    "a list": ("[]", "expected JSONL, one object per line"),
     "no turns": ({"text": "Hello"}, "found the keys"),
     "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "the role is 'robot'"),
     "answer first": ({"messages": [{"role": "assistant", "content": "x"}]}, "the roles are assistant"),
@@ -306,10 +306,10 @@ BAD_LINES = {
     "image without placeholder": (good_line(images=["a.png"]), "0 placeholders"),
     "image part of an answer": (
         {"messages": [turn("user", "?"), turn("assistant", {"type": "image", "path": "a.png"}, "Look.")]},
-        "only the user shows images",
+        "expected images only in user turns",
     ),
     "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
-    "missing image": (llava_line("<image>", image="none.png"), "no image file"),
+    "missing image": (llava_line("<image>", image="none.png"), "the image file .* does not exist"),
     "address": (
         llava_line("<image>", image="https://us3r:pw@example.org/a.png?t=S"),
         "image https://example.org/a.png",

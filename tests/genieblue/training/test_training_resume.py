@@ -185,7 +185,7 @@ def test_folder_that_is_no_complete_checkpoint_is_refused(base, tmp_path):
     checkpoint = tmp_path / "out-checkpoints" / "checkpoint-2"
     (checkpoint / "optimizer.pt").unlink()
     for path in (True, checkpoint, tmp_path / "none"):
-        with pytest.raises(ValueError, match="no complete checkpoint.*optimizer.pt"):
+        with pytest.raises(ValueError, match="not a complete checkpoint.*optimizer.pt"):
             start(base, tmp_path / "out", resume=path)
 
 
