@@ -56,7 +56,7 @@ def test_bad_images_are_told_before_anything_is_loaded(bad_images, name, message
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("genieblue", "genieblue is a GenieBlue already"),
+        ("genieblue", "genieblue is already a GenieBlue"),
         ("vision", "vision has model_type 'siglip_vision_model': expected a decoder-only language model"),
         ("nothing/here", "Give the folder or Hub id of the right base with --base."),
         ("other", "Give the folder or Hub id of the right base with --base."),
