@@ -332,7 +332,7 @@ def test_bad_line_is_named_with_file_and_number(name, tmp_path, caplog):
     assert [chats.where(i) for i in range(len(chats))] == [f"{path}:1", f"{path}:4"]
     assert chats.num_skipped == 1
     assert any("chats.jsonl:3" in message for message in caplog.messages)
-    assert "1 of 3 samples are bad" in caplog.text
+    assert "Skipping 1 of 3 samples" in caplog.text
 
 
 @pytest.mark.parametrize("way", ["dots", "absolute", "link", "linked folder"])
@@ -350,7 +350,7 @@ def test_image_outside_of_the_folder_is_refused(way, tmp_path):
     }[way]
     chat = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]
     path = write_lines(folder / "chats.jsonl", good_line(), {"messages": chat, "images": [name]})
-    with pytest.raises(ValueError, match=r"chats.jsonl:2: the image .* lies outside of"):
+    with pytest.raises(ValueError, match=r"chats.jsonl:2: the image .* is outside"):
         ChatDataset(path)
     assert len(ChatDataset(path, image_folder=tmp_path, skip_bad=True)) == (2 if way == "absolute" else 1)
 
@@ -411,7 +411,7 @@ def test_a_chat_that_the_template_itself_refuses_is_a_bad_sample(tmp_path):
     processor = make_processor(template + make_processor().chat_template)
     long = {"messages": 2 * good_line()["messages"]}
     path = write_lines(tmp_path / "chats.jsonl", long, good_line())
-    with pytest.raises(ValueError, match="chats.jsonl:1: the chat template refuses it: two turns.*skip_bad"):
+    with pytest.raises(ValueError, match="chats.jsonl:1: the chat template rejects this chat: two turns.*skip_bad"):
         EncodedChats(ChatDataset(path), ChatCollator(processor))[0]
     rows = EncodedChats(ChatDataset(path, skip_bad=True), ChatCollator(processor))
     assert rows[0] == rows[1]
@@ -448,7 +448,7 @@ def test_samples_that_are_made_when_asked_for_are_not_made_before():
 
 
 def test_what_is_no_data_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         ChatDataset(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="was not saved by `datasets`: give a JSONL file"):
         data_source(tmp_path)

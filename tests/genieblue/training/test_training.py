@@ -290,7 +290,7 @@ def test_base_that_changes_during_training_is_noticed_and_nothing_is_saved(base,
         with torch.no_grad():
             model.language_model.get_input_embeddings().weight[5, 3] += 1e-6
 
-    with pytest.raises(ValueError, match="base was changed by training: model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match="Training changed the base: model.embed_tokens.weight"):
         train(
             model,
             processor,
@@ -350,14 +350,16 @@ def test_a_template_that_breaks_in_a_worker_is_told_in_one_line(base, tmp_path):
     broken = "{% if 'What is' in messages[0]['content'] %}{{ '' + no_token }}{% endif %}"
     processor.tokenizer.chat_template = broken + processor.tokenizer.chat_template
     settings = make_settings(epochs=1, num_workers=1)
-    with pytest.raises(ValueError, match="^The model's chat template fails .*at sample .*correct the template.$"):
+    with pytest.raises(
+        ValueError, match="^The model's chat template fails .*for example for sample .*correct the template.$"
+    ):
         train(model, processor, make_data(), tmp_path / "out", settings)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"stage": 1, "steps": 2, "epochs": 1}, "give one of them"),
+        ({"stage": 1, "steps": 2, "epochs": 1}, "give only one of them"),
         ({"stage": 2, "batch_size": 0}, "`batch_size` is 0"),
         ({"stage": 2, "warmup_steps": -1}, "`warmup_steps` is -1"),
         ({"stage": 2, "seed": -1}, "`seed` is -1"),
