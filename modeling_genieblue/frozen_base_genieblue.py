@@ -19,8 +19,8 @@ from .projector_genieblue import GenieBlueMultiModalProjector
 
 LANGUAGE_TREES = ("language_model", "multimodal_language_model")
 _ONE_ADAPTER = (
-    "both views share the base's weights, and a GenieBlue has and saves only its own adapter, which a second one "
-    "would switch off. Train its own adapter; a higher `lora_rank` in `from_base` gives it more capacity. Merge a LoRA "
+    "both views share the base's weights, and a GenieBlue has and saves only its own adapter, which another "
+    "one would switch off. Train its own adapter; a higher `lora_rank` in `from_base` gives it more capacity. Merge a LoRA "
     "for text into the base before you make a GenieBlue from it."
 )
 _INITIALISED = "it would reinitialise the base's weights. Make a new GenieBlue with `from_base`."
