@@ -1,4 +1,4 @@
-"""The runtime of a GenieBlue: what a Hub repository carries, importable as a package and registered for `Auto…`."""
+"""The runtime of a GenieBlue: a Hub repository's code, importable as a package that registers the auto classes."""
 
 import sys
 from importlib import import_module

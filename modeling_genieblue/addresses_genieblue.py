@@ -1,4 +1,4 @@
-"""Web addresses in messages, without what may be secret: users, passwords, queries, fragments, tokens."""
+"""Redacts URLs in messages: users, passwords, queries, fragments and tokens may be secret."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-_SCHEME = r"[a-z][a-z0-9+.-]+:/+"  # one slash is what `pathlib` leaves of two; one letter is a drive
+_SCHEME = r"[a-z][a-z0-9+.-]+:/+"  # `pathlib` collapses two slashes into one; a single letter is a drive
 _SECRET = re.compile(
     rf"{_SCHEME}[^\s'\"<>`]*|\bdata:[\w.+-]*[/;,][^\s'\"<>`]*|\b(?-i:hf_)[a-z0-9]{{20,}}|(?<=\bBearer )\S+",
     re.IGNORECASE,
@@ -20,15 +20,15 @@ _LONGEST = 200  # characters
 
 
 def redacted(text: Any) -> str:
-    """Return `text` without its secrets: an address keeps scheme, host and path, a `data:` string nothing."""
+    """Return `text` without its secrets: a URL keeps scheme, host and path, a `data:` string nothing."""
     text = str(text)
-    if _WHOLE.match(text) and "\n" not in text.strip():  # all of it is one address, whatever blanks are in it
+    if _WHOLE.match(text) and "\n" not in text.strip():  # the whole text is one URL, even with blanks in it
         text = _without_secrets(text.strip())
     return _BARE.sub("", _SECRET.sub(lambda found: _without_secrets(found[0]), text))
 
 
 def shown(source: Any) -> str:
-    """Return a path, an address or a name for a message: redacted, and no longer than a line or two."""
+    """Return a path, URL or name for a message: redacted, and at most a line or two."""
     text = redacted(source)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
@@ -52,11 +52,11 @@ def redacted_logs() -> Iterator[None]:
 
 
 def refuse_address(name: Any, what: str = "The model") -> None:
-    """ValueError if the name of a model is a web address, which may hold a password and is no name on the Hub."""
+    """ValueError if a model's name is a URL, which may contain a password and is not a Hub id."""
     if isinstance(name, str) and _WHOLE.match(name) and not os.path.exists(name):
         raise ValueError(
-            f"{what} is given as the address {shown(name)}; expected a folder or a Hub id such as organization/name "
-            "(HF_ENDPOINT names another Hub, `token` or HF_TOKEN a login)."
+            f"{what} is given as the URL {shown(name)}; expected a folder or a Hub id such as organization/name "
+            "(set HF_ENDPOINT for another Hub, `token` or HF_TOKEN to log in)."
         )
 
 
@@ -71,7 +71,7 @@ def _without_secrets(text: str) -> str:
     host = authority.rpartition("@")[2]
     port = host.rpartition("]")[2].partition(":")[2]
     if "@" not in authority and port and ("@" in rest or not port.isdecimal()):
-        return f"{scheme}{separator}…"  # a password with a slash in it: what looks like a port is its beginning
+        return f"{scheme}{separator}…"  # a password that contains a slash: its beginning looks like a port
     return f"{scheme}{separator}{host}{slash}{path}"
 
 

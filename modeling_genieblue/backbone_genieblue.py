@@ -1,4 +1,4 @@
-"""A GenieBlue without its LM head: hidden states instead of logits, for trainers that run the head by themselves."""
+"""A GenieBlue without its LM head: returns hidden states, for trainers that run the head themselves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from .view_routing_genieblue import MULTIMODAL, TEXT, check_inputs, merge_rows, 
 
 
 class GenieBlueBackbone(nn.Module):
-    """What `base_model` of a GenieBlue is: the same modules, with a forward that ends before the LM head."""
+    """The `base_model` of a GenieBlue: the same modules, with a forward that stops before the LM head."""
 
     _genieblue: Any
-    # Asked for by transformers where it looks for a plan of several devices.
+    # Read by transformers when it plans for several devices.
     _tp_plan = _pp_plan = None
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self._modules = model._modules  # the very ones, so that parameters and buffers are the model's
+        self._modules = model._modules  # the same objects, so parameters and buffers are the model's
         object.__setattr__(self, "_genieblue", model)  # not a module of this one
         self.config = model.config
 
@@ -32,13 +32,15 @@ class GenieBlueBackbone(nn.Module):
         view: str | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The model's own `forward`, but for `last_hidden_state` (batch, length, hidden_size) instead of logits.
+        """Like the model's `forward`, but returns `last_hidden_state` (batch, length, hidden_size) instead of logits.
 
-        It takes no cache. What comes before an image token carries no gradient: nothing in the vocabulary follows it.
+        No cache is supported. Positions before an image token carry no gradient, as their next id is no vocabulary id.
         """
         model = self._genieblue
         if kwargs.get("past_key_values") is not None:
-            raise ValueError("`base_model` takes no `past_key_values`: run the model itself, or the whole text.")
+            raise ValueError(
+                "`base_model` does not support `past_key_values`: run the model itself, or the whole text."
+            )
         check_inputs(input_ids, pixel_values, num_tiles)
         inputs = {name: value for name, value in {"input_ids": input_ids, **kwargs}.items() if value is not None}
         inputs |= {"use_cache": False, "return_dict": True}
@@ -85,7 +87,7 @@ for _name in (
 
 def _decoder(view: PreTrainedModel) -> nn.Module:
     if view.base_model is view:
-        raise ValueError(f"{type(view).__name__} does not tell its LM head from the rest: it has no `base_model`.")
+        raise ValueError(f"{type(view).__name__} has no `base_model`, so it cannot be run without its LM head.")
     return view.base_model
 
 

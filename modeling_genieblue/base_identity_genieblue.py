@@ -1,4 +1,4 @@
-"""Which base a GenieBlue belongs to: sha256 of the base's weight files, and a sample of each tensor's values."""
+"""The identity of a base: the sha256 of its weight files, and sample values from each tensor."""
 
 import json
 import logging
@@ -32,9 +32,9 @@ WEIGHT_FILES = "*.safetensors"
 
 
 def tensor_samples(values: nn.Module | dict[str, torch.Tensor]) -> dict[str, dict]:
-    """`{name: {"shape", "dtype", "positions", "values"}}`: some numbers of each of a model's tensors.
+    """`{name: {"shape", "dtype", "positions", "values"}}`: a few values from each tensor of a model.
 
-    `values` are tensors by name, or a model of which the `plain_values` are taken.
+    `values` are tensors by name, or a model, whose `plain_values` are used.
     """
     return {
         name: {
@@ -48,12 +48,12 @@ def tensor_samples(values: nn.Module | dict[str, torch.Tensor]) -> dict[str, dic
 
 
 def plain_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that can be compared by value: offloaded ones, and those that were quantized, cannot."""
+    """The parameters that can be compared by value; offloaded and quantized ones cannot."""
     return {name: parameter for name, parameter in model.named_parameters() if is_plain_weight(parameter)}
 
 
 def _positions(count: int) -> list[int]:
-    """A few neighbours at a quarter and at three quarters of a tensor, so that few pages of a file are read."""
+    """A few adjacent positions at one and three quarters of a tensor, so that only few pages of a file are read."""
     if count <= 2 * VALUES_PER_PLACE:
         return list(range(count))
     places = (count // 4, 3 * count // 4 - VALUES_PER_PLACE)
@@ -65,7 +65,7 @@ def _values_at(parameter: torch.Tensor, positions: list[int]) -> torch.Tensor:
 
 
 def is_plain_weight(parameter: torch.Tensor) -> bool:
-    """Whether the values of `parameter` can be read as they are: floating point, stored densely, and in memory."""
+    """Whether the values of `parameter` can be read directly: floating point, dense and in memory."""
     plain_type = type(parameter) in (torch.Tensor, nn.Parameter)
     return plain_type and parameter.device.type != "meta" and parameter.dtype in _FLOATING
 
@@ -74,7 +74,7 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_sample(sample: Any) -> bool:
-    """Whether `sample` can be one of `tensor_samples`, and not what is left of one in a damaged file."""
+    """Whether `sample` is a valid entry of `tensor_samples`; one from a damaged file may not be."""
     if not isinstance(sample, dict):
         return False
     shape, positions, values = (sample.get(name) for name in ("shape", "positions", "values"))
@@ -91,23 +91,23 @@ def is_sample(sample: Any) -> bool:
 def compare_with_samples(
     model: nn.Module, samples: dict[str, dict], values: dict[str, torch.Tensor] | None = None
 ) -> list[str]:
-    """Differences between `model` and recorded samples, one sentence each; an empty list if it is the same base.
+    """Differences between `model` and recorded samples, one sentence each; empty if it is the same base.
 
-    A base in another dtype is the same base if one set of values rounds to the other. Tensors that cannot be compared
-    value by value (offloaded, or quantized by transformers) are passed over.
+    A base in another dtype is the same if one set of values rounds to the other. Tensors that cannot be compared by
+    value (offloaded, or quantized by transformers) are skipped.
 
     Args:
-        values: what is compared, if not the `plain_values` of the model.
+        values: tensors to compare, by default the model's `plain_values`.
     """
     if values is None:
         quantization = getattr(model.config, "quantization_config", None)
-        if isinstance(quantization, dict):  # transformers' own method would have left an object
+        if isinstance(quantization, dict):  # a method of transformers would be an object
             return [
                 f"it was quantized by {quantization.get('quant_method')!r}, which transformers does not know, and the "
                 "recorded base was not: give the unquantized base, or load the quantized GenieBlue that it belongs to"
             ]
         values = plain_values(model)
-        # A name that was not recorded tells another base, unless some were not compared at all.
+        # An unrecorded name means a different base, unless some tensors could not be compared.
         is_complete = len(values) == sum(1 for _ in model.parameters())
     else:
         is_complete = True
@@ -120,26 +120,26 @@ def compare_with_samples(
         elif not _same_values(found := _values_at(found, sample["positions"]), sample):
             expected = torch.tensor(sample["values"])
             worst = int((found.float() - expected).abs().argmax())
-            differences.append(f"{name} holds {found[worst]:.7g} where {expected[worst]:.7g} was recorded")
+            differences.append(f"{name} contains {found[worst]:.7g}, expected {expected[worst]:.7g}")
     if is_complete:
         differences += [f"{name} is missing" for name in samples if name not in values]
-        differences += [f"{name} is unknown to the recorded base" for name in values if name not in samples]
+        differences += [f"{name} does not exist in the recorded base" for name in values if name not in samples]
     if samples and not compared and not differences:
         differences.append("none of its tensors could be compared with the recorded ones")
     return differences
 
 
 def different_settings(base: Any, recorded: Any) -> list[str]:
-    """Settings that decide what a base computes and that are not as recorded, one sentence each.
+    """Settings that affect what a base computes and differ from the recorded ones, one sentence each.
 
     Args:
         base: the configuration of the loaded base.
         recorded: `text_config` of the GenieBlue.
     """
     found, expected = (deciding_settings(config) for config in (base.get_text_config(decoder=True), recorded))
-    # A setting that only one of them has is one that only one version of transformers, or of the base's code, knows.
+    # A setting that only one of them has belongs to another version of transformers or of the base's code: skip it.
     return [
-        f"its configuration has {name} {found[name]!r} where {expected[name]!r} was recorded"
+        f"its configuration has {name} {found[name]!r}, expected {expected[name]!r}"
         for name in sorted(found.keys() & expected.keys())
         if found[name] != expected[name]
     ]
@@ -148,7 +148,7 @@ def different_settings(base: Any, recorded: Any) -> list[str]:
 def deciding_settings(config: Any) -> dict[str, Any]:
     """The settings of a configuration that decide what its model computes, by name, as JSON has them."""
     settings = json.loads(json.dumps(config.to_dict(), default=str))
-    # How far positions reach matters where rotary embeddings are stretched, and nowhere else.
+    # The maximum position matters only for scaled rotary embeddings.
     rope = json.dumps([settings.get("rope_parameters"), settings.get("rope_scaling")])
     is_stretched = any(kind in rope for kind in ('"dynamic"', '"yarn"', '"longrope"', '"su"'))
     left_out = OTHER_SETTINGS if is_stretched else (*OTHER_SETTINGS, "max_position_embeddings")
@@ -156,7 +156,7 @@ def deciding_settings(config: Any) -> dict[str, Any]:
             if not any(fnmatchcase(name, pattern) for pattern in left_out)}  # fmt: skip
 
 
-# Of a base's configuration, what changes no logits: names, versions, formats, and settings of generation or training.
+# Settings of a base that do not affect logits: names, versions, formats, generation and training settings.
 OTHER_SETTINGS = (
     "_*", "name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype",
     "quantization_config", "attn_implementation", "*_attn_implementation", "use_cache", "cache_implementation",
@@ -172,14 +172,14 @@ def _same_values(found: torch.Tensor, sample: dict) -> bool:
     recorded = torch.tensor(sample["values"], dtype=torch.float64)
     if torch.equal(recorded.to(found.dtype), found) or torch.equal(found.to(recorded_dtype).double(), recorded):
         return True
-    # float16 and bfloat16 round the same number differently: neither holds the other's values.
+    # float16 and bfloat16 round differently: neither can represent the other's values.
     half_types = {torch.float16, torch.bfloat16}
     mixed = found.dtype != recorded_dtype and {found.dtype, recorded_dtype} <= half_types
     return mixed and torch.allclose(found.double(), recorded, rtol=2**-7, atol=1e-7)
 
 
 def cached_commits(base: nn.Module, name: str, cache_dir: str | os.PathLike | None = None) -> dict[str, bool]:
-    """Commits of the Hub id `name` whose weights are in the local cache, and whether they are those of `base`."""
+    """Commits of the Hub id `name` with weights in the local cache, and whether these are `base`'s weights."""
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     snapshots = cache / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
     samples = tensor_samples(base)
@@ -203,10 +203,10 @@ def _holds(folder: Path, samples: dict[str, dict]) -> bool:
 def weight_file_hashes(
     base: str | os.PathLike, revision: str | None = None, *, token: str | bool | None = None, **hub: Any
 ) -> dict[str, str]:
-    """sha256 by name of each weight file of a base, a folder or a Hub id.
+    """sha256 of each weight file of a base (folder or Hub id), by name.
 
-    Files of the Hub's cache are named by theirs. The Hub is asked about files that are not there, unless
-    `local_files_only`. Returns `{}` when there are no files (a base that lives in memory only).
+    Files in the Hub cache are named by their sha256. For missing files the Hub is asked, unless `local_files_only`.
+    Returns `{}` when there are no files (a base in memory only).
     """
     try:
         files = ModelFiles(base, revision=revision, token=token, **hub)
@@ -219,7 +219,7 @@ def weight_file_hashes(
 
 
 def _published_hashes(name: str, revision: str | None, token: str | bool | None) -> dict[str, str]:
-    """sha256 of a repository's weight files as the Hub knows them, for a base whose files are not on this computer."""
+    """sha256 of a repository's weight files according to the Hub, for a base without local files."""
     try:
         files = HfApi(token=token).model_info(name, revision=revision, files_metadata=True).siblings
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The base of a GenieBlue: where it is found, how it is loaded, and the check that it is the recorded one."""
+"""Finds and loads the base of a GenieBlue, and checks that it is the recorded one."""
 
 import logging
 import os
@@ -28,17 +28,17 @@ from .model_files_genieblue import (
 
 logger = logging.getLogger(__name__)
 
-# What loads a base whose `quant_method` is none that transformers knows, by that method; filled by the files that do.
+# Loaders of bases by `quant_method`, for methods unknown to transformers; the files that define them register them.
 BASE_LOADERS: dict[str, Callable[..., PreTrainedModel]] = {}
 
 
 def resolve_base(
     base: PreTrainedModel, name: str | None, revision: str | None, hub_kwargs: dict[str, Any] | None = None
 ) -> tuple[str | None, str | None]:
-    """Where a loaded base can be found again: (Hub id, commit) or (absolute folder, None).
+    """The location of a loaded base: (Hub id, commit) or (absolute folder, None).
 
-    A loaded model does not remember its commit. Without `revision` it is the one in the local cache that holds the
-    same weights. A base that was never loaded from anywhere gives (None, None).
+    A loaded model does not remember its commit. Without `revision`, it is the commit in the local cache with the same
+    weights. A base that was not loaded from anywhere gives (None, None).
     """
     name = name or getattr(base.config, "_name_or_path", None) or None
     refuse_address(name, "The base")
@@ -53,24 +53,24 @@ def resolve_base(
         return name, wanted
     if same := [commit for commit, is_same in commits.items() if is_same]:
         return name, same[0]
-    logger.warning("The commit of the base %s is not known: give it as `base_model_revision` to publish.", name)
+    logger.warning("The commit of the base %s is unknown: pass it as `base_model_revision` to publish.", name)
     return name, None
 
 
 def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | None) -> PreTrainedModel:
-    """The base that `config` names (or `override`), loaded by `AutoModelForCausalLM` as it would be by hand."""
+    """Loads the base named in `config` (or `override`) with `AutoModelForCausalLM`, like any user would."""
     location = os.fspath(override) if override is not None else request.base_location(config)
     if location is None:
-        raise WrongBaseError(f"{request.path} names no base.", GIVE_BASE)
+        raise WrongBaseError(f"{request.path} does not record its base.", GIVE_BASE)
     is_recorded = override is None or location == config.base_model_name_or_path
     kwargs = dict(request.base_kwargs)
-    # Consent to our code is not needed, and not used, for a base that transformers itself knows.
+    # A base that transformers knows needs no `trust_remote_code`, even if the user gave it for our code.
     needs_code = config.base_model_runs_remote_code or not is_recorded
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code")) and needs_code
     if is_path(location):
         if not os.path.isdir(location):
             raise BaseNotFoundError(
-                f"The base of {request.path} should be in {location}, but there is no such folder: put it there.",
+                f"The base of {request.path} should be in {location}, but that folder does not exist: put it there.",
                 GIVE_BASE,
             )
     elif is_recorded and config.base_model_revision is not None:
@@ -79,8 +79,8 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
         where = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
         config_file = cached_file(location, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
         settings = {} if config_file is None else read_settings(config_file)
-        # `AutoModelForCausalLM` knows a GenieBlue as well, whose base may even be itself.
-        _refuse_genieblue(location, settings.get("model_type"))
+        # `AutoModelForCausalLM` also loads a GenieBlue, whose base might even be itself.
+        _check_no_genieblue(location, settings.get("model_type"))
         quantization = settings.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         check_settings_files(location, {GENERATION_CONFIG_NAME: None}, **where)
@@ -94,7 +94,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     except SafetensorError as error:
         raise OSError(f"The weights of the base {location} cannot be read ({error}): fetch them again.") from error
     except (OSError, ValueError) as error:
-        if "Unrecognized configuration class" in str(error):  # all known ones follow
+        if "Unrecognized configuration class" in str(error):  # followed by all known classes
             check_base_type(location, AutoConfig.from_pretrained(location, **where))
         kind = WrongBaseError if isinstance(error, ValueError) else BaseNotFoundError
         raise kind(f"The base {location} of {request.path} could not be loaded: {error}\n", GIVE_BASE) from error
@@ -106,7 +106,7 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
 
 def check_base_type(location: str, config: PreTrainedConfig) -> None:
     """`ValueError` unless `config`, that of `location`, is of a model that can be a base."""
-    _refuse_genieblue(location, config.model_type)
+    _check_no_genieblue(location, config.model_type)
     num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     is_causal = has_code or type(config) in AutoModelForCausalLM._model_mapping
@@ -117,23 +117,23 @@ def check_base_type(location: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _refuse_genieblue(location: str, model_type: str | None) -> None:
+def _check_no_genieblue(location: str, model_type: str | None) -> None:
     if model_type == MODEL_TYPE:
-        raise ValueError(f"{location} is a GenieBlue already: give the language model that it should be made from.")
+        raise ValueError(f"{location} is already a GenieBlue: give the language model to make one from.")
 
 
 def check_complete(location: str, loading_info: dict[str, Any]) -> None:
-    """`ValueError` if weights of the base were not in its files: transformers would go on with random ones."""
+    """`ValueError` if weights are missing from the base's files: transformers would initialise them randomly."""
     missing = sorted(map(str, [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]))
     if missing:
         raise ValueError(
-            f"The base {location} is not complete: {len(missing)} tensors are missing or of another shape, "
-            f"{', '.join(missing[:3])} among them. Fetch it again."
+            f"The base {location} is incomplete: {len(missing)} tensors are missing or have the wrong shape, "
+            f"including {', '.join(missing[:3])}. Fetch it again."
         )
 
 
 def _check_cached_files(location: str, config: Any, kwargs: dict[str, Any]) -> None:
-    """Compares the names of the files in the Hub cache, which are their sha256, with the recorded ones: no reading."""
+    """Compares the recorded sha256 with the names of files in the Hub cache, without reading them."""
     files = ModelFiles(location, **{key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs})
     for name, recorded in sorted((config.base_model_fingerprint or {}).items()):
         path = files.cached(name)
@@ -153,7 +153,7 @@ def check_identity(
     request: LoadRequest,
     values: dict[str, Any] | None = None,
 ) -> None:
-    """`ValueError` with both identities if `base` is not the base that the adapter was trained on.
+    """`ValueError` with both identities if `base` is not the base that the adapter was trained for.
 
     `values` as for `compare_with_samples`.
     """
@@ -171,9 +171,9 @@ def check_identity(
 
 
 def record_location(config: Any, request: LoadRequest, base: PreTrainedModel, given: Any) -> None:
-    """Names in `config` where the loaded base is found again: where the model says, or else where it was given from.
+    """Records in `config` where the base can be found again: the recorded location, else that of the given base.
 
-    A path of another computer, or one where nothing lies any more, says nothing once another base was given.
+    A recorded path that does not exist here is useless once a base was given.
     """
     if is_inner_folder(config.base_model_name_or_path):
         return

@@ -1,6 +1,6 @@
-"""Libraries that are too old are named in one sentence, before an import fails on something that they lack.
+"""Reports libraries that are too old in one sentence, before an import fails on something they lack.
 
-An old version is known by a trait that later ones lost, never by its number: no newer one can be refused by mistake.
+An old version is recognised by features, never by its number, so that no newer version can be refused by mistake.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ def _is_old_transformers() -> bool:
         return True
     from transformers import cache_utils, dynamic_module_utils
 
-    # Before 5.10: of a folder's code it copies what the first file imports, but not what those files import in turn.
+    # Before 5.10: copies the files that a folder's first code file imports, but not what these import in turn.
     code = dynamic_module_utils.get_cached_module_file.__code__
     if "modules_needed" in code.co_varnames and "get_relative_import_files" not in code.co_names:
         return True
-    # Before 5.12: a static cache does not know all kinds of layers that a dynamic one knows.
+    # Before 5.12: a static cache does not support all layer types that a dynamic one supports.
     static = hasattr(cache_utils, "LAYER_TYPE_STATIC_CACHE_MAPPING")
     return hasattr(cache_utils, "LAYER_TYPE_CACHE_MAPPING") and not static
 

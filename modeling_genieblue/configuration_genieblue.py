@@ -1,4 +1,4 @@
-"""Configuration of a GenieBlue model: which base, which blocks are replicated, how an image becomes tokens."""
+"""Configuration of a GenieBlue: its base, its replicated blocks, and how an image becomes tokens."""
 
 import math
 import os
@@ -16,11 +16,11 @@ from .addresses_genieblue import refuse_address
 
 VISION_TYPE = "siglip_vision_model"
 PLACEMENTS = ("skip", "pre", "post")
-# Settings of a pass that act on both views alike; one that is not set here is the base's own.
+# Settings that apply to both views; unset ones come from the base.
 RUNTIME_SETTINGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
-# What is raised by whatever reads a setting first that is not of its kind.
+# Errors raised by code that reads a setting of the wrong type.
 BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
-# By setting of config.json, what it holds where it is not null; a map of code is never null.
+# Types of settings in config.json, if they are not null; `auto_map` is never null.
 CONFIG_KINDS = {
     "text_config": dict, "vision_config": dict, "base_model_name_or_path": str, "base_model_revision": str,
     "base_model_fingerprint": dict, "lora_dropout": (int, float), "dtype": str, "auto_map": dict,
@@ -28,17 +28,17 @@ CONFIG_KINDS = {
 
 
 def select_replicated_layers(num_hidden_layers: int, placement: str) -> list[int]:
-    """Indices of the quarter of a base's blocks that is copied and trained.
+    """Indices of the quarter of a base's blocks that is replicated and trained.
 
-    `skip` takes every fourth block, `(i + 1) % 4 == 0` (the OpenFlamingo rule that GenieBlue cites), `pre` the first
-    quarter, `post` the last one. Raises `ValueError` for an unknown placement or fewer than four blocks.
+    `skip` takes every fourth block, `(i + 1) % 4 == 0` (the OpenFlamingo rule that the paper cites), `pre` the first
+    quarter, `post` the last. Raises `ValueError` for an unknown placement or fewer than four blocks.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"Unknown placement {placement!r}: choose one of {', '.join(PLACEMENTS)}.")
     if num_hidden_layers < 4:
         raise ValueError(
-            f"A base of {num_hidden_layers} blocks has no quarter to replicate: at least 4 blocks are needed, or name "
-            "the blocks with `replicated_layers=[...]`."
+            f"A base with {num_hidden_layers} blocks has no quarter to replicate: use one with at least 4 blocks, or "
+            "choose the blocks with `replicated_layers=[...]`."
         )
     count = num_hidden_layers // 4
     if placement == "pre":
@@ -49,46 +49,45 @@ def select_replicated_layers(num_hidden_layers: int, placement: str) -> list[int
 
 
 def text_config_from_dict(text_config: dict[str, Any]) -> PreTrainedConfig:
-    """Config object of a base from its dictionary; a base with remote code keeps its `model_type` in a plain config.
+    """Config object of a base from its dictionary; for a base with remote code, a plain config with its `model_type`.
 
-    The base itself is always loaded with its own configuration: this one only describes it to a reader.
+    It is only a description: the base is always loaded with its own configuration.
     """
     model_type = text_config.get("model_type", "")
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type](**text_config)
-    # `to_dict` writes the class attribute, hence a class of its own for a type that transformers does not know.
+    # `to_dict` writes the class attribute, so a type that transformers does not know needs its own class.
     described = type("DescribedTextConfig", (PreTrainedConfig,), {"model_type": model_type})
     return described(**{key: value for key, value in text_config.items() if key != "model_type"})
 
 
 def name_model_class(model_type: str, model_class: str) -> None:
-    """Tells transformers what a class can do before it exists: `transformers serve` and `Trainer` ask by name."""
+    """Registers a class's name with transformers, since `transformers serve` and `Trainer` look it up by name."""
     for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
         getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")[model_type] = model_class
 
 
 class GenieBlueConfig(PreTrainedConfig):
-    r"""Everything that a GenieBlue adds to a base LLM, and the identity of that base.
+    r"""Settings of everything that a GenieBlue adds to a base LLM, and the identity of that base.
 
     Args:
         text_config: the base's own configuration, as a description (the base is loaded from its own repository).
         vision_config: configuration of the vision tower, a SigLIP one by default.
         base_model_name_or_path: Hub id of the base, or a path (written relative to the model's folder).
         base_model_revision: commit sha of the base on the Hub; `None` for a local base.
-        base_model_fingerprint: sha256 by name of each weight file of the base.
-        base_model_runs_remote_code: whether the base is made of code in its own repository. That code runs only if
-            this is so and the user allowed it.
-        placement: `skip`, `pre` or `post`: how `replicated_layers` was chosen; `None` if it was given by hand.
+        base_model_fingerprint: sha256 of each weight file of the base, by name.
+        base_model_runs_remote_code: whether the base uses code from its own repository. That code runs only if this is
+            set and the user allowed it.
+        placement: `skip`, `pre` or `post`: how `replicated_layers` was chosen; `None` for a custom choice.
         replicated_layers: indices of the blocks that run as trained copies in the multimodal view.
-        lora_rank, lora_alpha, lora_dropout: LoRA on the linears of every other block.
-        image_token_id: id that stands for one image token. It is the first id past the base's embedding, so no
-            request of the base can contain it.
+        lora_rank, lora_alpha, lora_dropout: LoRA on the linear layers of all other blocks.
+        image_token_id: id of an image token. It is the first id past the base's embedding, so no text can contain it.
         image_seq_length: tokens per image tile.
-        downsample_factor: side of the square of neighbouring patch tokens that become one image token.
-        use_cache, output_attentions, output_hidden_states, return_dict: as in every configuration, for both views;
-            `None`, the default, is what the base's own configuration says.
+        downsample_factor: side of the square of patch tokens that become one image token.
+        use_cache, output_attentions, output_hidden_states, return_dict: as usual, for both views; `None`, the
+            default, means the setting of the base's configuration.
 
-    A subclass may describe models of the same type with settings of their own: see `describes`.
+    A subclass may describe models of the same type with additional settings: see `describes`.
     """
 
     model_type = "genieblue"
@@ -150,32 +149,32 @@ class GenieBlueConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """The configuration of a folder or Hub id, which errors name; see `from_dict` for what they are."""
+        """The configuration of a folder or Hub id; for errors, see `from_dict`."""
         refuse_address(pretrained_model_name_or_path)
         kwargs.setdefault("name_or_path", os.fspath(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def describes(cls, settings: dict[str, Any]) -> bool:
-        """Whether settings are of this class rather than of the one that it is made from."""
+        """Whether settings belong to this class rather than to its parent class."""
         return False
 
     @classmethod
     def kind_of(cls, settings: dict[str, Any]) -> type["GenieBlueConfig"]:
-        """The class that settings are of: this one, or a subclass of it that describes them."""
+        """The class for these settings: this one, or a subclass that describes them."""
         return next((kind for kind in cls.__subclasses__() if kind.describes(settings)), cls)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration in a dictionary.
 
-        Raises `ValueError` for that of another kind of model, such as a base alone, or settings out of range, and
-        `OSError` for settings of another kind.
+        Raises `ValueError` for another kind of model (such as a plain base) or settings out of range, and `OSError`
+        for settings of the wrong type.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is the configuration of a model of type {model_type!r}, expected {cls.model_type!r}. A "
+                f"This is the configuration of a {model_type!r} model, expected {cls.model_type!r}. A "
                 "GenieBlue is loaded from its own folder or repository, which names its base; `from_base` (`genieblue "
                 "init`) makes one."
             )
@@ -199,7 +198,7 @@ class GenieBlueConfig(PreTrainedConfig):
 
 
 def check_config_kinds(settings: dict[str, Any], where: str | os.PathLike) -> None:
-    """`OSError` that names `where` if a setting of a GenieBlue's config.json is of a kind that it cannot be."""
+    """`OSError` naming `where` if a setting in a GenieBlue's config.json has the wrong type."""
     for name, kind in CONFIG_KINDS.items():
         value = settings.get(name)
         if not isinstance(value, kind) and (value is not None or name == "auto_map" and name in settings):
@@ -209,11 +208,11 @@ def check_config_kinds(settings: dict[str, Any], where: str | os.PathLike) -> No
 
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
+        raise ValueError(f"`{name}` is {value!r}: expected an integer of at least 1.")
 
 
 def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int | None) -> list[int]:
-    """Sorted block indices; `ValueError` if one repeats, lies outside of the base, or no block is left for LoRA."""
+    """Sorted block indices; `ValueError` if one repeats or is out of range, or if no block is left for LoRA."""
     is_list = isinstance(replicated_layers, list | tuple)
     if not is_list or not all(isinstance(index, int) and not isinstance(index, bool) for index in replicated_layers):
         raise ValueError(f"`replicated_layers` is {replicated_layers!r}: expected a list of block indices.")
@@ -227,8 +226,8 @@ def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int
             )
         if not layers or len(layers) == num_hidden_layers:
             raise ValueError(
-                f"`replicated_layers` names {len(layers)} of {num_hidden_layers} blocks: GenieBlue copies some blocks "
-                "(a quarter in the paper) and puts LoRA on the others, so at least one of each is needed."
+                f"`replicated_layers` names {len(layers)} of {num_hidden_layers} blocks: GenieBlue replicates some "
+                "blocks (a quarter in the paper) and puts LoRA on the others, so choose at least one of each."
             )
     return layers
 

@@ -1,8 +1,8 @@
-"""What a GenieBlue inherits, kept away from the base: a method acts on what is ours, or is refused by name.
+"""Keeps inherited methods away from the base: they act only on the parts that GenieBlue adds, or are refused by name.
 
-The base is another model's, shared by both views. So casting, freezing, initialising and the like reach the vision
-tower, the projector and the adapter only; what would replace or rewrite the base, or put a second adapter over it,
-is a `ValueError` that names the way to go, before anything has changed.
+The base is a separate model, shared by both views. So casting, freezing, initialising and the like affect only the
+vision tower, the projector and the adapter. A method that would replace or rewrite the base, or add a second adapter,
+is a `ValueError` that names the alternative, before anything has changed.
 """
 
 from collections.abc import Callable
@@ -19,36 +19,38 @@ from .projector_genieblue import GenieBlueMultiModalProjector
 
 LANGUAGE_TREES = ("language_model", "multimodal_language_model")
 _ONE_ADAPTER = (
-    "both views share the base's weights, and a GenieBlue has and saves one adapter, its own, which another one would "
-    "switch off. Train its own; `lora_rank` of `from_base` gives it more room. Merge a LoRA for texts into the base "
-    "before you make a GenieBlue from it."
+    "both views share the base's weights, and a GenieBlue has and saves only its own adapter, which another one would "
+    "switch off. Train its own adapter; a higher `lora_rank` in `from_base` gives it more capacity. Merge a LoRA for "
+    "text into the base before you make a GenieBlue from it."
 )
-_INITIALISED = "it would draw the base's weights anew. Make a new GenieBlue with `from_base`."
+_INITIALISED = "it would reinitialise the base's weights. Make a new GenieBlue with `from_base`."
 _EMBEDDINGS = (
-    "the embeddings of a GenieBlue are the base's and stay as they are; image tokens need no row. Resize the base "
-    "before making a GenieBlue from it, if it must have more tokens."
+    "the embeddings of a GenieBlue belong to the base, and image tokens need no row in them. If you need more tokens, "
+    "resize the base before making a GenieBlue from it."
 )
-_OTHER_BASE = "it would replace the base. Load the GenieBlue onto it with `from_pretrained(..., base_model=)`."
-_COMPILED = "A view is compiled where it is, by its own `compile()`."
-_POSITIONS = "positions are the base's own, and nothing of them can be resized here."
-_BATCHING = "it serves one model, and a GenieBlue is two views. Texts can use that of `model.language_model`."
-# By name, why a method is refused and what to do instead.
+_OTHER_BASE = (
+    "it would replace the base. Load the GenieBlue onto another base with `from_pretrained(..., base_model=)`."
+)
+_COMPILED = "Compile a view in place, with its own `compile()`."
+_POSITIONS = "positions belong to the base and cannot be resized here."
+_BATCHING = "it serves one model, but a GenieBlue has two views. For text, use that of `model.language_model`."
+# Refused methods, with the reason and the alternative.
 REFUSALS = {
     "add_adapter": _ONE_ADAPTER,
-    "load_adapter": f"{_ONE_ADAPTER} Other weights of it are loaded with their folder, by `from_pretrained`.",
+    "load_adapter": f"{_ONE_ADAPTER} Other weights for it are loaded from their folder with `from_pretrained`.",
     "set_adapter": _ONE_ADAPTER,
-    "delete_adapter": "without it a GenieBlue cannot see. Use `model.language_model`, which is the plain base.",
+    "delete_adapter": "a GenieBlue cannot see without it. Use `model.language_model`, which is the plain base.",
     "enable_peft_hotswap": f"{_ONE_ADAPTER} Load another GenieBlue onto the same base with `base_model=`.",
-    "disable_adapters": "texts run without the adapter already; `view='text'` says so for a request.",
-    "enable_adapters": "the adapter is always on in the multimodal view; `view='multimodal'` runs it for texts too.",
-    "active_adapters": "PEFT's own state is kept inside. It has one adapter, always on in the multimodal view.",
-    "get_adapter_state_dict": "use `state_dict()`, or the folder `language_adapter` of a save, which PEFT loads.",
+    "disable_adapters": "text already runs without the adapter; `view='text'` enforces that for a request.",
+    "enable_adapters": "the adapter is always on in the multimodal view; `view='multimodal'` uses it for text too.",
+    "active_adapters": "a GenieBlue has one adapter, which is always on in the multimodal view.",
+    "get_adapter_state_dict": "use `state_dict()`, or PEFT with the folder `language_adapter` of a saved model.",
     "dequantize": "it would change the base's weights. Load the base without `quantization_config`.",
     "init_weights": _INITIALISED,
     "initialize_weights": _INITIALISED,
     "post_init": _INITIALISED,
     "smart_apply": _INITIALISED,
-    "to_empty": "it would lose all weights, the base's too. Move with `to(device)`.",
+    "to_empty": "it would lose all weights, including the base's. Use `to(device)`.",
     "set_use_kernels": "it would replace layers of the base. Load the base with `use_kernels=True`, and give it as "
     "`base_model=`.",
     "set_input_embeddings": _EMBEDDINGS,
@@ -58,17 +60,17 @@ REFUSALS = {
     "get_position_embeddings": _POSITIONS,
     "set_decoder": _OTHER_BASE,
     "set_encoder": "another vision tower needs another adapter. Make a new GenieBlue with `from_base`.",
-    "save_distributed_checkpoint": "use `save_pretrained`, which writes what is ours; the base is never written.",
+    "save_distributed_checkpoint": "use `save_pretrained`, which never writes the base.",
     "generate_batch": _BATCHING,
     "init_continuous_batching": _BATCHING,
     "continuous_batching_context_manager": _BATCHING,
 }
-# transformers calls these itself while a GenieBlue has no base yet.
+# transformers calls these itself before a GenieBlue has a base.
 _USED_AT_LOAD = ("init_weights", "initialize_weights", "post_init", "smart_apply", "to_empty", "set_use_kernels")
 
 
 class FrozenBaseModel(PreTrainedModel):
-    """A model with a base that no inherited method changes; see the module's docstring."""
+    """A model whose base no inherited method changes; see the module's docstring."""
 
     vision_tower: PreTrainedModel
     multi_modal_projector: GenieBlueMultiModalProjector
@@ -77,7 +79,7 @@ class FrozenBaseModel(PreTrainedModel):
     multimodal_language_model: PreTrainedModel
 
     def requires_grad_(self, requires_grad: bool = True) -> "FrozenBaseModel":
-        """`nn.Module.requires_grad_` of what is ours; the base stays frozen, and a tower's head that is not used."""
+        """`nn.Module.requires_grad_` without the base and the tower's unused head, which stay frozen."""
         self.vision_tower.requires_grad_(requires_grad)
         self.multi_modal_projector.requires_grad_(requires_grad)
         if self.multimodal_language_model is not None:
@@ -88,7 +90,7 @@ class FrozenBaseModel(PreTrainedModel):
         return self
 
     def train(self, mode: bool = True) -> "FrozenBaseModel":
-        """Training mode of all that trains; the base stays in the mode that it is in."""
+        """Sets the training mode of everything except the base."""
         self.training = mode
         for name, child in self.named_children():
             if name != "language_model":
@@ -96,7 +98,7 @@ class FrozenBaseModel(PreTrainedModel):
         return self
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> "FrozenBaseModel":
-        """`nn.Module.apply` to modules that are ours; to the base's with `model.language_model.apply`."""
+        """`nn.Module.apply` without the base's modules; for these, use `model.language_model.apply`."""
         for name, child in self.named_children():
             if name not in LANGUAGE_TREES:
                 child.apply(fn)
@@ -109,9 +111,9 @@ class FrozenBaseModel(PreTrainedModel):
         return self
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """Of all parts, or by `vision_config` and `text_config`, which is the base, in both views.
+        """Sets it for all parts, or separately for `vision_config` and `text_config` (the base, in both views).
 
-        Raises `ValueError` or `ImportError` for what one of them cannot run; nothing is changed then.
+        Raises `ValueError` or `ImportError` for what one of them does not support, before anything changes.
         """
         names = {"vision_config": ("vision_tower",), "text_config": LANGUAGE_TREES}
         wanted = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
@@ -125,7 +127,7 @@ class FrozenBaseModel(PreTrainedModel):
             part.get_correct_attn_implementation(choice)
         for part, choice in parts.items():
             part.set_attn_implementation(choice, *args, **kwargs)
-        # The model's own configuration says what the base runs; the tower's is part of it.
+        # The model's own configuration records the base's implementation and contains the tower's configuration.
         language = self.language_model
         self.config._attn_implementation_internal = (
             wanted.get("", self.config._attn_implementation)
@@ -134,20 +136,20 @@ class FrozenBaseModel(PreTrainedModel):
         )
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
-        """Of the base, in both views; the tower has no experts."""
+        """Sets it for the base, in both views; the tower has no experts."""
         for name in LANGUAGE_TREES:
             getattr(self, name).set_experts_implementation(experts_implementation)
 
     def get_experts_implementation(self) -> Any:
-        """That of the base."""
+        """The base's implementation."""
         return self.language_model.get_experts_implementation()
 
     def warn_if_padding_and_no_attention_mask(self, input_ids: torch.Tensor, attention_mask: Any) -> None:
-        """As the base does, whose padding token it is."""
+        """Warns like the base, which owns the padding token."""
         self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do with a base: what it ties is tied in both views, which hold the same `Parameter` objects."""
+        """Does nothing once there is a base: both views share the same, already tied `Parameter` objects."""
         if self.language_model is None:
             super().tie_weights(*args, **kwargs)
 
@@ -158,7 +160,7 @@ class FrozenBaseModel(PreTrainedModel):
         super().set_submodule(target, module, *args, **kwargs)
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: `forward` sees to it in training, where transformers would hook the base's embedding."""
+        """Does nothing: `forward` handles this in training, while transformers would hook the base's embedding."""
 
     def disable_input_require_grads(self) -> None:
         """The counterpart of `enable_input_require_grads`."""
@@ -170,15 +172,16 @@ class FrozenBaseModel(PreTrainedModel):
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise ValueError(
-            "`torch.nn.DataParallel` would copy the views apart, which share the base's weights: start a process for "
-            "each device (`torchrun`, `accelerate launch`), or show one device (`CUDA_VISIBLE_DEVICES=0`)."
+            "`torch.nn.DataParallel` would copy the two views separately, although they share weights: start one "
+            "process per device (`torchrun`, `accelerate launch`), or use one device (`CUDA_VISIBLE_DEVICES=0`)."
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FrozenBaseModel":
-        """All of `to`, `half`, `cuda`, …, also those of a module that holds this one.
+        """Implements `to`, `half`, `cuda`, …, also when called on a module that contains this one.
 
-        The base is moved and never cast: another precision is a `ValueError`, its own is given to the tower and the
-        projector alone, because a cast would reach the base's rotary frequencies, which are in float32 on purpose.
+        The base is moved but never cast: another dtype is a `ValueError`. A cast to the base's own dtype applies only
+        to the tower and the projector, because it would also cast the base's rotary frequencies, which must stay in
+        float32.
         """
         base = self.language_model
         if base is None:
@@ -188,11 +191,13 @@ class FrozenBaseModel(PreTrainedModel):
         moved = results[base.dtype]
         if moved.dtype != base.dtype:
             raise ValueError(
-                f"The base is in {base.dtype} and is not cast, so neither is what belongs to it: {moved.dtype} would "
-                f"change its answers. Load the model again with `dtype={moved.dtype}`."
+                f"The base is in {base.dtype}, and casting the model to {moved.dtype} would change its text answers. "
+                f"Load the model again with `dtype={moved.dtype}`."
             )
         if moved.is_meta:
-            raise ValueError("On the device 'meta' all weights are lost, the base's too: give one that has memory.")
+            raise ValueError(
+                "Moving to the device 'meta' would lose all weights, including the base's: give another device."
+            )
         if all(result.dtype == kind for kind, result in results.items()):
             return super()._apply(fn, recurse)
 
@@ -207,14 +212,14 @@ class FrozenBaseModel(PreTrainedModel):
         return super()._apply(cast, recurse=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What accelerate does to a model that it spreads or offloads, before anything else.
+        # accelerate does this first to a model that it dispatches or offloads.
         if name == "_old_forward" and self.language_model is not None:
-            raise ValueError(f"accelerate cannot dispatch or offload a GenieBlue that is loaded: {OFFLOAD_ADVICE}")
-        # What it does last, behind `load_checkpoint_and_dispatch` too, which passes over what a file does not hold.
+            raise ValueError(f"accelerate cannot dispatch or offload a loaded GenieBlue: {OFFLOAD_ADVICE}")
+        # Its last step, in `load_checkpoint_and_dispatch` too: it skips weights that a file does not hold.
         if name == "hf_device_map" and self.language_model is not None:
             raise ValueError(
-                "accelerate cannot dispatch a GenieBlue that is loaded. If it was to load weights, some of them may "
-                "be others by now: load the folder anew, with `from_pretrained(..., device_map=)`."
+                "accelerate cannot dispatch a loaded GenieBlue. If it was loading weights, some of them may have "
+                "changed: load the folder again with `from_pretrained(..., device_map=)`."
             )
         super().__setattr__(name, value)
 
@@ -234,7 +239,7 @@ for _name, _reason in REFUSALS.items():
 
 
 def _check_registration(container: nn.Module, name: str, module: Any) -> None:
-    """Stops PEFT where it takes a model in, before it replaces any layer of the base, and what would replace a base.
+    """Stops PEFT when it wraps the model, before it replaces any layer of the base, and whatever would replace a base.
 
     Called wherever a module becomes a part of another one: `self.name = module`, `add_module`.
     """
@@ -246,7 +251,7 @@ def _check_registration(container: nn.Module, name: str, module: Any) -> None:
                                                for kind in type(container).__mro__):  # fmt: skip
         held = (part for each in (module, getattr(module, "_genieblue", module)) for part in each.modules())
         if any(isinstance(part, FrozenBaseModel) or vars(part).get("is_multimodal_view", False) for part in held):
-            raise ValueError(f"PEFT cannot put another adapter over a GenieBlue: {_ONE_ADAPTER}")
+            raise ValueError(f"PEFT cannot add another adapter to a GenieBlue: {_ONE_ADAPTER}")
 
 
 register_module_module_registration_hook(_check_registration)

@@ -20,9 +20,9 @@ from .arguments_genieblue import (
     PUSH_KEYWORDS,
     check_base_model,
     check_load_arguments,
+    check_not_offloaded,
     check_save_arguments,
     check_vision_tower,
-    refuse_offloaded,
 )
 from .as_built_genieblue import AsBuilt
 from .backbone_genieblue import GenieBlueBackbone
@@ -133,7 +133,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         """
         check_base_model(base_model)
         check_vision_tower(vision_tower)
-        refuse_offloaded((*base_model.parameters(), *vision_tower.parameters()), "the base or the vision tower")
+        check_not_offloaded((*base_model.parameters(), *vision_tower.parameters()), "the base or the vision tower")
         text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
         is_by_hand = replicated_layers is not None
         if replicated_layers is None:
@@ -197,7 +197,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         model_class = cls._class_for(request.check_layout())
         model, loading_info = model_class._load_own_weights(request, model_args, base_model)
         base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
-        refuse_offloaded((*model.parameters(), *base.parameters()), "the vision tower, the projector or the base")
+        check_not_offloaded((*model.parameters(), *base.parameters()), "the vision tower, the projector or the base")
         samples = request.base_samples(required=check_base)
         model.provenance = Provenance(source=request, access=request.access(), base_samples=samples)
         model._check_base(base, request, samples if check_base else None)
@@ -339,7 +339,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         if not torch.compiler.is_compiling():
             # One of each part: to look at all of them would be felt in a step of decoding.
             firsts = (islice(part.parameters(), 1) for part in self.children())
-            refuse_offloaded(chain.from_iterable(firsts), "this GenieBlue")
+            check_not_offloaded(chain.from_iterable(firsts), "this GenieBlue")
             self._as_built.check_precision(self.language_model)
         if input_ids is None:
             if pixel_values is not None:

@@ -15,13 +15,13 @@ from genieblue.cli.app import app
 
 
 class GenieBlueCommand(BaseOptimumCLICommand):
-    """A command of `genieblue` under another roof: its options are read off that command, which is then run."""
+    """Runs a `genieblue` command under `optimum-cli`, with the same options."""
 
     NAME: str
 
     @classmethod
     def parse_args(cls, parser: ArgumentParser) -> None:
-        """Gives the parser the options that the command has."""
+        """Adds the command's options to the parser."""
         command = _command(cls.NAME)
         hints = get_type_hints(command.callback)
         parser.description = command.help
@@ -42,7 +42,7 @@ class GenieBlueCommand(BaseOptimumCLICommand):
                 )
 
     def run(self) -> None:
-        """Runs the command with what was given, as `genieblue` does, and ends with its exit code."""
+        """Runs the command with the given options and exits with its exit code."""
         app(args=[*self.NAME.split(), *self._given()], prog_name="genieblue")
 
     def _given(self) -> list[str]:
@@ -59,7 +59,7 @@ class GenieBlueCommand(BaseOptimumCLICommand):
 
 
 def _command(name: str) -> Any:
-    """The command of `genieblue` with this name; `export qnn` is one in a group."""
+    """The `genieblue` command with this name, possibly in a group (`export qnn`)."""
     command = typer.main.get_command(app)
     for part in name.split():
         command = command.commands[part]
@@ -67,7 +67,7 @@ def _command(name: str) -> Any:
 
 
 def _choices(hint: Any) -> list[str] | None:
-    """What an option with this annotation takes, if that is one of a few words."""
+    """The choices of an option with this annotation, if it has any."""
     return next((list(get_args(kind)) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal), None)
 
 

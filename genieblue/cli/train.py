@@ -57,7 +57,7 @@ def train(
 ) -> None:
     """Run one of the two training stages; the base does not change."""
     from genieblue.training.chats import ChatDataset
-    from genieblue.training.stages import TrainingSettings, refuse_taken_output
+    from genieblue.training.stages import TrainingSettings, check_output
     from genieblue.training.stages import train as run
 
     settings = TrainingSettings(
@@ -80,7 +80,7 @@ def train(
             f"Only one data source is supported, got {len(data)}: merge them.", param_hint="--data"
         )
     out = out.expanduser()  # shells do not expand `--out=~/x`
-    refuse_taken_output(out.absolute())
+    check_output(out.absolute())
     chats = ChatDataset(data_source(data[0]), image_folder=image_folder, skip_bad=skip_bad)
     quiet_transformers()
     chat = load_chat(model, base, None, dtype, "cpu", trust_remote_code)  # Trainer moves it to the GPU

@@ -1,1 +1,1 @@
-"""A small but real GenieBlue, made end to end on two cores: text, scans, vision tower, contact sheet."""
+"""A small but real GenieBlue, trained end to end on two cores."""

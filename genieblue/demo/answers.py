@@ -1,7 +1,7 @@
-"""What the demo asks in a fresh process: `python -m genieblue.demo.answers demo-out` prints one JSON report.
+"""Evaluates the demo in a fresh process: `python -m genieblue.demo.answers demo-out` prints one JSON report.
 
-It knows nothing but the two repositories: the base through `AutoModelForCausalLM`, the GenieBlue through `AutoModel`
-with the code that lies in its own folder.
+It uses only the two repositories: the base through `AutoModelForCausalLM`, the GenieBlue through `AutoModel` with the
+code in its own folder.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def ask_all(out: Path) -> dict[str, Any]:
 
 
 def read_scans(model: Any, processor: Any, folder: Path, lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The held-out lines with what the model `said`, by greedy generation in batches."""
+    """The held-out lines with the model's answer as `said`, generated greedily in batches."""
     answers = []
     for start in range(0, len(lines), BATCH_SIZE):
         batch = lines[start : start + BATCH_SIZE]
@@ -75,7 +75,7 @@ def read_scans(model: Any, processor: Any, folder: Path, lines: list[dict[str, s
 
 
 def compare_text(base: Any, model: Any, tokenizer: Any, ids: torch.Tensor) -> tuple[bool, bool]:
-    """Whether text requests give the base's logits, and its generated ids, bit for bit."""
+    """Whether text requests give the base's logits and generated ids bit for bit."""
     rows = ids[: len(ids) // 128 * 128].view(-1, 128)[:32]
     logits_equal = torch.equal(model(input_ids=rows).logits, base(input_ids=rows).logits)
     generation_equal = all(
@@ -92,7 +92,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     report = ask_all(parser.parse_args().out)
     if "modeling_genieblue" in sys.modules:
-        raise RuntimeError("The package's own code was imported: the folder's code was not what answered.")
+        raise RuntimeError("The installed package was imported instead of the code in the model's folder.")
     print(json.dumps(report))
 
 

@@ -1,4 +1,4 @@
-"""Steps or seconds, whichever runs out first: how every training run of the demo ends in time."""
+"""A budget of steps or seconds, whichever runs out first, for the demo's training runs."""
 
 import math
 import time
@@ -12,10 +12,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 
 class TrainingBudget(TrainerCallback):
-    """Progress bar that ends a `Trainer` run after `max_steps` optimizer steps or `max_seconds`.
+    """Ends a `Trainer` run after `max_steps` optimizer steps or `max_seconds`, and shows a progress bar.
 
-    `fraction(step)` is the part of the budget that is used. A schedule that follows it reaches its end on a slow
-    machine too, where the clock stops the run before the steps are through.
+    `fraction(step)` is the used part of the budget. A schedule based on it also completes on a slow machine, where
+    time runs out before the steps do.
     """
 
     def __init__(self, title: str, max_steps: int, max_seconds: float = math.inf, samples_per_step: int = 1):
@@ -32,11 +32,11 @@ class TrainingBudget(TrainerCallback):
         self._bar: tqdm | None = None
 
     def elapsed(self) -> float:
-        """Seconds since the first step began; 0 before."""
+        """Seconds since the first step started; 0 before."""
         return 0.0 if self._started is None else time.perf_counter() - self._started
 
     def fraction(self, step: int) -> float:
-        """Used part of the budget at an optimizer step, 0 to 1."""
+        """Used part of the budget at an optimizer step, from 0 to 1."""
         return min(1.0, max(step / self.max_steps, self.elapsed() / self.max_seconds))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,7 +62,7 @@ class TrainingBudget(TrainerCallback):
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, budget: TrainingBudget, warmup: float = 0.03, floor: float = 0.02
 ) -> LambdaLR:
-    """Linear warm-up over the first `warmup` of the steps, then a cosine to `floor` × peak at the budget's end."""
+    """Linear warm-up over the first `warmup` of the steps, then cosine decay to `floor` × peak at the budget's end."""
 
     def factor(step: int) -> float:
         ramp = min(1.0, (step + 1) / max(1.0, warmup * budget.max_steps))
@@ -83,7 +83,7 @@ def run_training(
     seed: int = 0,
     collate: Callable | None = None,
 ) -> None:
-    """Train a whole model in place with `transformers.Trainer`, AdamW and `warmup_cosine`; write no checkpoint."""
+    """Trains all of a model in place with `transformers.Trainer`, AdamW and `warmup_cosine`, without checkpoints."""
     arguments = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=batch_size,
@@ -109,7 +109,7 @@ def run_training(
         optimizers=(optimizer, warmup_cosine(optimizer, budget)),
         callbacks=[budget],
     )
-    # The budget's bar already shows what the printer would write between its lines.
+    # The budget's bar already shows what this callback would print.
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.eval()

@@ -1,4 +1,4 @@
-"""A picture of what the demo's model reads: scans, the tiles they are cut into, answers."""
+"""The demo's contact sheet: scans, their tiles and the model's answers."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ RIGHT, WRONG, GRID = (34, 120, 70), (190, 40, 50), (80, 170, 255)
 def draw_contact_sheet(
     path: str | Path, folder: str | Path, answers: list[dict[str, str]], image_processor: Any
 ) -> None:
-    """Writes a PNG: each scan of `answers` (image, answer, said) with its thumbnail, its tiles and what was said."""
+    """Writes a PNG that shows each scan of `answers` (image, answer, said) with thumbnail, tiles and the answer."""
     rows = -(-len(answers) // COLUMNS)
     size = (COLUMNS * CELL_WIDTH + 2 * MARGIN, HEADER + rows * CELL_HEIGHT + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     right = sum(line["said"] == line["answer"] for line in answers)
     draw.text((MARGIN, 12), "Held-out scans, as GenieBlue sees and reads them", INK, _font(22))
-    note = f"left the thumbnail, right the tiles · {right} of these {len(answers)} are right"
+    note = f"left: thumbnail, right: tiles · {right} of {len(answers)} are correct"
     draw.text((MARGIN, 40), note, FAINT, _font(14))
     for index, line in enumerate(answers):
         corner = (MARGIN + index % COLUMNS * CELL_WIDTH, HEADER + index // COLUMNS * CELL_HEIGHT)
@@ -57,12 +57,12 @@ def _draw_cell(
         draw.line((x, at, x + canvas.width, at), GRID)
     correct = line["said"] == line["answer"]
     draw.text((x, top + 82), line["said"] or "(nothing)", RIGHT if correct else WRONG, _font(24))
-    detail = f"{columns} x {rows} tiles" if correct else f"{columns} x {rows} tiles, it is {line['answer']}"
+    detail = f"{columns} x {rows} tiles" if correct else f"{columns} x {rows} tiles, expected {line['answer']}"
     draw.text((x + 96, top + 89), detail, FAINT, _font(14))
 
 
 def _on_canvas(scan: Image.Image, width: int, height: int) -> Image.Image:
-    """The scan at its own proportions, centred: how the image processor lays it out."""
+    """The scan centred with its aspect ratio kept, as the image processor places it."""
     scale = min(width / scan.width, height / scan.height)
     resized = scan.convert("RGB").resize((max(1, int(scan.width * scale)), max(1, int(scan.height * scale))))
     canvas = Image.new("RGB", (width, height), (127, 127, 127))

@@ -1,4 +1,4 @@
-"""The demo: a base LLM, a vision tower, two stages, and a fresh process that reads held-out scans."""
+"""The demo: trains a base LLM, a vision tower and both stages, then reads held-out scans in a fresh process."""
 
 import json
 import math
@@ -30,19 +30,19 @@ STAGE_2 = {
     "batch_size": 16,
     "learning_rates": {"vision_tower": 5e-4, "multi_modal_projector": 2e-3, "lora": 2e-3, "replicated_blocks": 1e-3},
 }
-STAGE_SECONDS = 330.0  # a slow computer stops here, its schedule at an end; a fast one is through its steps before
+STAGE_SECONDS = 330.0  # a slow machine stops here, with its schedule complete; a fast one finishes its steps earlier
 NUMBERS_PER_LENGTH = 125
 SHOWN = 24
 
 
 def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
-    """Makes `base/`, `genieblue/`, `held-out/` and `contact-sheet.png` in `out`; returns what was measured.
+    """Creates `base/`, `genieblue/`, `held-out/` and `contact-sheet.png` in `out`; returns the measurements.
 
-    `scale` shortens every training run, for a quick look whose answers are worth nothing. Raises `ValueError` if the
-    base changed, `OSError` if `out` holds something else.
+    `scale` shortens every training run, for a quick check whose answers are useless. Raises `ValueError` if the base
+    changed, `OSError` if `out` contains other files.
     """
     if not 0 < scale <= 1:
-        raise ValueError(f"`scale` is {scale}: expected a share of the full demo, above 0 and at most 1.")
+        raise ValueError(f"`scale` is {scale}: expected a fraction of the full demo, above 0 and at most 1.")
     out = Path(out)
     _make_room(out)
     started = time.perf_counter()
@@ -51,11 +51,11 @@ def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0)
     set_seed(seed)
     train_scans, held_out_scans = split_scans(seed)
 
-    _say("1/5  Base LLM: a small Llama learns English from Python's own documentation")
+    _log("1/5  Base LLM: a small Llama learns English from Python's own documentation")
     base_facts = make_base(out / "base", max_steps=math.ceil(700 * scale), max_seconds=90, seed=seed)
     seconds["base"] = base_facts["seconds"]
     with tempfile.TemporaryDirectory(dir=out, prefix=".vision-") as vision:
-        _say("2/5  Vision tower: a small SigLIP learns digits, in place of a public one")
+        _log("2/5  Vision tower: a small SigLIP learns digits, instead of a public one")
         vision_facts = make_vision_tower(
             vision, train_scans, held_out_scans, max_steps=math.ceil(700 * scale), max_seconds=40, seed=seed
         )
@@ -64,10 +64,10 @@ def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0)
 
     for stage in (1, 2):
         words = {1: "the projector", 2: "vision tower, projector, replicated blocks and LoRA"}[stage]
-        _say(f"{stage + 2}/5  Stage {stage}: {words}")
+        _log(f"{stage + 2}/5  Stage {stage}: {words}")
         seconds[f"stage {stage}"] = _train_stage(out / "genieblue", stage, train_scans, seed, scale)
 
-    _say("5/5  A fresh process loads both repositories and reads held-out scans")
+    _log("5/5  A fresh process loads both repositories and reads held-out scans")
     write_held_out(out / "held-out", held_out_scans, math.ceil(NUMBERS_PER_LENGTH * scale))
     report = _ask_fresh_process(out)
     report |= {
@@ -86,13 +86,15 @@ def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0)
 
 
 def _make_room(out: Path) -> None:
-    """Clears an earlier demo out of `out`; anything else there is left alone, and an error."""
+    """Removes an earlier demo from `out`; `OSError` if anything else is there."""
     ours = {"base", "genieblue", "genieblue-checkpoints", "held-out", "contact-sheet.png"}
     if out.is_file():
         raise OSError(f"{out} is a file: give a folder with --out.")
     foreign = {entry.name for entry in out.iterdir()} - ours if out.is_dir() else set()
     if {name for name in foreign if not name.startswith(".")}:
-        raise OSError(f"{out} holds {', '.join(sorted(foreign)[:3])}, which no demo made: give another folder.")
+        raise OSError(
+            f"{out} contains {', '.join(sorted(foreign)[:3])}, which is not from a demo: give another folder."
+        )
     for name in ours:
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -105,7 +107,7 @@ def _train_stage(folder: Path, stage: int, scans: Scans, seed: int, scale: float
     options = {1: STAGE_1, 2: STAGE_2}[stage]
     steps = math.ceil(options["steps"] * scale)
     samples = steps * options["batch_size"]
-    # Single digits first: numbers of four at once are hardly learned in this time.
+    # Single digits first: starting with four digits, there is too little time to learn.
     numbers = NumberScans(scans, samples, seed=seed + stage, curriculum=0.37 if stage == 2 else 1.0)
     budget = TrainingBudget(f"Stage {stage}", steps, STAGE_SECONDS, samples_per_step=options["batch_size"])
     settings = TrainingSettings(
@@ -124,7 +126,7 @@ def _ask_fresh_process(out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "genieblue.demo.answers", str(out.resolve())]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
-        raise ValueError(f"The fresh process failed with exit code {finished.returncode}; see its message above.")
+        raise ValueError(f"The fresh process failed with exit code {finished.returncode}: see its message above.")
     return json.loads(finished.stdout.splitlines()[-1])
 
 
@@ -133,29 +135,29 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def _record_measurements(folder: Path, report: dict[str, Any]) -> None:
-    """Adds what was measured to the model's folder and renders its card anew."""
+    """Adds the measurements to the model's folder and renders its card again."""
     how = f"{report['count']} held-out scans of scikit-learn's digits, 1 to {LONGEST_NUMBER} digits, greedy"
     rows = [
         {"name": "exact match, numbers", "value": f"{100 * report['exact_match']:.1f} %", "how": how},
         {
             "name": "text perplexity, base and text view",
             "value": f"{report['perplexity_after']:.2f}",
-            "how": "held-out topics of Python's documentation, windows of 128 tokens; bit for bit the same",
+            "how": "held-out topics of Python's documentation, windows of 128 tokens; equal bit for bit",
         },
     ]
     (folder / MEASUREMENTS_NAME).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").unlink(missing_ok=True)  # rendered by the save above, before anything was measured
+    (folder / "README.md").unlink(missing_ok=True)  # rendered when the model was saved, without measurements
     write_model_card(folder, card_info_from_folder(folder))
 
 
 def text_is_unchanged(report: dict[str, Any]) -> bool:
-    """Whether everything that the demo knows of the base's text answers is what it was before."""
+    """Whether all the demo's measurements of the base's text answers are unchanged."""
     same_perplexity = report["perplexity_before"] == report["perplexity_after"]
     return report["text_bit_exact"] and report["text_generation_exact"] and same_perplexity
 
 
 def format_report(report: dict[str, Any], out: str | Path) -> str:
-    """The demo's result as lines for a terminal."""
+    """The demo's results, formatted for a terminal."""
     by_length = report["exact_match_by_length"]
     lengths = ", ".join(f"{length} digits {100 * value:.1f} %" for length, value in by_length.items())
     sizes = {name: f"{value / 1e6:.1f} MB" for name, value in report["sizes"].items()}
@@ -169,17 +171,17 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
             f"{report['perplexity_after']:.4f} after",
             f"Text logits bit-exact     {yes[report['text_bit_exact']]}, generated text too: "
             f"{yes[report['text_generation_exact']]}",
-            f"If text ran multimodal    {report['perplexity_multimodal_view']:.0f} (perplexity of the shared base)",
-            f"Sizes on disk             base {sizes['base']} (untouched), GenieBlue {sizes['genieblue']}",
+            f"Text in multimodal view   {report['perplexity_multimodal_view']:.0f} (perplexity of the shared base)",
+            f"Sizes on disk             base {sizes['base']} (unchanged), GenieBlue {sizes['genieblue']}",
             f"Time                      {report['seconds']:.0f} s ({parts})",
             "",
-            f"Look at {Path(out) / 'contact-sheet.png'}, or ask it yourself:",
+            f"See {Path(out) / 'contact-sheet.png'}, or try it yourself:",
             f"  genieblue chat {Path(out) / 'genieblue'} --image {Path(out) / 'held-out' / shown} "
             f'--prompt "{QUESTION}"',
         ]
     )
 
 
-def _say(line: str) -> None:
-    # On standard error, like the progress bars: with --json, standard output is for the report alone.
+def _log(line: str) -> None:
+    # On stderr, like the progress bars: with --json, stdout is only for the report.
     print(f"\n{line}", file=sys.stderr, flush=True)

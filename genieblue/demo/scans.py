@@ -1,4 +1,4 @@
-"""Real handwriting for the demo: scikit-learn's scanned digits, pasted side by side into numbers."""
+"""Real handwriting for the demo: numbers composed of scikit-learn's scanned digits."""
 
 import json
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from torch.utils.data import Dataset
 QUESTION = "Which number?"
 TILE_SIZE = 32
 LONGEST_NUMBER = 4
-DIGIT_SIZE = 30  # pixels; close to a tile, so a number of n digits is cut into about n tiles
+DIGIT_SIZE = 30  # pixels; about a tile, so a number with n digits gets about n tiles
 HELD_OUT_PART = 0.2
 
 
 @dataclass(frozen=True)
 class Scans:
-    """Single digits: `images` (n, 8, 8) float32 in 0..1, ink is 1; `labels` (n,) int64; `indices` in the data set."""
+    """Single digits: `images` (n, 8, 8) float32 in 0..1, ink is 1; `labels` (n,) int64; `indices` in the dataset."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -30,7 +30,7 @@ class Scans:
 
 
 def split_scans(seed: int = 0) -> tuple[Scans, Scans]:
-    """Split the 1797 scans into (train, held-out), 80 to 20, before any number is composed of them."""
+    """Splits the 1797 scans 80:20 into (train, held-out), before any numbers are composed."""
     digits = load_digits()
     images = (digits.images / 16.0).astype(np.float32)
     order = np.random.default_rng(seed).permutation(len(images))
@@ -41,9 +41,9 @@ def split_scans(seed: int = 0) -> tuple[Scans, Scans]:
 
 
 def digit_cells(images: np.ndarray, rng: np.random.Generator, augment: bool) -> np.ndarray:
-    """Enlarge scans (n, 8, 8) to cells (n, 32, 32); `augment` varies size, slant, turn, place and ink of each."""
-    # PIL rather than torch: a torch operation wakes all threads for one small digit, twenty times the work itself.
-    border = 2  # empty pixels around a scan, so that the interpolation does not end at its edge
+    """Enlarges scans (n, 8, 8) to cells (n, 32, 32); `augment` varies size, slant, rotation, position and ink."""
+    # PIL, not torch: a torch operation wakes all threads for one small digit, which costs 20 times the work itself.
+    border = 2  # empty pixels around a scan, for interpolation at its edges
     padded = np.pad(images, ((0, 0), (border, border), (border, border)))
     cells = np.empty((len(images), TILE_SIZE, TILE_SIZE), dtype=np.float32)
     for cell, image in zip(cells, padded, strict=True):
@@ -56,7 +56,7 @@ def digit_cells(images: np.ndarray, rng: np.random.Generator, augment: bool) -> 
             angle, shear = rng.uniform(-0.12, 0.12, 2)
             shift_x, shift_y = rng.uniform(-1.5, 1.5, 2)
             ink = rng.uniform(0.75, 1.0)
-        # The map from a pixel of the cell back to one of the scan.
+        # The map from cell pixels back to scan pixels.
         cos, sin = np.cos(angle), np.sin(angle)
         back = np.array([[cos / zoom_x, (shear * cos - sin) / zoom_x], [sin / zoom_y, (shear * sin + cos) / zoom_y]])
         origin = image.shape[0] / 2 - back @ (TILE_SIZE / 2 + np.array([shift_x, shift_y]))
@@ -69,9 +69,9 @@ def digit_cells(images: np.ndarray, rng: np.random.Generator, augment: bool) -> 
 
 
 def compose(cells: np.ndarray, rng: np.random.Generator, noise: float) -> tuple[np.ndarray, np.ndarray]:
-    """Paste cells (n, 32, 32) side by side; returns ink (32, width) in 0..1 and the middle column of each digit.
+    """Pastes cells (n, 32, 32) side by side; returns ink (32, width) in 0..1 and the centre column of each digit.
 
-    Neither the distance of the digits nor the margin is a multiple of a tile, so that digits straddle tiles.
+    Neither the spacing nor the margin is a multiple of the tile size, so digits straddle tiles.
     """
     count = len(cells)
     steps = rng.integers(24, 29, count)
@@ -87,7 +87,7 @@ def compose(cells: np.ndarray, rng: np.random.Generator, noise: float) -> tuple[
 
 
 def draw_number(scans: Scans, length: int, rng: np.random.Generator, augment: bool) -> tuple[Image.Image, str]:
-    """A number of `length` scanned digits, bright ink on black, as (greyscale image, its digits)."""
+    """Draws a number of `length` scanned digits, bright ink on black: (greyscale image, digits)."""
     picks = rng.integers(0, len(scans), length)
     cells = digit_cells(scans.images[picks], rng, augment)
     ink, _ = compose(cells, rng, noise=0.06 if augment else 0.0)
@@ -96,17 +96,17 @@ def draw_number(scans: Scans, length: int, rng: np.random.Generator, augment: bo
 
 
 class NumberScans(Dataset):
-    """Chat samples about augmented numbers, drawn on request; index → the same sample in every process.
+    """Chat samples about augmented numbers, drawn on access; an index gives the same sample in every process.
 
-    Read in order it is a curriculum: lengths are uniform in 1..n, and n grows from 1 to `LONGEST_NUMBER` over the
-    first `curriculum` of the samples. Without it (0) all lengths come from the start.
+    In order, they form a curriculum: lengths are uniform in 1..n, and n grows from 1 to `LONGEST_NUMBER` over the
+    first `curriculum` of the samples; with 0, all lengths occur from the start.
     """
 
     def __init__(self, scans: Scans, samples: int, seed: int = 0, curriculum: float = 0.37, question: str = QUESTION):
         if samples < 1 or not 0 <= curriculum <= 1:
             raise ValueError(
-                f"Got {samples} samples and a curriculum over {curriculum} of them. Give at least one sample and a "
-                f"part between 0 and 1."
+                f"Got {samples} samples and a curriculum over {curriculum} of them: expected at least one sample "
+                "and a fraction between 0 and 1."
             )
         self.scans, self.samples, self.seed = scans, samples, seed
         self.curriculum, self.question = curriculum, question
@@ -115,7 +115,7 @@ class NumberScans(Dataset):
         return self.samples
 
     def longest_at(self, index: int) -> int:
-        """The longest number that may occur at an index."""
+        """The longest number that can occur at an index."""
         grown_at = self.curriculum * self.samples
         if index >= grown_at:
             return LONGEST_NUMBER
@@ -124,7 +124,7 @@ class NumberScans(Dataset):
     def draw(self, index: int) -> tuple[Image.Image, str]:
         """The image and the answer at an index."""
         if not 0 <= index < self.samples:
-            raise IndexError(f"Sample {index} of {self.samples} was asked for.")
+            raise IndexError(f"Sample {index} of {self.samples} does not exist.")
         rng = np.random.default_rng([self.seed, index])
         length = int(rng.integers(1, self.longest_at(index) + 1))
         return draw_number(self.scans, length, rng, augment=True)
@@ -143,7 +143,7 @@ class NumberScans(Dataset):
 
 
 def draw_held_out(scans: Scans, per_length: int, seed: int = 1) -> list[tuple[Image.Image, str]]:
-    """`per_length` numbers of each length 1..4 from held-out scans as they are, in turn: 1, 2, 3, 4, 1, … digits."""
+    """`per_length` numbers of each length 1..4 from held-out scans, not augmented, in the order 1, 2, 3, 4, 1, …"""
     drawn = []
     for index in range(per_length * LONGEST_NUMBER):
         rng = np.random.default_rng([seed, index])
@@ -152,9 +152,9 @@ def draw_held_out(scans: Scans, per_length: int, seed: int = 1) -> list[tuple[Im
 
 
 def write_held_out(out: str | Path, scans: Scans, per_length: int, seed: int = 1) -> list[dict[str, str]]:
-    """Write `0000.png`, … and `answers.jsonl` into a folder and return the lines: image, question, answer.
+    """Writes `0000.png`, … and `answers.jsonl` into a folder and returns the lines: image, question, answer.
 
-    `image` is a name relative to the folder, and says nothing of the answer.
+    `image` is a file name relative to the folder, which does not reveal the answer.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 SEQUENCE_LENGTH = 128
 HELD_OUT_EVERY = 10
 
-# One token each, whatever stands beside them: the tokens of a prompt are always a prefix of those of prompt + answer.
+# Always single tokens, so the tokens of a prompt are a prefix of the tokens of prompt + answer.
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the heading under which it stands."""
+    """A text and its heading."""
 
     title: str
     body: str
@@ -46,19 +46,19 @@ class Document:
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Documents to train on and documents to measure on; no paragraph stands in both."""
+    """Documents for training and for evaluation, without shared paragraphs."""
 
     train: list[Document]
     held_out: list[Document]
 
 
 def read_documents() -> tuple[list[Document], list[Document]]:
-    """Python's own help topics and, where it is installed with them, its licence."""
+    """Python's help topics and, if installed, its licence."""
     by_heading: dict[str, Document] = {}
     for name in sorted(pydoc_topics):
         heading, _, body = pydoc_topics[name].strip().partition("\n")
-        # Some topics are whole chapters whose heading and text another topic repeats; the paragraph filter of
-        # `split_documents` takes care of the text, the name keeps the titles apart.
+        # Some topics repeat the heading and text of another topic: `split_documents` filters the paragraphs, and the
+        # name keeps titles distinct.
         title = heading.strip() or name
         body = re.sub(r"\A[*=\-~^\s]+", "", body)
         by_heading[name] = Document(title, body)
@@ -66,13 +66,13 @@ def read_documents() -> tuple[list[Document], list[Document]]:
     if hasattr(builtins, "license"):
         builtins.license._Printer__setup()
         text = "\n".join(builtins.license._Printer__lines)
-        if len(text) > 1000:  # otherwise it is only a line with a web address
+        if len(text) > 1000:  # otherwise it is only a line with a URL
             licence = [Document("The licence of Python", text)]
     return list(by_heading.values()), licence
 
 
 def split_documents() -> TextSplit:
-    """Hold out every tenth help topic and drop its paragraphs from all the others."""
+    """Holds out every tenth help topic and removes its paragraphs from all others."""
     topics, licences = read_documents()
     held_out = topics[::HELD_OUT_EVERY]
     seen = {_normalized(paragraph) for document in held_out for paragraph in document.paragraphs}
@@ -95,7 +95,7 @@ def _normalized(paragraph: str) -> str:
 
 
 def train_tokenizer(documents: list[Document], vocabulary_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is one token, with a special token for each role and a chat template."""
+    """A byte-level BPE tokenizer with one token per digit, a special token per role and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -122,7 +122,7 @@ def train_tokenizer(documents: list[Document], vocabulary_size: int = 1024) -> P
 
 
 def training_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
-    """All documents as one row of ids, (tokens,): each a chat that asks for its title and is answered by its text."""
+    """All documents as one row of ids, (tokens,): each a chat whose question is the title and answer is the text."""
     ids: list[int] = []
     for document in documents:
         chat = [
@@ -135,18 +135,19 @@ def training_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document
 
 
 def held_out_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
-    """The plain texts as one row of ids, (tokens,), each closed with <eos>."""
+    """The plain texts as one row of ids, (tokens,), each ending with <eos>."""
     text = "".join(document.body + tokenizer.eos_token for document in documents)
     return torch.tensor(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
 
 class TokenWindows(Dataset):
-    """Windows of `length` ids out of a stream; index → the same window in every run."""
+    """Windows of `length` ids from a stream; an index gives the same window in every run."""
 
     def __init__(self, ids: torch.Tensor, length: int = SEQUENCE_LENGTH, samples: int = 100_000, seed: int = 0):
         if len(ids) <= length:
             raise ValueError(
-                f"The text has {len(ids)} tokens, but one window takes {length}. Give more text or a smaller window."
+                f"The text has {len(ids)} tokens, fewer than one window of {length}: give more text or a smaller "
+                "window."
             )
         self.ids, self.length = ids, length
         generator = torch.Generator().manual_seed(seed)
@@ -165,15 +166,15 @@ class TokenWindows(Dataset):
 def perplexity(
     model: torch.nn.Module, ids: torch.Tensor, length: int = SEQUENCE_LENGTH, batch_size: int = 16, **options
 ) -> float:
-    """Perplexity of a causal LM over a stream of ids, (tokens,), read in windows that do not overlap.
+    """Perplexity of a causal LM over a stream of ids, (tokens,), in windows that do not overlap.
 
-    Each window of `length` tokens is predicted from its own tokens only, so the number is the same for every
-    batch size up to rounding; the remainder of the stream that fills no window is left out. `options` go to the model.
+    Each window of `length` tokens is predicted from its own tokens only, so the result does not depend on the batch
+    size, except for rounding. An incomplete last window is ignored. `options` are passed to the model.
     """
     windows = len(ids) // length
     if windows == 0:
         raise ValueError(
-            f"The text has {len(ids)} tokens, fewer than one window of {length}. Give more text or a smaller window."
+            f"The text has {len(ids)} tokens, fewer than one window of {length}: give more text or a smaller window."
         )
     rows = ids[: windows * length].view(windows, length)
     device = next(model.parameters()).device
@@ -190,7 +191,7 @@ def perplexity(
 
 
 def build_base(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """An untrained Llama of 8 blocks and 1.6 million parameters for the tokenizer's vocabulary."""
+    """An untrained Llama with 8 blocks and 1.6 million parameters for the tokenizer's vocabulary."""
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -209,7 +210,7 @@ def build_base(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
 
 
 def make_base(out: str | Path, *, max_steps: int = 1200, max_seconds: float = 90.0, seed: int = 0) -> dict[str, float]:
-    """Train the base, save it as a plain transformers folder in `out` and return its measured numbers.
+    """Trains the base, saves it as a plain transformers folder in `out` and returns its measurements.
 
     Returns `parameters`, `train_tokens`, `held_out_tokens`, `steps`, `seconds` and `perplexity` (held-out).
     """

@@ -1,4 +1,4 @@
-"""The demo's vision tower: a small SigLIP that has learned to tell digits apart, as a public one has learned more."""
+"""The demo's vision tower: a small SigLIP trained to classify digits, instead of a public one."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def vision_config() -> SiglipVisionConfig:
-    """A SigLIP of 4 layers for tiles of 32 × 32 pixels: 16 patches, so 4 tokens after 2 × 2 concatenation."""
+    """A 4-layer SigLIP for tiles of 32 × 32 pixels: 16 patches, so 4 tokens after 2 × 2 concatenation."""
     return SiglipVisionConfig(
         hidden_size=96,
         intermediate_size=256,
@@ -27,10 +27,10 @@ def vision_config() -> SiglipVisionConfig:
 
 
 class DigitTiles(Dataset):
-    """Tiles that show one digit whole and its neighbours in part; index → the same tile in every process."""
+    """Tiles with one complete digit and parts of its neighbours; an index gives the same tile in every process."""
 
     def __init__(self, scans: Scans, samples: int, seed: int = 0, augment: bool = True, reach: int = 6):
-        """`reach`: how many pixels the digit may stand off the middle, to either side."""
+        """`reach`: maximum distance of the digit from the centre, in pixels."""
         self.scans, self.samples, self.seed, self.augment, self.reach = scans, samples, seed, augment, reach
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class DigitTiles(Dataset):
 
 @torch.no_grad()
 def digit_accuracy(model: torch.nn.Module, tiles: DigitTiles) -> float:
-    """Part of the tiles, 0 to 1, whose middle digit the classifier names."""
+    """Fraction of the tiles whose central digit is classified correctly."""
     model.eval()
     samples = [tiles[index] for index in range(len(tiles))]
     logits = model(pixel_values=torch.stack([sample["pixel_values"] for sample in samples])).logits
@@ -63,14 +63,14 @@ def digit_accuracy(model: torch.nn.Module, tiles: DigitTiles) -> float:
 def make_vision_tower(
     out: str | Path, train: Scans, held_out: Scans, *, max_steps: int = 700, max_seconds: float = 40.0, seed: int = 0
 ) -> dict[str, float]:
-    """Train the tower as a digit classifier and save it, without the classifier, as a plain SiglipVisionModel folder.
+    """Trains the tower as a digit classifier and saves it, without the classifier, as a SiglipVisionModel folder.
 
     Returns `parameters`, `steps`, `seconds` and `accuracy` (on tiles of held-out digits).
     """
     set_seed(seed)
     config = vision_config()
     classifier = SiglipForImageClassification(SiglipConfig(vision_config=config.to_dict(), num_labels=10))
-    # Small batches: the number of steps counts for more here than the number of tiles.
+    # Small batches: here the number of steps matters more than the number of tiles.
     batch_size = 32
     budget = TrainingBudget("Vision tower", max_steps, max_seconds, samples_per_step=batch_size)
     run_training(
@@ -82,7 +82,7 @@ def make_vision_tower(
         learning_rate=2e-3,
         seed=seed,
     )
-    # The classifier reads patches and has no pooling head; the public checkpoints have one, so the tower gets it too.
+    # The classifier has no pooling head, but public checkpoints do, so add one to the tower.
     tower = SiglipVisionModel(config)
     trained = classifier.vision_model.state_dict()
     missing, unexpected = tower.load_state_dict(trained, strict=False)

@@ -1,1 +1,1 @@
-"""The structures that the paper compares."""
+"""The training structures that the paper compares."""

@@ -1,4 +1,4 @@
-"""How many parameters each structure of the paper trains, counted on modules without memory (the meta device)."""
+"""Counts the parameters that each structure of the paper trains, on the meta device."""
 
 import copy
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from modeling_genieblue.configuration_genieblue import PLACEMENTS, select_replic
 
 STRUCTURES = ("full", "lora", "cogvlm", "genieblue")
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PATCHES_PER_IMAGE_TOKEN = 4  # a square of 2x2 neighbouring patch tokens becomes one image token
+PATCHES_PER_IMAGE_TOKEN = 4  # each 2x2 square of patch tokens becomes one image token
 
 
 def _bluelm_3b() -> PreTrainedModel:
-    # Llama-style. Depth, width and vocabulary follow from the paper's counts; the split into heads is a usual one.
+    # Llama-style. Depth, width and vocabulary follow from the paper's counts; the head sizes are typical values.
     config = LlamaConfig(
         vocab_size=100_096,
         hidden_size=2560,
@@ -52,7 +52,7 @@ def _qwen2_5_3b() -> PreTrainedModel:
 
 
 def _siglip_so400m() -> PreTrainedModel:
-    """SigLIP so400m/14 at 384 px with its pooling head: the paper's counts include that head."""
+    """SigLIP so400m/14 at 384 px, including the pooling head, as in the paper's counts."""
     config = SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
@@ -70,12 +70,12 @@ PRESETS: dict[str, Callable[[], PreTrainedModel]] = {"bluelm-3b": _bluelm_3b, "q
 def count_trainable(
     preset: str, structure: str = "genieblue", placement: str = "skip", rank: int = 8
 ) -> dict[str, int | dict[str, int]]:
-    """Trainable parameters of a base under one structure, as `{"trainable_parameters": n, "parts": {name: n}}`.
+    """Trainable parameters of a base with one structure, as `{"trainable_parameters": n, "parts": {name: n}}`.
 
-    The vision tower (SigLIP so400m) and the projector are trained in every structure. In the language model: `full`
-    trains everything; `lora` a LoRA on the linears of all blocks; `cogvlm` a copy of the linears of a quarter of the
-    blocks, and LoRA on the others; `genieblue` a copy of that quarter as whole blocks, norms too, and LoRA on the
-    others. `placement` (skip, pre, post) names the quarter; the first two structures have none and ignore it.
+    Every structure trains the vision tower (SigLIP so400m) and the projector. In the language model, `full` trains
+    everything; `lora` trains LoRA on the linear layers of all blocks; `cogvlm` trains copies of the linear layers in a
+    quarter of the blocks and LoRA on the others; `genieblue` trains copies of those whole blocks, including norms, and
+    LoRA on the others. `placement` (skip, pre, post) chooses the quarter; `full` and `lora` ignore it.
 
     Raises `ValueError` for an unknown preset, structure or placement, or a rank below 1.
     """
@@ -87,7 +87,7 @@ def count_trainable(
         if name not in choices:
             raise ValueError(f"Unknown {what} {name!r}: choose one of {', '.join(choices)}.")
     if rank < 1:
-        raise ValueError(f"A LoRA rank of {rank} was asked for; it must be 1 or more.")
+        raise ValueError(f"The LoRA rank is {rank}: expected at least 1.")
 
     with torch.device("meta"):
         base = PRESETS[preset]()
@@ -137,5 +137,5 @@ def _count_lora(base: PreTrainedModel, block_indices: list[int], rank: int) -> i
 
 
 def _count(module: nn.Module) -> int:
-    # `parameters()` gives a tied embedding once.
+    # `parameters()` yields a tied embedding once.
     return sum(parameter.numel() for parameter in module.parameters())

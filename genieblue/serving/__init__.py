@@ -1,1 +1,1 @@
-"""Talking to a model: conversations with a cache by view."""
+"""Conversations with a model, with a KV cache per view."""

@@ -1,4 +1,4 @@
-"""A conversation with a GenieBlue: images at any turn, and a cache that is kept for as long as it may be."""
+"""A conversation with a GenieBlue: images in any turn, and the KV cache is reused wherever possible."""
 
 import logging
 import os
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class Conversation(ABC):
-    """Keeps the messages of a conversation; what answers them is the subclass's.
+    """Keeps the messages of a conversation; a subclass generates the answers.
 
-    While there is no image, turns run the text view on the base's own cache. From the first image on the whole
-    conversation runs the multimodal view: it is prefilled again once, and then goes on from a cache of that view.
-    A model without a chat template only completes what it is given, each prompt on its own.
+    Until the first image, turns run the text view with the base's own cache. Then the whole conversation is prefilled
+    once in the multimodal view and continues with that view's cache. A model without a chat template completes each
+    prompt on its own.
     """
 
-    tensors = "pt"  # what the processor is to give
+    tensors = "pt"  # the processor's `return_tensors`
 
     def __init__(self, processor: GenieBlueProcessor):
         self.processor = processor
@@ -34,11 +34,11 @@ class Conversation(ABC):
 
     @property
     def completes_only(self) -> bool:
-        """Whether there is no chat template: prompts are completed, and nothing is remembered between them."""
+        """Whether there is no chat template: each prompt is completed on its own, without history."""
         return self.processor.chat_template is None
 
     def reset(self) -> None:
-        """Begins a new conversation."""
+        """Starts a new conversation."""
         self.messages: list[dict[str, Any]] = []
         self._forget_cache()
 
@@ -55,15 +55,15 @@ class Conversation(ABC):
         """One turn; returns `{"text", "view", "prompt_tokens", "generated_tokens"}`.
 
         Args:
-            images: what the processor takes: paths, addresses, PIL images, arrays. They stay in the conversation.
-            view: `"multimodal"` to run a text-only conversation in that view too; chosen by the images by default.
-            on_text: called with each piece of the answer as soon as it is there.
-            drawing: how tokens are chosen, where there is a choice; see the subclass.
+            images: anything the processor accepts: paths, URLs, PIL images, arrays. They stay in the conversation.
+            view: `"multimodal"` to run a text-only conversation in that view; by default the images decide.
+            on_text: called with each piece of the answer as soon as it is generated.
+            drawing: sampling settings, see the subclass.
 
-        A turn that fails or is interrupted leaves the conversation as it was.
+        A turn that fails or is interrupted does not change the conversation.
         """
         if not prompt.strip() and not images:
-            raise ValueError("The prompt is empty: ask something, or show an image.")
+            raise ValueError("The prompt is empty: give a text or an image.")
         if max_new_tokens < 1:
             raise ValueError(f"Got max_new_tokens {max_new_tokens}: expected at least 1.")
         parts = [{"type": "image", "image": read_image(image, index)} for index, image in enumerate(images)]
@@ -77,7 +77,7 @@ class Conversation(ABC):
         )
         if running_view == MULTIMODAL and not self.completes_only:
             text = answer_text(self.processor, messages, answer_ids)
-        else:  # as the base writes it
+        else:  # a plain string, as the base expects it
             text = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True)
         if self.completes_only:
             self._forget_cache()
@@ -92,7 +92,7 @@ class Conversation(ABC):
 
     @abstractmethod
     def _answer(self, ids: list[int], pixel_values: Any, **settings: Any) -> tuple[list[int], str]:
-        """Ids of the answer to `ids`, and the view that gave it; keeps its cache, or forgets it if that fails."""
+        """Ids of the answer to `ids`, and the view that generated it; keeps the cache unless generation fails."""
 
     def _forget_cache(self) -> None:
         self._cache: Any = None
@@ -100,11 +100,11 @@ class Conversation(ABC):
         self._cached_view: str | None = None
 
     def _shared_with_cache(self, ids: list[int], view: str) -> int:
-        """How many of the cached tokens begin `ids`; 0 if the cache is of no use for them."""
+        """Number of cached tokens that are a prefix of `ids`; 0 if the cache cannot be used."""
         if self._cache is None or self._cached_view != view:
             return 0
         shared = 0
-        for cached, wanted in zip(self._cached_ids, ids[:-1], strict=False):  # one token at least must be new
+        for cached, wanted in zip(self._cached_ids, ids[:-1], strict=False):  # at least one token must be new
             if cached != wanted:
                 break
             shared += 1
@@ -113,7 +113,7 @@ class Conversation(ABC):
         return 0 if in_image else shared
 
     def _new_pixels(self, pixel_values: Any, new_ids: list[int]) -> Any:
-        """The tiles of images that are not in the cache: they are the last ones."""
+        """The tiles of images that are not in the cache, which are the last ones."""
         count = new_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
         return None if count == 0 else pixel_values[-count:]
 
@@ -130,16 +130,16 @@ class Conversation(ABC):
         return self.processor(
             TextWithImages(pieces, self.processor.image_token),
             images=[part["image"] for part in image_parts],
-            add_special_tokens=True,  # no template writes them
+            add_special_tokens=True,  # there is no template to add them
             return_tensors=self.tensors,
         )
 
 
 class Chat(Conversation):
-    """A conversation with a model in PyTorch.
+    """A conversation with a PyTorch model.
 
-    With `compile` each step of decoding is compiled by `torch.compile`, over a cache of a fixed size, whose room is
-    doubled when a conversation outgrows it. The first answers take longer then, and longer ones are faster.
+    With `compile`, decoding steps run through `torch.compile` with a fixed-size cache, which doubles when a
+    conversation outgrows it. The first answers are slower, longer ones are faster.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Chat(Conversation):
     ):
         self.model = model
         self._compiling = _compiling() if compile else {}
-        self._room = SMALLEST_ROOM
+        self._room = SMALLEST_CACHE
         super().__init__(processor)
 
     @classmethod
@@ -162,10 +162,10 @@ class Chat(Conversation):
         compile: bool = False,
         **hub_kwargs: Any,
     ) -> "Chat":
-        """A chat with a saved GenieBlue (folder or Hub id), run by the installed package and not by the repo's code.
+        """A chat with a saved GenieBlue (folder or Hub id), run by the installed package, not by the repo's code.
 
         Args:
-            base_model: a loaded base, or the folder or Hub id of it; by default the one that the model names.
+            base_model: a loaded base, or its folder or Hub id; by default the recorded base.
             trust_remote_code: allows code of the base's repository to run.
             compile: compiles decoding, see the class.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
@@ -190,10 +190,10 @@ class Chat(Conversation):
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> tuple[list[int], str]:
-        """`temperature` 0 takes the likeliest token each time, more than 0 draws from the likelier `top_p`."""
+        """`temperature` 0 decodes greedily; above 0 it samples from the `top_p` nucleus."""
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
-                f"Got temperature {temperature} and top_p {top_p}: expected at least 0, and above 0 to 1."
+                f"Got temperature {temperature} and top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1."
             )
         length = len(ids) + max_new_tokens
         self._warn_of_length(length)
@@ -205,7 +205,7 @@ class Chat(Conversation):
         cache = self._cache
         if self._compiling and cache is None:
             cache = StaticCache(config=self.model.language_model.config, max_cache_len=self._room)
-        self._forget_cache()  # whatever goes wrong from here on, it is not to be used again
+        self._forget_cache()  # if anything fails from here on, the cache is invalid
         outputs = self._generate(
             ids,
             self._new_pixels(pixel_values, ids[cached:]),
@@ -222,14 +222,16 @@ class Chat(Conversation):
         return sequence[len(ids) :], running_view
 
     def _crop_cache(self, ids: list[int], view: str) -> int:
-        """Cuts the cache down to what it has in common with `ids`; returns how many tokens that are."""
+        """Crops the cache to the prefix it shares with `ids`; returns the length of that prefix."""
         shared = self._shared_with_cache(ids, view)
         if shared == 0:
             self._forget_cache()
-        elif shared < len(self._cached_ids):  # a template may write an old answer in another way than it was generated
+        elif shared < len(
+            self._cached_ids
+        ):  # a template may render an earlier answer differently from how it was generated
             try:
                 self._cache.crop(shared - len(self._cached_ids))
-            except (RuntimeError, AttributeError, ValueError) as error:  # sliding windows forget what they would need
+            except (RuntimeError, AttributeError, ValueError) as error:  # sliding windows cannot be cropped
                 logger.debug("The conversation is prefilled again: %s", error)
                 self._forget_cache()
                 return 0
@@ -238,38 +240,38 @@ class Chat(Conversation):
     def _generate(self, ids: list[int], pixel_values: torch.Tensor | None, **kwargs: Any) -> Any:
         input_ids = torch.tensor([ids], device=self.model.language_model.device)
         if self.model.generation_config.pad_token_id is None:
-            kwargs["pad_token_id"] = 0  # a single row is never padded; this only keeps `generate` from saying so
+            kwargs["pad_token_id"] = 0  # a single row is never padded; this only silences a warning
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name in GREEDY}
         return self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             pixel_values=pixel_values,
             return_dict_in_generate=True,
-            num_beams=1,  # whatever the base's generation config says: beams cannot be streamed
+            num_beams=1,  # overrides the base's generation config: beams cannot be streamed
             **kwargs,
         )
 
     def _warn_of_length(self, length: int) -> None:
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if limit is not None and length > limit:
-            logger.warning("The conversation may grow to %d tokens, the base was made for %d.", length, limit)
+            logger.warning("The conversation may reach %d tokens, but the base supports only %d.", length, limit)
 
 
-# Without these a base whose own settings are for sampling would warn that they have no effect.
+# Without these, a base with sampling settings would warn that they have no effect.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-SMALLEST_ROOM = 1024  # tokens; each other room is compiled for anew
+SMALLEST_CACHE = 1024  # tokens; every other size needs recompilation
 
 
 def _compiling() -> dict[str, Any]:
     config = CompileConfig()
-    config._compile_all_devices = True  # transformers compiles on accelerators alone otherwise
+    config._compile_all_devices = True  # otherwise transformers compiles on accelerators only
     return {"compile_config": config}
 
 
 class _TextPieces(TextStreamer):
-    """Hands over pieces of whole words as they are generated."""
+    """Passes on whole words as they are generated."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""A conversation with a bundle for a phone's NPU, run on this computer."""
+"""A conversation with a phone NPU's bundle, run on this computer."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from genieblue.serving.conversation import Conversation
 
 
 class QnnChat(Conversation):
-    """Asks the graphs of a bundle. Answers are greedy, and a conversation ends with the context of the graphs."""
+    """A conversation with a bundle. Decoding is greedy; the graphs' context length limits the conversation."""
 
     tensors = "np"
 
@@ -23,13 +23,13 @@ class QnnChat(Conversation):
     ) -> tuple[list[int], str]:
         view = choose_view(view, pixel_values)
         graphs = self.runner.views[view]
-        with stdout_to_stderr():  # the emulator greets on stdout
+        with stdout_to_stderr():  # the emulator prints a banner on stdout
             graphs.open()
         cached = self._shared_with_cache(ids, view)
-        if cached < len(self._cached_ids):  # graphs have no way back to what was read before
+        if cached < len(self._cached_ids):  # the graphs' cache cannot be cropped
             cached = 0
         decoder = self._cache if cached else graphs.decoder()
-        self._forget_cache()  # whatever goes wrong from here on, it is not to be used again
+        self._forget_cache()  # if anything fails from here on, the cache is invalid
         new = self._new_pixels(pixel_values, ids[cached:])
         answer = []
         if streamer is not None:

@@ -1,1 +1,1 @@
-"""Training: chats in, batches, stages, a trainer."""
+"""Training: data, batches, stages and a trainer."""

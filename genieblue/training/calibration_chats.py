@@ -1,4 +1,4 @@
-"""Calibration samples from the user's own text or chats, for `gptq` and for the graphs of an NPU."""
+"""Calibration samples from the user's text or chats, for `gptq` and for NPU graphs."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from genieblue.training.collation import ChatCollator
 
 
 def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> list[ChatSample]:
-    """At most `count` chats of a JSONL file in its order, half of them with images, whatever the file is sorted by.
+    """Up to `count` chats from a JSONL file in order, half of them with images, however the file is sorted.
 
-    They are the first ones of either kind; where one kind has too few, the other one fills up. Raises `ValueError` or
-    `OSError` for data that is missing, empty or bad.
+    Takes the first chats of each kind; if there are too few of one kind, the other fills up. Raises `ValueError` or
+    `OSError` for missing, empty or bad data.
     """
     dataset = ChatDataset(path, image_folder=image_folder, skip_bad=None)
     half = count // 2
-    found: dict[bool, list[tuple[int, ChatSample]]] = {True: [], False: []}  # by whether there are images
+    found: dict[bool, list[tuple[int, ChatSample]]] = {True: [], False: []}  # key: has images
     for index in range(len(dataset)):
         sample = dataset[index]
         kind = found[bool(sample.images)]
@@ -34,11 +34,11 @@ def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> l
 def read_calibration(
     paths: list[Path], processor: Any, *, count: int, length: int, image_folder: Path | None = None
 ) -> CalibrationSamples:
-    """Samples from text files (paragraphs) and JSONL files of chats, as training reads them.
+    """Samples from text files (paragraphs) and JSONL files of chats, read as in training.
 
-    Texts, those of the chats too, are packed into at most `count` rows of `length` tokens; the first `count` chats
-    with an image become requests with images. Raises `ValueError` or `OSError` for data that is missing, empty, or
-    does not fill one row.
+    All texts, including those of chats, are packed into up to `count` rows of `length` tokens; the first `count` chats
+    with an image become multimodal requests. Raises `ValueError` or `OSError` for data that is missing, empty, or too
+    short to fill one row.
     """
     texts: list[str] = []
     chats: list[Any] = []

@@ -1,4 +1,4 @@
-"""Training data: chats with images, read lazily from JSONL or from any sequence, and checked before they are used."""
+"""Training data: chats with images, read lazily from JSONL or any sequence, and checked before use."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from genieblue.training.jsonl_files import parse_line, refuse_other_forms
-from genieblue.training.sample_keys import is_nothing, refuse_lost_keys, shortened
+from genieblue.training.jsonl_files import check_is_jsonl, parse_line
+from genieblue.training.sample_keys import check_unread_keys, is_missing, shortened
 from modeling_genieblue.addresses_genieblue import shown
 from modeling_genieblue.chat_messages_genieblue import IMAGE_SOURCES, image_sources
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 IMAGE_KEYS = ("images", "image")
 SAMPLE_KEYS = frozenset(("messages", "conversations", "system", "system_prompt", *IMAGE_KEYS))
-IN_A_COLUMN = object()  # images that are there, and not looked at yet
-BATCH = 1000  # rows of a table that are looked at together
+IN_A_COLUMN = object()  # images that exist but are not decoded yet
+BATCH = 1000  # table rows checked at a time
 TURN_KEYS = frozenset(("role", "from", "content", "value"))
 IMAGE_PART_KEYS = ("type", "image_url", "index", *IMAGE_SOURCES)
-# Beside images that are there: what they are called elsewhere.
+# Other names for keys of images that are read already.
 IMAGE_NAMES = frozenset(("image_url", "image_urls", "image_path", "image_name", "image_file", "file_name"))
-PLACEHOLDER = "<image>"  # in the strings of a data file, whatever the placeholder of the processor is
+PLACEHOLDER = "<image>"  # in data files, whatever the processor's placeholder is
 SECONDS_WITHOUT_BAR = 2
 BAD_SAMPLE = (ValueError, OSError)
-CORRECT_OR_SKIP = "Correct it, or leave bad samples out with `skip_bad` (--skip-bad)."
+CORRECT_OR_SKIP = "Correct it, or skip bad samples with `skip_bad` (--skip-bad)."
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class ChatSample:
     """One conversation that ends with an answer.
 
     Attributes:
-        messages: `{"role", "content"}`; a content is a string, or a list of `{"type": "text", "text"}` and
-            `{"type": "image"}`, as the sample has it.
-        images: one by image part, in order: a path, a PIL image, an array or the bytes of a file.
-        where: `file:line`, or the sample's number, for messages.
+        messages: `{"role", "content"}`; the content is a string, or a list of `{"type": "text", "text"}` and
+            `{"type": "image"}`, as in the sample.
+        images: one per image part, in order: a path, a PIL image, an array or the bytes of a file.
+        where: `file:line` or the sample's number, for error messages.
     """
 
     messages: list[dict[str, Any]]
@@ -54,20 +54,20 @@ class ChatSample:
 
 
 class ChatDataset(torch.utils.data.Dataset):
-    """Chats from a JSONL file, a `datasets.Dataset` or any sequence of dictionaries; an item is a `ChatSample`.
+    """Chats from a JSONL file, a `datasets.Dataset` or any sequence of dictionaries; items are `ChatSample`s.
 
-    Two forms are read. `{"messages": [{"role", "content"}], "images": [...]}`: a content is a string, in which
-    a user's `<image>` stands for the next of `images`, or a list of parts, in which an image part may hold its own
-    image (`image` or `path`) and a text stands for itself, whatever it holds. And LLaVA's
+    Two formats are read. In `{"messages": [{"role", "content"}], "images": [...]}`, the content is either a string,
+    where `<image>` in a user's turn stands for the next of `images`, or a list of parts, where an image part may have
+    its own image (`image` or `path`) and text is always literal. The other is LLaVA's
     `{"image": ..., "conversations": [{"from", "value"}]}`.
 
-    A JSONL file or a list is checked as a whole when it is opened, a `datasets.Dataset` in all columns but those of
-    images; other sequences, which may make their samples, are checked sample by sample when they are used. With
-    `skip_bad` a bad sample is left out and logged; without, it is a `ValueError` that names its file and line. With
-    `None` too, which is for data of which nothing may be left out: its message does not offer it.
+    JSONL files and lists are checked completely when they are opened, and a `datasets.Dataset` in all columns except
+    images. Other sequences, which may generate their samples, are checked sample by sample on use. With `skip_bad`, a
+    bad sample is skipped and logged; otherwise it is a `ValueError` with file and line. `skip_bad=None` is the same,
+    but the message does not suggest skipping, for data that must be complete.
 
-    `sha256` is that of the good lines or, of a list, of the texts and paths; of a `datasets.Dataset` its own
-    fingerprint, and `None` for other sequences.
+    `sha256` is the hash of the good lines, or of a list's texts and paths; for a `datasets.Dataset` it is the
+    dataset's fingerprint, and for other sequences `None`.
     """
 
     def __init__(
@@ -77,34 +77,34 @@ class ChatDataset(torch.utils.data.Dataset):
         image_folder: str | os.PathLike | None = None,
         skip_bad: bool | None = False,
     ):
-        """Opens `source`; paths of images are relative to `image_folder`, by default the JSONL file's own folder."""
+        """Opens `source`; image paths are relative to `image_folder`, by default the JSONL file's folder."""
         self.skip_bad = skip_bad
         self.num_skipped = 0
         self.sha256: str | None = getattr(source, "_fingerprint", None)
         self._file: Path | None = None
         self._sequence: Sequence[dict[str, Any]] | None = None
-        self._image_counts: array | None = None  # of each sample, once all were checked
+        self._image_counts: array | None = None  # per sample, after all are checked
         if image_folder is not None and not os.path.isdir(image_folder):
             raise OSError(f"The image folder {shown(image_folder)} is not a folder: give an existing one.")
         if isinstance(source, (str, os.PathLike)):
             self._file = Path(source)
             if not self._file.is_file():
-                raise FileNotFoundError(f"{shown(source)} is no file: expected a JSONL file of chats.")
+                raise FileNotFoundError(f"{shown(source)} is not a file: expected a JSONL file of chats.")
             self._folder = Path(os.path.realpath(image_folder or self._file.parent))
-            refuse_other_forms(self._file)
+            check_is_jsonl(self._file)
             self._check_lines()
             return
         if isinstance(source, dict) or not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
             raise ValueError(
-                f"The data is of type {type(source).__name__}: expected a JSONL file or a sequence of dictionaries "
-                "with a length; of a `DatasetDict` give one split."
+                f"The data has type {type(source).__name__}: expected a JSONL file or a sequence of dictionaries "
+                "with a length; for a `DatasetDict`, give one split."
             )
         self._sequence = source
         self._folder = None if image_folder is None else Path(os.path.realpath(image_folder))
         self._numbers = range(len(source))
         if isinstance(source, (list, tuple)):
             self._check_sequence()
-        elif getattr(source, "format", {}).get("type", "custom") != "custom":  # a transform makes its samples
+        elif getattr(source, "format", {}).get("type", "custom") != "custom":  # a transform generates its samples
             self._check_columns()
 
     def __len__(self) -> int:
@@ -119,16 +119,16 @@ class ChatDataset(torch.utils.data.Dataset):
             return self._sample(parse_line(file.readline()), self._where(number))
 
     def where(self, index: int) -> str:
-        """Names a sample for a message: `file:line`, or its number."""
+        """A sample's name for messages: `file:line`, or its number."""
         return self._where(self._numbers[index])
 
     def with_images(self) -> "ChatDataset":
-        """This data without the samples that have no image; `self` if it is not known which ones these are."""
+        """This data without samples that have no image; `self` if it is unknown which those are."""
         if self._image_counts is None:
             return self
         chosen = [number for number in self._numbers if self._image_counts[number]]
         if len(chosen) < len(self):
-            logger.info("%d of %d samples have no image and are left out.", len(self) - len(chosen), len(self))
+            logger.info("Skipping %d of %d samples without an image.", len(self) - len(chosen), len(self))
         subset = object.__new__(type(self))
         subset.__dict__.update(self.__dict__)
         subset._numbers = array("q", chosen)
@@ -162,7 +162,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self.sha256 = self._check(entries, lambda raw: raw, total=len(self._sequence)).hexdigest()
 
     def _check_columns(self) -> None:
-        """Looks at all columns of a `datasets.Dataset` but those of images, which are decoded when they are used."""
+        """Checks all columns of a `datasets.Dataset` except images, which are decoded on use."""
         names = [name for name in self._sequence.column_names if name not in IMAGE_KEYS]
         found = {"images": IN_A_COLUMN} if len(names) < len(self._sequence.column_names) else {}
         batches = self._sequence.select_columns(names).with_format("arrow").iter(BATCH)
@@ -170,7 +170,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self._check(entries, lambda raw: raw | found, total=len(self._sequence))
 
     def _check(self, entries: Iterator[tuple[int, Any]], parse: Any, **bar_options: Any) -> Any:
-        """Looks at every sample once, and keeps the numbers of the good ones; returns the digest of these."""
+        """Checks every sample once and keeps the numbers of the good ones; returns their digest."""
         good = array("q")
         digest = hashlib.sha256()
         self._image_counts = array("I")
@@ -195,7 +195,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self._numbers = good
         self.num_skipped = len(self._image_counts) - len(good)
         if self.num_skipped:
-            logger.warning("%d of %d samples are bad and left out.", self.num_skipped, len(self._image_counts))
+            logger.warning("Skipping %d of %d samples, which are bad.", self.num_skipped, len(self._image_counts))
         return digest
 
 
@@ -205,12 +205,12 @@ def _texts_and_paths(sample: ChatSample) -> bytes:
 
 
 def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
-    """One sample in either form as a `ChatSample`, without opening its images; `ValueError` says what is wrong.
+    """Parses a sample in either format without opening its images; `ValueError` for a bad one.
 
-    `image_folder` is a real path (without links), outside of which no image may lie.
+    `image_folder` is a real path (without links), which must contain all images.
     """
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: a sample is {shortened(raw)}, expected an object with messages.")
+        raise ValueError(f"{where}: the sample is {shortened(raw)}, expected an object with messages.")
     turns = _either(raw, ("messages", "conversations"), where)
     if not isinstance(turns, (list, tuple)) or not turns:
         raise ValueError(
@@ -218,7 +218,7 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
         )
     given = _either(raw, IMAGE_KEYS, where)
     is_list = isinstance(given, (list, tuple))
-    has_placeholders = is_nothing(raw.get("messages")) or not is_nothing(given) or is_list and len(given) > 0
+    has_placeholders = is_missing(raw.get("messages")) or not is_missing(given) or is_list and len(given) > 0
     messages = [
         _parse_turn(turn, has_placeholders, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1)
     ]
@@ -227,12 +227,12 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
     missing = sum(source is None for source in image_sources(messages))
     if given is IN_A_COLUMN:
         given = [b""] * missing
-    elif is_nothing(given) and not (is_list and missing):  # a list with nothing in it lacks what a placeholder shows
+    elif is_missing(given) and not (is_list and missing):  # a list with nothing in it lacks what a placeholder shows
         given = []
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     images = _images_of_parts(messages, given, where)
     read = SAMPLE_KEYS | (IMAGE_NAMES if images else frozenset())
-    refuse_lost_keys(raw, read, where, texts=texts_of(messages))
+    check_unread_keys(raw, read, where, texts=texts_of(messages))
     for message in messages:
         if isinstance(message["content"], list):
             message["content"] = [part if part["type"] == "text" else {"type": "image"} for part in message["content"]]
@@ -240,37 +240,39 @@ def parse_chat(raw: Any, where: str, image_folder: Path | None) -> ChatSample:
 
 
 def _either(found: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
-    """The value of whichever of two keys has one; `ValueError` if both have, and another one."""
-    given = [found[key] for key in keys if not is_nothing(found.get(key))]
+    """The value of whichever of two keys is set; `ValueError` if both are set and differ."""
+    given = [found[key] for key in keys if not is_missing(found.get(key))]
     if len(given) > 1 and given[0] != given[1] and [given[1]] != given[0]:
-        raise ValueError(f"{where}: {keys[0]!r} and {keys[1]!r} are given, and differ; expected one of them.")
+        raise ValueError(f"{where}: {keys[0]!r} and {keys[1]!r} are both given and differ; expected one of them.")
     return given[0] if given else next((found[key] for key in keys if found.get(key) is not None), None)
 
 
 def _with_system(messages: list[dict[str, Any]], system: Any, where: str) -> list[dict[str, Any]]:
-    """The messages behind the system message that ShareGPT's form keeps beside them."""
-    if is_nothing(system):
+    """The messages, preceded by the system message that ShareGPT stores separately."""
+    if is_missing(system):
         return messages
     if not isinstance(system, str):
         raise ValueError(f"{where}: `system` is {shortened(system)}, expected a string.")
     if messages[0]["role"] == "system":
         if "".join(texts_of(messages[:1])).strip() != system.strip():
-            raise ValueError(f"{where}: `system` is another one than the system message; expected one of them.")
+            raise ValueError(f"{where}: `system` differs from the system message; expected one of them.")
         return messages
     return [{"role": "system", "content": _encodable(system, where)}, *messages]
 
 
 def _images_of_parts(messages: list[dict[str, Any]], given: list[Any], where: str) -> list[Any]:
-    """The image of each image part in order, those that are `given` beside the messages in their places."""
+    """The image of each image part in order; parts without their own image take the next `given` one."""
     for message in messages:
         if message["role"] != "user" and image_sources([message]):
-            raise ValueError(f"{where}: an image in a turn of the {message['role']}; only the user shows images.")
+            raise ValueError(
+                f"{where}: an image in a turn of the {message['role']}; expected images only in user turns."
+            )
     sources = image_sources(messages)
     missing = sum(source is None for source in sources)
     if missing != len(given):
         raise ValueError(
             f"{where}: {missing} placeholders ({PLACEHOLDER}, or an image part without an image) for {len(given)} "
-            "images; expected one for each. Give a text in which the placeholder means its own characters as a part: "
+            f"images; expected one for each. To use {PLACEHOLDER} as literal text, write the text as a part: "
             '{"type": "text", "text": ...}.'
         )
     remaining = iter(given)
@@ -278,7 +280,7 @@ def _images_of_parts(messages: list[dict[str, Any]], given: list[Any], where: st
 
 
 def texts_of(messages: list[dict[str, Any]]) -> list[str]:
-    """The texts of messages: contents that are strings, and text parts."""
+    """The texts of messages: string contents and text parts."""
     contents = [[message["content"]] if isinstance(message["content"], str) else message["content"]
                 for message in messages]  # fmt: skip
     return [part if isinstance(part, str) else part["text"] for content in contents for part in content
@@ -299,7 +301,7 @@ def _parse_turn(turn: Any, has_placeholders: bool, where: str) -> dict[str, Any]
     else:
         raise ValueError(f"{where}: the content is {shortened(content)}, expected a string or a list of parts.")
     message = {"role": ROLES[role], "content": parsed}
-    refuse_lost_keys(turn, TURN_KEYS, where, texts=texts_of([message]), strict=True)
+    check_unread_keys(turn, TURN_KEYS, where, texts=texts_of([message]), strict=True)
     return message
 
 
@@ -307,24 +309,24 @@ def _parse_part(part: Any, where: str) -> dict[str, Any]:
     part = {"type": "text", "text": part} if isinstance(part, str) else part
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        refuse_lost_keys(part, ("type", "text"), where, strict=True)
+        check_unread_keys(part, ("type", "text"), where, strict=True)
         return {"type": "text", "text": _encodable(part["text"], where)}
     if kind not in ("image", "image_url"):
         raise ValueError(
             f'{where}: a part is {shortened(part)}, expected {{"type": "text", "text": ...}} or '
             '{"type": "image", "image": ...}.'
         )
-    refuse_lost_keys(part, IMAGE_PART_KEYS, where, strict=True)
+    check_unread_keys(part, IMAGE_PART_KEYS, where, strict=True)
     if isinstance(part.get("image_url"), dict):
-        refuse_lost_keys(part["image_url"], ("url",), where, strict=True)
-    return {"type": kind} | {key: part[key] for key in IMAGE_PART_KEYS if not is_nothing(part.get(key))}
+        check_unread_keys(part["image_url"], ("url",), where, strict=True)
+    return {"type": kind} | {key: part[key] for key in IMAGE_PART_KEYS if not is_missing(part.get(key))}
 
 
 def _encodable(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: the text holds half a character ({error}); write it as UTF-8.") from error
+        raise ValueError(f"{where}: the text contains an unpaired surrogate ({error}); write it as UTF-8.") from error
     return text
 
 
@@ -352,33 +354,35 @@ def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
             "assistant, after at most one system message."
         )
     if not any(text.strip() for text in texts_of([message for message in messages if message["role"] == "assistant"])):
-        raise ValueError(f"{where}: all answers are empty, so there is nothing to learn; expected text.")
+        raise ValueError(f"{where}: all answers are empty; expected text to learn.")
 
 
 def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
-    """An image as it can be opened; a path becomes absolute and must stay in `folder`."""
-    if isinstance(image, dict):  # what `datasets` gives for an image that it does not decode
-        refuse_lost_keys(image, ("bytes", "path"), where, strict=True)
-        # Only real bytes: a string there would be opened as a path, past the checks below.
+    """An image in a form that can be opened; a path becomes absolute and must be inside `folder`."""
+    if isinstance(image, dict):  # an image that `datasets` did not decode
+        check_unread_keys(image, ("bytes", "path"), where, strict=True)
+        # Only real bytes: a string would be opened as a path, bypassing the checks below.
         image = image["bytes"] if isinstance(image.get("bytes"), bytes) else image.get("path")
     if isinstance(image, (Image.Image, np.ndarray, torch.Tensor, bytes)):
         return image
     if not isinstance(image, (str, os.PathLike)) or not os.fspath(image):
-        raise ValueError(f"{where}: an image is {shortened(image)}, expected a path, a PIL image or bytes.")
+        raise ValueError(f"{where}: the image is {shortened(image)}, expected a path, a PIL image or bytes.")
     name = os.fspath(image)
     if "\0" in name:
-        raise ValueError(f"{where}: the image {shown(name)!r} is no path: it holds a null byte.")
+        raise ValueError(f"{where}: the image {shown(name)!r} is not a path: it contains a null byte.")
     if name[:11].lower() == "data:image/":
         return name
-    told = shown(name)
+    name_shown = shown(name)
     if name.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{where}: the image {told} is an address; download it and give its path.")
+        raise ValueError(f"{where}: the image {name_shown} is a URL; download it and give its path.")
     if folder is None:
-        raise ValueError(f"{where}: the image {told} is a path; say with `image_folder` where such paths begin.")
+        raise ValueError(
+            f"{where}: the image {name_shown} is a path; set `image_folder` to the folder it is relative to."
+        )
     path = os.path.realpath(folder / name)
     if not Path(path).is_relative_to(folder):
         raise ValueError(
-            f"{where}: the image {told} lies outside of {folder} (at {shown(path)}); put it inside, or give another "
+            f"{where}: the image {name_shown} is outside {folder} (at {shown(path)}); move it inside, or give another "
             "`image_folder`."
         )
     return path
@@ -386,7 +390,7 @@ def _resolve_image(image: Any, folder: Path | None, where: str) -> Any:
 
 def _check_exists(image: Any) -> None:
     if isinstance(image, str) and image[:5].lower() != "data:" and not os.path.isfile(image):
-        raise FileNotFoundError(f"there is no image file {shown(image)}.")
+        raise FileNotFoundError(f"the image file {shown(image)} does not exist.")
 
 
 def _without_prefix(error: Exception, where: str) -> str:

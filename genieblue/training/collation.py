@@ -1,4 +1,4 @@
-"""From chats to batches: token ids, labels on the answers alone, tiles of the images."""
+"""Turns chats into batches: token ids, labels for the answers only, and image tiles."""
 
 import logging
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 class ChatCollator:
-    """Makes batches of chats: ids, labels that are `-100` outside of the answers, tiles.
+    """Makes batches of chats: ids, tiles, and labels that are `-100` outside the answers.
 
-    What is trained is what is generated at inference, see `chat_rows`. Rows are padded on the right.
+    Training rows match generation, see `chat_rows`. Rows are padded on the right.
     """
 
     def __init__(
@@ -28,12 +28,14 @@ class ChatCollator:
         max_length: int = 4096,
         max_tiles: int | None = None,
     ):
-        """`max_length` is in tokens, image tokens included; `max_tiles` by image, by default the processor's own.
+        """`max_length` is in tokens, including image tokens; `max_tiles` is per image, by default the processor's.
 
-        `stop_ids` are those at which generation stops, by default the tokenizer's end-of-sequence token.
+        `stop_ids` are the tokens that stop generation, by default the tokenizer's end-of-sequence token.
         """
         if max_length < 2:
-            raise ValueError(f"`max_length` is {max_length}: expected at least 2 tokens, a prompt and an answer.")
+            raise ValueError(
+                f"`max_length` is {max_length}: expected at least 2, one token each for prompt and answer."
+            )
         self.processor = processor
         self.max_length = max_length
         self.max_tiles = max_tiles
@@ -68,14 +70,14 @@ class ChatCollator:
         return batch
 
     def encode(self, sample: ChatSample | dict[str, Any]) -> dict[str, Any]:
-        """The row of a sample's last answer, which with most templates is all of `rows`."""
+        """The row of a sample's last answer, which for most templates is the only one in `rows`."""
         return self.rows(sample)[-1]
 
     def rows(self, sample: ChatSample | dict[str, Any]) -> list[dict[str, Any]]:
-        """One sample → rows, most often one: lists `input_ids` and `labels`, and the tensors of its images.
+        """One sample → rows, usually one: lists `input_ids` and `labels`, and the tensors of its images.
 
-        Raises `ValueError` that names the sample: an image that cannot be read, a template that does not fit, a
-        sample that is too long. A template that is missing or broken is an `UnusableTemplate`.
+        Raises `ValueError` naming the sample for an unreadable image, an unsuitable template or a sample that is too
+        long, and `UnusableTemplate` for a missing or broken template.
         """
         if not isinstance(sample, ChatSample):
             sample = parse_chat(sample, "a sample", None)
@@ -88,11 +90,11 @@ class ChatCollator:
         except BAD_SAMPLE as error:
             raise ValueError(f"{sample.where}: {error}") from error
         except TemplateError as error:
-            if type(error) is TemplateError:  # `raise_exception`: what the template itself says of this chat
-                raise ValueError(f"{sample.where}: the chat template refuses it: {error}") from error
+            if type(error) is TemplateError:  # the template called `raise_exception`
+                raise ValueError(f"{sample.where}: the chat template rejects this chat: {error}") from error
             raise UnusableTemplate(
-                f"The model's chat template fails ({type(error).__name__}: {error}), at {sample.where} for one: "
-                "correct the template."
+                f"The model's chat template fails ({type(error).__name__}: {error}), for example for "
+                f"{sample.where}: correct the template."
             ) from error
         return [{"input_ids": row.input_ids, "labels": row.labels, **self._shown(row, pixels)} for row in rows]
 
@@ -103,7 +105,7 @@ class ChatCollator:
         return dict(self.processor.image_processor(images, return_tensors="pt", **options))
 
     def _shown(self, row: ChatRow, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The images of a sample that a row of it shows: the first ones."""
+        """The images of a sample that one of its rows contains: the first ones."""
         count = row.input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
         if count == 0:
             return {}
@@ -111,7 +113,7 @@ class ChatCollator:
         return {"pixel_values": pixels["pixel_values"][:count], "num_tiles": num_tiles[num_tiles.cumsum(0) <= count]}
 
     def _fitting(self, rows: list[ChatRow]) -> list[ChatRow]:
-        """Rows of at most `max_length` tokens: what is longer ends with the last answer that fits as a whole."""
+        """Rows of at most `max_length` tokens; longer ones are cut after the last answer that fits completely."""
         fitting = []
         for row in rows:
             ends = [end for end, label in enumerate(row.labels[: self.max_length], start=1) if label in self.stop_ids]
@@ -122,27 +124,27 @@ class ChatCollator:
         if not fitting:
             ids = rows[0].input_ids
             raise ValueError(
-                f"{len(ids)} tokens, {ids.count(self.processor.image_token_id)} of them for images, and not even the "
-                f"first answer ends within {self.max_length}; raise `max_length` or lower `max_tiles`."
+                f"{len(ids)} tokens, {ids.count(self.processor.image_token_id)} of them for images, and even the "
+                f"first answer does not fit in {self.max_length}; raise `max_length` or lower `max_tiles`."
             )
         if len(fitting) < len(rows) or any(len(row.labels) > self.max_length for row in rows):
-            self._say_once(f"Of chats of more than {self.max_length} tokens, the answers beyond are left out.")
+            self._log_once(f"Chats of more than {self.max_length} tokens lose their last answers.")
         return fitting
 
-    def _say_once(self, message: str) -> None:
+    def _log_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
 
 
 class EncodedChats(torch.utils.data.Dataset):
-    """The encoded samples of a `ChatDataset`; of one that turns out to be bad, with `skip_bad`, the next good one.
+    """The encoded samples of a `ChatDataset`; with `skip_bad`, the next good sample replaces a bad one.
 
-    Which sample stands in depends on the data alone, so that a run which is resumed sees the same ones.
+    The replacement depends only on the data, so a resumed run sees the same samples.
     """
 
     def __init__(self, chats: ChatDataset, collator: ChatCollator, *, need_images: bool = False):
-        """`need_images`: take a sample without an image for a bad one."""
+        """`need_images`: treat a sample without an image as bad."""
         self.chats = chats
         self.collator = collator
         self.need_images = need_images
@@ -163,7 +165,7 @@ class EncodedChats(torch.utils.data.Dataset):
                     raise ValueError(f"{error} {CORRECT_OR_SKIP}") from error
                 if candidate not in self._skipped:
                     self._skipped.add(candidate)
-                    logger.warning("Left out %s (%d so far)", error, len(self._skipped))
+                    logger.warning("Skipped %s (%d so far)", error, len(self._skipped))
         raise ValueError(f"All {len(self)} samples are bad; see the log for the reasons.")
 
     def _encode(self, index: int) -> list[dict[str, Any]]:
@@ -178,7 +180,7 @@ class EncodedChats(torch.utils.data.Dataset):
             return rows
         rows = [row for row in rows if "pixel_values" in row]
         if not rows:
-            raise ValueError(f"{self.chats.where(index)}: no image, so there is nothing to learn for the projector.")
+            raise ValueError(f"{self.chats.where(index)}: no image, so the projector learns nothing from it.")
         return rows
 
 

@@ -1,4 +1,4 @@
-"""Proof that training changed no byte of what is frozen."""
+"""Proves that training changed no byte of the base."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 
 def tensor_digests(module: nn.Module, title: str) -> dict[str, str]:
-    """sha256 of the bytes, type and shape of every parameter and buffer."""
+    """sha256 of the bytes, dtype and shape of every parameter and buffer."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     total = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     digests = {}
@@ -24,7 +24,7 @@ def tensor_digests(module: nn.Module, title: str) -> dict[str, str]:
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a quantized one is made of, or the tensor itself."""
+    """The tensors that a quantized tensor consists of, or the tensor itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
@@ -32,14 +32,14 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from _plain_tensors(getattr(tensor, name))
 
 
-def refuse_changed_base(before: dict[str, str], after: dict[str, str]) -> None:
+def check_base_unchanged(before: dict[str, str], after: dict[str, str]) -> None:
     """`ValueError` if the digests of the base differ."""
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
         raise ValueError(
-            f"The base was changed by training: {', '.join(changed[:3])} ({len(changed)} of {len(before)} tensors). "
-            "Nothing was saved; a callback or a hook must have written to it. Load the base again."
+            f"Training changed the base: {', '.join(changed[:3])} ({len(changed)} of {len(before)} tensors). Nothing "
+            "was saved. Remove the callback or hook that wrote to it, and load the base again."
         )
 
 
-__all__ = ["refuse_changed_base", "tensor_digests"]
+__all__ = ["check_base_unchanged", "tensor_digests"]

@@ -1,11 +1,11 @@
-"""JSONL files: their lines, and what is no such file at all."""
+"""JSONL files: parsing lines, and detecting files in other formats."""
 
 import codecs
 import json
 from pathlib import Path
 from typing import Any
 
-HEAD = 1 << 16  # bytes that are looked at for the form of a file
+HEAD = 1 << 16  # bytes that are read to detect a file's format
 FORMS = {
     b"\x1f\x8b": "compressed with gzip; unpack it",
     b"PK\x03\x04": "a zip archive; unpack it",
@@ -20,9 +20,11 @@ FORMS = {
 
 
 def parse_line(line: bytes) -> Any:
-    """The value that a line holds; `ValueError` if it is no JSON."""
+    """The value in a line; `ValueError` if it is not JSON."""
     if line.lstrip().startswith(b"["):
-        raise ValueError("the line is a list: expected JSONL, one object a line (`jq -c '.[]'` makes it of a list).")
+        raise ValueError(
+            "the line is a list: expected JSONL, one object per line (convert a list with `jq -c '.[]'`)."
+        )
     try:
         return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -38,24 +40,24 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def refuse_other_forms(path: Path) -> None:
-    """`ValueError` for a file that is no JSONL as a whole, so that none of its lines is to blame."""
+def check_is_jsonl(path: Path) -> None:
+    """`ValueError` for a file that is not JSONL, before any single line is blamed."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     form = next((form for magic, form in FORMS.items() if head.startswith(magic)), None)
     if form is None and b"\0" in head:
-        form = "binary, or UTF-16 or UTF-32; write it as text in UTF-8"
+        form = "binary, or UTF-16 or UTF-32; write it as UTF-8 text"
     lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
     if form is None and not lines:
         form = "empty"
     if form is None and lines[0].lstrip().startswith(b"["):
-        form = "a JSON list; write its items one a line (`jq -c '.[]'` does it)"
+        form = "a JSON list; write one item per line (`jq -c '.[]'`)"
     if form is None and not any(line.lstrip().startswith(b"{") for line in lines):
-        form = f"something else, which begins with {lines[0][:40].decode(errors='replace')!r}"
+        form = f"something else, which starts with {lines[0][:40].decode(errors='replace')!r}"
     if form is None and not _is_json(lines[0]) and _is_json(path.read_bytes()):
-        form = "one JSON document; write each sample on a line of its own (`jq -c`)"
+        form = "a single JSON document; write one sample per line (`jq -c`)"
     if form is not None:
-        raise ValueError(f"{path} is no JSONL, one object a line: it is {form}.")
+        raise ValueError(f"{path} is not JSONL (one object per line): it is {form}.")
 
 
 def _is_json(content: bytes) -> bool:
@@ -66,4 +68,4 @@ def _is_json(content: bytes) -> bool:
     return True
 
 
-__all__ = ["parse_line", "refuse_other_forms"]
+__all__ = ["parse_line", "check_is_jsonl"]

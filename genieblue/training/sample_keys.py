@@ -1,4 +1,4 @@
-"""Keys of a sample that are not read: what may carry meaning is refused by name, what only describes passes."""
+"""Keys of a sample that are not read: refused by name if they may carry meaning, ignored if they only describe it."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# The last word of a name that tells about a sample, and not what it says: `id`, `image_size`, `question_type`.
+# Last words of key names that describe a sample rather than being content: `id`, `image_size`, `question_type`.
 DESCRIBING = _words(
     "id ids idx index uid uuid hash sha256 md5 source sources origin dataset subset split config task type kind "
     "category categories topic subject domain difficulty level tag tags lang language locale title url urls uri link "
@@ -19,7 +19,7 @@ DESCRIBING = _words(
     "at version revision metadata meta info extra stats width height size sizes length lengths count counts num "
     "number tokens score scores rating ratings quality views likes model generator annotator"
 )
-# Words of names that mean something whatever else is in them.
+# Words that make a key meaningful, whatever other words it has.
 MEDIA = _words("video videos audio audios speech sound image images img imgs picture pictures photo frame frames")
 MEANING = MEDIA | _words(
     "depth file files path paths document documents system tool tools function functions call calls answer answers "
@@ -32,60 +32,60 @@ MEANING = MEDIA | _words(
 ADDRESSES = _words("url urls uri link links")
 # In front of a word that means something: `num_images` is a number and no image.
 COUNTING = _words("num n count number total max min has is")
-# Of these even a text that stands in the chat means more than it says there.
+# Meaningful even if their text also occurs in the chat.
 PREFERENCES = _words("chosen rejected preference")
-# Settings of a single sample, turn or image, and what asks for nothing.
+# Settings of a single sample, turn or image, with the value that has no effect.
 NEUTRAL = {"weight": 1, "loss": True, "train": True, "label": True, "detail": "auto"}
 FILE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg|pdf|npy|pt)$", re.I)
-LONGEST_LABEL = 80  # characters of a word that may name a category
+LONGEST_LABEL = 80  # characters of a word that can be a category
 
 
-def refuse_lost_keys(
+def check_unread_keys(
     found: Mapping[str, Any], read: Collection[str], where: str, *, texts: Collection[str] = (), strict: bool = False
 ) -> None:
-    """`ValueError` for a key that is not among those `read` and may carry meaning.
+    """`ValueError` for a key that is not in `read` and may carry meaning.
 
-    What passes: a key without a value, with a describing name, or with a text that stands in `texts`, those of the
-    chat. Unless `strict`, as for turns and parts, so do numbers and single words, which may be scores and categories.
+    Ignored are keys without a value, with a descriptive name, or with a text that already occurs in `texts` (those of
+    the chat). Unless `strict` (for turns and parts), so are numbers and single words: scores and categories.
     """
     for key, value in found.items():
-        if key not in read and not _passes(str(key), value, texts, strict):
+        if key not in read and not _is_ignorable(str(key), value, texts, strict):
             raise ValueError(
-                f"{where}: the key {shown(key)!r} ({shortened(value)}) is not read, so what it says would be lost. "
-                "Write it into the messages, or remove the key."
+                f"{where}: the key {shown(key)!r} ({shortened(value)}) is not read, so its content would be lost. "
+                "Move it into the messages, or remove the key."
             )
 
 
-def _passes(key: str, value: Any, texts: Collection[str], strict: bool) -> bool:
+def _is_ignorable(key: str, value: Any, texts: Collection[str], strict: bool) -> bool:
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+", key)] or [key]
     first, last = words[0], words[-1]
     is_number = isinstance(value, (bool, int, float))
-    if is_nothing(value):
+    if is_missing(value):
         return True
     if last in NEUTRAL and (is_number or isinstance(value, str)):
         if value == NEUTRAL[last]:
             return True
-        if value is False:  # of a label: an answer that is not to be learned
+        if value is False:  # an answer that must not be learned
             return False
     if PREFERENCES & set(words) or first == "resized":
         return False
     if last in DESCRIBING and not (last in ADDRESSES and first in MEDIA):
         return True
-    if _stands_in(value, texts):
+    if _occurs_in(value, texts):
         return True
     if strict or MEANING & {first, last}:
         return not strict and is_number and first in COUNTING and first != last
     return is_number or isinstance(value, str) and _is_label(value)
 
 
-def is_nothing(value: Any) -> bool:
-    """Whether a value is what tables put where there is none."""
+def is_missing(value: Any) -> bool:
+    """Whether a value means "missing", as in a table."""
     if isinstance(value, (dict, list, tuple)):
-        return all(map(is_nothing, value.values() if isinstance(value, dict) else value))
+        return all(map(is_missing, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, str) and not value.strip()
 
 
-def _stands_in(value: Any, texts: Collection[str]) -> bool:
+def _occurs_in(value: Any, texts: Collection[str]) -> bool:
     values = value if isinstance(value, (list, tuple)) else [value]
     return all(isinstance(item, str) and any(_has_words(text, item.strip()) for text in texts) for item in values)
 
@@ -100,9 +100,9 @@ def _is_label(value: str) -> bool:
 
 
 def shortened(value: Any) -> str:
-    """A value as a message can show it."""
+    """A value shortened for a message."""
     text = " ".join(redacted(repr(value)).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-__all__ = ["is_nothing", "refuse_lost_keys", "shortened"]
+__all__ = ["is_missing", "check_unread_keys", "shortened"]

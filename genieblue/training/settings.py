@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Settings that may change when a run is resumed: what is learned does not depend on them.
+# Settings that may change when a run is resumed, because the result does not depend on them.
 FREE_SETTINGS = (
     "save_steps", "keep_checkpoints", "logging_steps", "num_workers", "gradient_checkpointing", "show_progress"
 )  # fmt: skip
@@ -12,21 +12,21 @@ FREE_SETTINGS = (
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """One run. What is left out is the paper's recipe of the stage; sizes are for your machine and data to choose.
+    """Settings of one run. Defaults follow the paper's recipe for the stage, except batch size and length.
 
     Attributes:
-        stage: of GenieBlue's two, 1 trains the projector, 2 all that is added to the base.
+        stage: 1 trains the projector, 2 everything that GenieBlue adds to the base.
         steps, epochs: length of the run in optimizer steps or passes over the data; by default one pass.
-        batch_size, gradient_accumulation: samples by device and pass; passes by optimizer step.
-        learning_rate: peak of all groups; `learning_rates` of single ones (`vision_tower`, `multi_modal_projector`,
-            `replicated_blocks`, `lora`).
-        vision_layer_decay: factor on the learning rate from each block of the vision tower to the one before it.
+        batch_size, gradient_accumulation: samples per device and batch; batches per optimizer step.
+        learning_rate: peak for all groups; `learning_rates` overrides single groups (`vision_tower`,
+            `multi_modal_projector`, `replicated_blocks`, `lora`).
+        vision_layer_decay: learning rate factor from each block of the vision tower to the one before it.
         warmup_steps: linear warm-up; by default the recipe's share of the run, about 1 %.
-        weight_decay: of matrices; vectors (biases, norms) are not decayed, which is a choice.
-        max_grad_norm: gradients are clipped to it; a choice, as the paper does not say.
-        bf16: bfloat16 autocast over float32 copies of what is trained; by default if the base is in bfloat16.
-        max_length: tokens by sample, image tokens included.
-        max_tiles: by image, a square number; by default the recipe's (stage 1: one, stage 2: the processor's own).
+        weight_decay: for matrices; vectors (biases, norms) are not decayed, which is our choice.
+        max_grad_norm: gradient clipping; our choice, as the paper does not specify it.
+        bf16: bfloat16 autocast over float32 copies of the trained weights; by default if the base is in bfloat16.
+        max_length: tokens per sample, including image tokens.
+        max_tiles: per image, a square number; by default the recipe's (stage 1: one, stage 2: the processor's own).
         save_steps: steps between checkpoints; 0 writes none.
     """
 
@@ -57,7 +57,7 @@ class TrainingSettings:
 
     def __post_init__(self):
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"{self.steps} steps and {self.epochs} epochs were given: give one of them.")
+            raise ValueError(f"Got {self.steps} steps and {self.epochs} epochs: give only one of them.")
         sizes = ("steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps")
         for name in (*sizes, "learning_rate", "keep_checkpoints"):
             value = getattr(self, name)
@@ -65,14 +65,16 @@ class TrainingSettings:
                 raise ValueError(f"`{name}` is {value}: expected a number above 0.")
         for rate in (self.learning_rate or 0, *self.learning_rates.values()):
             if not 0 <= rate <= 1:
-                raise ValueError(f"A learning rate is {rate}: expected one between 0 and 1 (the paper's: 1e-3, 1e-4).")
+                raise ValueError(
+                    f"The learning rate is {rate}: expected a value between 0 and 1 (in the paper: 1e-3, 1e-4)."
+                )
         if self.max_tiles is not None and math.isqrt(self.max_tiles) ** 2 != self.max_tiles:
             raise ValueError(f"`max_tiles` is {self.max_tiles}: expected a square number (1, 4, 9, 16, …).")
         for name in ("warmup_steps", "save_steps", "num_workers", "weight_decay", "vision_layer_decay"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` is {self.seed}: expected 0 or more, and less than 2 to the power of 32.")
+            raise ValueError(f"`seed` is {self.seed}: expected at least 0 and less than 2**32.")
 
 
 __all__ = ["FREE_SETTINGS", "TrainingSettings"]

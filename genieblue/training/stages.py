@@ -1,4 +1,4 @@
-"""A training run of one stage: what is given is checked, the run is prepared, the trained model is written."""
+"""A training run of one stage: check the input, prepare the run, train, save the model."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.chat_template import check_processor_template
 from genieblue.training.chats import ChatDataset
 from genieblue.training.collation import ChatCollator, EncodedChats
-from genieblue.training.frozen_weights import refuse_changed_base, tensor_digests
+from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
 from genieblue.training.structure import GenieBlueStructure, StageRecipe
 from genieblue.training.trainer import StageTrainer, TrainingProgress, exclusive_run, find_checkpoint, is_finished
@@ -27,7 +27,7 @@ from modeling_genieblue.saving_genieblue import check_replaceable
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run did: where its model lies, its length, the last logged loss, and what was logged at which step."""
+    """The result of a run: output folder, length, last logged loss and the log history."""
 
     output: Path
     steps: int
@@ -47,27 +47,26 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> TrainingResult:
-    """Trains one stage in place and writes the model to `output`, once, at the end and as a complete folder.
+    """Trains one stage in place and writes the model to `output` once, at the end, as a complete folder.
 
-    Checkpoints hold what is trained in float32. They lie beside it in `<output>-checkpoints` and can be removed then.
-    The model comes back in eval mode and in its own precision.
+    Checkpoints contain the trained weights in float32. They are in `<output>-checkpoints` and can be removed
+    afterwards. The model is returned in eval mode and in its original dtype.
 
     Args:
-        model: a GenieBlue, or a structure of another kind, see `GenieBlueStructure`.
-        dataset: a `ChatDataset`, or what it reads.
-        resume: `True` goes on from the last checkpoint, or from the beginning (with a warning) if there is none; or
-            the folder of one checkpoint.
-        callbacks: more of transformers' `TrainerCallback`.
-        scheduler: makes another schedule of the optimizer than a warm-up and a cosine.
+        model: a GenieBlue, or another structure, see `GenieBlueStructure`.
+        dataset: a `ChatDataset` or its source.
+        resume: `True` continues from the last checkpoint, or starts over (with a warning) if there is none; or the
+            folder of a checkpoint.
+        callbacks: additional `TrainerCallback`s.
+        scheduler: makes the learning rate schedule, by default warm-up and cosine.
 
-    Raises `ValueError` for data without samples or with a bad one, a chat template that is missing or fails, a base
-    whose generation never stops, a loss that is not finite, a checkpoint of another run; and if a byte of the base
-    changed.
+    Raises `ValueError` for empty or bad data, a missing or failing chat template, a base whose generation never stops,
+    a loss that is not finite, a checkpoint from a different run, or a changed base.
     """
     output = Path(os.path.abspath(output))
-    refuse_taken_output(output)
+    check_output(output)
     if not is_accelerate_available():
-        raise ValueError("Training needs the library accelerate: pip install 'genieblue[train]'.")
+        raise ValueError("Training needs the package accelerate: pip install 'genieblue[train]'.")
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     check_processor_template(processor)
     if not stop_token_ids(structure.model.generation_config):
@@ -81,30 +80,30 @@ def train(
         result = _result(trainer, output, len(run.chats))
         if trainer.is_world_process_zero():
             structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
-        trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is there
+        trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is saved
     return result
 
 
 def _chats_to_learn_from(dataset: Any, recipe: StageRecipe) -> ChatDataset:
-    """The samples of a data set that teach something in a stage; `ValueError` if there is none."""
+    """The samples of a dataset that are useful in a stage; `ValueError` if there are none."""
     chats = dataset if isinstance(dataset, ChatDataset) else ChatDataset(dataset)
     if len(chats) == 0:
-        found = f"None of its {chats.num_skipped} samples is a good one" if chats.num_skipped else "The data is empty"
-        raise ValueError(f"{found}, so there is nothing to learn: expected chats.")
+        found = f"All {chats.num_skipped} samples are bad" if chats.num_skipped else "The data is empty"
+        raise ValueError(f"{found}, so there is nothing to train on: expected chats.")
     if not recipe.needs_images:
         return chats
     with_images = chats.with_images()
     if len(with_images) == 0:
         raise ValueError(
-            f"None of the {len(chats)} samples has an image, so the projector has nothing to learn from: give chats "
-            "with images, or train stage 2."
+            f"None of the {len(chats)} samples has an image, so the projector cannot be trained: give chats with "
+            "images, or train stage 2."
         )
     return with_images
 
 
 @dataclass
 class _Run:
-    """One stage on one model and data set, with what follows from them."""
+    """One stage on one model and dataset, with everything derived from them."""
 
     structure: GenieBlueStructure
     recipe: StageRecipe
@@ -120,7 +119,7 @@ class _Run:
 
     @cached_property
     def data(self) -> EncodedChats:
-        """What the trainer reads."""
+        """The trainer's dataset."""
         collator = ChatCollator(
             self.processor,
             stop_ids=stop_token_ids(self.structure.model.generation_config),
@@ -136,7 +135,7 @@ class _Run:
         callbacks: Sequence[TrainerCallback],
         scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     ) -> StageTrainer:
-        """Trains, or takes the weights of a `checkpoint` at the end of its run; `ValueError` if the base changed."""
+        """Trains, or loads the weights if `checkpoint` is the end of its run; `ValueError` if the base changed."""
         structure, settings = self.structure, self.settings
         before = tensor_digests(structure.frozen, "Hashing the base before training")
         with prepared_for_training(structure, self.recipe.groups, settings.gradient_checkpointing):
@@ -159,19 +158,19 @@ class _Run:
                 trainer.take_from(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        refuse_broken_weights(structure, self.recipe.groups)
-        refuse_changed_base(before, tensor_digests(structure.frozen, "Hashing the base after training"))
+        check_finite_weights(structure, self.recipe.groups)
+        check_base_unchanged(before, tensor_digests(structure.frozen, "Hashing the base after training"))
         return trainer
 
     def record(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run that wrote its checkpoint."""
+        """The settings that a resumed run must share with the run that wrote its checkpoint."""
         record = {key: value for key, value in asdict(self.settings).items() if key not in FREE_SETTINGS}
         record |= {"max_tiles": self.max_tiles, "bf16": self.autocast_dtype is not None}
         record |= {"num_samples": len(self.chats), "sha256 of the data": self.chats.sha256}
         return json.loads(json.dumps(record))
 
     def facts(self, result: TrainingResult) -> dict[str, Any]:
-        """The stage as the model card tells it."""
+        """Facts about the stage for the model card."""
         settings, rates = self.settings, self.learning_rates
         warmup = settings.warmup_steps
         facts = {
@@ -180,7 +179,7 @@ class _Run:
             "batch size": settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1)),
             "samples in the data": result.num_samples,
             "sequence length": settings.max_length,
-            "tiles by image": 1 if self.max_tiles == 1 else f"up to {self.max_tiles}",
+            "tiles per image": 1 if self.max_tiles == 1 else f"up to {self.max_tiles}",
             "peak learning rate": next(iter(rates.values()))
             if len(set(rates.values())) == 1
             else ", ".join(f"{group} {rate}" for group, rate in rates.items()),
@@ -204,9 +203,9 @@ def _result(trainer: StageTrainer, output: Path, num_samples: int) -> TrainingRe
 
 
 def training_arguments(settings: TrainingSettings, recipe: StageRecipe, checkpoints: Path) -> TrainingArguments:
-    """Trainer's arguments for a stage."""
+    """The `TrainingArguments` of a stage."""
     epochs = 1.0 if settings.steps is None and settings.epochs is None else settings.epochs
-    # Below 1, `warmup_steps` is a share of the run.
+    # Below 1, `warmup_steps` is a fraction of the run.
     share = recipe.warmup_steps / recipe.steps
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -221,9 +220,9 @@ def training_arguments(settings: TrainingSettings, recipe: StageRecipe, checkpoi
         save_steps=settings.save_steps or 1,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # would replace such a loss by the mean, and train on
+        logging_nan_inf_filter=False,  # would replace such a loss by the mean and continue training
         report_to=[],
-        disable_tqdm=True,  # a bar of ours takes its place
+        disable_tqdm=True,  # replaced by our own bar
         seed=settings.seed,
         train_sampling_strategy="random" if settings.shuffle else "sequential",
         dataloader_num_workers=settings.num_workers,
@@ -232,15 +231,15 @@ def training_arguments(settings: TrainingSettings, recipe: StageRecipe, checkpoi
         ddp_find_unused_parameters=True,  # a batch without images leaves the vision tower out
         use_cpu=not torch.cuda.is_available(),
     )
-    # Several devices in one process would split `pixel_values` by rows; start one process for each with torchrun.
+    # Several devices in one process would split `pixel_values` by rows; torchrun starts one process per device.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
 def choose_autocast(base: nn.Module, bf16: bool | None) -> torch.dtype | None:
-    """bfloat16 if it is asked for or the base is in it, `None` for plain float32; `ValueError` for other precisions.
+    """bfloat16 if requested or if the base uses it, `None` for plain float32; `ValueError` for other dtypes.
 
-    Frozen blocks hand activations in the base's precision to trained blocks in float32: only autocast joins them.
+    The base's blocks pass activations in the base's dtype to trained blocks in float32, which requires autocast.
     """
     if base.dtype not in (torch.float32, torch.bfloat16) or (bf16 is False and base.dtype != torch.float32):
         raise ValueError(
@@ -255,7 +254,7 @@ def choose_autocast(base: nn.Module, bf16: bool | None) -> torch.dtype | None:
 def prepared_for_training(
     structure: GenieBlueStructure, groups: Sequence[str], gradient_checkpointing: bool
 ) -> Iterator[None]:
-    """Within, only these `groups` require a gradient, in float32; afterwards all is as before, in eval mode."""
+    """Inside, only these `groups` require gradients, in float32; on exit everything is restored, in eval mode."""
     model, frozen = structure.model, {id(parameter) for parameter in structure.frozen.parameters()}
     parameters = dict(model.named_parameters())
     before = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in parameters.items()}
@@ -264,7 +263,7 @@ def prepared_for_training(
         for name, parameter in parameters.items():
             parameter.requires_grad_(structure.group_of(name) in groups)
             if parameter.requires_grad:
-                # Steps of a small learning rate are lost when they are added to a number in 16 bits.
+                # In 16 bits, the steps of a small learning rate would be rounded away.
                 parameter.data = parameter.data.float()
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -279,28 +278,28 @@ def prepared_for_training(
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         if not had_use_cache and "use_cache" in vars(model.config):
-            del model.config.use_cache  # put there by Trainer
+            del model.config.use_cache  # set by Trainer
         model.eval()
 
 
-def refuse_taken_output(output: Path) -> None:
-    """`OSError` or `ValueError` if the model could not be saved there, or would push something else aside."""
+def check_output(output: Path) -> None:
+    """`OSError` or `ValueError` if the model cannot be saved there, or would replace something else."""
     if not output.name:
-        raise ValueError(f"{output} cannot be replaced: give a folder inside of it.")
+        raise ValueError(f"{output} cannot be replaced: give a folder inside it.")
     if any(parent.is_file() for parent in (output, *output.parents)):
-        raise OSError(f"{output} is, or lies in, a file: give a folder to save into.")
+        raise OSError(f"{output} is a file or inside one: give a folder to save into.")
     check_replaceable(output)
     if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise ValueError(f"{output} holds something else than a GenieBlue: give another folder, or empty it.")
+        raise ValueError(f"{output} contains something other than a GenieBlue: give another folder, or empty it.")
 
 
-def refuse_broken_weights(structure: GenieBlueStructure, groups: Sequence[str]) -> None:
-    """`ValueError` if the last step, behind which no loss is computed, left a weight that is not finite."""
+def check_finite_weights(structure: GenieBlueStructure, groups: Sequence[str]) -> None:
+    """`ValueError` if the last step, after which no loss is computed, left a weight that is not finite."""
     for name, parameter in structure.model.named_parameters():
         if structure.group_of(name) in groups and not bool(parameter.isfinite().all()):
             raise ValueError(
-                f"{name} holds NaN or infinity after the last step, so nothing is saved. Lower the learning rate, or "
-                "resume from an earlier checkpoint."
+                f"{name} contains NaN or infinity after the last step, so nothing is saved. Lower the learning rate "
+                "or resume from an earlier checkpoint."
             )
 
 

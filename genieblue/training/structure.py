@@ -1,4 +1,4 @@
-"""What training has to know of a GenieBlue: what is trained in which stage, what is frozen, how it is saved."""
+"""What training needs to know about a GenieBlue: trained groups per stage, the frozen base, how to save."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ VISION_TOWER = "vision_tower"
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """What the paper states of a stage. Its global batches were 720 (stage 1) and 6800 samples (stage 2)."""
+    """The paper's settings for a stage. Its global batch sizes were 720 (stage 1) and 6800 (stage 2)."""
 
-    groups: tuple[str, ...]  # the groups of parameters that are trained
-    learning_rate: float  # peak, of a cosine to zero
+    groups: tuple[str, ...]  # trained parameter groups
+    learning_rate: float  # peak of a cosine schedule to zero
     steps: int
     warmup_steps: int
-    max_tiles: int | None  # by image; `None`: what the processor has, 16 in the paper
-    needs_images: bool  # a sample without an image teaches nothing
+    max_tiles: int | None  # per image; `None`: the processor's own, 16 in the paper
+    needs_images: bool  # samples without an image are useless
 
     def learning_rates(self, common: float | None, single: Mapping[str, float]) -> dict[str, float]:
-        """Peak by group: that of `single`, or the `common` one; `ValueError` for a group that is not trained."""
+        """Peak per group: from `single`, else `common`, else the recipe; `ValueError` for an untrained group."""
         if unknown := sorted(set(single) - set(self.groups)):
             raise ValueError(f"Learning rates for {', '.join(unknown)}: this stage trains {', '.join(self.groups)}.")
         return {group: single.get(group, self.learning_rate if common is None else common) for group in self.groups}
 
 
 class GenieBlueStructure:
-    """A base that stays as it is, a vision tower, a projector, copies of some blocks, and LoRA on all other blocks.
+    """A frozen base with a vision tower, a projector, copies of some blocks, and LoRA on all other blocks.
 
-    Training knows a model by this alone; another structure has the same attributes and methods.
+    Training accesses a model only through this; another structure needs the same attributes and methods.
     """
 
     groups = (VISION_TOWER, "multi_modal_projector", "replicated_blocks", "lora")
@@ -49,29 +49,33 @@ class GenieBlueStructure:
     def __init__(self, model: Any):
         """`ValueError` for a model that cannot be trained."""
         if model.language_model is None:
-            raise ValueError("This GenieBlue has no base: make it with `from_base` or load it with `from_pretrained`.")
+            raise ValueError(
+                "This GenieBlue has no base: create it with `from_base` or load it with `from_pretrained`."
+            )
         if getattr(model.config, "quantization", None) is not None:
-            raise ValueError("Quantized weights are not trained: train the 16-bit GenieBlue, then quantize it again.")
+            raise ValueError(
+                "Quantized weights cannot be trained: train the 16-bit GenieBlue, then quantize it again."
+            )
         self.model = model
 
     @property
     def frozen(self) -> nn.Module:
-        """The module of which no byte may change."""
+        """The module that must not change by a byte."""
         return self.model.language_model
 
     def recipe(self, stage: int) -> StageRecipe:
-        """The recipe of a stage; `ValueError` if there is none."""
+        """The recipe for a stage; `ValueError` if there is none."""
         if stage not in self.stages:
             raise ValueError(f"The stage is {stage!r}: expected {' or '.join(map(str, self.stages))}.")
         return self.stages[stage]
 
     def group_of(self, name: str) -> str | None:
-        """The group, one of `groups`, that the parameter of this name belongs to; `None` for what is never trained."""
+        """The group in `groups` of the parameter with this name; `None` if it is never trained."""
         module = name.partition(".")[0]
         if module == "multi_modal_projector":
             return module
         if module == VISION_TOWER:
-            # The pooling head of a SigLIP is no part of the way from pixels to image tokens.
+            # Image tokens do not use the pooling head of a SigLIP.
             return None if name.startswith(f"{VISION_TOWER}.head.") else module
         if module == "multimodal_language_model":
             if ".modules_to_save." in name:
@@ -83,10 +87,10 @@ class GenieBlueStructure:
     def parameter_groups(
         self, learning_rates: Mapping[str, float], vision_layer_decay: float, weight_decay: float
     ) -> list[dict[str, Any]]:
-        """AdamW groups of all parameters that require a gradient, one by learning rate and weight decay.
+        """AdamW groups of all parameters that require gradients, one per learning rate and weight decay.
 
-        Vectors (biases, norms) are not decayed: a choice, as the paper does not say. Raises `ValueError` for a
-        parameter of another group than those with a learning rate, such as the base's.
+        Vectors (biases, norms) are not decayed: our choice, as the paper does not specify it. Raises `ValueError` for
+        a parameter in a group without a learning rate, such as the base's.
         """
         found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
@@ -95,7 +99,7 @@ class GenieBlueStructure:
             group = self.group_of(name)
             if group not in learning_rates:
                 raise ValueError(
-                    f"{name} requires a gradient, but only {', '.join(learning_rates)} are to be trained."
+                    f"{name} requires a gradient, but this stage trains only {', '.join(learning_rates)}: freeze it."
                 )
             scale = self._layer_scale(name, vision_layer_decay) if group == VISION_TOWER else 1.0
             decay = weight_decay if parameter.ndim > 1 else 0.0
@@ -104,10 +108,10 @@ class GenieBlueStructure:
         return [{"params": found[key], "group": key[0], "lr": key[1], "weight_decay": key[2]} for key in order]
 
     def _layer_scale(self, name: str, decay: float) -> float:
-        """Factor on the learning rate of a vision parameter: `decay` to the power of its distance from the output.
+        """Learning rate factor of a vision parameter: `decay` to the power of its distance from the output.
 
         Blocks count from 0 at the input: block i of L gets `decay ** (L - i)`, the embeddings `decay ** (L + 1)`, the
-        norm behind the last block 1 (BEiT's rule, arXiv 2106.08254).
+        norm after the last block 1 (BEiT's rule, arXiv 2106.08254).
         """
         num_layers = self.model.config.vision_config.num_hidden_layers
         words = name.split(".")
@@ -118,7 +122,7 @@ class GenieBlueStructure:
         return 1.0
 
     def save(self, output: Path, processor: Any, stage: str, facts: dict[str, Any]) -> None:
-        """Writes the model as a complete folder that tells the `facts` of this stage beside those of earlier ones."""
+        """Saves the model as a complete folder that records the `facts` of this stage and of earlier ones."""
         provenance = self.model.provenance
         stages = {**provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}), stage: facts}
         self.model.save_pretrained(output, processor=processor, facts={RECIPE_NAME: stages})

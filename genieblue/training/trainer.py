@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that are whole or absent, and an end before the weights are spoiled."""
+"""transformers' Trainer with atomic checkpoints, which stops before a bad loss can damage the weights."""
 
 import contextlib
 import json
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 TRAINED = "trained_parameters.safetensors"
 SETTINGS = "training_settings.json"
-# The last one is the one that Trainer writes last.
+# In the order in which Trainer writes them: the last one proves completeness.
 CHECKPOINT_FILES = (TRAINED, SETTINGS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 UNFINISHED = "unfinished"
-# Of `torch.save` on a full disk, which is a RuntimeError.
+# Raised by `torch.save` on a full disk, as a RuntimeError.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
-# A data loader puts the traceback of its worker process into the message of the error that it raises again.
+# A data loader includes the traceback of its worker process in the error message.
 WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:\w+\.)*\1: ", re.DOTALL)
 
 
 class LastLoss(TrainerCallback):
-    """Logs the end of a run too, whose loss would else be that of some steps before."""
+    """Logs the last step too, so that the final loss is not from an earlier step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -43,7 +43,7 @@ class LastLoss(TrainerCallback):
 
 
 class TrainingProgress(ProgressCallback):
-    """Trainer's progress bar, with loss and samples per second beside it instead of dictionaries below it."""
+    """Trainer's progress bar, with loss and samples per second in the bar instead of printed dictionaries."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -53,10 +53,10 @@ class TrainingProgress(ProgressCallback):
 
 
 class StageTrainer(Trainer):
-    """Trains the parameters that require a gradient, kept in float32.
+    """Trains the parameters that require gradients, in float32.
 
-    Checkpoints hold what is trained, the optimizer, the schedule, random states and the place in the data. They are
-    written under another name and renamed when they are complete.
+    Checkpoints contain the trained weights, optimizer, schedule, random states and position in the data. They are
+    written under a temporary name and renamed when complete.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class StageTrainer(Trainer):
         keep_checkpoints: int,
         **kwargs: Any,
     ):
-        """`settings_record` goes into checkpoints, to be compared with that of a run that goes on from them."""
+        """`settings_record` is stored in checkpoints and compared with that of a resumed run."""
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(LastLoss)
@@ -79,14 +79,14 @@ class StageTrainer(Trainer):
         self._last_log_time: float | None = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """The batches of the next step; the error of a worker process has the message that it had there."""
+        """The batches of the next step; an error in a worker process keeps its original message."""
         try:
             return super().get_batch_samples(*args, **kwargs)
         except ValueError as error:
             raise ValueError(WORKER_ERROR.sub("", str(error))) from error
 
     def compute_loss_context_manager(self) -> Any:
-        """Autocast. Trainer's own way patches `forward` of the model, which would have to be undone."""
+        """Autocast. Trainer would patch the model's `forward`, which would have to be undone."""
         if self._autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, dtype=self._autocast_dtype)
@@ -108,8 +108,8 @@ class StageTrainer(Trainer):
 
     def _stop_at(self, what: str, value: Any) -> None:
         raise ValueError(
-            f"The {what} is {float(value)} at step {self.state.global_step + 1}: training stops before the weights "
-            "are spoiled. Lower the learning rate or lengthen the warm-up; an earlier checkpoint can be resumed."
+            f"The {what} is {float(value)} at step {self.state.global_step + 1}: training stops before it damages the "
+            "weights. Lower the learning rate or lengthen the warm-up; an earlier checkpoint can be resumed."
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -123,14 +123,14 @@ class StageTrainer(Trainer):
     # Checkpoints
 
     def take_from(self, checkpoint: Path) -> None:
-        """The weights and the history of a run that is finished."""
-        logger.info("%s is the end of its run: nothing is left to train.", checkpoint)
+        """Loads the weights and history of a finished run."""
+        logger.info("%s is from a finished run: there is nothing left to train.", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.state = self.state.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         restored = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # Trainer would go on with the intervals of the checkpoint
+        self.state.compute_steps(self.args, max_steps)  # Trainer would keep the checkpoint's intervals
         return restored
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -147,14 +147,14 @@ class StageTrainer(Trainer):
                 raise
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             raise OSError(
-                f"{name} could not be written to {folder} ({str(error).splitlines()[0]}): make room there. The last "
-                "whole checkpoint stays, and `resume` (--resume) goes on from it."
+                f"{name} could not be written to {folder} ({str(error).splitlines()[0]}): free some space. The last "
+                "complete checkpoint is kept, and `resume` (--resume) continues from it."
             ) from error
         finally:
             self._writing_checkpoint = False
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            if (folder / name).exists():  # of a later part of a run that was resumed from an earlier checkpoint
+            if (folder / name).exists():  # left by a run that was then resumed from an earlier checkpoint
                 shutil.rmtree(folder / name)
             os.rename(folder / UNFINISHED / name, folder / name)
             os.rmdir(folder / UNFINISHED)
@@ -175,8 +175,12 @@ class StageTrainer(Trainer):
         path = Path(resume_from_checkpoint)
         recorded = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         if other := sorted(key for key in self._settings_record if recorded.get(key) != self._settings_record[key]):
-            told = "; ".join(f"{key} was {recorded.get(key)!r}, is {self._settings_record[key]!r}" for key in other)
-            raise ValueError(f"{path} belongs to a run with other settings: {told}. Resume with those of then.")
+            changes = "; ".join(
+                f"{key} was {recorded.get(key)!r}, now {self._settings_record[key]!r}" for key in other
+            )
+            raise ValueError(
+                f"{path} belongs to a run with other settings: {changes}. Resume with the original settings."
+            )
         try:
             saved = load_file(path / TRAINED)
         except SafetensorError as error:
@@ -185,8 +189,8 @@ class StageTrainer(Trainer):
         shapes = {name: value.shape for name, value in trained.items()}
         if {name: value.shape for name, value in saved.items()} != shapes:
             raise ValueError(
-                f"{path} holds {len(saved)} tensors that are not the {len(trained)} to be trained: it belongs to "
-                "another model or stage."
+                f"{path} has {len(saved)} tensors, which do not match the {len(trained)} trained ones: it belongs to "
+                "another model or stage; resume from another checkpoint."
             )
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -198,11 +202,11 @@ class StageTrainer(Trainer):
 
 @contextlib.contextmanager
 def exclusive_run(folder: Path) -> Iterator[None]:
-    """Keeps a second run away from the folder of checkpoints, by a lock that the system lifts if the process dies.
+    """Locks the checkpoint folder against a second run; the system releases the lock if the process dies.
 
-    Raises `OSError` at once if another run holds it. An empty folder is removed at the end.
+    Raises `OSError` at once if another run holds the lock. An empty folder is removed at the end.
     """
-    if int(os.environ.get("RANK", 0)) > 0:  # processes of one run: the first one locks for all
+    if int(os.environ.get("RANK", 0)) > 0:  # the first process locks for all processes of a run
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,23 +214,23 @@ def exclusive_run(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # it holds checkpoints
+            with contextlib.suppress(OSError):  # not empty: it has checkpoints
                 folder.rmdir()
 
 
 def find_checkpoint(folder: Path, resume: bool | str | os.PathLike) -> Path | None:
-    """The checkpoint to go on from: a given one, or the last one in `folder`; `None` to start from the beginning.
+    """The checkpoint to resume from: a given one, or the last one in `folder`; `None` to start from the beginning.
 
-    Raises `ValueError` for a given checkpoint that is none, and, so that two runs never mix, if a new run is to start
-    where an earlier one left checkpoints.
+    Raises `ValueError` for an invalid checkpoint, and if a new run would start where an earlier one left checkpoints,
+    so that two runs never mix.
     """
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a run that was killed while it wrote
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # left by a run that was killed while writing
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if resume is False or resume is None:
         if last is not None:
             raise ValueError(
-                f"An earlier run left checkpoints in {folder}: go on with `resume` (--resume), remove the folder, or "
-                "give another output."
+                f"An earlier run left checkpoints in {folder}: continue with `resume` (--resume), remove the folder, "
+                "or give another output."
             )
         return None
     if resume is True:
@@ -237,12 +241,12 @@ def find_checkpoint(folder: Path, resume: bool | str | os.PathLike) -> Path | No
     path = Path(resume)
     missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
     if missing:
-        raise ValueError(f"{path} is no complete checkpoint: it has no {', '.join(missing)}. Give another one.")
+        raise ValueError(f"{path} is not a complete checkpoint: it has no {', '.join(missing)}. Give another one.")
     return path
 
 
 def is_finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written by the last step of its run."""
+    """Whether a checkpoint was written after the last step of its run."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
 

@@ -323,7 +323,7 @@ def test_bad_input_is_refused_and_leaves_nothing(pair, case):
 
 def test_kinds_of_models_that_cannot_be_the_base_or_the_vision_model_are_refused(pair):
     create_genieblue(pair / "base", pair / "vision", pair / "reader")
-    for base, message in (("reader", "GenieBlue already"), ("vision", "decoder-only"), ("siglip", "decoder-only")):
+    for base, message in (("reader", "already a GenieBlue"), ("vision", "decoder-only"), ("siglip", "decoder-only")):
         with pytest.raises(ValueError, match=message):
             create_genieblue(pair / base, pair / "vision", pair / "other")
     with pytest.raises(ValueError, match="expected a SigLIP"):
@@ -393,6 +393,6 @@ def test_a_base_with_a_missing_tensor_is_refused(tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="not complete: 1 tensors .* model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ValueError, match="incomplete: 1 tensors .* model.layers.1.mlp.up_proj.weight"):
         create_genieblue(base, tmp_path / "vision", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -209,7 +209,7 @@ def test_numbers_are_told_from_what_is_none_in_every_precision(tmp_path, monkeyp
 
 def test_weights_without_a_vision_tower_are_refused(folder):
     save_file({"multi_modal_projector.b": np.zeros(2, np.float32)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="nothing of vision_tower"):
+    with pytest.raises(ValueError, match="weights are missing vision_tower"):
         publish_folder(folder, "you/reader")
 
 

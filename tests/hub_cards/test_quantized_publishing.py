@@ -225,7 +225,7 @@ def test_a_repository_with_another_model_is_left_alone(hub, pair):
 
 
 def test_an_unquantized_folder_is_no_quantized_base(tmp_path):
-    with pytest.raises(ValueError, match="no base that GenieBlue quantized"):
+    with pytest.raises(ValueError, match="not a base quantized by GenieBlue"):
         publish_quantized_base(large_pair().parent / "base-llm", BASE)
 
 
@@ -309,7 +309,7 @@ def test_the_card_has_precision_size_and_error_of_each_part(whole):
         "vision_tower": "w8a16", "multi_modal_projector": "w8a16", "replicated_blocks": "w4a16", "lora": "w8a16"
     }  # fmt: skip
     assert "Error of the multimodal view's logits" in card
-    assert "LoRA in 8 bits, which are expanded in memory" in card
+    assert "LoRA in 8 bits, dequantized in memory" in card
     assert "those of the quantized base, not those of the original one" in card
     assert "`vision_tower.embeddings.patch_embedding`: 16 bits: a convolution" in card
     assert "PeftModel" not in card

@@ -51,7 +51,7 @@ def test_every_argument_of_loading_has_a_decision():
 
 @pytest.mark.parametrize("name", REFUSED_TO_LOAD)
 def test_what_cannot_be_done_is_refused_before_loading(name, tmp_path):
-    with pytest.raises(ValueError, match=f"not loaded with `{name}`: "):
+    with pytest.raises(ValueError, match=f"cannot be loaded with `{name}`: "):
         load(tmp_path / "missing", **{name: "auto"})
 
 
@@ -80,7 +80,7 @@ def test_what_is_done_anyway_changes_nothing(options, pair):
 @pytest.mark.parametrize("kind", ["folder", "object"])
 def test_a_genieblue_is_no_base(kind, pair):
     given = pair if kind == "folder" else AutoModelForCausalLM.from_pretrained(pair)
-    with pytest.raises(ValueError, match="is a GenieBlue already"):
+    with pytest.raises(ValueError, match="is already a GenieBlue"):
         load(pair, base_model=given)
 
 

@@ -55,7 +55,7 @@ def test_image_tokens_as_labels_train_nothing(model):
 
 def test_a_cache_is_refused(model):
     cache = model(prompt()).past_key_values
-    with pytest.raises(ValueError, match="takes no `past_key_values`"):
+    with pytest.raises(ValueError, match="does not support `past_key_values`"):
         model.base_model(input_ids=prompt(), past_key_values=cache)
 
 

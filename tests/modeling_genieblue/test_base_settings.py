@@ -73,7 +73,7 @@ def test_settings_that_change_no_logits_may_differ(tmp_path):
     change_config(tmp_path / "base", lambda config: config.update(harmless))
     load(folder)
     base.config.rms_norm_eps = 0.1
-    with pytest.raises(ValueError, match="rms_norm_eps 0.1 where 1e-06 was recorded"):
+    with pytest.raises(ValueError, match="rms_norm_eps 0.1, expected 1e-06"):
         load(folder, base_model=base)
 
 

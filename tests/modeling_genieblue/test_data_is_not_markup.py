@@ -243,8 +243,11 @@ def test_a_message_without_content_stays_one_beside_an_image():
         (user(image(text="a caption")), "'text', which would be lost"),
         (user(image(index=1)), "'index', which would be lost"),
         (user(image(url="b.png")), "has image and url; expected one of them"),
-        (user({"type": "image_url", "image_url": {"detail": "low"}}), "no text for image_url"),
-        (user({"type": "image", "base64": b"a"}), "no text for base64"),
+        (
+            user({"type": "image_url", "image_url": {"detail": "low"}}),
+            "The image_url of an image part is not a string",
+        ),
+        (user({"type": "image", "base64": b"a"}), "The base64 of an image part is not a string"),
         (user(7), "a part of a message is of type int"),
         ({"role": "user", "content": "?", "images": ["a.png"]}, "'images', which would be lost"),
         ({"role": "user", "content": "?", "audio": {"id": "a"}}, "'audio', which would be lost"),

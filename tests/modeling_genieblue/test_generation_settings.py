@@ -298,7 +298,7 @@ def test_a_given_base_keeps_its_settings_and_gives_them_to_images(pair):
     assert base.generation_config is own and own.to_dict() == before
     assert torch.equal(model.generate(TEXT), base.generate(TEXT))
     assert model.generate(SEEN, pixel_values=PIXELS).shape[1] == SEEN.shape[1] + 4
-    with pytest.raises(ValueError, match="`generation_config` is given beside a loaded base"):
+    with pytest.raises(ValueError, match="`generation_config` is given with a loaded base"):
         GenieBlueForConditionalGeneration.from_pretrained(pair, base_model=base, generation_config=GenerationConfig())
 
 

@@ -181,7 +181,7 @@ def test_unknown_options_are_not_swallowed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_8bit": True}, "`load_in_8bit` is not known: give `quantization_config`"),
+        ({"load_in_8bit": True}, "`load_in_8bit` is not supported: give `quantization_config`"),
         ({"config": LlamaConfig()}, "a LlamaConfig: expected a GenieBlueConfig"),
         ({"base_model": 5}, "base is 5: expected a loaded language model"),
         ({"base_model": tiny_base("llama").model}, "a LlamaModel: expected a loaded language model with its LM head"),

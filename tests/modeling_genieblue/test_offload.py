@@ -73,7 +73,7 @@ OFFLOADS = {
 def test_offload_of_a_loaded_model_is_refused_before_anything_changes(offload, tmp_path):
     model = tiny_genieblue()
     expected = model(prompt()).logits, model(REQUEST, pixel_values=PIXELS).logits
-    with pytest.raises(ValueError, match="accelerate cannot dispatch or offload a GenieBlue"):
+    with pytest.raises(ValueError, match="accelerate cannot dispatch or offload a loaded GenieBlue"):
         offload(model, tmp_path)
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     found = model(prompt()).logits, model(REQUEST, pixel_values=PIXELS).logits

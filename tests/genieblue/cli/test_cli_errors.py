@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
 @pytest.mark.parametrize("command", ["info", "verify", "chat"])
 def test_what_is_no_genieblue_is_told(work, command):
     options = ["-p", "hi"] if command == "chat" else []
-    assert "no folder" in error_of(command, work / "nothing", *options)
+    assert "not a " in error_of(command, work / "nothing", *options)
     (work / "empty").mkdir()
     assert "config.json" in error_of(command, "empty", *options)
 
@@ -56,7 +56,7 @@ def test_bad_images_are_told_before_anything_is_loaded(bad_images, name, message
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("genieblue", "genieblue is a GenieBlue already"),
+        ("genieblue", "genieblue is already a GenieBlue"),
         ("vision", "vision has model_type 'siglip_vision_model': expected a decoder-only language model"),
         ("nothing/here", "Give the folder or Hub id of the right base with --base."),
         ("other", "Give the folder or Hub id of the right base with --base."),

@@ -34,6 +34,6 @@ def test_a_changed_text_answer_is_not_called_unchanged():
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(OSError, match="mine.txt, which no demo made"):
+    with pytest.raises(OSError, match="mine.txt, which is not from a demo"):
         run_demo(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"

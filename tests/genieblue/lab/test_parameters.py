@@ -93,5 +93,5 @@ def test_a_wrong_name_is_refused_with_the_choices(arguments, choices):
 
 
 def test_a_rank_of_zero_is_refused():
-    with pytest.raises(ValueError, match="rank of 0"):
+    with pytest.raises(ValueError, match="rank is 0"):
         count_trainable("bluelm-3b", rank=0)

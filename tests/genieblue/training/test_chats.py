@@ -261,7 +261,7 @@ def test_long_chat_ends_with_the_last_answer_that_fits_as_a_whole(caplog):
     assert cut["input_ids"] == whole["input_ids"][: len(cut["input_ids"])] and len(cut["input_ids"]) < start
     assert [text for _, text in trained_runs(processor, cut)] == ["Two.</s>"]
     assert cut["num_tiles"].tolist() == [3, 1] and len(cut["pixel_values"]) == 4
-    assert "answers beyond are left out" in caplog.text
+    assert "lose their last answers" in caplog.text
 
 
 def test_first_answer_that_does_not_fit_with_its_end_token_is_refused():
@@ -295,7 +295,7 @@ def test_jsonl_is_read_by_line_with_image_paths_beside_it(tmp_path):
 BAD_LINES = {
     "no JSON": ('{"messages": [', "not valid JSON"),
     "not UTF-8": ("\udcff", "not valid JSON"),
-    "a list": ("[]", "expected JSONL, one object a line"),
+    "a list": ("[]", "expected JSONL, one object per line"),
     "no turns": ({"text": "Hello"}, "found the keys"),
     "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "the role is 'robot'"),
     "answer first": ({"messages": [{"role": "assistant", "content": "x"}]}, "the roles are assistant"),
@@ -306,10 +306,10 @@ BAD_LINES = {
     "image without placeholder": (good_line(images=["a.png"]), "0 placeholders"),
     "image part of an answer": (
         {"messages": [turn("user", "?"), turn("assistant", {"type": "image", "path": "a.png"}, "Look.")]},
-        "only the user shows images",
+        "expected images only in user turns",
     ),
     "more placeholders": (llava_line("<image><image>", image="a.png"), "2 placeholders.*for 1 images"),
-    "missing image": (llava_line("<image>", image="none.png"), "no image file"),
+    "missing image": (llava_line("<image>", image="none.png"), "the image file .* does not exist"),
     "address": (
         llava_line("<image>", image="https://us3r:pw@example.org/a.png?t=S"),
         "image https://example.org/a.png",
@@ -332,7 +332,7 @@ def test_bad_line_is_named_with_file_and_number(name, tmp_path, caplog):
     assert [chats.where(i) for i in range(len(chats))] == [f"{path}:1", f"{path}:4"]
     assert chats.num_skipped == 1
     assert any("chats.jsonl:3" in message for message in caplog.messages)
-    assert "1 of 3 samples are bad" in caplog.text
+    assert "Skipping 1 of 3 samples" in caplog.text
 
 
 @pytest.mark.parametrize("way", ["dots", "absolute", "link", "linked folder"])
@@ -350,7 +350,7 @@ def test_image_outside_of_the_folder_is_refused(way, tmp_path):
     }[way]
     chat = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]
     path = write_lines(folder / "chats.jsonl", good_line(), {"messages": chat, "images": [name]})
-    with pytest.raises(ValueError, match=r"chats.jsonl:2: the image .* lies outside of"):
+    with pytest.raises(ValueError, match=r"chats.jsonl:2: the image .* is outside"):
         ChatDataset(path)
     assert len(ChatDataset(path, image_folder=tmp_path, skip_bad=True)) == (2 if way == "absolute" else 1)
 
@@ -411,7 +411,7 @@ def test_a_chat_that_the_template_itself_refuses_is_a_bad_sample(tmp_path):
     processor = make_processor(template + make_processor().chat_template)
     long = {"messages": 2 * good_line()["messages"]}
     path = write_lines(tmp_path / "chats.jsonl", long, good_line())
-    with pytest.raises(ValueError, match="chats.jsonl:1: the chat template refuses it: two turns.*skip_bad"):
+    with pytest.raises(ValueError, match="chats.jsonl:1: the chat template rejects this chat: two turns.*skip_bad"):
         EncodedChats(ChatDataset(path), ChatCollator(processor))[0]
     rows = EncodedChats(ChatDataset(path, skip_bad=True), ChatCollator(processor))
     assert rows[0] == rows[1]
@@ -448,7 +448,7 @@ def test_samples_that_are_made_when_asked_for_are_not_made_before():
 
 
 def test_what_is_no_data_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         ChatDataset(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="was not saved by `datasets`: give a JSONL file"):
         data_source(tmp_path)

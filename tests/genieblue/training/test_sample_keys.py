@@ -114,7 +114,7 @@ def test_the_system_message_beside_the_turns_is_read(key):
     assert parsed.messages[0] == {"role": "system", "content": "Be brief."} and len(parsed.messages) == 3
     again = {"conversations": [{"from": "system", "value": "Be brief."}, *conversations], key: "Be brief."}
     assert parse_chat(again, "here", None).messages == parsed.messages
-    with pytest.raises(ValueError, match="is another one than the system message"):
+    with pytest.raises(ValueError, match="differs from the system message"):
         parse_chat(again | {key: "Be kind."}, "here", None)
 
 
@@ -157,8 +157,8 @@ OTHER_FORMS = {
     "a list on one line": (json.dumps([sample()]).encode(), "a JSON list"),
     "a list over several lines": (json.dumps([sample()], indent=2).encode(), "a JSON list"),
     "a list, one item a line": (("[\n" + LINES.strip().replace("\n", ",\n") + "\n]").encode(), "a JSON list"),
-    "one object over several lines": (json.dumps(sample(), indent=2).encode(), "one JSON document"),
-    "CSV": (b"question,answer\nWhat?,That.\n", "begins with 'question,answer'"),
+    "one object over several lines": (json.dumps(sample(), indent=2).encode(), "single JSON document"),
+    "CSV": (b"question,answer\nWhat?,That.\n", "starts with 'question,answer'"),
     "UTF-16": (LINES.encode("utf-16"), "UTF-16"),
     "UTF-16 without a mark": (LINES.encode("utf-16-le"), "UTF-16"),
     "gzip": (b"\x1f\x8b\x08\x00rest", "compressed with gzip"),
@@ -173,5 +173,5 @@ def test_a_file_of_another_form_is_refused_as_a_whole(name, tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_bytes(content)
     for skip_bad in (False, True):
-        with pytest.raises(ValueError, match=f"chats.jsonl is no JSONL, one object a line: it is .*{form}"):
+        with pytest.raises(ValueError, match=rf"chats.jsonl is not JSONL \(one object per line\): it is .*{form}"):
             ChatDataset(path, skip_bad=skip_bad)

@@ -55,7 +55,7 @@ def test_stage_one_trains_the_projector_on_single_tiles_and_nothing_else(base, t
         train(model, processor, make_data(), tmp_path / "out", make_settings(stage=1, epochs=1))
     assert changed_groups(model, before) == {"multi_modal_projector"}
     assert seen == [2, 2, 2, 2]  # eight samples with an image, one tile each
-    assert "3 of 11 samples have no image" in caplog.text
+    assert "Skipping 3 of 11 samples without an image" in caplog.text
 
 
 def test_stage_two_trains_all_that_is_added_and_no_byte_of_the_base(base, tmp_path):
@@ -290,7 +290,7 @@ def test_base_that_changes_during_training_is_noticed_and_nothing_is_saved(base,
         with torch.no_grad():
             model.language_model.get_input_embeddings().weight[5, 3] += 1e-6
 
-    with pytest.raises(ValueError, match="base was changed by training: model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match="Training changed the base: model.embed_tokens.weight"):
         train(
             model,
             processor,
@@ -318,7 +318,7 @@ def test_data_without_anything_to_learn_is_refused_with_the_reason(base, tmp_pat
     bad, no_image = chat("Hello", " "), chat("Hello", "No image.")
     for data, stage, reason in (
         ([], 1, "^The data is empty"),
-        (ChatDataset([bad, bad], skip_bad=True), 2, "^None of its 2 samples is a good one"),
+        (ChatDataset([bad, bad], skip_bad=True), 2, "^All 2 samples are bad"),
         ([no_image], 1, "^None of the 1 samples has an image.*or train stage 2"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -348,14 +348,16 @@ def test_a_template_that_breaks_in_a_worker_is_told_in_one_line(base, tmp_path):
     broken = "{% if 'What is' in messages[0]['content'] %}{{ '' + no_token }}{% endif %}"
     processor.tokenizer.chat_template = broken + processor.tokenizer.chat_template
     settings = make_settings(epochs=1, num_workers=1)
-    with pytest.raises(ValueError, match="^The model's chat template fails .*at sample .*correct the template.$"):
+    with pytest.raises(
+        ValueError, match="^The model's chat template fails .*for example for sample .*correct the template.$"
+    ):
         train(model, processor, make_data(), tmp_path / "out", settings)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"stage": 1, "steps": 2, "epochs": 1}, "give one of them"),
+        ({"stage": 1, "steps": 2, "epochs": 1}, "give only one of them"),
         ({"stage": 2, "batch_size": 0}, "`batch_size` is 0"),
         ({"stage": 2, "warmup_steps": -1}, "`warmup_steps` is -1"),
         ({"stage": 2, "seed": -1}, "`seed` is -1"),
@@ -407,7 +409,7 @@ def test_an_output_that_is_taken_is_refused_before_anything_is_trained(base, tmp
         path.write_text("mine")
     output = {"base": base, "data": tmp_path / "data", "file": tmp_path / "file"}[taken]
     before = values(model)
-    with pytest.raises((ValueError, OSError), match="give another folder|is, or lies in, a file"):
+    with pytest.raises((ValueError, OSError), match="give another folder|is a file or inside one"):
         train(model, processor, make_data(), output, make_settings(steps=1))
     assert changed_groups(model, before) == set()
     assert (tmp_path / "data" / "notes.txt").read_text() == "mine"

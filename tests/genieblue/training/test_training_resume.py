@@ -107,9 +107,9 @@ def test_new_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(base, tmp_p
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"learning_rate": 5e-4}, "learning_rate was 0.001, is 0.0005"),
-        ({"stage": 1}, "stage was 2, is 1"),
-        ({"epochs": 4}, "epochs was 3, is 4"),
+        ({"learning_rate": 5e-4}, "learning_rate was 0.001, now 0.0005"),
+        ({"stage": 1}, "stage was 2, now 1"),
+        ({"epochs": 4}, "epochs was 3, now 4"),
     ],
 )
 def test_checkpoint_of_a_run_with_other_settings_is_refused(options, reason, base, tmp_path):
@@ -185,7 +185,7 @@ def test_folder_that_is_no_complete_checkpoint_is_refused(base, tmp_path):
     checkpoint = tmp_path / "out-checkpoints" / "checkpoint-2"
     (checkpoint / "optimizer.pt").unlink()
     for path in (True, checkpoint, tmp_path / "none"):
-        with pytest.raises(ValueError, match="no complete checkpoint.*optimizer.pt"):
+        with pytest.raises(ValueError, match="not a complete checkpoint.*optimizer.pt"):
             start(base, tmp_path / "out", resume=path)
 
 
