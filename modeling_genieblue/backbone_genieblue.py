@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .compat_genieblue import take_cache
 from .view_routing_genieblue import MULTIMODAL, TEXT, check_inputs, merge_rows, split_rows, take_rows
 
 
@@ -41,7 +42,7 @@ class GenieBlueBackbone(nn.Module):
         It takes no cache. What comes before an image token carries no gradient: nothing in the vocabulary follows it.
         """
         model = self._genieblue
-        if kwargs.get("past_key_values") is not None:
+        if take_cache(kwargs) is not None:
             raise ValueError("`base_model` takes no `past_key_values`: run the model itself, or the whole text.")
         check_inputs(input_ids, pixel_values, num_tiles)
         inputs = {name: value for name, value in {"input_ids": input_ids, **kwargs}.items() if value is not None}
