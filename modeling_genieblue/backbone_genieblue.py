@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .compat_genieblue import take_cache
 from .view_routing_genieblue import MULTIMODAL, TEXT, check_inputs, merge_rows, split_rows, take_rows
 
 
@@ -37,7 +38,7 @@ class GenieBlueBackbone(nn.Module):
         No cache is supported. Positions before an image token carry no gradient, as their next id is no vocabulary id.
         """
         model = self._genieblue
-        if kwargs.get("past_key_values") is not None:
+        if take_cache(kwargs) is not None:
             raise ValueError(
                 "`base_model` does not support `past_key_values`: run the model itself, or the whole text."
             )

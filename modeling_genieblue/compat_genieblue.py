@@ -1,12 +1,19 @@
-"""Reports libraries that are too old in one sentence, before an import fails on something they lack.
+"""Differences between versions of libraries: versions that are too old, and the two names of a cache.
 
-An old version is recognised by features, never by its number, so that no newer version can be refused by mistake.
+A library that is too old is reported in one sentence, before an import fails on something it lacks. An old version is
+recognised by features, never by its number, so that no newer version can be refused by mistake.
+
+transformers 5.24 renamed the argument `past_key_values` to `cache`; remote code of a base keeps the old name.
 """
 
 import dataclasses
+import inspect
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import transformers
+
+CACHE_NAMES = ("past_key_values", "cache")
 
 
 def require_transformers() -> None:
@@ -47,4 +54,23 @@ def _too_old(library: str, needed: str, reason: str = "") -> ImportError:
     return ImportError(f"GenieBlue needs {library} {needed} or newer; {found}: pip install -U {library}", name=library)
 
 
-__all__ = ["require_peft", "require_transformers"]
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """The cache among the arguments of a call, under either name, which is taken out; `ValueError` for both."""
+    given = {name: arguments.pop(name) for name in CACHE_NAMES if name in arguments}
+    caches = [cache for cache in given.values() if cache is not None]
+    if len(caches) > 1:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
+    return caches[0] if caches else None
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which the forward of a model takes its cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def cache_field(kind: Any) -> str:
+    """The name of the cache in an output object, or in a class of them."""
+    return "cache" if hasattr(kind, "cache") else "past_key_values"
+
+
+__all__ = ["cache_argument", "cache_field", "require_peft", "require_transformers", "take_cache"]

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .compat_genieblue import cache_field, take_cache
 from .view_routing_genieblue import (
     MULTIMODAL,
     TEXT,
@@ -16,6 +18,8 @@ from .view_routing_genieblue import (
     take_rows,
 )
 
+# The name under which transformers' `generate` takes and hands on a cache.
+CACHE = cache_field(CausalLMOutputWithPast)
 # What of `generate` works from the prompt's ids, and the value with which it does nothing. Where embeddings are given,
 # as for a row with images, transformers ignores these or answers from the ids alone.
 WORKS_FROM_IDS = {
@@ -35,6 +39,7 @@ class GenieBlueGenerationMixin(GenerationMixin):
     language_model: Any
     multimodal_language_model: Any
     embed_request: Callable[[torch.Tensor, Any], torch.Tensor]
+    _cache_argument: str
     _route: Callable[..., list[bool]]
 
     @property
@@ -77,7 +82,9 @@ class GenieBlueGenerationMixin(GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         kwargs.pop("mm_token_type_ids", None)  # where the images are, which the ids say already
         check_inputs(input_ids, pixel_values, num_tiles)
-        is_multimodal = self._route(input_ids, kwargs.get("past_key_values"), view, pixel_values)
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
+        is_multimodal = self._route(input_ids, cache, view, pixel_values)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         elif misplaced := self.config._get_generation_parameters():
@@ -121,13 +128,13 @@ class GenieBlueGenerationMixin(GenerationMixin):
             return self.multimodal_language_model.generate(input_ids, **kwargs)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._inferred_attention_mask(input_ids, kwargs)
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(CACHE) is None:
             input_ids, kwargs["attention_mask"] = _padded_on_the_left(input_ids, kwargs["attention_mask"])
         prompt = self._ids_for_processors(input_ids)
         if kwargs.get("streamer") is not None:
             is_text = input_ids[0] != self.config.image_token_id  # a streamer takes one row
             kwargs["streamer"] = _StreamerOfText(kwargs["streamer"], input_ids[:, is_text])
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         cached_length = 0 if cache is None else int(cache.get_seq_length())
         inputs_embeds = self._embed_from(cached_length, input_ids, pixel_values)
         if cached_length:
@@ -168,8 +175,8 @@ class GenieBlueGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds[:, :-1],
             attention_mask=attention_mask[:, :-1],
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
 
     def _ids_for_processors(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -199,12 +206,12 @@ class GenieBlueGenerationMixin(GenerationMixin):
                     "A batch of texts and images is generated in two views, one after the other, which have no common "
                     f"scores, caches and rows: leave `{name}` out, or generate the two kinds of rows apart."
                 )
-        cache = as_mixed_cache(kwargs.pop("past_key_values", None), is_multimodal)
+        cache = as_mixed_cache(kwargs.pop(CACHE, None), is_multimodal)
         rows = split_rows(is_multimodal)
 
         def part(view: str) -> dict[str, Any]:
             taken = take_rows(kwargs, rows[view])
-            return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
+            return taken if cache[view] is None else {**taken, CACHE: cache[view]}
 
         text = self.language_model.generate(input_ids[rows[TEXT]], **part(TEXT))
         multimodal = self._multimodal_generate(input_ids[rows[MULTIMODAL]], pixel_values, **part(MULTIMODAL))

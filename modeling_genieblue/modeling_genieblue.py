@@ -28,6 +28,7 @@ from .as_built_genieblue import AsBuilt
 from .backbone_genieblue import GenieBlueBackbone
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
+from .compat_genieblue import cache_argument, cache_field, take_cache
 from .configuration_genieblue import (
     RUNTIME_SETTINGS,
     GenieBlueConfig,
@@ -243,6 +244,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             head.requires_grad_(False)  # it pools patches into one vector, which no image token is made of
         self._lora_config = lora_config
         self._as_built = AsBuilt(self.config, base)
+        self._cache_argument = cache_argument(base)
         self._embed_text = TextEmbedder(view)
 
     def save_pretrained(
@@ -364,6 +366,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         view: str | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """One pass; rows with image tokens run the multimodal view, other rows the base.
@@ -372,7 +375,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             input_ids: (batch, length), with `image_token_id` repeated for the tokens of each image.
             pixel_values: (num_tiles, 3, image_size, image_size), all tiles of all images in order.
             num_tiles: (num_images,) tiles by image, as the processor returns it; checked against `pixel_values`.
-            past_key_values: a cache of an earlier pass *in the same view*.
+            past_key_values, cache: a cache of an earlier pass *in the same view*; two names, of which one is given.
             labels: (batch, length); -100 is ignored.
             view: `"text"` or `"multimodal"` for all rows, instead of by row. In training everything is multimodal.
             kwargs: passed on to the language model.
@@ -380,11 +383,12 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         Raises `ValueError` when images, image tokens, view and cache do not belong together.
         """
         check_inputs(input_ids, pixel_values, num_tiles)
-        is_multimodal = self._route(input_ids, past_key_values, view, pixel_values)
+        cache = take_cache({"past_key_values": past_key_values, "cache": cache})
+        is_multimodal = self._route(input_ids, cache, view, pixel_values)
         kwargs.pop("mm_token_type_ids", None)  # where the images are, which the ids say already
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
+            self._cache_argument: cache, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if not any(is_multimodal):
@@ -417,20 +421,20 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         """Each part of a mixed batch in its own view, put back in order."""
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
-        cache = inputs.pop("past_key_values", None)
-        cache, rows = as_mixed_cache(cache, is_multimodal), split_rows(is_multimodal)
+        cache, rows = as_mixed_cache(take_cache(inputs), is_multimodal), split_rows(is_multimodal)
 
         def part(view: str) -> dict[str, Any]:
             taken = take_rows(inputs, rows[view])
-            return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
+            return taken if cache[view] is None else {**taken, self._cache_argument: cache[view]}
 
         text = self.language_model(**part(TEXT), return_dict=True)
         multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL))
-        cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
+        for view, outputs in ((TEXT, text), (MULTIMODAL, multimodal)):
+            cache[view] = getattr(outputs, cache_field(outputs))
         merged = merge_rows(text, multimodal, rows)
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(merged["logits"], labels, num_items_in_batch=num_items),
-            past_key_values=cache if cache[TEXT] is not None else None,  # pyright: ignore[reportArgumentType]
+            **{cache_field(CausalLMOutputWithPast): cache if cache[TEXT] is not None else None},
             **merged,
         )
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat_genieblue import CACHE_NAMES, cache_field
+
 TEXT, MULTIMODAL = "text", "multimodal"
 
 
@@ -58,12 +60,13 @@ def _mark(cache: Any) -> None:
 
 def mark_given_cache(_view: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the multimodal view: a cache that it is given carries the view's name from now on."""
-    _mark(kwargs.get("past_key_values"))
+    for name in CACHE_NAMES:
+        _mark(kwargs.get(name))
 
 
 def mark_returned_cache(_view: nn.Module, _args: tuple, outputs: Any) -> None:
     """Forward hook of the multimodal view: so does a cache that it returns, in an output object or in a tuple."""
-    for value in outputs if isinstance(outputs, tuple) else (getattr(outputs, "past_key_values", None),):
+    for value in outputs if isinstance(outputs, tuple) else (getattr(outputs, cache_field(outputs), None),):
         _mark(value)
 
 

@@ -9,6 +9,8 @@ from tiny_genieblue import IMAGE, left_pad, prompt, row, tiles, tiny_genieblue
 from tiny_models import PROMISED_FAMILIES, tiny_base
 from transformers import DynamicCache, StaticCache
 
+from modeling_genieblue.compat_genieblue import cache_field
+
 promised_family = pytest.mark.parametrize("family", PROMISED_FAMILIES)
 # Llama has the layout of most, sliding windows and Gemma-3 caches of their own, BlueLM its own code.
 telling_family = pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3_text", "bluelm"])
@@ -266,3 +268,34 @@ def test_error_names_both_views_and_the_way_out():
     with pytest.raises(ValueError) as error:
         model(SECOND_TURN, pixel_values=PIXELS[:1], past_key_values=cache)
     assert re.search("text view.*multimodal view.*without `past_key_values`", str(error.value))
+
+
+# Its two names: `cache` from transformers 5.24 on, `past_key_values` before
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@torch.no_grad()
+def test_a_cache_is_known_by_either_name(name):
+    model, later = tiny_genieblue(), prompt(4)
+    whole = model(torch.cat([IMAGE_ROW, later], dim=1), pixel_values=PIXELS[:1]).logits[:, -4:]
+
+    def cache():
+        outputs = model(IMAGE_ROW, pixel_values=PIXELS[:1], use_cache=True)
+        return getattr(outputs, cache_field(outputs))
+
+    close(model(later, **{name: cache()}).logits, whole)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="made by the multimodal view"):
+            call(later, view="text", **{name: cache()})
+    both = torch.cat([IMAGE_ROW, later], dim=1)
+    expected = greedy(model, both, pixel_values=PIXELS[:1])
+    assert torch.equal(greedy(model, both, pixel_values=PIXELS[:1], **{name: cache()}), expected)
+    with pytest.raises(ValueError, match="base_model"):
+        model.base_model(later, **{name: cache()})
+
+
+@torch.no_grad()
+def test_a_cache_under_both_names_is_refused():
+    model = tiny_genieblue()
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(IMAGE_ROW, pixel_values=PIXELS[:1], past_key_values=DynamicCache(), cache=DynamicCache())
