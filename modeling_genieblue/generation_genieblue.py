@@ -191,13 +191,9 @@ class GenieBlueGenerationMixin(GenerationMixin):
                 )
         cache = as_mixed_cache(kwargs.pop("past_key_values", None), is_multimodal)
         rows = split_rows(is_multimodal)
-
-        def part(view: str) -> dict[str, Any]:
-            taken = take_rows(kwargs, rows[view])
-            return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
-
-        text = self.language_model.generate(input_ids[rows[TEXT]], **part(TEXT))
-        multimodal = self._multimodal_generate(input_ids[rows[MULTIMODAL]], pixel_values, **part(MULTIMODAL))
+        inputs = {view: take_rows(kwargs, rows[view], cache[view]) for view in rows}
+        text = self.language_model.generate(input_ids[rows[TEXT]], **inputs[TEXT])
+        multimodal = self._multimodal_generate(input_ids[rows[MULTIMODAL]], pixel_values, **inputs[MULTIMODAL])
         pad = self._setting("pad_token_id", kwargs)
         if pad is None:
             eos = self._setting("eos_token_id", kwargs)

@@ -414,13 +414,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
         cache = inputs.pop("past_key_values", None)
         cache, rows = as_mixed_cache(cache, is_multimodal), split_rows(is_multimodal)
-
-        def part(view: str) -> dict[str, Any]:
-            taken = take_rows(inputs, rows[view])
-            return taken if cache[view] is None else {**taken, "past_key_values": cache[view]}
-
-        text = self.language_model(**part(TEXT), return_dict=True)
-        multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL))
+        text = self.language_model(**take_rows(inputs, rows[TEXT], cache[TEXT]), return_dict=True)
+        multimodal = self._multimodal_forward(pixel_values, take_rows(inputs, rows[MULTIMODAL], cache[MULTIMODAL]))
         cache[TEXT], cache[MULTIMODAL] = text.past_key_values, multimodal.past_key_values
         merged = merge_rows(text, multimodal, rows)
         return CausalLMOutputWithPast(
