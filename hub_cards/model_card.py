@@ -98,11 +98,9 @@ class ModelCardInfo:
 
 def render_model_card(info: ModelCardInfo) -> str:
     """Markdown of the card: YAML front matter for the Hub, then the body."""
-    body = (
-        card_environment()
-        .get_template("model_card_template.md")
-        .render(info=info, placement_words=PLACEMENT_WORDS, total=_total(info.parts), hub=HUB, base_parts=BASE_PARTS)
-    )
+    facts = {"info": info, "placement_words": PLACEMENT_WORDS, "hub": HUB, "base_parts": BASE_PARTS}
+    template = card_environment().get_template("model_card_template.md")
+    body = template.render(facts, total=sum(info.parts.values(), PartSize()))
     return assemble_card(_metadata(info), body)
 
 
@@ -329,10 +327,6 @@ def _as_list(value: Any) -> list[str]:
     if not value:
         return []
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
-
-
-def _total(parts: dict[str, PartSize]) -> PartSize:
-    return PartSize(sum(part.parameters for part in parts.values()), sum(part.bytes for part in parts.values()))
 
 
 def _digest(text: str) -> str:

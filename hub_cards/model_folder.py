@@ -1,6 +1,7 @@
 """Reads a saved GenieBlue's folder without loading the model: configuration, weight headers, sizes."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ NUMBERS_AT_A_TIME = 1 << 22
 class PartSize:
     """Parameters of one part of the model, and their bytes on disk."""
 
-    parameters: int
-    bytes: int
+    parameters: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "PartSize") -> "PartSize":
+        return PartSize(self.parameters + other.parameters, self.bytes + other.bytes)
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -84,10 +88,7 @@ def read_tensor_sizes(path: Path) -> dict[str, PartSize]:
     """
     try:
         tensors = parse_local_safetensors_file_metadata(path).tensors
-        sizes = {
-            name: PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
-            for name, tensor in tensors.items()
-        }
+        sizes = {name: stored_size(tensor) for name, tensor in tensors.items()}
     except (SafetensorsParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise OSError(f"{path} has no readable safetensors header ({error}): save or download it again.") from error
     with path.open("rb") as file:
@@ -99,6 +100,11 @@ def read_tensor_sizes(path: Path) -> dict[str, PartSize]:
             "damaged; save or download it again."
         )
     return sizes
+
+
+def stored_size(tensor: Any) -> PartSize:
+    """Size of a tensor as a safetensors header describes it."""
+    return PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
 
 
 def are_zero(path: Path, names: list[str]) -> bool:
@@ -154,23 +160,21 @@ def as_parameters(name: str, size: PartSize) -> PartSize:
     return size
 
 
+def sum_by_part(own: Iterable[dict[str, PartSize]], adapter: dict[str, PartSize]) -> dict[str, PartSize]:
+    """Parameters and bytes of each part, from the sizes of the tensors in the model's own files and in its adapter."""
+    named = [(name.split(".", 1)[0], size) for sizes in own for name, size in sizes.items()]
+    named = [(part, size) for part, size in named if part != "multimodal_language_model"]  # in a checkpoint: it again
+    named += [("lora" if ".lora_" in name else "replicated_blocks", size) for name, size in adapter.items()]
+    parts: dict[str, PartSize] = {}
+    for part, size in named:
+        parts[part] = parts.get(part, PartSize()) + size
+    return parts
+
+
 def count_parts(folder: Path) -> dict[str, PartSize]:
     """Parameters and bytes of each part in the folder, which does not include the base.
 
     Raises `OSError` for a missing or damaged weight file.
     """
-    parts: dict[str, PartSize] = {}
-    for file in own_weight_files(folder):
-        for name, size in parameter_sizes(folder / file).items():
-            if not name.startswith(
-                "multimodal_language_model."
-            ):  # in a training checkpoint, a second copy of the adapter
-                _add(parts, name.split(".", 1)[0], size)
-    for name, size in parameter_sizes(folder / adapter_weights(read_model_config(folder))).items():
-        _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
-    return parts
-
-
-def _add(parts: dict[str, PartSize], part: str, size: PartSize) -> None:
-    so_far = parts.get(part, PartSize(0, 0))
-    parts[part] = PartSize(so_far.parameters + size.parameters, so_far.bytes + size.bytes)
+    own = (parameter_sizes(folder / file) for file in own_weight_files(folder))
+    return sum_by_part(own, parameter_sizes(folder / adapter_weights(read_model_config(folder))))

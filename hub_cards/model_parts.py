@@ -15,6 +15,8 @@ from hub_cards.model_folder import (
     as_parameters,
     check_is_genieblue,
     parameter_sizes,
+    stored_size,
+    sum_by_part,
 )
 from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
@@ -84,15 +86,9 @@ def model_info(
         if not isinstance(config.get(name), kind | None):
             raise OSError(f"{config_path} has {config[name]!r} for {name}: it is damaged; fetch it again.")
 
+    own = map(files.tensor_sizes, files.weight_files())
     parts: dict[str, PartSize | None] = dict.fromkeys(PART_NAMES)
-    for file in files.weight_files():
-        for name, size in files.tensor_sizes(file).items():
-            if not name.startswith(
-                "multimodal_language_model."
-            ):  # in a training checkpoint, a second copy of the adapter
-                _add(parts, name.split(".", 1)[0], size)
-    for name, size in files.tensor_sizes(adapter_weights(config)).items():
-        _add(parts, "lora" if ".lora_" in name else "replicated_blocks", size)
+    parts |= sum_by_part(own, files.tensor_sizes(adapter_weights(config)))
     parts[LANGUAGE_MODEL] = _base_size(files, config, None if base is None else os.fspath(base))
     return ModelInfo(config, parts)
 
@@ -107,26 +103,14 @@ def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> Par
         name, revision, subfolder = files.name, files.hub.get("revision"), name[2:]
     elif base is None and name.startswith("."):  # relative to the model's own folder
         name = os.path.normpath(os.path.join(os.path.realpath(files.name), name))
-    parts: dict[str, PartSize | None] = {}
     try:
         hub = files.hub | {"revision": None if base is not None else revision}
         base_files = _Files(name, subfolder=subfolder, **hub)
-        for file in base_files.weight_files():
-            for size in base_files.tensor_sizes(file).values():
-                _add(parts, LANGUAGE_MODEL, size)
+        sizes = [size for file in base_files.weight_files() for size in base_files.tensor_sizes(file).values()]
     except (OSError, ValueError, EntryNotFoundError) as error:
         logger.warning("The base's size is unknown: %s", " ".join(str(error).split()))
         return None
-    return parts.get(LANGUAGE_MODEL)
-
-
-def _add(parts: dict[str, PartSize | None], part: str, size: PartSize) -> None:
-    so_far = parts.get(part) or PartSize(0, 0)
-    parts[part] = PartSize(so_far.parameters + size.parameters, so_far.bytes + size.bytes)
-
-
-def _stored_size(tensor: Any) -> PartSize:
-    return PartSize(tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
+    return sum(sizes, PartSize())
 
 
 class _Files(ModelFiles):
@@ -158,7 +142,7 @@ class _Files(ModelFiles):
             metadata = api.parse_safetensors_file_metadata(self.name, self.place(file), revision=revision)
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
-        return {name: as_parameters(name, _stored_size(tensor)) for name, tensor in metadata.tensors.items()}
+        return {name: as_parameters(name, stored_size(tensor)) for name, tensor in metadata.tensors.items()}
 
 
 __all__ = ["ModelInfo", "model_info"]

@@ -48,6 +48,7 @@ from modeling_genieblue.model_files_genieblue import (
     is_inner_folder,
     read_json,
     read_weight_map,
+    some,
 )
 
 logger = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
             found |= dict.fromkeys(read_tensor_sizes(folder / file), file)
         if files != [WEIGHTS_NAME] and (weight_map := read_weight_map(folder / INDEX_NAME)) != found:
             differing = sorted({name for name, _ in set(weight_map.items()) ^ set(found.items())})
-            yield f"{INDEX_NAME} and the shards disagree about {_some(differing)}: save the model again."
+            yield f"{INDEX_NAME} and the shards disagree about {some(differing)}: save the model again."
     except (OSError, ValueError) as error:
         yield str(error)
         return
@@ -258,7 +259,7 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     foreign = sorted(name for name in found if name.split(".", 1)[0] not in OWN_MODULES)
     if foreign:
         yield (
-            f"The weights contain {_some(foreign)}, expected only {' and '.join(OWN_MODULES)}: the base's weights "
+            f"The weights contain {some(foreign)}, expected only {' and '.join(OWN_MODULES)}: the base's weights "
             "are never published; save the model with `save_pretrained`, which leaves them out."
         )
     missing = [module for module in OWN_MODULES if not any(name.startswith(f"{module}.") for name in found)]
@@ -267,7 +268,7 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _not_finite_problem(names: list[str]) -> str:
-    return f"NaN or infinity in {_some(names)}: the model is unusable; train or save it again."
+    return f"NaN or infinity in {some(names)}: the model is unusable; train or save it again."
 
 
 def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
@@ -317,7 +318,3 @@ def _processor_problems(folder: Path) -> Iterator[str]:
         yield f"The processor is missing ({' or '.join(PROCESSOR_CONFIGS)}): save the model with its processor."
     if "tokenizer_config.json" not in names or not any(matches(name, VOCABULARIES) for name in names):
         yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): save the model with its processor."
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -40,7 +40,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "repo_name": repo_name,
         "base_link": f"[`{origin['name']}`]({HUB}/{origin['name']})" if on_hub else f"`{origin['name']}`",
         "precisions": {title: settings[part] for part, title in BASE_PARTS.items()},
-        "size": PartSize(sum(size.parameters for size in sizes), sum(size.bytes for size in sizes)),
+        "size": sum(sizes, PartSize()),
         "rounding": settings["rounding"],
         "activations": settings["activations"],
         "other_precision": settings["other_precision"],

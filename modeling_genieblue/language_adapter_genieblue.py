@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME
+from .model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME, some
 
 try:
     from peft import LoraConfig, TaskType
@@ -206,15 +206,11 @@ def tensors_of_other_kinds(file: safe_open, names: Iterable[str]) -> list[str]:
 
 
 def _key_problems(expected: set[str], found: set[str]) -> list[str]:
-    def listed(names: set[str]) -> str:
-        shown = sorted(names)[:3]
-        return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
-
     problems = []
     if missing := expected - found:
-        problems.append(f"{len(missing)} tensors are missing ({listed(missing)})")
+        problems.append(f"{len(missing)} tensors are missing ({some(sorted(missing))})")
     if extra := found - expected:
-        problems.append(f"{len(extra)} tensors are not expected ({listed(extra)})")
+        problems.append(f"{len(extra)} tensors are not expected ({some(sorted(extra))})")
     return problems
 
 

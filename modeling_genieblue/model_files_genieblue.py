@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -127,10 +127,6 @@ class ModelFiles:
         """Path of a file that is on this computer."""
         return self.find(file, local_files_only=True)
 
-    def download(self, pattern: str) -> Path:
-        """The folder, with the files of the repository that fit a pattern, and whatever else is there."""
-        return self.folder or Path(snapshot_download(self.name, allow_patterns=pattern, **self.hub))
-
 
 # What they hold
 
@@ -230,6 +226,11 @@ def _sibling_imports(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
     return [f"{node.module.split('.')[0]}.py" for node in imports if node.module]
+
+
+def some(names: Sequence[str], count: int = 3) -> str:
+    """The first few of a list of names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 # sha256

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .language_adapter_genieblue import is_adapter_name
+from .model_files_genieblue import some
 
 # Trees of modules that hold the base's weights.
 BASE_TREES = ("language_model.", "multimodal_language_model.")
@@ -31,11 +32,7 @@ def check_own_state(model: nn.Module, state: Mapping[str, torch.Tensor], prefix:
     foreign = [name for name in state if name.startswith(trees) and name not in expected]
     reshaped = [name for name in expected if name in state and state[name].shape != expected[name].shape]
     kinds = {"missing": missing, "of the base or of another adapter": foreign, "of another shape": reshaped}
-    problems = [
-        f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for kind, names in kinds.items()
-        if names
-    ]
+    problems = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(
             f"This state dict is not a whole one of this GenieBlue: {'; '.join(problems)}. Expected the "

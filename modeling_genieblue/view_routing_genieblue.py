@@ -169,11 +169,8 @@ BATCHED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "toke
 
 def split_rows(is_multimodal: list[bool]) -> dict[str, list[int]]:
     """The rows of each view in a mixed batch."""
-    rows = range(len(is_multimodal))
-    return {
-        TEXT: [row for row in rows if not is_multimodal[row]],
-        MULTIMODAL: [row for row in rows if is_multimodal[row]],
-    }
+    views = {TEXT: False, MULTIMODAL: True}
+    return {view: [row for row, sees in enumerate(is_multimodal) if sees == seeing] for view, seeing in views.items()}
 
 
 def take_rows(arguments: dict[str, Any], rows: list[int]) -> dict[str, Any]:

@@ -51,11 +51,6 @@ def fail_on(problems: Iterable[str]) -> None:
         raise CheckFailed("; ".join(problems[:4]) + rest)
 
 
-def some(names: list[str]) -> str:
-    """The first three of a list of names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def logits_of(model: nn.Module, input_ids: torch.Tensor, *, gradients: bool = False, **inputs: Any) -> torch.Tensor:
     """Logits (batch, length, vocabulary) of one pass without a cache; with `gradients`, computed as in training."""
     with torch.set_grad_enabled(gradients):
@@ -190,4 +185,4 @@ def _comparable(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple | set) else value
 
 
-__all__ = ["CheckFailed", "SavedModel", "fail_on", "logits_of", "some"]
+__all__ = ["CheckFailed", "SavedModel", "fail_on", "logits_of"]

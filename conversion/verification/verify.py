@@ -21,7 +21,7 @@ from torch import nn
 import modeling_genieblue
 from conversion.verification import clean_process
 from conversion.verification.answer_boundaries import check_answer_boundaries
-from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of, some
+from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of
 from conversion.verification.verify_quantized import check_quantization, check_quantized_adapter, may_run_code_of_base
 from hub_cards.model_folder import not_finite, own_weight_files, read_model_config, read_tensor_sizes
 from modeling_genieblue import GenieBlueProcessor
@@ -38,6 +38,7 @@ from modeling_genieblue.model_files_genieblue import (
     file_sha256,
     is_inner_folder,
     read_json,
+    some,
     weight_files,
 )
 from modeling_genieblue.quantized_parts_genieblue import quantized_values

@@ -22,7 +22,7 @@ from conversion.quantization.precision import (
     plan_own_parts,
 )
 from conversion.quantization.rounding import TOP_CODE
-from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, some
+from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on
 from hub_cards.model_folder import read_tensor_sizes
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, make_lora_config
@@ -36,6 +36,7 @@ from modeling_genieblue.model_files_genieblue import (
     WEIGHTS_NAME,
     is_hub_id,
     read_json,
+    some,
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
 from modeling_genieblue.quantized_linears_genieblue import is_frozen

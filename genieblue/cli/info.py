@@ -24,7 +24,7 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
         f"alpha {config.get('lora_alpha')}; {config.get('image_seq_length')} tokens per tile\n"
     )
     own = [size for name, size in found.parts.items() if size is not None and name != LANGUAGE_MODEL]
-    total = PartSize(sum(size.parameters for size in own), sum(size.bytes for size in own))
+    total = sum(own, PartSize())
     rows = [
         (name, found.precisions.get(name, ""), *(("unknown", "") if size is None else
                                                  (f"{size.parameters:,}", short_bytes(size.bytes))))

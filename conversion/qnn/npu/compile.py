@@ -6,37 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
 
 import conversion
-from conversion.qnn.graphs.names import UNFINISHED
 from conversion.qnn.npu.compile_worker import FAILED
 from conversion.qnn.npu.sessions import CompileError
 from conversion.qnn.npu.soc import Soc
+from conversion.staging import NewFolder
 
 logger = logging.getLogger(__name__)
 ENVIRONMENT_BYTES = 4096
 NOT_WRITTEN = "Failed to write context cache file"  # the compiler's words
-
-
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A folder to build in, which becomes `target` when nothing went wrong; leftovers of a killed run are cleared."""
-    if target.exists():
-        raise FileExistsError(f"{target} exists already: remove it, or give another folder.")
-    staging = target.with_name(target.name + UNFINISHED)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        os.rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: str) -> None:
@@ -55,13 +39,15 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
         _check_fixed_shapes(name, graph)
         needed |= {entry.value for tensor in graph.initializer for entry in tensor.external_data
                    if entry.key == "location"}  # fmt: skip
+    if output.exists():
+        raise FileExistsError(f"{output} exists already: remove it, or give another folder.")
     sources = {path.resolve().parent for path in graphs.values()}
     if len(sources) != 1:
         raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")
     source = sources.pop()
     # The length of this folder's path decides where things lie in the compiler's memory, and so some of its choices;
     # that is why it is not beside the output.
-    with staged_folder(output) as folder, TemporaryDirectory(prefix="qnn-") as work:
+    with NewFolder(output, "compiling") as new, TemporaryDirectory(prefix="qnn-") as work:
         for name in sorted(needed):
             _link_or_copy(source / name, Path(work) / name)
         job = {"graphs": {name: path.name for name, path in graphs.items()}, "soc": soc.name}
@@ -84,9 +70,10 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
                 )
             raise CompileError(reason)
         for path in Path(work).iterdir():
-            shutil.move(path, folder / path.name)
+            shutil.move(path, new.staging / path.name)
         logger.info("Compiled %s for %s.", ", ".join(graphs), soc.name)
-        _check_contexts(folder, list(graphs), binary)
+        _check_contexts(new.staging, list(graphs), binary)
+        new.put_in_place()
 
 
 def _worker_environment() -> dict[str, str]:
