@@ -286,7 +286,7 @@ class _Quantizer:
 
 
 def apply_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> None:
-    """Replaces the matrices of a float graph by their rounded values: only activations still differ from the QDQ graph."""
+    """Replaces the matrices of a float graph by their rounded values, so that only activations differ from QDQ."""
     for tensor in model.graph.initializer:
         if tensor.name in codes:
             tensor.CopyFrom(numpy_helper.from_array(codes[tensor.name].decode().astype(np.float32), tensor.name))

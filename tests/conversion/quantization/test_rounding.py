@@ -242,7 +242,7 @@ def test_weights_that_are_not_finite_are_refused(method, value):
     ("arguments", "message"),
     [
         ({"bits": 3}, "to 3 bits"),
-        ({"method": "awq"}, "'awq' is not known: use one of rtn, hqq, gptq"),
+        ({"method": "awq"}, "Unknown rounding method 'awq': use one of rtn, hqq, gptq"),
         ({"group_size": 5}, "Groups of 5 do not divide 16 input features"),
         ({"bits": 8, "group_size": 8}, "one scale per row"),
         ({"bits": 8, "group_size": 16, "method": "hqq"}, "use rtn or gptq"),
