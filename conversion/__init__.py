@@ -1,1 +1,1 @@
-"""One artifact in, another out: a new GenieBlue from a base and a SigLIP; proof that a saved one is right."""
+"""Converts models: creates, verifies, quantizes and exports a GenieBlue."""

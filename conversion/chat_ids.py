@@ -1,4 +1,4 @@
-"""Token ids of a chat, the same in training as at inference: prompts, answers, and the token that ends each answer."""
+"""Token ids of a chat, identical in training and inference: prompts, answers, and the stop token of each answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,24 +7,23 @@ from typing import Any
 from modeling_genieblue.chat_messages_genieblue import image_sources, with_string_contents
 
 IGNORED = -100
-PROBE = "Seven is the answer"  # stands for an answer when a template is asked what it writes around one
+PROBE = "Seven is the answer"  # a sample answer, to find out what a template writes around answers
 NO_STOP_TOKEN = (
-    "Generation of this base stops at no token (`eos_token_id` of its generation_config.json is not set), so no "
-    "answer would ever end: set `model.generation_config.eos_token_id` to the token that ends a turn, or name it in "
-    "the base's generation_config.json."
+    "Generation with this base never stops, because `eos_token_id` is not set in its generation_config.json: set it "
+    "there, or in `model.generation_config`, to the token that ends a turn."
 )
 
 
 @dataclass
 class ChatRow:
-    """One row of training: ids, and labels that are `IGNORED` outside of the answers."""
+    """One training row: ids, and labels that are `IGNORED` outside the answers."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
 
 def stop_token_ids(generation_config: Any) -> tuple[int, ...]:
-    """The ids at which `generate` ends an answer; none if it never does."""
+    """The ids that stop `generate`; empty if there are none."""
     eos = getattr(generation_config, "eos_token_id", None)
     if eos is None:
         return ()
@@ -35,16 +34,15 @@ def stop_token_ids(generation_config: Any) -> tuple[int, ...]:
 def chat_rows(
     processor: Any, messages: list[dict[str, Any]], num_tiles: Sequence[int], stop_ids: Sequence[int]
 ) -> list[ChatRow]:
-    """The rows that teach the answers of a chat, whose images have `num_tiles` tiles each.
+    """The training rows for the answers of a chat, whose images have `num_tiles` tiles each.
 
-    Each answer lies behind the very ids that its prompt has at inference, is tokenized as what follows them, and ends
-    with one of `stop_ids`. Answers share a row for as long as the prompt of the next one begins with the row so far;
-    a template that writes earlier turns in another way (without their thoughts, say), or a stop token that is no part
-    of it, makes a row of its own for each answer.
+    Each answer follows exactly the ids that its prompt has at inference, is tokenized as their continuation, and ends
+    with one of `stop_ids`. Answers share a row as long as the row so far is a prefix of the next prompt. Otherwise,
+    for example if a template drops the thoughts of earlier turns or does not write the stop token, each answer gets
+    its own row.
 
-    Raises `ValueError` for a template that writes another text than the answer, or whose prompt is not how the
-    conversation with the answer begins, for an answer in which generation would stop before its end, and if
-    generation never stops.
+    Raises `ValueError` for a template that changes the answer or whose prompt is not a prefix of the conversation, for
+    an answer that contains a stop token, and if generation never stops.
     """
     if not stop_ids:
         raise ValueError(NO_STOP_TOKEN)
@@ -65,7 +63,7 @@ def chat_rows(
 def answer_ids(
     processor: Any, messages: list[dict[str, Any]], num_tiles: Sequence[int], stop_ids: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Ids of the prompt of a chat's last message, an answer, and those that `generate` is to add to it."""
+    """Ids of the prompt for a chat's last message (an answer), and the ids that `generate` should add."""
     *turns, last = messages
     prompt = render(processor, turns, prompt=True)
     _, after = answer_frame(processor, turns)
@@ -73,46 +71,45 @@ def answer_ids(
     given = with_string_contents([last], iter(()))[0]["content"]
     if _squeezed(given) not in _squeezed(body):
         raise ValueError(
-            f"the chat template leaves out or rewrites a part of the answer: it writes {_shown(body)} for "
-            f"{_shown(given)}, so something else would be trained than the sample says. Reword the answer, or use "
-            "another `chat_template`."
+            f"the chat template drops or rewrites part of the answer: it writes {_shown(body)} for {_shown(given)}. "
+            "Reword the answer, or use another `chat_template`."
         )
     prompt_ids = _prompt_ids(processor, turns, prompt, num_tiles)
     ids = _following(processor, num_tiles, prompt, prompt_ids, body)
     if early := [token for token in ids if token in stop_ids]:
         raise ValueError(
-            f"the answer holds {processor.tokenizer.decode(early[:1])!r}, at which generation stops, so its rest "
+            f"the answer contains {processor.tokenizer.decode(early[:1])!r}, at which generation stops, so the rest "
             "would never be generated: reword the answer."
         )
     return prompt_ids, ids + _end_ids(processor, num_tiles, prompt + body, prompt_ids + ids, after, stop_ids)
 
 
 def answer_frame(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """What the chat template writes between the prompt of an answer to `messages` and that answer, and behind it.
+    """The text that the chat template writes between a prompt and an answer to `messages`, and after the answer.
 
-    Raises `ValueError` if the prompt is not how the conversation with the answer begins.
+    Raises `ValueError` if the prompt is not a prefix of the conversation with the answer.
     """
     prompt = render(processor, messages, prompt=True)
     text = render(processor, [*messages, {"role": "assistant", "content": PROBE}], prompt=False)
     before, answer, after = text[len(prompt) :].partition(PROBE)
     if not text.startswith(prompt) or not answer:
         raise ValueError(
-            "the chat template is not prefix-stable: the prompt of an answer (`add_generation_prompt=True`), which "
-            f"ends in {prompt[-60:]!r}, is not how the conversation with that answer begins, so what would be trained "
-            "is not what is generated. Use another `chat_template`."
+            "the chat template is not prefix-stable: the prompt for an answer (`add_generation_prompt=True`), which "
+            f"ends in {prompt[-60:]!r}, is not a prefix of the conversation with that answer, so training would not "
+            "match generation. Use another `chat_template`."
         )
     return before, after
 
 
 def answer_text(processor: Any, messages: list[dict[str, Any]], generated_ids: list[int]) -> str:
-    """The answer to `messages` in generated ids, without what the template itself writes around an answer.
+    """The answer to `messages` in generated ids, without the text that the template writes around answers.
 
-    A trained answer is generated with it. It would be written twice once the conversation goes on.
+    The model generates that text too, and the template would add it again in the next turn.
     """
     text = processor.tokenizer.decode(generated_ids, skip_special_tokens=True)
     try:
         before, after = answer_frame(processor, messages)
-    except ValueError:  # no model can be trained with such a template: this one was made with another
+    except ValueError:  # training refuses such a template, so this model was made with another
         return text
     before, after = (_as_generated(processor.tokenizer, piece) for piece in (before, after.rstrip()))
     return text.removeprefix(before).removesuffix(after)
@@ -124,7 +121,7 @@ def _as_generated(tokenizer: Any, text: str) -> str:
 
 
 def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool) -> str:
-    """The text of a chat as the processor formats it, up to where an answer begins if it is to be a `prompt`."""
+    """The chat as formatted by the processor; as a `prompt`, up to the start of the next answer."""
     return processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
 
 
@@ -135,11 +132,11 @@ def _prompt_ids(processor: Any, messages: list[dict[str, Any]], text: str, num_t
 
 
 def _body(completion: str, after: str) -> str:
-    """What is to be generated up to the template's end: the answer, with what the template writes before it."""
+    """The text to generate before the template's end of turn: the answer, and what the template writes before it."""
     if not completion.endswith(after):
         raise ValueError(
-            f"the chat template ends this answer otherwise than others: it writes {_shown(completion)}, which should "
-            f"end in {after!r}. Use another `chat_template`."
+            f"the chat template ends this answer differently from others: it writes {_shown(completion)}, which "
+            f"should end in {after!r}. Use another `chat_template`."
         )
     return completion.removesuffix(after)
 
@@ -147,9 +144,9 @@ def _body(completion: str, after: str) -> str:
 def _end_ids(
     processor: Any, num_tiles: Sequence[int], text: str, ids: list[int], after: str, stop_ids: Sequence[int]
 ) -> list[int]:
-    """Ids of the template's end of a turn, up to the token at which generation stops; that token, if it has none.
+    """Ids of the template's end of turn, up to and including a stop token, which is added if there is none.
 
-    Templates go on with a newline behind it, which is never generated.
+    Templates often write a newline after it, which is never generated.
     """
     end = _following(processor, num_tiles, text, ids, after)
     for index, token in enumerate(end):
@@ -161,21 +158,21 @@ def _end_ids(
 
 
 def _following(processor: Any, num_tiles: Sequence[int], text: str, ids: list[int], piece: str) -> list[int]:
-    """Ids of `piece` behind a text with these `ids`: in one go with it, unless that changes the ids of the text.
+    """Ids of `piece` after a text with these `ids`: tokenized together, unless that changes the ids of the text.
 
-    A newline at the beginning of an answer, say, may become one token with that at the end of its prompt.
+    For example, a newline at the start of an answer may merge with one at the end of its prompt.
     """
     whole = processor.encode_with_images(text + piece, num_tiles, add_special_tokens=False)
     return whole[len(ids) :] if whole[: len(ids)] == ids else _apart(processor.tokenizer, piece)
 
 
 def _apart(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text as it follows another one: without the space that some tokenizers put before a beginning."""
+    """Ids of a text in the middle of another: without the space that some tokenizers add at the start."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    if encode("a a") == encode("a") * 2:  # the beginning got such a space
+    if encode("a a") == encode("a") * 2:  # the tokenizer adds such a space
         for anchor in ("\n", ":", "."):
             whole, start = encode(anchor + text), encode(anchor)
             if whole[: len(start)] == start:
@@ -184,7 +181,7 @@ def _apart(tokenizer: Any, text: str) -> list[int]:
 
 
 def _squeezed(text: str) -> str:
-    """A text without white space, which templates trim."""
+    """A text without whitespace, which templates trim."""
     return "".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""A new GenieBlue to train: a base LLM and a SigLIP in, a complete folder out."""
+"""Creates the folder of a new GenieBlue from a base LLM and a SigLIP."""
 
 import logging
 import os
@@ -39,9 +39,9 @@ from modeling_genieblue.model_files_genieblue import (
 
 logger = logging.getLogger(__name__)
 
-# A whole SigLIP, image and text, or its image half alone.
+# A complete SigLIP (image and text), or only its vision half.
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
-# Weights of another shape are refused by name, too, and not by transformers' RuntimeError.
+# Report weights of the wrong shape by name, instead of with transformers' RuntimeError.
 WEIGHT_OPTIONS = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
@@ -65,21 +65,21 @@ def create_genieblue(
     local_files_only: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Writes an untrained GenieBlue, whose two views agree, into the folder `output`; returns that folder.
+    """Writes an untrained GenieBlue, whose two views give equal results, to the folder `output` and returns it.
 
     Args:
         base: folder or Hub id of a decoder with at least four blocks. A Hub id is recorded with its commit, a folder
             by its path relative to `output`.
-        vision: folder or Hub id of a SigLIP: the whole model or its vision half.
-        placement: which quarter of the blocks is copied: `skip`, `pre` or `post`.
-        max_tiles: square number; an image is cut into at most this many tiles, and a thumbnail.
+        vision: folder or Hub id of a SigLIP: the complete model or its vision half.
+        placement: which quarter of the blocks is replicated: `skip`, `pre` or `post`.
+        max_tiles: square number; an image is cut into at most this many tiles, plus a thumbnail.
         chat_template: Jinja text for a base whose tokenizer has none.
-        dtype: `"auto"` is the base's own; the vision tower gets the same.
-        trust_remote_code: allows code of the base's repository to run.
-        overwrite: allows `output` to be an existing GenieBlue. Files in it that are of other origin stay.
+        dtype: `"auto"` is the base's dtype; the vision tower gets the same.
+        trust_remote_code: allows code from the base's repository to run.
+        overwrite: allows `output` to be an existing GenieBlue; other files in it are kept.
 
-    Raises `ValueError` or `OSError`, before any weights are read, for an output that is taken, a base or vision model
-    of the wrong kind, a chat template that fails, and settings out of range. Only safetensors files are read.
+    Raises `ValueError` or `OSError`, before reading any weights, for an existing output, a base or vision model of the
+    wrong kind, a failing chat template, and settings out of range. Only safetensors files are read.
     """
     base, vision, output = os.fspath(base), os.fspath(vision), Path(output)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -112,16 +112,16 @@ def create_genieblue(
         max_tiles=max_tiles,
         chat_template=chat_template,
     )
-    _tell_how_answers_end(processor, model.generation_config)
+    _report_stop_tokens(processor, model.generation_config)
     model.save_pretrained(output, processor=processor)
     foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER)
     if foreign:
-        logger.warning("%s still holds %s, which are not part of the new model.", output, ", ".join(foreign))
+        logger.warning("%s still contains %s, which are not part of the new model.", output, ", ".join(foreign))
     return output
 
 
-def _tell_how_answers_end(processor: GenieBlueProcessor, generation_config: GenerationConfig) -> None:
-    """Warns of a base whose generation would not end with the turns of its chat template, or never."""
+def _report_stop_tokens(processor: GenieBlueProcessor, generation_config: GenerationConfig) -> None:
+    """Warns if the base's generation never stops, or not at the end of its chat template's turns."""
     stop_ids = stop_token_ids(generation_config)
     if processor.chat_template is None:
         return
@@ -137,8 +137,8 @@ def _tell_how_answers_end(processor: GenieBlueProcessor, generation_config: Gene
         return
     if not set(processor.tokenizer(after, add_special_tokens=False)["input_ids"]) & set(stop_ids):
         logger.warning(
-            "Generation stops at %s, but the chat template ends an answer with %r. Trained answers end with both; "
-            "those of the base itself, to texts alone, go on behind it, as they always did.",
+            "Generation stops at %s, but the chat template ends an answer with %r. Trained answers end with both; the "
+            "base's own answers to text continue past the template's end, as before.",
             stops,
             after.rstrip(),
         )
@@ -149,7 +149,7 @@ def _tell_how_answers_end(processor: GenieBlueProcessor, generation_config: Gene
 def _check_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> None:
     for source in sources:
         if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output):
-            raise ValueError(f"{output} is where {source} lies, which is only read: give another output folder.")
+            raise ValueError(f"{output} contains the input {source}: give another output folder.")
     if output.exists() and not output.is_dir():
         raise OSError(f"{output} is a file: give a folder that is new or empty.")
     if not output.is_dir() or not any(output.iterdir()):
@@ -158,20 +158,22 @@ def _check_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> No
         raise OSError(f"{output} is not empty: give a new folder, or pass overwrite (--overwrite) to replace it.")
     config = output / CONFIG_NAME
     if not config.is_file() or '"genieblue"' not in config.read_text(encoding="utf-8", errors="replace"):
-        raise OSError(f"{output} holds something else than a GenieBlue, which is not overwritten: give a new folder.")
+        raise OSError(
+            f"{output} contains something other than a GenieBlue, which is never overwritten: give a new folder."
+        )
 
 
 def _check_settings(lora_rank: int, lora_alpha: int, max_tiles: int) -> None:
     if lora_rank < 1 or lora_alpha < 1:
-        raise ValueError(f"LoRA rank {lora_rank} and alpha {lora_alpha} were asked for: both must be 1 or more.")
-    GenieBlueImageProcessor(max_tiles=max_tiles)  # refuses a number that is not a square
+        raise ValueError(f"Got LoRA rank {lora_rank} and alpha {lora_alpha}: expected at least 1 for both.")
+    GenieBlueImageProcessor(max_tiles=max_tiles)  # raises unless it is a square number
 
 
 def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, chat_template: str | None) -> None:
-    """`ValueError` for a template that fails, or that would take the place of the base's own."""
+    """`ValueError` for a template that fails, or that would replace the base's own."""
     if chat_template is not None and tokenizer.chat_template is not None:
         raise ValueError(
-            f"The tokenizer of {base} has a chat template of its own, which a GenieBlue keeps: leave yours out."
+            f"The tokenizer of {base} already has a chat template, which a GenieBlue keeps: leave out yours."
         )
     if chat_template is not None:
         check_chat_template(tokenizer, chat_template, "The given chat template (--chat-template)")
@@ -179,14 +181,14 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, chat_tem
         check_chat_template(tokenizer, None, f"The chat template of {base}")
     else:
         logger.warning(
-            "%s has no chat template, without which it can neither be trained on chats nor chat: give one now, with "
-            "`chat_template` (--chat-template FILE).",
+            "%s has no chat template, so it can neither chat nor be trained on chats: give one with `chat_template` "
+            "(--chat-template FILE).",
             base,
         )
 
 
 def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
-    """`from_pretrained(name, …)`, its errors naming what was being loaded."""
+    """`from_pretrained(name, …)`, with errors that name what was being loaded."""
     refuse_address(name, f"The {what}")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
@@ -194,12 +196,12 @@ def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
     except SafetensorError as error:
         raise OSError(f"The weights of {name} cannot be read ({error}): fetch or save them again.") from error
     except ImportError as error:
-        raise OSError(f"The {what} {name} needs a library that is not installed: {error}") from error
+        raise OSError(f"The {what} {name} needs a package that is not installed: {error}") from error
     except (OSError, ValueError, HFValidationError) as error:
         check_folder_or_id(name, f"The {what} ")
         if "trust_remote_code" in str(error) and not kwargs.get("trust_remote_code"):
             raise ValueError(
-                f"The {what} {name} needs Python code of its own repository. Read that code and, if you trust it, "
+                f"The {what} {name} needs Python code from its repository. Read that code and, if you trust it, "
                 "allow it with trust_remote_code (--trust-remote-code)."
             ) from error
         kind = ValueError if isinstance(error, ValueError) else OSError
@@ -207,18 +209,18 @@ def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
 
 
 def _check_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> None:
-    """`ValueError` for weights that are integers in their file, which transformers casts, or hold NaN or infinity."""
+    """`ValueError` for weights stored as integers, which transformers would cast, or that contain NaN or infinity."""
     parameters = dict(model.named_parameters())
     problems = []
     for path in weight_files(ModelFiles(name, **hub).cached).values():
         with safe_open(path, framework="pt") as file:
-            # Masks and positions may lie there too, as integers. Names may begin with one module more than here.
+            # The file may also contain integer masks and positions. Its names may have one more module as a prefix.
             weights = [key for key in file.keys() if key in parameters or key.partition(".")[2] in parameters]
             problems += tensors_of_other_kinds(file, weights)
     problems = problems or [
-        f"{key} holds NaN or infinity"
+        f"{key} contains NaN or infinity"
         for key, parameter in parameters.items()
-        # The bounds are NaN if any number is, and need no second tensor.
+        # The bounds are NaN if any value is, and need no second tensor.
         if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax())
     ]
     if problems:
@@ -229,27 +231,27 @@ def _check_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> 
 
 
 def _check_base_config(base: str, placement: str, *, trust_remote_code: bool, **hub: Any) -> None:
-    """`ValueError` for a base that cannot be one, while nothing but its configuration has been read."""
+    """`ValueError` for an unsuitable base, after reading only its configuration."""
     config = _load("base", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code, **hub)
     check_base_type(base, config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"The weights of {base} are quantized, so no block can be copied for training: give the base in 16 or 32 "
-            "bits. A GenieBlue that is trained loads onto a quantized base."
+            f"The weights of {base} are quantized, so no block can be replicated for training: give the base in 16 or "
+            "32 bits. A trained GenieBlue also loads onto a quantized base."
         )
     select_replicated_layers(config.get_text_config(decoder=True).num_hidden_layers, placement)
     check_settings_files(base, {GENERATION_CONFIG_NAME: None}, **hub)
 
 
 def _load_base(base: str, *, dtype: str | torch.dtype, trust_remote_code: bool, **hub: Any) -> PreTrainedModel:
-    """The base, complete and of finite numbers."""
+    """Loads the base and checks that it is complete and finite."""
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub, **WEIGHT_OPTIONS}
     base_model, info = _load("base", base, AutoModelForCausalLM.from_pretrained, **options)
     if info["mismatched_keys"]:
         name, found, expected = min(info["mismatched_keys"])
         raise ValueError(
-            f"{name} of {base} has shape {list(found)}, but its config.json means {list(expected)}: fetch the files "
-            "that belong together."
+            f"{name} of {base} has shape {list(found)}, but its config.json gives {list(expected)}: fetch both "
+            "from the same revision."
         )
     check_complete(base, info)
     _check_numbers("base", base, base_model, **hub)
@@ -267,9 +269,9 @@ def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
 
 
 def _load_vision_tower(vision: str, config: PreTrainedConfig, *, dtype: torch.dtype, **hub: Any) -> SiglipVisionModel:
-    """The vision half of a SigLIP, complete and of finite numbers."""
+    """Loads the vision half of a SigLIP and checks that it is complete and finite."""
     options = {"config": config, "dtype": dtype, **hub, **WEIGHT_OPTIONS}
-    # A whole SigLIP holds a text half too, which transformers would report at length as unexpected.
+    # A complete SigLIP also has a text half, whose weights transformers would report as unexpected one by one.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -279,7 +281,7 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, *, dtype: torch.dt
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ValueError(
-            f"The weights of {vision} lack {lacking[:3]} ({len(lacking)} tensors in all), or hold them in another "
+            f"The weights of {vision} lack {lacking[:3]} ({len(lacking)} tensors in all), or have them in the wrong "
             "shape: expected a complete SigLIP vision tower."
         )
     _check_numbers("vision model", vision, model, **hub)

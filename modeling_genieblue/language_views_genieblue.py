@@ -1,8 +1,8 @@
 """The two views of one language model: the base itself, and a second module tree over the same parameters.
 
-The text view is the base, untouched. The multimodal view is a second tree of the same architecture whose frozen
-parameters are the very `Parameter` objects of the base, with trained copies in place of the replicated blocks and
-LoRA on the linears of all others. What is trained is saved as a stock PEFT adapter.
+The text view is the base itself. The multimodal view is a second tree of the same architecture that uses the base's
+own `Parameter` objects, with trained copies in place of the replicated blocks and LoRA on the linear layers of all
+others. The trained parameters are saved as a stock PEFT adapter.
 """
 
 import copy
@@ -26,13 +26,15 @@ except ImportError:  # Without a try transformers would import peft before `requ
 def build_multimodal_view(base: PreTrainedModel, lora_config: LoraConfig) -> PreTrainedModel:
     """A second tree over the base's parameters, with the adapter's own parameters still on the meta device.
 
-    The base is only read, but its parameters are frozen (`requires_grad=False`): in GenieBlue it never trains. Its
-    generation configuration is shared too; the view's configuration is its own, so that nothing done to the view (an
-    attention implementation set) reaches the base.
+    The base is not changed, except that its parameters are frozen (`requires_grad=False`). Both trees share its
+    generation configuration. The view has its own configuration, so that changes to it (such as another attention
+    implementation) do not affect the base.
     """
+    # `deepcopy` returns what `memo` has for an object's id. Mapping tensors to themselves copies only the modules, so
+    # the second tree takes no memory for weights and sees every change to them, such as a move to another device.
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     memo[id(base.generation_config)] = base.generation_config
-    # What an earlier `generate` left with the base goes on running the base, so the view must not have it.
+    # Left by an earlier `generate`, and bound to the base: a copy would run the base instead of the view.
     left = [name for name in ("_compiled_call", "_cached_continuous_batching_manager") if name in vars(base)]
     memo |= {id(vars(base)[name]): name for name in left}
     view = copy.deepcopy(base, memo)
@@ -41,7 +43,8 @@ def build_multimodal_view(base: PreTrainedModel, lora_config: LoraConfig) -> Pre
     path, blocks = find_blocks(view)
     replicated = [int(name.rsplit(".", 1)[-1]) for name in lora_config.modules_to_save or ()]
     shared = {index: blocks[index] for index in replicated}
-    # PEFT deep-copies a module that is to be trained. It is given a skeleton, so that no copy is made in memory.
+    # PEFT deep-copies every module in `modules_to_save`. Give it skeletons on the meta device, so that the copies take
+    # no memory before the saved weights are loaded; the base's own blocks are put back below.
     for index, block in shared.items():
         blocks[index] = _meta_skeleton(block)
     try:
@@ -62,13 +65,13 @@ def build_multimodal_view(base: PreTrainedModel, lora_config: LoraConfig) -> Pre
 
 def _unsupported(base: nn.Module, reason: str) -> ValueError:
     return ValueError(
-        f"{type(base).__name__} is no decoder that GenieBlue can adapt: {reason}. Expected a Llama-style decoder, "
+        f"{type(base).__name__} is not a decoder that GenieBlue can adapt: {reason}. Expected a Llama-style decoder, "
         "whose blocks are attention and an MLP of `nn.Linear` layers."
     )
 
 
 def _meta_skeleton(block: nn.Module) -> nn.Module:
-    """`block` with parameters on the meta device; linears of a quantized base become plain ones, to hold a copy."""
+    """`block` with parameters on the meta device; quantized linear layers become plain ones, to hold a copy."""
     memo = {id(buffer): buffer for buffer in block.buffers()}
     for parameter in block.parameters():
         memo[id(parameter)] = (
@@ -86,18 +89,18 @@ def _meta_skeleton(block: nn.Module) -> nn.Module:
 
 
 class _FirstBlockReached(Exception):
-    """Carries what the first block of a decoder is given."""
+    """Carries the input of a decoder's first block."""
 
     def __init__(self, hidden_states: torch.Tensor):
         self.hidden_states = hidden_states
 
 
 class TextEmbedder:
-    """Embeds token ids as the model itself does, for models that are then run on `inputs_embeds`.
+    """Embeds token ids as the model does, so that running it on `inputs_embeds` gives the same result.
 
-    Most decoders feed their blocks with the plain rows of the embedding, or transform ids and embeddings alike.
-    Some (BlueLM: a LayerNorm) transform the rows only when they are looked up from ids; for these the input of the
-    first block is what has to be passed on. Which kind a model is, is found out by running it up to its first block.
+    Most decoders feed their blocks the plain embedding rows, or transform ids and embeddings alike. Some (BlueLM: a
+    LayerNorm) transform the rows only if they are given ids; for these, the input of the first block must be passed
+    instead. To find out which kind a model is, it is run up to its first block.
     """
 
     def __init__(self, view: PreTrainedModel):
@@ -119,7 +122,7 @@ class TextEmbedder:
         embedding: Any = self._view.get_input_embeddings()
         ids = torch.arange(min(8, embedding.weight.shape[0]), device=embedding.weight.device)[None]
         was_training = self._view.training
-        self._view.eval()  # dropout would hide the comparison
+        self._view.eval()  # dropout would spoil the comparison
         try:
             from_ids = self._first_block_input(input_ids=ids)
             rows = embedding(ids)
@@ -130,15 +133,15 @@ class TextEmbedder:
         finally:
             self._view.train(was_training)
         raise ValueError(
-            f"{type(self._view).__name__} gives its blocks something else for `inputs_embeds` than for `input_ids`; "
-            "GenieBlue cannot place image features among its embeddings."
+            f"{type(self._view).__name__} treats `inputs_embeds` differently from `input_ids`, so image features "
+            "cannot be placed among its embeddings: use another base."
         )
 
     def _first_block_input(self, **inputs: torch.Tensor) -> torch.Tensor:
         thread = threading.get_ident()
 
         def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if threading.get_ident() == thread:  # another request may be running through this block
+            if threading.get_ident() == thread:  # do not stop a request that runs in another thread
                 raise _FirstBlockReached(args[0] if args else kwargs["hidden_states"])
 
         handle = self._view.get_submodule(self._first_block).register_forward_pre_hook(stop, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Calibration for rounding: what the linears of a model read, block by block, while the blocks are being rounded."""
+"""Calibration for rounding: collects the inputs of linear layers block by block, while the blocks are rounded."""
 
 import inspect
 import logging
@@ -28,24 +28,24 @@ def walk_blocks(
     select: Callable[[int, nn.Module], Iterable[str]] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> list[torch.Tensor]:
-    """Runs the blocks of `view` one after the other, each on what the processed blocks before it put out.
+    """Runs the blocks of `view` in order, each on the outputs of the already processed blocks before it.
 
-    Every batch runs through `view` once, to record how each block is called; from then on only blocks run, twice
-    each. In memory are one hidden state per batch and the Hessians of one block.
+    Every batch runs through `view` once, to record how each block is called; then only the blocks run, twice each.
+    Memory holds one hidden state per batch and the Hessians of one block.
 
     Args:
         batches: arguments of `view`, such as `{"input_ids": ids}`, `{"inputs_embeds": embeds, "attention_mask": mask}`
             or, for a vision tower, `{"pixel_values": pixels}`. Positions where a (batch, length) `attention_mask` is
             zero do not count.
         blocks_path: path of the `nn.ModuleList` of blocks in `view`.
-        process: is given the index of a block, the block, and the Hessian `2 X^T X / n` of the inputs of its linears,
-            by name in the block; float32, on the CPU. Linears that read one tensor share one Hessian. A linear that
-            never ran has none. It may change the block, or put another in its place.
-        select: names of the linears of a block whose Hessian is wanted; all of them if left out.
-        progress: is given the indices of the blocks and hands them on, as `tqdm` does.
+        process: called with the index of a block, the block, and the Hessians `2 X^T X / n` of the inputs of its
+            linear layers, by name in the block; float32, on the CPU. Layers that read the same tensor share one
+            Hessian; a layer that never ran has none. It may change or replace the block.
+        select: names of the linear layers of a block that need a Hessian; by default all.
+        progress: wraps the iterable of block indices, like `tqdm`.
 
-    Returns the outputs of the last block, one (batch, length, hidden_size) for each batch. Raises `ValueError` for no
-    batches, and for a model that does more with its hidden states than to pass them from block to block.
+    Returns the outputs of the last block, one (batch, length, hidden_size) per batch. Raises `ValueError` if there are
+    no batches, or if the model changes its hidden states between blocks.
     """
     modes = [(module, module.training) for module in view.modules()]
     view.eval()
@@ -64,9 +64,11 @@ def walk_blocks(
                         collector.kept_positions = kept
                         calls[index].run(blocks[index], hidden)
             process(index, blocks[index], collector.hessians())
+            # Again, now rounded: the next block is calibrated on inputs with the errors of this one, so that its
+            # rounding can compensate for them.
             for number, (_, calls, _) in enumerate(recorded):
                 hidden_states[number] = calls[index].run(blocks[index], hidden_states[number])
-                calls[index] = None  # masks that no later block is given go now
+                calls[index] = None  # frees masks that no later block uses
     finally:
         for module, training in modes:
             module.training = training
@@ -75,29 +77,29 @@ def walk_blocks(
 
 @torch.no_grad()
 def linear_hessians(module: nn.Module, run: Callable[[], object], names: Sequence[str]) -> Hessians:
-    """Hessians `2 X^T X / n` (float32, CPU) of the linears `names` of `module`, over all they read during `run()`.
+    """Hessians `2 X^T X / n` (float32, CPU) of the linear layers `names` of `module`, over their inputs in `run()`.
 
-    For linears outside of blocks, such as a projector's or an LM head; padding counts. Raises `ValueError` for one
+    For layers outside the blocks, such as a projector or an LM head; padding counts. Raises `ValueError` for a layer
     that never ran.
     """
     with _HessianCollector(module, names) as collector:
         run()
     hessians = collector.hessians()
     if silent := [name for name in names if name not in hessians]:
-        raise ValueError(f"No calibration sample reached {', '.join(silent)}: give samples that use every linear.")
+        raise ValueError(f"No calibration sample reached {', '.join(silent)}: give samples that use every layer.")
     return hessians
 
 
 def text_batches(tokenizer: Any, texts: Iterable[str], length: int, count: int) -> list[torch.Tensor]:
-    """Up to `count` rows of token ids (1, length): the texts in their order, separated by empty lines and packed.
+    """Up to `count` rows of token ids (1, length): the texts in order, separated by empty lines and packed.
 
-    Each row begins with what the tokenizer begins a text with (`<s>`, or nothing). Texts that are not needed are not
-    read. Raises `ValueError` for text that does not fill one row, and warns if it fills fewer than asked for.
+    Each row starts with the tokenizer's start token, if any (`<s>`). Texts are read lazily. Raises `ValueError` if the
+    text does not fill one row, and warns if it fills fewer rows than requested.
     """
     start = _leading_tokens(tokenizer)
     if count < 1 or length <= len(start):
         raise ValueError(
-            f"{count} calibration samples of {length} tokens were asked for: expected at least 1, of more than "
+            f"Got a request for {count} calibration samples of {length} tokens: expected at least 1, of more than "
             f"{len(start)} tokens."
         )
     own = length - len(start)
@@ -112,30 +114,32 @@ def text_batches(tokenizer: Any, texts: Iterable[str], length: int, count: int) 
     if filled == 0:
         raise ValueError(
             f"The calibration data has {len(tokens)} tokens in {used} texts; a sample of {length} tokens needs {own}: "
-            "give more text, or ask for shorter samples (--sample-length)."
+            "give more text, or use shorter samples (--sample-length)."
         )
     if filled < count:
-        logger.warning("The calibration texts fill %d samples of %d tokens; %d were wanted.", filled, length, count)
+        logger.warning(
+            "The calibration texts fill only %d samples of %d tokens; %d were requested.", filled, length, count
+        )
     rows = torch.tensor(tokens[: filled * own]).view(filled, -1)
     return list(torch.cat([torch.tensor(start, dtype=rows.dtype).expand(filled, -1), rows], dim=1).split(1))
 
 
 def read_paragraphs(path: str | os.PathLike) -> list[str]:
-    """The paragraphs of a UTF-8 text file: what empty lines separate. `OSError` or `ValueError` if there are none."""
+    """The paragraphs of a UTF-8 text file, separated by empty lines; `OSError` or `ValueError` if there are none."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}): convert it, or give another file.") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, or give another file.") from error
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error}): give a text file with calibration samples.") from error
     paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     if not paragraphs:
-        raise ValueError(f"{path} holds no text: give a file with calibration samples, such as plain prose.")
+        raise ValueError(f"{path} contains no text: give a file with calibration samples, such as plain prose.")
     return paragraphs
 
 
 def _leading_tokens(tokenizer: Any) -> list[int]:
-    """Ids that the tokenizer puts before a text."""
+    """Ids that the tokenizer adds before a text."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     for position in range(len(whole) - len(plain) + 1):
         if whole[position : position + len(plain)] == plain:
@@ -144,7 +148,7 @@ def _leading_tokens(tokenizer: Any) -> list[int]:
 
 
 class _LastBlockReached(Exception):
-    """All calls are recorded: the last block and the head need not run."""
+    """All calls are recorded, so the last block and the head need not run."""
 
 
 @dataclass
@@ -153,7 +157,7 @@ class _BlockCall:
 
     args: tuple  # those after the hidden states
     kwargs: dict[str, Any]
-    positional: bool  # whether the hidden states come as the first argument, or by name
+    positional: bool  # whether the hidden states are the first positional argument or a keyword
 
     def run(self, block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.positional:
@@ -162,12 +166,12 @@ class _BlockCall:
 
 
 def _hidden_states_of(output: Any) -> torch.Tensor:
-    """A block returns its hidden states, or a tuple that begins with them."""
+    """The hidden states that a block returned, alone or as the first item of a tuple."""
     hidden_states = output if isinstance(output, torch.Tensor) else output[0]
     if not isinstance(hidden_states, torch.Tensor):
         raise ValueError(
             f"A block returned {type(output).__name__} of {type(hidden_states).__name__}: expected a tensor, or a "
-            "tuple that begins with one."
+            "tuple that starts with one."
         )
     return hidden_states
 
@@ -177,7 +181,7 @@ def _record_calls(
 ) -> tuple[torch.Tensor, list[_BlockCall | None], torch.Tensor | None]:
     """Input of the first block, the call of each block, and which positions count (None: all) for one batch.
 
-    Masks and position embeddings that a model makes once and gives to many blocks are kept once.
+    Masks and position embeddings that a model computes once and passes to many blocks are stored once.
     """
     calls: list[_BlockCall] = []
     inputs: list[torch.Tensor] = []
@@ -187,8 +191,8 @@ def _record_calls(
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if index != len(calls) or (outputs and hidden_states is not outputs[-1]):
             raise ValueError(
-                f"{type(view).__name__} does not pass its hidden states straight from block to block (at block "
-                f"{index}): it cannot be calibrated. Use a rounding method without calibration samples."
+                f"{type(view).__name__} changes its hidden states between blocks (before block {index}), so it cannot "
+                "be calibrated: use a rounding method without calibration samples."
             )
         if not inputs:
             inputs.append(hidden_states)
@@ -202,7 +206,7 @@ def _record_calls(
 
     arguments = dict(batch)
     if "use_cache" in inspect.signature(view.forward).parameters:
-        arguments["use_cache"] = False  # blocks run more than once, and a cache would grow each time
+        arguments["use_cache"] = False  # blocks run several times, and a cache would grow each time
     handles = [block.register_forward_hook(after) for block in blocks]
     for index, block in enumerate(blocks):
         handles.append(
@@ -217,11 +221,11 @@ def _record_calls(
     finally:
         for handle in handles:
             handle.remove()
-    raise ValueError(f"{type(view).__name__} ran {len(calls)} of its {len(blocks)} blocks: expected it to run all.")
+    raise ValueError(f"{type(view).__name__} ran only {len(calls)} of its {len(blocks)} blocks: expected all.")
 
 
 def _kept_positions(batch: Batch) -> torch.Tensor | None:
-    """Boolean (batch, length) of the positions that are no padding, or None if there is no padding."""
+    """Boolean mask (batch, length) of positions that are not padding, or None if there is no padding."""
     mask = batch.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.bool().all():
         return None
@@ -233,14 +237,15 @@ def _linear_names(block: nn.Module) -> list[str]:
 
 
 class _HessianCollector:
-    """Sums `X^T X` of what linears read while the context is open.
+    """Sums `X^T X` over the inputs of linear layers while the context is open.
 
-    Linears that are called one after the other with the very same tensor (query, key and value; gate and up) make up
-    a group with one sum. A linear may be in several groups, if a model's path depends on its input.
+    Layers that are called in a row with the same tensor object (query, key and value; gate and up) form a group with
+    one sum: `X^T X` costs more than the layers themselves. A layer may be in several groups, if the model's control
+    flow depends on the input.
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str]):
-        self.kept_positions: torch.Tensor | None = None  # of the batch that runs
+        self.kept_positions: torch.Tensor | None = None  # of the current batch
         self._linears = {name: module.get_submodule(name) for name in names}
         self._handles: list = []
         self._sums: dict[tuple[str, ...], tuple[torch.Tensor, int]] = {}  # readers -> X^T X, number of rows
@@ -281,13 +286,13 @@ class _HessianCollector:
         self._readers.append(name)
 
     def _close_group(self) -> None:
-        """Adds the latest input to the sum of those that read it."""
+        """Adds the latest input to the sum of the layers that read it."""
         if self._latest is None:
             return
         (values, kept), readers = self._latest, tuple(self._readers)
         self._latest, self._readers = None, []
         rows = values.detach().reshape(-1, values.shape[-1])
-        if kept is not None and len(rows) == kept.numel():  # otherwise a router chose some of the positions
+        if kept is not None and len(rows) == kept.numel():  # otherwise a router selected some positions
             rows = rows[kept.reshape(-1).to(rows.device)]
         if not len(rows):
             return

@@ -1,8 +1,7 @@
-"""Rounding of one weight matrix to 4 or 8 bits: plain, half-quadratic (HQQ), or with calibration data (GPTQ).
+"""Rounds one weight matrix to 4 or 8 bits: to nearest, half-quadratic (HQQ), or with calibration data (GPTQ).
 
-Pure functions on tensors. What they return knows nothing of any kernel: integer codes, scales that are already in
-the precision they are stored in, and integer zero points, so that the codes can be repacked for other kernels
-without loss.
+Pure functions on tensors. Their results do not depend on any kernel: integer codes, scales in their stored dtype, and
+integer zero points, so that the codes can be repacked for other kernels without loss.
 """
 
 import logging
@@ -16,20 +15,20 @@ logger = logging.getLogger(__name__)
 ROUNDING_METHODS = ("rtn", "hqq", "gptq")
 TOP_CODE = {4: 15, 8: 127}  # 4 bits: codes 0..15 around a zero point; 8 bits: -127..127
 
-# HQQ: ranges to start from as parts of the full range, steps from each, and the strength of the shrinkage, in code
-# steps. More of any of them lowers the error of Gaussian, Laplace and Student-t weights by less than 1 %.
+# HQQ: initial ranges as fractions of the full range, steps from each, and shrinkage strengths in code steps. More of
+# any of them lowers the error of Gaussian, Laplace and Student-t weights by less than 1 %.
 HQQ_STARTS = (1.0, 0.85, 0.7)
 HQQ_ITERATIONS = 10
 HQQ_NORM, HQQ_BETA, HQQ_BETA_GROWTH = 0.7, 4.0, 1.01
-HQQ_ELEMENTS = 1 << 18  # weights at a time: what stays in a CPU's cache is ten times as fast
+HQQ_ELEMENTS = 1 << 18  # weights at a time: ten times as fast if they fit in a CPU's cache
 
-GPTQ_BLOCK = 128  # columns whose errors are spread within the block first, and over all later columns then
-GPTQ_DAMPING = (0.01, 0.1, 1.0)  # parts of the mean of the Hessian's diagonal, tried in turn
+GPTQ_BLOCK = 128  # columns whose errors are applied within the block first, then to all later columns at once
+GPTQ_DAMPING = (0.01, 0.1, 1.0)  # fractions of the mean of the Hessian's diagonal, tried in order
 
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A weight (out_features, in_features) in codes, with one scale per row and group of `group_size` columns."""
+    """A weight (out_features, in_features) as codes, with one scale per row and group of `group_size` columns."""
 
     codes: torch.Tensor  # (out, in); bits 4: uint8 in 0..15; bits 8: int8 in -127..127
     scale: torch.Tensor  # (out, groups), in the precision it is stored in
@@ -38,7 +37,7 @@ class RoundedWeight:
     group_size: int  # in_features for one group per row
 
     def dequantize(self) -> torch.Tensor:
-        """The weight that the codes stand for: float32 (out, in), `(codes - zero_point) * scale`."""
+        """The weight that the codes represent: float32 (out, in), `(codes - zero_point) * scale`."""
         steps = self.codes.float().unflatten(1, (-1, self.group_size))
         if self.zero_point is not None:
             steps = steps - self.zero_point.float()[..., None]
@@ -60,12 +59,12 @@ def round_weight(
         bits: 4 (codes and zero points 0..15, groups along the inputs) or 8 (symmetric, one scale per row).
         group_size: columns that share a scale; a divisor of in_features, at 8 bits in_features itself.
         method: `rtn` takes the nearest code; `hqq` also fits scale and zero point to the bulk of the weights (4 bits
-            only); `gptq` lets later columns make up for the errors of earlier ones, as the inputs weigh them.
-        dtype: precision of the scales. Codes are chosen for the scales as stored.
+            only); `gptq` lets later columns compensate for the errors of earlier ones, weighted by the inputs.
+        dtype: dtype of the scales. Codes are chosen for the scales as stored.
         hessian: (in_features, in_features) for `gptq`: `X^T X` of the linear's calibration inputs, times any factor.
 
-    Raises `ValueError` for settings that do not fit together, weights or a Hessian that are not finite, and scales
-    that overflow `dtype`.
+    Raises `ValueError` for incompatible settings, weights or a Hessian that are not finite, and scales that overflow
+    `dtype`.
     """
     _check_request(weight, bits, group_size, method, dtype)
     weight = weight.detach().float()
@@ -89,17 +88,17 @@ def round_weight(
 
 def _check_request(weight: torch.Tensor, bits: int, group_size: int, method: str, dtype: torch.dtype) -> None:
     if method not in ROUNDING_METHODS:
-        raise ValueError(f"Rounding method {method!r} is not known: use one of {', '.join(ROUNDING_METHODS)}.")
+        raise ValueError(f"Unknown rounding method {method!r}: use one of {', '.join(ROUNDING_METHODS)}.")
     if bits not in TOP_CODE:
-        raise ValueError(f"{bits} bits were asked for: weights are rounded to 4 or 8 bits.")
+        raise ValueError(f"Cannot round weights to {bits} bits: use 4 or 8.")
     if method == "hqq" and bits == 8:
         raise ValueError("hqq fits zero points, and 8-bit codes have none: use rtn or gptq for 8 bits.")
     if not dtype.is_floating_point:
-        raise ValueError(f"Scales of {dtype} were asked for: use torch.bfloat16, torch.float16 or torch.float32.")
+        raise ValueError(f"Scales cannot be in {dtype}: use torch.bfloat16, torch.float16 or torch.float32.")
     if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
             f"A weight of shape {tuple(weight.shape)} in {weight.dtype} cannot be rounded: expected a floating-point "
-            "(out_features, in_features) matrix; a model that is already quantized has to be loaded in 16 bits."
+            "(out_features, in_features) matrix; load an already quantized model in 16 bits."
         )
     in_features = weight.shape[1]
     if group_size < 1 or in_features % group_size:
@@ -108,56 +107,54 @@ def _check_request(weight: torch.Tensor, bits: int, group_size: int, method: str
             "one group per row."
         )
     if bits == 8 and group_size != in_features:
-        raise ValueError(
-            f"8-bit codes have one scale per row, and groups of {group_size} were asked for: use {in_features}."
-        )
-    # The extremes show NaN and infinity, without a mask as large as the weight.
+        raise ValueError(f"8-bit codes have one scale per row, got groups of {group_size}: use {in_features}.")
+    # The extremes reveal NaN and infinity, without a mask as large as the weight.
     if not torch.isfinite(torch.stack(weight.detach().aminmax()).float()).all():
         raise ValueError(
-            "The weight holds NaN or infinity: the checkpoint is damaged, or overflowed when it was converted to "
+            "The weight contains NaN or infinity: the checkpoint is damaged, or overflowed when it was converted to "
             "16 bits. Fetch it again, or load it in bfloat16 or float32."
         )
 
 
 def _range_grid(grouped: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point, (..., 1) each in float32, that span the weights (..., group_size) and zero exactly."""
+    """Scale and zero point, (..., 1) each in float32, of a range that spans the weights (..., group_size) and zero."""
     if bits == 8:
         scale = _stored_scale(grouped.abs().amax(-1, keepdim=True) / TOP_CODE[bits], dtype)
         return scale, torch.zeros_like(scale)
     low, high = grouped.aminmax(dim=-1, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    # Each end is divided first: their difference may overflow.
+    # Divide each end first, because their difference may overflow.
     scale = _stored_scale(high / TOP_CODE[bits] - low / TOP_CODE[bits], dtype)
     return scale, (-low / scale).round().clamp(0, TOP_CODE[bits])
 
 
 def _stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scale` as it reads back from `dtype`, in float32; never zero, so that one can divide by it."""
+    """`scale` rounded to `dtype`, in float32; never zero, so it can be a divisor."""
     stored = scale.to(dtype).float()
     if torch.isinf(stored).any():
         raise ValueError(
-            f"A scale of {scale.max().item():.4g} overflows {dtype}, which ends at {torch.finfo(dtype).max:.4g}: "
+            f"A scale of {scale.max().item():.4g} overflows {dtype}, whose maximum is {torch.finfo(dtype).max:.4g}: "
             "store the scales in torch.bfloat16 or torch.float32."
         )
-    # A group of zeros may have any scale; one of numbers too small for `dtype` becomes zeros.
+    # A group of zeros can have any scale; numbers too small for `dtype` become zeros.
     stored[stored == 0] = torch.finfo(dtype).tiny
     return stored
 
 
 def _nearest_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes as whole floating-point numbers, of the shape of `weight`."""
+    """Codes as integral floating-point numbers, in the shape of `weight`."""
     lowest = 0 if bits == 4 else -TOP_CODE[bits]
     return (weight / scale).round_().add_(zero).clamp_(lowest, TOP_CODE[bits])
 
 
 def _fit_half_quadratic(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each group by half-quadratic optimisation, the better of it and the plain range.
+    """Scale and zero point of each group by half-quadratic optimisation, or of the plain range if that is better.
 
-    After Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): in turn, the part of
-    the error that an Lp norm with p < 1 tolerates is set aside, and the grid is fitted to the rest. They fit a
-    floating-point zero point under a fixed scale. Here the zero point is an integer, which alone could hardly move,
-    so the scale is fitted with it, by regression of the weights on their codes. Of all grids on the way, the one with
-    the smallest squared error is taken.
+    After Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): alternately, the part
+    of the error that an Lp norm with p < 1 tolerates is set aside, and the grid is fitted to the rest. They fit a
+    floating-point zero point with a fixed scale. Here the zero point is an integer, which could hardly move alone, so
+    the scale is fitted too, by regression of the weights on their codes. The grid with the smallest squared error of
+    all steps is used.
     """
     rows = max(1, HQQ_ELEMENTS // grouped[0].numel())
     fitted = [_fit_rows(part, dtype) for part in grouped.split(rows)]
@@ -190,14 +187,14 @@ def _fit_rows(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
             zero = (code_mean - target_mean / slope).round().nan_to_num(0.0).clamp(0, top)
             steps = codes - zero
             fitted = (steps * target).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True)
-            # Groups whose weights fell on one code say nothing of the scale; a fit never leaves the range.
+            # If all weights of a group have the same code, the scale is undetermined; a fit never leaves the range.
             usable = torch.isfinite(fitted) & (fitted > 0)
             scale = _stored_scale(torch.where(usable, fitted, scale).minimum(full_scale), dtype)
     return best_scale, best_zero
 
 
 def _tolerated(error: torch.Tensor, beta: float) -> torch.Tensor:
-    """Generalised soft threshold: what of `error`, in code steps, the Lp norm sets aside."""
+    """Generalised soft threshold: the part of `error`, in code steps, that the Lp norm tolerates."""
     size = error.abs()
     return (size - size.clamp(min=1e-6).pow(HQQ_NORM - 1) / beta).clamp_(min=0) * error.sign()
 
@@ -207,12 +204,13 @@ def _round_gptq(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (out, in), scale and zero point (out, groups, 1), all float32.
 
-    Frantar et al., "GPTQ" (2023), algorithm 1, with columns in their own order: with `U` the upper Cholesky factor of
-    the inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each later column
-    j. The grid of a 4-bit group is fitted as for `hqq`, which lowers the error by 3 to 5 % against its full range.
+    Frantar et al., "GPTQ" (2023), algorithm 1, without reordering columns: with `U` the upper Cholesky factor of the
+    inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each later column j.
+    This is the change of the later columns that best restores the layer's output. The grid of a 4-bit group is fitted
+    as for `hqq`, which lowers the error by 3 to 5 % compared with the full range.
     """
     factor = _reversed_cholesky(_checked_hessian(hessian, weight))
-    columns = weight.t().contiguous()  # (in, out): a column of the weight is one stretch of memory
+    columns = weight.t().contiguous()  # (in, out): makes each column of the weight contiguous
     codes = torch.empty_like(columns)
     count, groups = len(columns), len(columns) // group_size
     scales = columns.new_empty(groups, columns.shape[1])
@@ -225,7 +223,7 @@ def _round_gptq(
         for index in range(start, end):
             group, row = index // group_size, rows[index - start]
             if index % group_size == 0:
-                # What earlier columns left to this group is in it by now: this is what gets rounded.
+                # The group already includes the corrections from earlier columns, so its grid fits what gets rounded.
                 weights = columns[index : index + group_size].t().contiguous()[:, None]  # (out, 1, group_size)
                 scale, zero = _range_grid(weights, 8, dtype) if bits == 8 else _fit_half_quadratic(weights, dtype)
                 scales[group], zeros[group] = scale.flatten(), zero.flatten()
@@ -234,14 +232,17 @@ def _round_gptq(
             error = (column - (codes[index] - zeros[group]) * scales[group]) / row[index - start]
             errors[index - start] = error
             columns[index + 1 : end].addr_(row[index + 1 - start : end - start], error, alpha=-1)
+        # The block's errors reach all later columns in one product: updating the whole matrix once per column would
+        # spend its time moving memory.
         columns[end:].addmm_(rows[:, end - start :].t(), errors, alpha=-1)
     return codes.t(), scales.t()[..., None], zeros.t()[..., None]
 
 
 def _column_blocks(count: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Blocks of at most GPTQ_BLOCK columns that hold whole groups, or are parts of one: a group starts in no middle.
+    """Blocks of at most GPTQ_BLOCK columns, each with complete groups or part of a single group.
 
-    A group reads its range when it starts, and columns of later blocks then still lack the errors of this one.
+    A group must not start inside a block and continue in the next one: its range is computed at its start, when the
+    columns of later blocks do not yet include the errors of this block.
     """
     span = group_size * max(1, GPTQ_BLOCK // group_size)
     for start in range(0, count, span):
@@ -251,7 +252,7 @@ def _column_blocks(count: int, group_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _checked_hessian(hessian: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """A copy of the Hessian to work on, in float32 and beside the weight; never all zero."""
+    """A working copy of the Hessian, in float32 on the weight's device; never all zero."""
     count = weight.shape[1]
     if hessian is None:
         raise ValueError(
@@ -261,26 +262,27 @@ def _checked_hessian(hessian: torch.Tensor | None, weight: torch.Tensor) -> torc
     if hessian.shape != (count, count):
         raise ValueError(
             f"The Hessian has shape {tuple(hessian.shape)}, the weight {tuple(weight.shape)}: expected a Hessian of "
-            f"({count}, {count}), from the inputs of this very linear."
+            f"({count}, {count}), from the inputs of this layer."
         )
     if not torch.isfinite(torch.stack(hessian.aminmax())).all():
         raise ValueError(
-            "The Hessian holds NaN or infinity: the model overflowed on the calibration samples. Run it in bfloat16 "
-            "or float32, or leave out the samples on which it does."
+            "The Hessian contains NaN or infinity: the model overflowed on the calibration samples. Run it in "
+            "bfloat16 or float32, or leave out the samples that cause it."
         )
     hessian = hessian.to(weight.device, torch.float32, copy=True)
     diagonal = hessian.diagonal()
-    # An input that calibration never used has a row and a column of zeros. Damping alone then fills its diagonal, so
-    # its weights are rounded to nearest, on their own: other data may use it after all.
+    # An input that was always zero in calibration has a zero row and column. Only damping fills its diagonal, so its
+    # weights are rounded to nearest independently, instead of being set to zero: other data may use that input.
     if not diagonal.any():
         diagonal.fill_(1.0)
     return hessian
 
 
 def _reversed_cholesky(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper triangular R with `R R^T = H + damping`: Cholesky's factor from the last column backwards.
+    """Upper triangular R with `R R^T = H + damping`: a Cholesky factor computed from the last column backwards.
 
-    Its inverse is the upper Cholesky factor of the inverse of H, without that inverse ever being computed.
+    Its inverse is the upper Cholesky factor of the inverse of H, so that inverse, which would lose precision for a
+    badly conditioned H, is never computed.
     """
     diagonal = hessian.diagonal()
     original, mean = diagonal.clone(), diagonal.mean()

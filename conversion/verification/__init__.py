@@ -1,1 +1,1 @@
-"""Proof that a saved model is what it says."""
+"""Verifies saved models."""

@@ -1,4 +1,4 @@
-"""That a trained answer is what is generated: the same prompt ids, and an end at which generation stops."""
+"""Checks that training matches generation: the same prompt ids, and answers that end with a stop token."""
 
 from itertools import groupby
 from typing import Any
@@ -9,24 +9,24 @@ from conversion.chat_ids import IGNORED, NO_STOP_TOKEN, answer_text, chat_rows, 
 from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on
 from modeling_genieblue import GenieBlueProcessor
 
-# How answers begin and end that a template or a tokenizer may take for its own.
+# Answers whose start or end a template or tokenizer may merge with its own text.
 ANSWERS = ("Blue.", "\nBlue,\nand green.", "  Blue", "Blue.\n", "7")
 
 
 def check_answer_boundaries(subject: SavedModel) -> str:
-    """Ids of chats as training makes them are those that the processor makes at inference, and end in a stop token."""
-    _ = subject.base  # refuses a base whose code may not run
+    """Training ids of chats equal the processor's ids at inference, and answers end with a stop token."""
+    _ = subject.base  # raises if the base's code is not allowed to run
     processor = GenieBlueProcessor.from_pretrained(subject.name, trust_remote_code=subject.trust, **subject.source)
     stop_ids = stop_token_ids(subject.model.generation_config)
     if processor.chat_template is None:
-        return "there is no chat template: prompts are completed, and no chat is trained"
+        return "there is no chat template: prompts are only completed, and chats cannot be trained"
     if not stop_ids:
         raise CheckFailed(NO_STOP_TOKEN)
     image = Image.new("RGB", (2 * processor.image_processor.tile_size, processor.image_processor.tile_size))
     chats = [_chat(answer, shown) for answer in ANSWERS for shown in (None, image)]
     fail_on(dict.fromkeys(problem for chat in chats for problem in _problems(processor, chat, stop_ids)))
     stops = " or ".join(repr(processor.tokenizer.decode([token])) for token in stop_ids)
-    return f"{len(chats)} chats with two answers each: every prompt is that of inference, every answer ends in {stops}"
+    return f"{len(chats)} chats with two answers each: prompts are the same at inference, answers end in {stops}"
 
 
 def _chat(answer: str, image: Any) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def _chat(answer: str, image: Any) -> list[dict[str, Any]]:
 
 
 def _problems(processor: Any, chat: list[dict[str, Any]], stop_ids: tuple[int, ...]) -> list[str]:
-    """What is wrong with a chat, one sentence each."""
+    """Problems of a chat, one sentence each."""
     prompts = [
         processor.apply_chat_template(chat[:count], add_generation_prompt=True, tokenize=True, return_dict=True)
         for count in (1, 3)
@@ -54,13 +54,13 @@ def _problems(processor: Any, chat: list[dict[str, Any]], stop_ids: tuple[int, .
     problems = []
     found = [answer for row in rows for answer in _answers(row.input_ids, row.labels)]
     if len(found) != len(prompts):
-        return [f"{len(found)} answers are trained of a chat that has {len(prompts)}"]
+        return [f"{len(found)} of {len(prompts)} answers of a chat are trained"]
     for number, ((before, answer), prompt) in enumerate(zip(found, prompts, strict=True)):
         ids = prompt["input_ids"]
         if before != list(ids[0] if isinstance(ids[0], (list, tuple)) else ids):
-            problems.append("a prompt has other ids in training than at inference")
+            problems.append("a prompt has different ids in training and at inference")
         if [token in stop_ids for token in answer] != [False] * (len(answer) - 1) + [True]:
-            problems.append("an answer does not end with the first token at which generation stops")
+            problems.append("an answer does not end with its first stop token")
         given, history = chat[2 * number + 1]["content"], chat[: 2 * number + 1]
         text = answer_text(processor, history, answer)
         if text.strip() != given.strip():
@@ -69,7 +69,7 @@ def _problems(processor: Any, chat: list[dict[str, Any]], stop_ids: tuple[int, .
 
 
 def _answers(input_ids: list[int], labels: list[int]) -> list[tuple[list[int], list[int]]]:
-    """(ids before it, ids) of each answer of a row."""
+    """(preceding ids, ids) of each answer in a row."""
     found = []
     for is_answer, indices in groupby(range(len(labels)), key=lambda index: labels[index] != IGNORED):
         if is_answer:

@@ -1,7 +1,7 @@
-"""A script that `verify` runs in a process of its own: a model's own code files must load and answer there.
+"""A script that `verify` runs in a separate process, where a model's own code files must load and answer.
 
-Reads settings as JSON from stdin, writes one line of JSON to stdout. The packages of this project are barred from
-import, so everything has to come from the files that lie in the model's repository.
+Reads settings as JSON from stdin, writes one line of JSON to stdout. Importing this project's packages is blocked, so
+all code must come from the model's repository.
 """
 
 import importlib.abc
@@ -13,19 +13,19 @@ BARRED = ("modeling_genieblue", "hub_cards", "conversion", "genieblue")
 
 
 class BarPackages(importlib.abc.MetaPathFinder):
-    """Refuses to import the packages of this project, wherever they are installed."""
+    """Blocks imports of this project's packages, wherever they are installed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """`ImportError` for a barred package; None, which lets others look, for all else."""
+        """`ImportError` for a blocked package; None, which leaves it to other finders, otherwise."""
         if fullname.split(".")[0] in BARRED:
-            raise ImportError(f"{fullname} is not to be imported here: the repository's own code files must do")
+            raise ImportError(f"{fullname} must not be imported here: the repository's own code files must suffice")
         return None
 
 
 def main() -> None:
-    """Loads configuration, processor and model through the auto classes, and answers one request with an image.
+    """Loads configuration, processor and model through the auto classes, and answers a request with an image.
 
-    A quantized base is loaded by itself too, as its plain users do, and must give the text view's logits.
+    A quantized base is also loaded alone, as by its plain users, and must give the text view's logits.
     """
     sys.meta_path.insert(0, BarPackages())
     settings = json.load(sys.stdin)

@@ -1,4 +1,4 @@
-"""A saved GenieBlue as `verify` looks at it: its files, the base that it names, both loaded when first needed."""
+"""A saved GenieBlue and its base for `verify`, loaded lazily."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -30,7 +30,7 @@ PROMPTS = (
     "Question: a train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nAnswer:",
     "def add(a, b):\n    return",
 )
-# Of an adapter's configuration, what decides which weights it has and how they are computed.
+# Settings of an adapter that determine its weights and how they are used.
 ADAPTER_SETTINGS = (
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
     "lora_bias", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules",
@@ -40,25 +40,25 @@ ADAPTER_SETTINGS = (
 
 
 class CheckFailed(Exception):
-    """A check that came to its end with a bad result; its text is the detail."""
+    """A check that failed; the message is its detail."""
 
 
 def fail_on(problems: Iterable[str]) -> None:
-    """`CheckFailed` with the first few problems, if there are any."""
+    """`CheckFailed` with the first few problems, if any."""
     problems = list(problems)
     if problems:
         rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckFailed("; ".join(problems[:4]) + rest)
 
 
-def logits_of(model: nn.Module, input_ids: torch.Tensor, *, gradients: bool = False, **inputs: Any) -> torch.Tensor:
-    """Logits (batch, length, vocabulary) of one pass without a cache; with `gradients`, computed as in training."""
-    with torch.set_grad_enabled(gradients):
-        return model(input_ids=input_ids, use_cache=False, **inputs).logits.detach()
+def logits_of(model: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Logits (batch, length, vocabulary) of a pass without a cache."""
+    with torch.no_grad():
+        return model(input_ids=input_ids, use_cache=False, **inputs).logits
 
 
 class SavedModel:
-    """What is verified; parts are loaded when a check first needs them."""
+    """The model to verify; its parts are loaded when a check first needs them."""
 
     def __init__(self, name: str, base: Any, revision: str | None, hub: dict, trust: bool, dtype: Any, device: Any):
         self.name, self.hub, self.trust, self.dtype, self.device = name, hub, trust, dtype, device
@@ -69,10 +69,10 @@ class SavedModel:
         if self.is_local:
             self.folder = Path(os.path.realpath(name))
         else:
-            # A star reaches into subfolders too, in which anything may lie: of these only the adapter's is ours.
+            # A star matches subfolders too, which may contain anything: only the adapter's belongs to the model.
             own_files = {"allow_patterns": OWN_FILES, "ignore_patterns": ["*/*"]}
             self.folder = Path(snapshot_download(name, revision=revision, **own_files, **hub))
-            self.revision = self.folder.name  # a snapshot's folder is named by its commit
+            self.revision = self.folder.name  # a snapshot folder is named after its commit
             snapshot_download(name, revision=self.revision, allow_patterns=f"{ADAPTER_FOLDER}/*", **hub)
         recorded = read_model_config(self.folder)
         self.is_quantized = recorded.get("quantization") is not None
@@ -82,7 +82,7 @@ class SavedModel:
         self.base_override = None if base is None else os.fspath(base)
 
     def root_files(self) -> list[str]:
-        """Names of the files in the root, also of those that are not downloaded."""
+        """Names of all files in the root, including files that are not downloaded."""
         if self.is_local or self.hub.get("local_files_only"):
             return [path.name for path in self.folder.iterdir() if path.is_file()]
         files = HfApi(token=self.hub.get("token")).list_repo_files(self.name, revision=self.revision)
@@ -94,21 +94,21 @@ class SavedModel:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Where `from_pretrained` finds the model: its folder, or its id at the commit that is verified."""
+        """Arguments for `from_pretrained`: the model's folder, or its id at the verified commit."""
         return self.hub if self.is_local else {**self.hub, "revision": self.revision}
 
     @cached_property
     def base(self) -> tuple[str, dict[str, Any]]:
-        """Where the plain base lies, and the keyword arguments to load it by hand."""
+        """Location of the plain base, and keyword arguments to load it directly."""
         name, revision = self.base_override, None
         if name is None:
             name, revision = self.config.base_model_name_or_path, self.config.base_model_revision
             if name is None:
-                raise CheckFailed("config.json names no base: give its folder or Hub id (--base).")
+                raise CheckFailed("config.json does not record a base: give its folder or Hub id (--base).")
             if is_path(name):
                 name = os.path.normpath(self.folder / name)
         if is_path(name) and not os.path.isdir(name):
-            raise CheckFailed(f"The base should be in {name}, but there is no such folder.")
+            raise CheckFailed(f"The base should be in {name}, but that folder does not exist.")
         options = {**self.hub, "trust_remote_code": self.trust}
         if revision is not None and not os.path.isdir(name):
             options["revision"] = revision
@@ -118,20 +118,20 @@ class SavedModel:
             if "trust_remote_code" not in str(error):
                 raise
             raise CheckFailed(
-                f"The base {name} needs Python code of its own repository; if you trust that code, allow it "
+                f"The base {name} needs Python code from its repository; if you trust that code, allow it "
                 "(--trust-remote-code)."
             ) from error
         return name, options
 
     @cached_property
     def base_quantization(self) -> dict[str, Any] | None:
-        """What the plain base's own config.json says of its precision; `None` if it is not quantized by GenieBlue."""
+        """Quantization settings in the plain base's config.json; `None` unless GenieBlue quantized it."""
         name, options = self.base
         return read_base_quantization(name, **{key: options[key] for key in HUB_KEYS if key in options})
 
     @cached_property
     def plain(self) -> PreTrainedModel:
-        """The base alone: by nothing but transformers, or, if it is quantized, as `AutoModelForCausalLM` gives it."""
+        """The base alone, loaded only by transformers or, if it is quantized, as `AutoModelForCausalLM` loads it."""
         name, options = self.base
         dtype = self.dtype
         if self.is_quantized and dtype == "auto":  # also of a base that is not quantized itself
@@ -143,7 +143,7 @@ class SavedModel:
 
     @cached_property
     def model(self) -> GenieBlueForConditionalGeneration:
-        """The GenieBlue with a base of its own, by the installed package's classes."""
+        """The GenieBlue with its own copy of the base, loaded by the installed package."""
         options = {"trust_remote_code": self.trust, "dtype": self.dtype, "base_model": self.base_override}
         if self.is_quantized:  # packed for the device's kernels as they are read
             options["device_map"] = self.device
@@ -162,21 +162,21 @@ class SavedModel:
 
     @cached_property
     def plain_logits(self) -> list[torch.Tensor]:
-        """What the plain base says to each prompt, (1, length, vocabulary); taken before PEFT gets hold of it."""
+        """The plain base's logits for each prompt, (1, length, vocabulary), computed before PEFT modifies it."""
         return [logits_of(self.plain, ids) for ids in self.prompts]
 
     def different_settings(self, lora_config: PeftConfig) -> Iterator[str]:
-        """How the adapter's saved settings differ from those that config.json means, one sentence each."""
+        """Differences between the adapter's saved settings and config.json, one sentence each."""
         saved = PeftConfig.from_pretrained(self.folder / ADAPTER_FOLDER)
         # A local base is written as a path relative to the folder, in both files.
         lora_config.base_model_name_or_path = read_model_config(self.folder).get("base_model_name_or_path")
         for name in ADAPTER_SETTINGS:
             here, there = (_comparable(getattr(config, name, None)) for config in (saved, lora_config))
             if here != there:
-                yield f"adapter_config.json has {name} {here!r}, config.json means {there!r}"
+                yield f"adapter_config.json has {name} {here!r}, expected {there!r} from config.json"
 
     def release(self, *names: str) -> None:
-        """Lets go of what holds weights: all of it, or what is named."""
+        """Frees loaded weights: the named parts, or all."""
         for name in names or ("plain", "model", "plain_logits"):
             self.__dict__.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""Proof that a saved GenieBlue is what it says: the base's bytes, the text answers, the adapter, the code."""
+"""Verifies a saved GenieBlue: the base's bytes, the text answers, the adapter and the code."""
 
 import json
 import logging
@@ -52,18 +52,16 @@ CONVERSATION = [
     {"role": "user", "content": "And another one?"},
 ]
 NEW_TOKENS = 16
-# Largest difference of two logits, as a part of the logits' range, that is taken for rounding. While gradients are
-# recorded GenieBlue runs PEFT's own arithmetic; when it serves, it adds a LoRA's product in another order, and in 16
-# bits every block rounds that anew. A missing or foreign adapter moves the logits by far more.
-SAME_ARITHMETIC = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-OTHER_ORDER = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Largest difference between two logits, relative to their range, that counts as rounding. A missing or wrong adapter
+# changes logits by far more.
+SAME_LOGITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 CLEAN_PROCESS_SECONDS = 3600
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: whether it holds, in words what was found, and hints (`hints_genieblue`)."""
+    """The result of a check: whether it passed, what was found, and hints (`hints_genieblue`)."""
 
     name: str
     ok: bool
@@ -84,18 +82,18 @@ def verify_model(
     device: str | torch.device | None = None,
     on_check: Callable[[Check], None] | None = None,
 ) -> list[Check]:
-    """Runs every check on a saved GenieBlue (folder or Hub id); what raises is a failed check, and the others go on.
+    """Runs every check on a saved GenieBlue (folder or Hub id); an exception fails its check, and the others go on.
 
-    The last check runs the repository's own Python files, in a process of its own: verify what you would also load
-    with `trust_remote_code=True`. At most two copies of the base are in memory at a time.
+    The last check runs the repository's own Python files in a separate process, so verify only models that you would
+    load with `trust_remote_code=True`. At most two copies of the base are in memory at a time.
 
     Args:
-        base: folder or Hub id of the base, if it lies elsewhere than recorded; it must still be the same base.
-        trust_remote_code: allows the code of the *base's* repository to run.
-        dtype: precision of the comparisons; `"auto"` is the base's own.
-        on_check: called with each check as it is done.
+        base: folder or Hub id of the base, if it is not at the recorded location; it must be the same base.
+        trust_remote_code: allows code from the *base's* repository to run.
+        dtype: dtype of the comparisons; `"auto"` is the base's own.
+        on_check: called with each check when it is done.
 
-    Raises `ValueError` or `OSError` only if there is no GenieBlue at `model` at all.
+    Raises `ValueError` or `OSError` only if `model` is not a GenieBlue.
     """
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     hub = {key: value for key, value in hub.items() if value is not None}
@@ -107,8 +105,8 @@ def verify_model(
             check = Check(name, True, function(subject))
         except CheckFailed as failure:
             check = Check(name, False, str(failure))
-        except Exception as error:  # whatever keeps a check from ending is a reason to report, not to stop
-            logger.debug("Check %s could not be made", name, exc_info=error)
+        except Exception as error:  # report any failure of a check and continue with the next
+            logger.debug("Check %s failed with an exception", name, exc_info=error)
             said, hints = getattr(error, "what", str(error)), getattr(error, "hints", ())
             detail = " ".join(said.split()) or type(error).__name__
             check = Check(name, False, f"could not be checked: {detail}", hints)
@@ -119,25 +117,25 @@ def verify_model(
 
 
 def check_folder(subject: SavedModel) -> str:
-    """The auto classes take the folder for a GenieBlue; its weights are finite numbers, and none is the base's."""
+    """The auto classes recognise the folder as a GenieBlue; its weights are finite, and none belongs to the base."""
     folder = subject.folder
     problems = []
     root_files = subject.root_files()
     if "adapter_config.json" in root_files:
         problems.append(
-            "adapter_config.json lies in the root, so `AutoModel` of a Hub id would load the base instead: it belongs "
-            f"into {ADAPTER_FOLDER}/"
+            "adapter_config.json is in the root, so `AutoModel` of a Hub id would load the base instead: it belongs "
+            f"in {ADAPTER_FOLDER}/"
         )
     files = own_weight_files(folder)
     names = {name for file in files for name in read_tensor_sizes(folder / file)}
     foreign = sorted(name for name in names if name.split(".", 1)[0] not in OWN_MODULES)
     if foreign:
-        problems.append(f"{', '.join(files)} hold {some(foreign)}, expected only {' and '.join(OWN_MODULES)}")
+        problems.append(f"{', '.join(files)} contain {some(foreign)}, expected only {' and '.join(OWN_MODULES)}")
     if broken := [name for file in files for name in not_finite(folder / file)]:
         problems.append(f"NaN or infinity in {some(broken)}")
     others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
     if others:
-        problems.append(f"weight files of other origin lie in it: {some(sorted(others))}")
+        problems.append(f"it contains foreign weight files: {some(sorted(others))}")
     fail_on(problems)
     base = read_model_config(folder).get("base_model_name_or_path")
     of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
@@ -150,13 +148,13 @@ def check_base_files(subject: SavedModel) -> str:
     recorded = subject.config.base_model_fingerprint or {}
     if not recorded:
         raise CheckFailed(
-            "config.json records no sha256 of the base's files: load the base from its folder or the Hub, and save."
+            "config.json records no sha256 of the base's files: load the base from files and save the model again."
         )
     files = ModelFiles(name, **{key: options[key] for key in HUB_KEYS if key in options})
     found = {file: file_sha256(path) for file, path in weight_files(files.find).items()}
     problems = [
         f"{file} is missing" if file not in found else f"{file} is not recorded" if file not in recorded
-        else f"sha256 of {file} is {found[file]}, recorded is {recorded[file]}"
+        else f"sha256 of {file} is {found[file]}, expected {recorded[file]}"
         for file in sorted(recorded.keys() | found.keys())
         if found.get(file) != recorded.get(file)
     ]  # fmt: skip
@@ -165,7 +163,7 @@ def check_base_files(subject: SavedModel) -> str:
     values = None if subject.base_quantization is None else quantized_values(subject.plain)
     fail_on(compare_with_samples(subject.plain, samples, values))
     fail_on(different_settings(subject.plain.config, subject.config.text_config))
-    return f"settings, sha256 of {len(found)} file(s) and samples of {len(samples)} tensors are those of {name}"
+    return f"settings, sha256 of {len(found)} file(s) and samples of {len(samples)} tensors match {name}"
 
 
 def check_language_adapter(subject: SavedModel) -> str:
@@ -174,7 +172,7 @@ def check_language_adapter(subject: SavedModel) -> str:
     view = build_multimodal_view(subject.plain, lora_config)
     expected = {stock: list(parameter.shape) for _, stock, parameter in adapter_parameters(view)}
     path = subject.folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS_NAME
-    read_tensor_sizes(path)  # refuses a truncated file
+    read_tensor_sizes(path)  # raises for a truncated file
     problems = []
     count = 0
     with safe_open(path, framework="pt") as file:
@@ -187,13 +185,13 @@ def check_language_adapter(subject: SavedModel) -> str:
             if list(tensor.shape) != expected[name]:
                 problems.append(f"{name} has shape {list(tensor.shape)}, expected {expected[name]}")
             elif not tensor.isfinite().all():
-                problems.append(f"{name} holds NaN or infinity")
+                problems.append(f"{name} contains NaN or infinity")
     problems += subject.different_settings(lora_config)
     fail_on(problems)
     layers = ", ".join(map(str, subject.config.replicated_layers))
     return (
         f"{len(expected)} tensors, {count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the "
-        f"blocks {layers}, as config.json says"
+        f"blocks {layers}, as in config.json"
     )
 
 
@@ -204,7 +202,7 @@ def check_tokenizer(subject: SavedModel) -> str:
     own = subject.base_tokenizer
     problems = []
     if processor.tokenizer.get_vocab() != own.get_vocab():
-        problems.append("the vocabulary is another than the base's")
+        problems.append("the vocabulary differs from the base's")
     if processor.image_token_id != subject.config.image_token_id:
         problems.append(
             f"the processor's image_token_id is {processor.image_token_id}, config.json has "
@@ -212,7 +210,7 @@ def check_tokenizer(subject: SavedModel) -> str:
         )
     texts = [*PROMPTS, processor.image_token, "".join(own.all_special_tokens)]
     problems += [
-        f"{text!r} becomes {list(ids)[:8]}, the base's tokenizer makes {list(expected)[:8]} of it"
+        f"{text!r} becomes {list(ids)[:8]}, with the base's tokenizer {list(expected)[:8]}"
         for text in texts
         if (ids := processor(text)["input_ids"]) != (expected := own(text)["input_ids"])
     ]
@@ -223,13 +221,13 @@ def check_tokenizer(subject: SavedModel) -> str:
             settings |= {"tokenize": True, "return_dict": True}
             ids = processor.apply_chat_template(CONVERSATION, **settings)["input_ids"]
             if ids != own.apply_chat_template(CONVERSATION, **settings)["input_ids"]:
-                problems.append(f"a conversation is formatted in another way ({settings})")
+                problems.append(f"a conversation is formatted differently ({settings})")
     fail_on(problems)
     return f"{len(own)} tokens, {len(texts)} texts {formatted}: equal to the base's own"
 
 
 def check_text_view(subject: SavedModel) -> str:
-    """Logits and greedy generation of the text view equal those of the base loaded by hand, bit for bit."""
+    """Logits and greedy generation of the text view equal those of the plain base, bit for bit."""
     base, model = subject.plain, subject.model
     problems = []
     tokens = 0
@@ -258,27 +256,18 @@ def check_text_view(subject: SavedModel) -> str:
 
 def check_stock_peft(subject: SavedModel) -> str:
     """`PeftModel.from_pretrained` on the plain base gives the multimodal view's logits; disabled, the base's."""
-    base_logits = subject.plain_logits  # taken before PEFT changes the plain base
-    training, serving = (
-        [logits_of(subject.model, ids, view="multimodal", gradients=gradients) for ids in subject.prompts]
-        for gradients in (True, False)
-    )
+    base_logits = subject.plain_logits  # computed before PEFT modifies the plain base
+    ours = [logits_of(subject.model, ids, view="multimodal") for ids in subject.prompts]
     peft = PeftModel.from_pretrained(subject.plain, subject.folder, subfolder=ADAPTER_FOLDER)
     stock = [logits_of(peft, ids) for ids in subject.prompts]
     problems = []
     dtype = subject.plain.dtype
-    worst = {}
-    for name, ours, allowed in (
-        ("in PEFT's own arithmetic", training, SAME_ARITHMETIC),
-        ("as it serves", serving, OTHER_ORDER),
-    ):
-        worst[name] = max(_relative_difference(*pair) for pair in zip(ours, stock, strict=True))
-        limit = allowed.get(dtype, allowed[torch.bfloat16])
-        if not worst[name] <= limit:  # NaN fails too
-            problems.append(
-                f"the multimodal view {name} differs from stock PEFT by {worst[name]:.2g} of the logits' range, "
-                f"allowed are {limit:g}"
-            )
+    worst = max(_relative_difference(*pair) for pair in zip(ours, stock, strict=True))
+    limit = SAME_LOGITS.get(dtype, SAME_LOGITS[torch.bfloat16])
+    if not worst <= limit:  # NaN fails too
+        problems.append(
+            f"the multimodal view differs from stock PEFT by {worst:.2g} of the logits' range, allowed are {limit:g}"
+        )
     with peft.disable_adapter():
         if not all(
             torch.equal(logits_of(peft, ids), expected)
@@ -286,11 +275,10 @@ def check_stock_peft(subject: SavedModel) -> str:
         ):
             problems.append("with the adapter disabled, the logits of stock PEFT are not the base's")
     fail_on(problems)
-    moved = max(_relative_difference(*pair) for pair in zip(serving, base_logits, strict=True))
-    measured = ", ".join(f"{difference:.1g} {name}" for name, difference in worst.items())
+    moved = max(_relative_difference(*pair) for pair in zip(ours, base_logits, strict=True))
     return (
-        f"largest difference, of the logits' range: {measured} ({_name(dtype)}); the adapter moves the base's by "
-        f"{moved:.2g}; disabled, they are the base's bit for bit"
+        f"largest difference, of the logits' range: {worst:.1g} ({_name(dtype)}); the adapter changes the base's "
+        f"logits by {moved:.2g}; disabled, they equal the base's bit for bit"
     )
 
 
@@ -300,12 +288,12 @@ def _relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_remote_code(subject: SavedModel) -> str:
-    """The repository's own code files load, where the package cannot be imported, and answer about an image."""
-    base_name, base_options = subject.base  # refuses a base whose code may not run: here it would
+    """The repository's own code files load without the package, and answer about an image."""
+    base_name, base_options = subject.base  # raises if the base's code is not allowed: here it would run
     if not subject.is_local and not subject.trust and (foreign := _code_of_others(subject.folder)):
         raise CheckFailed(
-            f"{some(foreign)} differ from the installed package's files, and were not run: look at them, then allow "
-            "it with trust_remote_code (--trust-remote-code)"
+            f"{some(foreign)} differ from the installed package's files and were not run: read them, then allow them "
+            "with trust_remote_code (--trust-remote-code)"
         )
     alone = subject.base_quantization is not None and may_run_code_of_base(subject)
     subject.release()
@@ -326,7 +314,9 @@ def check_remote_code(subject: SavedModel) -> str:
     if installed:
         raise CheckFailed(f"not taken from the repository: {installed}; config.json lacks their `auto_map` entries")
     if report["base_class"] is not None and not report["base_is_equal"]:
-        raise CheckFailed(f"the base {base_name}, loaded by its own code files, gives other logits than the text view")
+        raise CheckFailed(
+            f"the base {base_name}, loaded with its own code files, gives different logits from the text view"
+        )
     of_base = f"; its base alone, a {report['base_class']}, gives the text view's logits" if alone else ""
     others = _code_of_others(subject.folder)
     return (
@@ -368,8 +358,8 @@ def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> di
             )
         except subprocess.TimeoutExpired as error:
             raise CheckFailed(
-                f"a clean process had not answered after {CLEAN_PROCESS_SECONDS} seconds and was ended: a code file "
-                "of the repository may hang"
+                f"a clean process did not answer within {CLEAN_PROCESS_SECONDS} seconds and was stopped: a code file "
+                "in the repository may hang"
             ) from error
     if process.returncode != 0:
         raise CheckFailed(f"a clean process failed with exit code {process.returncode}: {_last_error(process.stderr)}")
@@ -386,7 +376,7 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "stock_peft": check_stock_peft,
     "remote_code": check_remote_code,
 }
-# What takes the place of a check if the GenieBlue is quantized.
+# Replacements of checks for a quantized GenieBlue.
 QUANTIZED_CHECKS = {
     "language_adapter": ("language_adapter", check_quantized_adapter),
     "stock_peft": ("quantization", check_quantization),
@@ -402,7 +392,7 @@ def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tenso
 
 
 def _last_error(stderr: str) -> str:
-    """The message of the exception that ended a process, which may have several lines."""
+    """The message of the exception that ended a process, possibly several lines."""
     lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
     starts = [index for index, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
     message = " ".join(lines[starts[-1] :] if starts else lines[-3:])

@@ -1,4 +1,4 @@
-"""What `verify` checks of a quantized GenieBlue in other ways: the adapter's codes, precisions, quantization error."""
+"""Checks that are specific to a quantized GenieBlue: the adapter's codes, precisions and quantization error."""
 
 import logging
 import os
@@ -46,34 +46,34 @@ from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 logger = logging.getLogger(__name__)
 
 STOCK_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Relative L2 error of logits that have nothing to do with each other is above this.
+# Unrelated logits have a larger relative L2 error than this.
 LARGEST_ERROR = 1.0
-UNSEEN = "no hash of this repository's own files is recorded, so a code or a scale that was changed is not seen"
+UNSEEN = "no hashes of this repository's own files are recorded, so changed codes or scales go unnoticed"
 
 
 def check_quantized_adapter(subject: SavedModel) -> str:
-    """The loader's own strict reading of the adapter, then the range of every number; its settings agree."""
+    """The loader can read the adapter, every number is in range, and its settings agree."""
     lora_config = make_lora_config(subject.plain, subject.config)
     path = subject.folder / ADAPTER_FOLDER / QUANTIZED_ADAPTER_NAME
-    read_tensor_sizes(path)  # refuses a truncated file
+    read_tensor_sizes(path)  # raises for a truncated file
     view = build_multimodal_view(subject.plain, lora_config)
     problems = []
     try:
         load_quantized_adapter(view, LoadRequest.from_arguments(subject.folder, {}), subject.plain.dtype)
     except ValueError as error:
         problems.append(str(error))
-    problems += [*find_impossible_values(path), *subject.different_settings(lora_config)]
+    problems += [*find_invalid_values(path), *subject.different_settings(lora_config)]
     fail_on(problems)
     count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
     layers = ", ".join(map(str, subject.config.replicated_layers))
     return (
         f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as "
-        "config.json says; codes and zero points in range, scales positive and finite"
+        "in config.json; codes and zero points in range, scales positive and finite"
     )
 
 
 def may_run_code_of_base(subject: SavedModel) -> bool:
-    """Whether the code files in a quantized base's repository may run: the user's own, or ours byte for byte."""
+    """Whether code files in a quantized base's repository may run: if the user allowed it, or if they equal ours."""
     name, options = subject.base
     is_folder = os.path.isdir(name)
     if subject.trust or is_folder and (subject.is_local or subject.base_override is not None):
@@ -85,26 +85,26 @@ def may_run_code_of_base(subject: SavedModel) -> bool:
     return all((own / path.name).is_file() and cmp(path, own / path.name, False) for path in folder.glob("*.py"))
 
 
-def find_impossible_values(path: Path) -> Iterator[str]:
-    """Tensors of a file with quantized weights that hold what no rounding gives, one sentence each."""
+def find_invalid_values(path: Path) -> Iterator[str]:
+    """Tensors in a file of quantized weights with values that no rounding produces, one sentence each."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                yield f"{name} holds NaN or infinity"
+                yield f"{name} contains NaN or infinity"
             elif name.endswith("._scale") and not (tensor > 0).all():
-                yield f"{name} holds a scale that is not positive"
+                yield f"{name} contains a scale that is not positive"
             elif name.endswith("._shift") and (tensor > TOP_CODE[4]).any():
-                yield f"{name} holds a zero point above {TOP_CODE[4]}"
+                yield f"{name} contains a zero point above {TOP_CODE[4]}"
             elif tensor.dtype == torch.int8 and (tensor < -TOP_CODE[8]).any():
-                yield f"{name} holds a code below {-TOP_CODE[8]}"
+                yield f"{name} contains a code below {-TOP_CODE[8]}"
 
 
 def check_quantization(subject: SavedModel) -> str:
-    """Each part has the precision that config.json says, no number is impossible, each view is near the 16-bit one."""
+    """Each part has the precision in config.json, all numbers are valid, and each view is close to the 16-bit one."""
     recorded = subject.config.quantization
     recipe = _recipe(recorded)
-    model = subject.model  # read strictly by its maps, so that stored types are those of the maps
+    model = subject.model  # loading checks the stored dtypes against the maps
     plans = {
         QMAP_NAME: plan_own_parts(model, recipe),
         f"{ADAPTER_FOLDER}/{QMAP_NAME}": plan_adapter(model.multimodal_language_model, recipe),
@@ -125,14 +125,14 @@ def check_quantization(subject: SavedModel) -> str:
     explained = describe(recipe, [*plans.values(), of_base])["other_precision"]
     if recorded.get("other_precision") != explained:
         names = sorted(set(recorded.get("other_precision") or {}) ^ set(explained)) or sorted(explained)
-        problems.append(f"config.json does not list rightly which layers have another precision: {some(names)}")
-    problems += find_impossible_values(subject.folder / WEIGHTS_NAME)
+        problems.append(f"config.json has the wrong list of layers with another precision: {some(names)}")
+    problems += find_invalid_values(subject.folder / WEIGHTS_NAME)
     stock = [file for file in STOCK_PEFT_FILES if (subject.folder / ADAPTER_FOLDER / file).exists()]
-    problems += [f"{ADAPTER_FOLDER}/{file} is there, which stock PEFT would load" for file in stock]
+    problems += [f"{ADAPTER_FOLDER}/{file} exists, which stock PEFT would load" for file in stock]
     fail_on(problems)
     parts = ", ".join(f"{part} {precision}" for part, precision in recipe.parts().items())
     return (
-        f"{parts}: as the maps and the stored types say; {_errors(subject, recipe)}; stock PEFT does not load the "
+        f"{parts}: matches the maps and the stored dtypes; {_errors(subject, recipe)}; stock PEFT cannot load the "
         f"adapter, as intended; {UNSEEN}"
     )
 
@@ -141,11 +141,13 @@ def _recipe(recorded: dict[str, Any]) -> QuantizationRecipe:
     try:
         return QuantizationRecipe(**{name: recorded[name] for name in QuantizationRecipe.__dataclass_fields__})
     except KeyError as error:
-        raise CheckFailed(f"config.json does not say the precision of {error}: quantize the model again.") from error
+        raise CheckFailed(
+            f"config.json does not record the precision of {error}: quantize the model again."
+        ) from error
 
 
 def _kinds_in_memory(base: Any) -> dict[str, str]:
-    """The quantization map of a loaded base; an 8-bit embedding is no linear, but has such a weight too."""
+    """The quantization map of a loaded base, including 8-bit embeddings."""
     kinds = {name: module.weight_qtype.name for name, module in base.named_modules()
              if is_frozen(module)}  # fmt: skip
     embedding = base.get_input_embeddings()
@@ -161,18 +163,18 @@ def _other_precisions(place: str, meant: dict[str, str], found: dict[str, str]) 
         return []
     first = other[0]
     return [
-        f"{place} has another precision than config.json says for {len(other)} layer(s): {first} is "
-        f"{found.get(first, '16 bits')}, meant is {meant.get(first, '16 bits')}"
+        f"{place} differs in precision from config.json for {len(other)} layer(s): {first} is "
+        f"{found.get(first, '16 bits')}, expected {meant.get(first, '16 bits')}"
     ]
 
 
 def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:
-    """The error of each view's logits, in words: measured again if the 16-bit GenieBlue is there, else as recorded.
+    """Describes the error of each view's logits, measured again if the 16-bit GenieBlue is available.
 
-    Raises `CheckFailed` for logits that have nothing to do with those of 16 bits.
+    Raises `CheckFailed` for logits that are unrelated to the 16-bit ones.
     """
     after = view_logits(subject.model)
-    subject.release()  # the next model is as large as both
+    subject.release()  # the 16-bit model needs the memory
     try:
         source, before = _logits_of_source(subject, recipe)
     except (OSError, ValueError) as error:
@@ -182,18 +184,17 @@ def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:
     listed = ", ".join(f"{view} view {error:.3f}" for view, error in errors.items())
     if not max(errors.values()) < LARGEST_ERROR:  # NaN fails too
         raise CheckFailed(
-            f"the logits have nothing to do with those of {source}, which it was made from: relative L2 error of the "
-            f"{listed}"
+            f"the logits are unrelated to those of {source}, which it was made from: relative L2 error of the {listed}"
         )
     return f"relative L2 error of the logits, measured again against {source}: {listed}"
 
 
 def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[str, ViewLogits]:
-    """Name and logits of the 16-bit GenieBlue; `OSError` or `ValueError` if it cannot be had."""
+    """Name and logits of the 16-bit GenieBlue; `OSError` or `ValueError` if it is not available."""
     origin = subject.config.quantization.get("source") or {}
     name, where = origin.get("name"), {}
     if not isinstance(name, str):
-        raise OSError("config.json does not say what it was made from")
+        raise OSError("config.json does not record the 16-bit model")
     if is_hub_id(name, subject.folder):
         where = {**subject.hub, "revision": origin.get("revision")}
     elif not subject.is_local:
@@ -201,7 +202,7 @@ def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[
     else:
         name = os.path.normpath(subject.folder / name)
         if not os.path.isdir(name):
-            raise OSError(f"there is no folder {name}")
+            raise OSError(f"the folder {name} does not exist")
     model = GenieBlueForConditionalGeneration.from_pretrained(
         name, dtype=recipe.dtype, trust_remote_code=subject.trust, **where
     )

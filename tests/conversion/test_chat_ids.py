@@ -115,7 +115,7 @@ REFUSED = {
     "drops thoughts": (
         CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
         "<think>red</think>yes",
-        "leaves out or rewrites",
+        "drops or rewrites",
     ),
     "cuts": (CHATML.replace("m['content']", "m['content'][:5]"), "seven words", "not prefix-stable|leaves out"),
     "stops within": (CHATML, "the token </s> ends it", "'</s>', at which generation stops"),

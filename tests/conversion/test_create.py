@@ -152,7 +152,7 @@ STOPS = {
     "another token than the template's": (
         {"eos_token_id": 3}, "Generation stops at '<unk>', but the chat template ends an answer with '</s>'"
     ),
-    "none": ({"eos_token_id": None}, "stops at no token"),
+    "none": ({"eos_token_id": None}, "never stops"),
     "the template's": ({"eos_token_id": [3, 2]}, None),
 }  # fmt: skip
 

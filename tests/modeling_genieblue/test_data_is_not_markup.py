@@ -242,17 +242,17 @@ def test_a_message_without_content_stays_one_beside_an_image():
         (user({"type": "text", "text": "a", "note": "b"}, image()), "'note', which would be lost"),
         (user(image(text="a caption")), "'text', which would be lost"),
         (user(image(index=1)), "'index', which would be lost"),
-        (user(image(url="b.png")), "has image and url; expected one of them"),
+        (user(image(url="b.png")), "has image and url; expected only one of them"),
         (
             user({"type": "image_url", "image_url": {"detail": "low"}}),
             "The image_url of an image part is not a string",
         ),
         (user({"type": "image", "base64": b"a"}), "The base64 of an image part is not a string"),
-        (user(7), "a part of a message is of type int"),
+        (user(7), "a part of a message has type int"),
         ({"role": "user", "content": "?", "images": ["a.png"]}, "'images', which would be lost"),
         ({"role": "user", "content": "?", "audio": {"id": "a"}}, "'audio', which would be lost"),
         ({"role": "user", "content": {"type": "image", "image": "a.png"}}, "expected a list of parts"),
-        ("user: hello", "A message is of type str"),
+        ("user: hello", "A message has type str"),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(message, words):

@@ -347,7 +347,7 @@ def test_exchanged_base_folder_is_refused(tmp_path):
 def test_missing_base_folder_is_named_with_the_way_out(tmp_path):
     folder = save_tiny_pair(tmp_path)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="no such folder.*base_model=") as error:
+    with pytest.raises(OSError, match="that folder does not exist.*base_model=") as error:
         load(folder)
     assert str(tmp_path / "base") in str(error.value)
     assert same(answers(load(folder, base_model=tmp_path / "elsewhere")),

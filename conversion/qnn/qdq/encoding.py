@@ -1,17 +1,17 @@
-"""What codes mean: encodings of activations, codes of matrices, and how values become codes. NumPy only."""
+"""Encodings of activations, codes of matrices, and conversion of values to codes. NumPy only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-Range = tuple[float, float]  # least and greatest value of a tensor
+Range = tuple[float, float]  # minimum and maximum of a tensor
 LEVELS = 65535  # of an unsigned 16-bit code
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the codes of a tensor mean: `value = (code - zero_point) * scale`."""
+    """The meaning of a tensor's codes: `value = (code - zero_point) * scale`."""
 
     scale: float
     zero_point: int
@@ -19,7 +19,10 @@ class Encoding:
 
     @classmethod
     def of(cls, found: Range, dtype: str = "uint16") -> "Encoding":
-        """All codes of `dtype` over a range, widened to hold zero, which is met exactly."""
+        """Spreads all codes of `dtype` over a range, widened to include zero, which is represented exactly.
+
+        Exact zeros matter: padding and masked values would otherwise add a small constant to every sum.
+        """
         low, high = min(found[0], 0.0), max(found[1], 0.0)
         limits = np.iinfo(dtype)
         if limits.min < 0:  # symmetric
@@ -29,11 +32,11 @@ class Encoding:
 
     @property
     def zero(self) -> np.generic:
-        """The code of zero, in the type of the codes."""
+        """The code of zero, in the dtype of the codes."""
         return np.dtype(self.dtype).type(self.zero_point)
 
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """Values of any shape → codes of that shape in `dtype`, to the nearest; those out of range get its end."""
+        """Values of any shape → nearest codes of that shape in `dtype`, clipped to its range."""
         codes = np.rint(np.asarray(values, np.float32) / np.float32(self.scale)) + self.zero_point
         limits = np.iinfo(self.dtype)
         return np.clip(codes, limits.min, limits.max).astype(self.dtype)
@@ -47,31 +50,31 @@ class Encoding:
 class WeightCodes:
     """Symmetric codes of a matrix and their scales: one per channel along `axis`, or one for all (`axis` None)."""
 
-    codes: np.ndarray  # int8; those of 4 bits lie in -7 … 7
+    codes: np.ndarray  # int8; 4-bit codes are in -7 … 7
     scales: np.ndarray  # float32, (channels,) or ()
     bits: int
     axis: int | None
 
     def decode(self) -> np.ndarray:
-        """The matrix that the codes stand for, float32 in their shape."""
+        """The matrix that the codes represent, float32 in their shape."""
         if self.axis is None:
             return self.codes * self.scales
         return self.codes * self.scales.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])
 
 
-# (name of a weight, its values, bits, axis) → codes; how values become codes is a choice of its own.
+# (name of a weight, its values, bits, axis) → codes
 Rounding = Callable[[str, np.ndarray, int, int | None], WeightCodes]
 
 
 def round_to_nearest(_name: str, weight: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
-    """Symmetric codes with the largest magnitude of a channel at the end of the range."""
+    """Symmetric codes that map the largest magnitude of each channel to the largest code."""
     others = tuple(index for index in range(weight.ndim) if index != axis) if axis is not None else None
     largest = np.abs(weight).max(axis=others)
     return round_with_scales(weight, np.maximum(largest, 1e-8) / (2 ** (bits - 1) - 1), bits, axis)
 
 
 def round_with_scales(weight: np.ndarray, scales: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
-    """Symmetric codes for given scales, (channels,) or (); what lies beyond the range is cut to its end."""
+    """Symmetric codes for given scales, (channels,) or (); values out of range are clipped."""
     largest_code = 2 ** (bits - 1) - 1
     scales = np.asarray(scales, np.float32)
     steps = scales if axis is None else scales.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
@@ -80,7 +83,7 @@ def round_with_scales(weight: np.ndarray, scales: np.ndarray, bits: int, axis: i
 
 
 def constant_encoding(values: np.ndarray) -> Encoding:
-    """The 16 bits of a bias, of a norm's weight, or of a single number."""
+    """The 16-bit encoding of a bias, a norm's weight or a single number."""
     return Encoding.of((float(values.min()), float(values.max())))
 
 

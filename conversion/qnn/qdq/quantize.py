@@ -1,7 +1,7 @@
 """Float graph + ranges → QDQ graph: 16-bit activations, symmetric int4 or int8 weights with a scale per channel.
 
-Everything at the boundary of the graph is quantized too (uint16), caches included, so that nothing is converted on
-the way from one call to the next.
+The inputs and outputs of the graph are quantized too (uint16), including caches, so that nothing is converted between
+calls.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,16 +22,16 @@ from conversion.qnn.qdq.encoding import (
 from conversion.qnn.qdq.ranges import union
 
 KINDS = {"uint16": TensorProto.UINT16, "int16": TensorProto.INT16, "uint8": TensorProto.UINT8}
-# These move values without changing them, so both sides have one encoding.
+# These move values without changing them. Both sides share an encoding, so the NPU moves codes and never rescales.
 MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Pad")
-# The NPU fixes the encoding of these.
+# The NPU prescribes the encoding of these outputs.
 FIXED_RANGES = {"Sigmoid": (0.0, LEVELS / 65536), "Softmax": (0.0, 1.0)}
 CACHE_DTYPES = {16: "int16", 8: "uint8"}
 WEIGHT_OPERATORS = {"MatMul": 1, "Conv": 0}  # and the axis of their output channels
 
 
 def tensor_groups(model: onnx.ModelProto, tied: Mapping[str, str]) -> dict[str, str]:
-    """By tensor the representative of those that share one encoding: moved values, and the pairs of `tied`."""
+    """For each tensor, a representative of all tensors with the same encoding: moved values and `tied` pairs."""
     parents: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -65,8 +65,8 @@ def encodings_of(
     """The encoding of every activation; `ValueError` if one was never measured.
 
     Args:
-        tied: pairs that must agree besides: the caches that go in and come out.
-        cache_bits: 16, or 8 for half the cache: of keys and values, the second factors of attention's products.
+        tied: additional pairs that must share an encoding: caches that go in and come out.
+        cache_bits: 16, or 8 for half the cache: for keys and values, the second factors of attention's products.
     """
     if cache_bits not in CACHE_DTYPES:
         raise ValueError(f"`cache_bits` is {cache_bits!r}: expected 16 or 8.")
@@ -74,7 +74,7 @@ def encodings_of(
     if missing := [name for name in groups if name not in ranges]:
         raise ValueError(
             f"The calibration has no range for {len(missing)} tensors ({', '.join(sorted(missing)[:3])} …): it was "
-            "measured on a graph of another structure."
+            "measured on a different graph; calibrate again."
         )
     fixed = {
         groups[name]: FIXED_RANGES[node.op_type]
@@ -82,20 +82,22 @@ def encodings_of(
         if node.op_type in FIXED_RANGES
         for name in node.output
     }
-    together: dict[str, Range] = {}
+    shared_ranges: dict[str, Range] = {}
     for name, root in groups.items():
-        together[root] = union(together[root], ranges[name]) if root in together else ranges[name]
-    together.update(fixed)
+        shared_ranges[root] = union(shared_ranges[root], ranges[name]) if root in shared_ranges else ranges[name]
+    shared_ranges.update(fixed)
     factors = _second_factors(model)
     dtype = CACHE_DTYPES[cache_bits]
-    return {name: Encoding.of(together[root], dtype if name in factors else "uint16") for name, root in groups.items()}
+    return {
+        name: Encoding.of(shared_ranges[root], dtype if name in factors else "uint16") for name, root in groups.items()
+    }
 
 
 def _second_factors(model: onnx.ModelProto) -> set[str]:
-    """What is second in a product of two activations, and what that is joined from: keys and values, the cache too.
+    """Second factors of products of two activations, and the tensors they are joined from: keys, values, the cache.
 
-    Given unsigned 16-bit codes there, the compiler would round them to 8 bits by itself, without a word. Signed
-    symmetric ones of 16 bits, or unsigned ones of 8, it multiplies as they are.
+    The compiler silently rounds unsigned 16-bit codes there to 8 bits. It uses signed symmetric 16-bit codes and
+    unsigned 8-bit codes as they are.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
@@ -116,12 +118,12 @@ def round_weights(
     rounding: Rounding = round_to_nearest,
     as_inputs: Callable[[str], bool] = lambda _name: False,
 ) -> dict[str, WeightCodes]:
-    """Codes by name of every matrix and kernel in a float graph.
+    """Codes of every matrix and kernel in a float graph, by name.
 
     Args:
         bits_of: 4 or 8 for the name of a weight.
-        as_inputs: which weights will be inputs of the graph instead of constants. They get one scale for all of
-            their channels, since the NPU takes more only for constants.
+        as_inputs: which weights will be inputs of the graph instead of constants. They get a single scale, because the
+            NPU supports a scale per channel only for constants.
     """
     codes = {}
     for name, (weight, axis) in weights_of(model).items():
@@ -130,7 +132,7 @@ def round_weights(
 
 
 def weights_of(model: onnx.ModelProto) -> dict[str, tuple[np.ndarray, int]]:
-    """By name every matrix and kernel of a float graph, and the axis of its output channels."""
+    """Every matrix and kernel of a float graph and the axis of its output channels, by name."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     return {
         node.input[1]: (numpy_helper.to_array(constants[node.input[1]]), WEIGHT_OPERATORS[node.op_type])
@@ -145,14 +147,20 @@ def quantize_graph(
     """The QDQ graph of a float graph.
 
     Args:
-        encodings: of every activation, as `encodings_of` gives them.
-        codes: of every matrix, as `round_weights` gives them; those with one scale become inputs of the graph.
-        name: of the graph, for whoever looks at it.
+        encodings: of every activation, from `encodings_of`.
+        codes: of every matrix, from `round_weights`; those with a single scale become inputs of the graph.
+        name: the graph's name.
     """
     return _Quantizer(model, encodings, codes, name).run()
 
 
 class _Quantizer:
+    """Puts a DequantizeLinear before each input and a QuantizeLinear after each output of an operator.
+
+    ONNX Runtime's QNN provider turns each such unit (decoded inputs, operator, encoded output) into one integer
+    operator; an operator without them would not be quantized.
+    """
+
     def __init__(
         self,
         model: onnx.ModelProto,
@@ -166,7 +174,7 @@ class _Quantizer:
         self.graph = self.model.graph
         self.graph.name = name
         self.constants = {tensor.name: tensor for tensor in self.source.initializer}
-        self.decoded: dict[str, str] = {}  # float tensor → name of the DequantizeLinear output that stands for it
+        self.decoded: dict[str, str] = {}  # float tensor → name of the DequantizeLinear output that replaces it
 
     def run(self) -> onnx.ModelProto:
         outputs = {value.name for value in self.source.output}
@@ -218,7 +226,7 @@ class _Quantizer:
         joins = node.op_type == "Concat" and all(self.encodings[part].dtype == encoding.dtype for part in node.input)
         value = self._float(name)
         if encoding.dtype != "uint16" and not joins:
-            # Operators compute in 16 bits; a conversion of its own makes 8 of them.
+            # Operators have unsigned 16-bit outputs; any other type needs a separate conversion.
             wide = f"{name}/wide"
             limits = np.iinfo(encoding.dtype)
             ends = [(limit - encoding.zero_point) * encoding.scale for limit in (limits.min, limits.max)]
@@ -278,14 +286,14 @@ class _Quantizer:
 
 
 def apply_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> None:
-    """Replaces the matrices of a float graph by what their codes stand for: what is left to differ is activations."""
+    """Replaces the matrices of a float graph by their rounded values, so that only activations differ from QDQ."""
     for tensor in model.graph.initializer:
         if tensor.name in codes:
             tensor.CopyFrom(numpy_helper.from_array(codes[tensor.name].decode().astype(np.float32), tensor.name))
 
 
 def pack_int4(codes: np.ndarray) -> bytes:
-    """Two codes to a byte, the first in the low half, as ONNX stores them."""
+    """Packs two codes per byte, the first in the low half, as ONNX stores them."""
     flat = codes.astype(np.int8).reshape(-1).view(np.uint8) & 15
     flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()

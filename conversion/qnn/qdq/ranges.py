@@ -1,4 +1,4 @@
-"""Ranges of every tensor in a float graph, measured on real requests."""
+"""Measures the range of every tensor in a float graph on real requests."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,18 +14,18 @@ from conversion.qnn.qdq.stored_graphs import ConstantStore
 
 
 def union(*ranges: Range) -> Range:
-    """The smallest range that holds all of them."""
+    """The smallest range that includes all of them."""
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 class RangeMeter:
-    """Runs a float graph and keeps the least and greatest value of each tensor that it meets.
+    """Runs a float graph and records the minimum and maximum of each tensor.
 
-    The reductions are part of the graph that is run, so that no tensor has to be handed out to be looked at.
+    The reductions are part of the graph, so that no tensor has to be returned from it.
     """
 
     def __init__(self, model: onnx.ModelProto, folder: Path):
-        """`folder` is for the graph with its reductions, which ONNX Runtime reads from disk."""
+        """`folder` is for the graph with reductions, which ONNX Runtime reads from disk."""
         self.output_names = [value.name for value in model.graph.output]
         self.ranges: dict[str, Range] = {}
         path = folder / "watched.onnx"
@@ -46,26 +46,28 @@ class RangeMeter:
                 graph.output.append(helper.make_tensor_value_info(reduction.output[0], TensorProto.FLOAT, []))
         path.write_bytes(watched.SerializeToString())
         options = cpu_options()
-        # In the order of the nodes above: else every tensor would be kept until the reductions come, at the end.
+        # Keep the order of the nodes above: otherwise reductions run last, and every tensor stays in memory.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = False
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name; what was seen on the way is added to `ranges`."""
+        """Outputs by name; updates `ranges`."""
         values = self._session.run(None, dict(feeds))
         count = len(self.output_names)
         for place, name in enumerate(self._watched):
             low, high = (float(value) for value in values[count + 2 * place : count + 2 * place + 2])
             if not np.isfinite(low) or not np.isfinite(high):
-                raise ValueError(f"The calibration met a value that is no number in {name}: the model is damaged.")
+                raise ValueError(
+                    f"The calibration found NaN or infinity in {name}: the model is damaged; fetch it again."
+                )
             found = (low, high)
             self.ranges[name] = union(self.ranges[name], found) if name in self.ranges else found
         return dict(zip(self.output_names, values[:count], strict=True))
 
 
 def _reductions(name: str) -> list[onnx.NodeProto]:
-    """The nodes that find the least and the greatest value of a tensor."""
+    """The nodes that compute the minimum and maximum of a tensor."""
     return [
         helper.make_node(operator, [name], [f"{name}/{operator}"], keepdims=0)
         for operator in ("ReduceMin", "ReduceMax")

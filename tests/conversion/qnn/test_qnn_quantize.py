@@ -253,7 +253,7 @@ def test_values_that_are_only_moved_keep_their_encoding(tmp_path):
 
 
 def test_ranges_of_another_graph_are_refused():
-    with pytest.raises(ValueError, match="no range for 3 tensors.*another structure"):
+    with pytest.raises(ValueError, match="no range for 3 tensors.*a different graph"):
         encodings_of(toy_graph(), {"x": (0.0, 1.0), "z": (0.0, 1.0)})
 
 

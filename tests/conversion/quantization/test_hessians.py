@@ -310,10 +310,10 @@ def test_linears_that_read_padding_alone_have_no_hessian():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"between": lambda hidden_states: hidden_states * 2}, "straight from block to block"),
-        ({"order": [0, 0, 1, 2]}, "straight from block to block"),
-        ({"order": [1, 0, 2]}, "straight from block to block"),
-        ({"order": [0, 1]}, "ran 2 of its 3 blocks"),
+        ({"between": lambda hidden_states: hidden_states * 2}, "changes its hidden states between blocks"),
+        ({"order": [0, 0, 1, 2]}, "changes its hidden states between blocks"),
+        ({"order": [1, 0, 2]}, "changes its hidden states between blocks"),
+        ({"order": [0, 1]}, "ran only 2 of its 3 blocks"),
     ],
 )
 def test_models_that_are_no_plain_chain_of_blocks_are_refused(options, message):
@@ -356,8 +356,8 @@ def test_texts_that_are_not_needed_are_not_read():
         ([], 8, 2, "0 tokens in 0 texts; a sample of 8 tokens needs 8: give more text"),
         ([" \n"], 8, 2, "0 tokens in 0 texts"),
         (["The sign."], 800, 2, "tokens in 1 texts; a sample of 800 tokens needs 800"),
-        (["The sign."], 8, 0, "0 calibration samples of 8 tokens were asked for"),
-        (["The sign."], 0, 1, "1 calibration samples of 0 tokens were asked for"),
+        (["The sign."], 8, 0, "request for 0 calibration samples of 8 tokens"),
+        (["The sign."], 0, 1, "request for 1 calibration samples of 0 tokens"),
     ],
 )
 def test_too_little_text_is_refused(texts, length, count, message):
@@ -382,8 +382,8 @@ def test_paragraphs_of_a_text_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (b" \n\n", ValueError, "holds no text"),
-        (b"\xff\xfe\x00", ValueError, "not text in UTF-8"),
+        (b" \n\n", ValueError, "contains no text"),
+        (b"\xff\xfe\x00", ValueError, "not UTF-8 text"),
         (None, OSError, "cannot be read"),
     ],
 )

@@ -197,7 +197,7 @@ def test_json_needs_one_prompt(work):
 
 def test_a_base_elsewhere_can_be_named(work):
     (work / "base").rename(work / "elsewhere")
-    assert "there is no such folder" in error_of("chat", "genieblue", "-p", "hi")
+    assert "that folder does not exist" in error_of("chat", "genieblue", "-p", "hi")
     run("chat", "genieblue", "-p", "hi", "--base", "elsewhere", "--max-new-tokens", 2)
 
 
