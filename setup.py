@@ -3,9 +3,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = re.search('__version__ = "(.*)"', Path(__file__).with_name("genieblue").joinpath("__init__.py").read_text())[
-    1
-]
+VERSION = re.search('__version__ = "(.*)"', Path(__file__).with_name("genieblue").joinpath("__init__.py").read_text())
 PACKAGES = ["modeling_genieblue", "hub_cards", "conversion", "conversion.*", "genieblue", "genieblue.*"]
 OPTIMUM_COMMANDS = "optimum.commands.register"
 QNN_COMPILER = "onnxruntime-qnn>=2.7; platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -26,7 +24,7 @@ EXTRAS["all"] = sorted({each for name, extra in EXTRAS.items() if name not in ("
 
 setup(
     name="genieblue",
-    version=VERSION,
+    version=VERSION[1],
     description="Add images to a frozen language model and keep its text answers bit for bit",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
