@@ -1,4 +1,4 @@
-"""QNN bundles: bytes against their ideal, the export of the real size, and accuracy on the demo's model.
+"""QNN bundles: size against the ideal, export at full size, and accuracy on the demo's model.
 
     python -m benchmarks.qnn [--demo demo-out] [--full-size full-size] [--parts 16] [--bundles qnn-bundles] [--json]
 

@@ -1,4 +1,4 @@
-"""Quantized GenieBlues: bytes, load, decode speed and accuracy, each beside 16 bits.
+"""Quantized GenieBlues compared with 16 bits: size, load time, decode speed and accuracy.
 
     python -m benchmarks.quantization [--demo demo-out] [--full-size full-size] [--pairs 9] [--runs 3] [--json]
 

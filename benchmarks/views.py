@@ -1,4 +1,4 @@
-"""Speed of the two views against the plain base and against merged LoRA, interleaved, as one table.
+"""Speed of the two views against the plain base and merged LoRA, interleaved, as one table.
 
     python benchmarks/views.py [--pairs 9] [--tokens 24] [--blocks 12] [--compile] [--device cpu]
 

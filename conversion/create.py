@@ -149,7 +149,7 @@ def _report_stop_tokens(processor: GenieBlueProcessor, generation_config: Genera
 def _check_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> None:
     for source in sources:
         if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output):
-            raise ValueError(f"{output} contains the input {source}: give another output folder.")
+            raise ValueError(f"{output} is also an input: give another output folder.")
     if output.exists() and not output.is_dir():
         raise OSError(f"{output} is a file: give a folder that is new or empty.")
     if not output.is_dir() or not any(output.iterdir()):

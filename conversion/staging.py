@@ -1,4 +1,4 @@
-"""Writing safely: folders that are whole or not there, one run for one output, a full disk that is named."""
+"""Safe writing: folders are complete or absent, one run per output, and a clear error for a full disk."""
 
 import errno
 import os
@@ -10,26 +10,26 @@ from safetensors import SafetensorError
 
 from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder, lock
 
-NOTHING_STAYS = "free some, or give folders on another disk. Nothing half-written stays"
+NOTHING_STAYS = "free some space, or use another disk. No incomplete files are left"
 
 
 @contextmanager
 def lock_output(out: Path, purpose: str) -> Iterator[None]:
-    """Keeps a second run away from `out`, by a lock that the system lifts if the process dies.
+    """Locks `out` against a second run; the system releases the lock if the process dies.
 
-    `purpose` is what is done (`export`, `training`). Raises `OSError` at once if another run holds the lock.
+    `purpose` names the activity (`export`, `training`). Raises `OSError` at once if another run holds the lock.
     """
     path = out.with_name(f".{out.name}.{purpose}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        raise OSError(f"Nothing can be written to {out.parent} ({error.strerror}): give another output.") from error
+        raise OSError(f"Cannot write to {out.parent} ({error.strerror}): give another output.") from error
     try:
         descriptor = lock(path)  # not of a file that a run which has just ended removed: it would keep nobody away
     except BlockingIOError as error:
         raise BlockingIOError(
-            f"Another {purpose} writes to {out} at this moment: wait for it, end it, or give another output."
+            f"Another {purpose} is writing to {out}: wait for it, stop it, or give another output."
         ) from error
     try:
         yield
@@ -41,7 +41,7 @@ def lock_output(out: Path, purpose: str) -> Iterator[None]:
 
 @contextmanager
 def explained_full_disk(*folders: Path | None, remedy: str = NOTHING_STAYS) -> Iterator[None]:
-    """A full disk as an `OSError` that names the folders which are written to, and says what to do."""
+    """Turns a full disk into an `OSError` that names the output folders and the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Standard output kept for one thing: what libraries print, those in C too, goes to stderr meanwhile."""
+"""Redirects everything that libraries print, including C code, from stdout to stderr."""
 
 import contextlib
 import os
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """While it lasts, whatever the process prints goes to stderr."""
-    # Libraries in C print to the descriptor itself.
+    """Inside, everything that the process prints goes to stderr."""
+    # C libraries print to the file descriptor itself.
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""`python -m genieblue`, the same as the command `genieblue`."""
+"""`python -m genieblue` is the same as the command `genieblue`."""
 
 from genieblue.cli.app import app
 

@@ -1,4 +1,4 @@
-"""What a GenieBlue was built from, and whether it still is so: a save of another one could not be loaded."""
+"""Records what a GenieBlue was built from and checks that it is unchanged: otherwise a save could not load."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`generate` of a GenieBlue: each row in the view that it runs, by transformers' own `generate` of that view."""
+"""`generate` of a GenieBlue: runs each row in its view, with that view's own `generate`."""
 
 from collections.abc import Callable
 from typing import Any

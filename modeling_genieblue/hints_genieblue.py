@@ -1,15 +1,15 @@
-"""Errors with hints: what is wrong is said once, what to do about it in the words of whoever shows the error."""
+"""Errors with hints: the problem is stated once, the remedy in the terms of whatever shows the error."""
 
-# In the words of Python; the command line has options instead.
+# For Python; the command line has options instead.
 GIVE_BASE, ACCEPT_BASE = "give_base", "accept_base"
 PYTHON_WORDS = {
     GIVE_BASE: "Pass `base_model=` (a loaded model, a folder or a Hub id).",
-    ACCEPT_BASE: "Pass `check_base=False` to run on this one all the same.",
+    ACCEPT_BASE: "Pass `check_base=False` to use this one anyway.",
 }
 
 
 class HintedError(Exception):
-    """An error whose `what` is followed by hints; `str` of it words them for Python."""
+    """An error with the problem in `what`, followed by hints; `str` gives the hints for Python."""
 
     def __init__(self, what: str, *hints: str):
         super().__init__(" ".join([what, *(PYTHON_WORDS[hint] for hint in hints)]))
@@ -17,11 +17,11 @@ class HintedError(Exception):
 
 
 class BaseNotFoundError(HintedError, OSError):
-    """The base cannot be found or read where it should be."""
+    """The base cannot be found or read at its location."""
 
 
 class WrongBaseError(HintedError, ValueError):
-    """No base is named, or the one that was found is not the recorded one."""
+    """No base is recorded, or the base is not the recorded one."""
 
 
 __all__ = ["BaseNotFoundError", "HintedError", "WrongBaseError"]

@@ -1,4 +1,4 @@
-"""Image features of a GenieBlue: from pixels, through vision tower and projector, to their places among embeddings."""
+"""Image features of a GenieBlue: from pixels through the vision tower and projector into the embeddings."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Image processor of GenieBlue: relaxed aspect-ratio matching (BlueLM-V-3B), a thumbnail and tiles of one size."""
+"""Image processor: relaxed aspect-ratio matching (BlueLM-V-3B), with a thumbnail and tiles of one size."""
 
 import math
 from typing import Any
@@ -75,7 +75,7 @@ class GenieBlueImageProcessor(BaseImageProcessor):
         self.image_std = _three_channels(image_std, "image_std")
         self.do_convert_rgb = do_convert_rgb
         if 0 in self.image_std:
-            raise ValueError(f"image_std is {self.image_std}; pixels are divided by it, so expected no zero.")
+            raise ValueError(f"image_std is {self.image_std}; expected nonzero values, as pixels are divided by it.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

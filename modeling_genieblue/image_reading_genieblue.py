@@ -1,4 +1,4 @@
-"""Reading images: every form in which people have them, checked and turned into upright 8-bit RGB pixels."""
+"""Reads images from any common source, checks them and converts them to upright 8-bit RGB pixels."""
 
 import base64
 import logging
@@ -74,7 +74,7 @@ def _open(source: str | bytes, name: str) -> tuple[Image.Image, str]:
                 f"Image file '{name}' does not exist; expected a path, an http(s) address or a data:image/ string."
             )
         if not os.path.isfile(source):  # a pipe would be waited for
-            raise OSError(f"'{name}' cannot be read as an image: it is no regular file; expected an image's path.")
+            raise OSError(f"'{name}' cannot be read as an image: it is not a regular file; expected an image's path.")
     try:
         return Image.open(file), name
     except Image.DecompressionBombError as error:
@@ -120,7 +120,7 @@ def _download(address: str) -> bytes:
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Check the size, read the pixels, turn the image upright; the caller's image stays as it is."""
     if image.format == "EPS":  # Pillow would hand the file to Ghostscript, a program, to be run
-        raise ValueError(f"{name} is a PostScript file; expected a picture of pixels (convert it to PNG first).")
+        raise ValueError(f"{name} is a PostScript file; expected a raster image (convert it to PNG first).")
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError(f"{name} is {width}x{height} pixels; expected at least 1x1 pixels.")

@@ -1,4 +1,4 @@
-"""The adapter of the multimodal view, a stock one of PEFT: copies of the replicated blocks, LoRA on all others."""
+"""The stock PEFT adapter of the multimodal view: copies of the replicated blocks, LoRA on all others."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Loading: our own files, from a folder or the Hub, and what a model remembers of where it came from."""
+"""Loading: our own files from a folder or the Hub, and the provenance of a model."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The files of a model: their names in its folder, where they are found, what they hold, their sha256.
+"""The files of a model: names, location, contents and sha256.
 
 The one owner of all that. It needs no torch, so that what only looks at a folder need not load it.
 """

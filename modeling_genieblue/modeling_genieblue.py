@@ -1,7 +1,7 @@
-"""GenieBlue: a frozen base LLM that sees, through a second view of itself (arXiv 2503.06019).
+"""GenieBlue: a frozen base LLM with a second, multimodal view of its weights (arXiv 2503.06019).
 
-A request without images runs the base LLM, untouched. A request with images runs the multimodal view: the same
-weights with trained copies of a quarter of the blocks and LoRA on the others. There is no routing inside a row.
+A request without images runs the base LLM unchanged. A request with images runs the multimodal view: the same weights
+with trained copies of a quarter of the blocks and LoRA on the others. There is no routing within a row.
 """
 
 import copy
@@ -60,10 +60,10 @@ from .view_routing_genieblue import (
 
 
 class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, GenieBlueGenerationMixin):
-    """A base LLM with eyes; see the module's docstring, and `from_base` / `from_pretrained` for ways to get one.
+    """A base LLM that also reads images; create it with `from_base` or load it with `from_pretrained`.
 
     Attributes:
-        language_model: the base, the very object that was loaded or given; text requests run it.
+        language_model: the base, the same object that was loaded or given; text requests run it.
         multimodal_language_model: a second tree over the same parameters, with the adapter in place.
         vision_tower, multi_modal_projector: image tiles → image features.
         provenance: where all of this came from.

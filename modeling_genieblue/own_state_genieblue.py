@@ -1,4 +1,4 @@
-"""The state dict of a GenieBlue: what is ours, each tensor under one name, and none of the base's weights.
+"""The state dict of a GenieBlue: everything it adds, each tensor under one name, without the base's weights.
 
 It is kept so by hooks of `nn.Module`, and so it is within a wrapper too (`module.` of DDP). A state dict is loaded
 whole or not at all: with LoRA of one training step and a projector of another, a model would answer in silence.
@@ -35,9 +35,9 @@ def check_own_state(model: nn.Module, state: Mapping[str, torch.Tensor], prefix:
     problems = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(
-            f"This state dict is not a whole one of this GenieBlue: {'; '.join(problems)}. Expected the "
-            f"{len(expected)} tensors of `state_dict()`; nothing was changed. A saved GenieBlue is loaded with "
-            "`from_pretrained`, a part of one by the part itself, as `model.multi_modal_projector.load_state_dict`."
+            f"This is not a complete state dict of this GenieBlue: {'; '.join(problems)}. Expected the "
+            f"{len(expected)} tensors of `state_dict()`; nothing was changed. Load a saved GenieBlue with "
+            "`from_pretrained`, and a part with its own method, such as `model.multi_modal_projector.load_state_dict`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Where the images of a text are: places that no text can imitate, and the tokens that stand for them."""
+"""Places of images in a text, which no text can imitate, and the tokens that represent them."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Processor of GenieBlue: the base's own tokenizer for text, placeholders that become image tokens for images."""
+"""Processor: the base's own tokenizer for text, and placeholders that become image tokens."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""The projector: patch features of the vision tower → image tokens of the language model."""
+"""The projector: patch features of the vision tower → image tokens for the language model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A quantized base LLM in a repository of its own, which plain users of the base can load too."""
+"""A quantized base LLM in its own repository, which plain users of the base can load too."""
 
 import copy
 import os
@@ -113,7 +113,7 @@ def load_quantized_base(
     )
     settings: Any = getattr(own_config, "quantization_config", None) or read_base_quantization(location, **hub_kwargs)
     if not is_our_quantization(settings):
-        raise ValueError(f"{location} is no base that GenieBlue quantized: load it without this class.")
+        raise ValueError(f"{location} is not a base quantized by GenieBlue: load it without this class.")
     check_quantization(settings, BASE_PARTS, f"`quantization_config` of {location}")
     model_class = _own_class(location, own_config, settings, trust_remote_code, hub_kwargs)
     for name in ("auto_map", "quantization_config"):

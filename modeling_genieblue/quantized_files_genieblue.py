@@ -1,4 +1,4 @@
-"""Files of quantized weights: the quantization map, what must be in them, and trees that are filled from them."""
+"""Reads and checks files of quantized weights and their quantization maps, and fills module trees from them."""
 
 import os
 from collections.abc import Iterator, Sequence

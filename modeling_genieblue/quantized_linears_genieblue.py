@@ -1,4 +1,4 @@
-"""Quantized weights in optimum-quanto's own format: how they are stored, checked, and put to work.
+"""Quantized weights in optimum-quanto's format: how they are stored, checked and used.
 
 A linear of 8 bits holds int8 codes and one scale per row, symmetric. One of 4 bits holds unsigned codes in groups of
 at most 128 along a row, each group with a scale and an integer zero point. Activations stay in 16 bits. Nothing is

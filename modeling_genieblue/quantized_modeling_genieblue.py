@@ -1,4 +1,4 @@
-"""A GenieBlue whose weights are quantized: loaded from codes, and saved by copying them."""
+"""A GenieBlue with quantized weights: loaded from codes, and saved by copying files."""
 
 import shutil
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What GenieBlue adds to a base, in a quantized folder: vision tower and projector, copied blocks, LoRA."""
+"""The parts that GenieBlue adds to a base, quantized: vision tower, projector, replicated blocks, LoRA."""
 
 import copy
 import os

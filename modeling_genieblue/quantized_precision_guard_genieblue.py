@@ -1,4 +1,4 @@
-"""Keeps the precision of a model with quantized weights from being changed."""
+"""Prevents changes to the dtype of a model with quantized weights."""
 
 from typing import TYPE_CHECKING, Any
 

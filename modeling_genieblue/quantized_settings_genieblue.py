@@ -1,4 +1,4 @@
-"""How a quantized model says which precision each of its parts has."""
+"""How a quantized model records the precision of each part."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The classes of the runtime, which importing this registers for transformers' `Auto…`."""
+"""The runtime's classes; importing this registers them with transformers' auto classes."""
 
 from .compat_genieblue import require_transformers
 

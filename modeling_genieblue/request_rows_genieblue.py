@@ -1,4 +1,4 @@
-"""Rows of a request: which images are theirs, what tokenizes them, and how they become one length."""
+"""Rows of a request: assigning images, tokenizing and padding."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Saving and publishing: a complete folder of what GenieBlue adds, written whole or not at all."""
+"""Saving and publishing: writes everything GenieBlue adds as a complete folder, atomically."""
 
 import copy
 import json
@@ -105,7 +105,7 @@ def save_model(
         try:
             has_processor = _write_files(model, new.staging, target, processor, dtype, facts, state, variant)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"{target} could not be saved ({error}); what it held before is untouched.") from error
+            raise OSError(f"{target} could not be saved ({error}); its previous contents are unchanged.") from error
         # The weights that are there stay beside those of a variant.
         stale = [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
         stale += (*(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
@@ -131,10 +131,10 @@ def check_replaceable(target: Path) -> None:
         model_type = read_settings(config_file).get("model_type")
         if model_type != MODEL_TYPE:
             raise ValueError(
-                f"{target} holds a model of type {model_type!r}, which this save would replace: give another folder."
+                f"{target} contains a {model_type!r} model, which this save would replace: give another folder."
             )
     if Path.cwd().is_relative_to(target):
-        raise ValueError(f"{target} is the folder you are working in and cannot be replaced: save into another one.")
+        raise ValueError(f"{target} is the current folder and cannot be replaced: save into another one.")
 
 
 def _inner_base(folder: Path) -> list[str]:
@@ -240,16 +240,16 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
     """Configuration with the code map, the base's file hashes, and a local base as a path relative to `target`."""
     name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     if name is None:
-        logger.warning("This GenieBlue does not say where its base is: the base has to be given at each load.")
+        logger.warning("The location of the base is unknown: pass `base_model=` whenever you load this GenieBlue.")
     elif model.config.base_model_fingerprint is None:
         model.config.base_model_fingerprint = weight_file_hashes(name, revision, **model.provenance.access) or None
         if model.config.base_model_fingerprint is None:
-            logger.warning("The weight files of %s are not on this computer: their sha256 is not recorded.", name)
+            logger.warning("The weight files of %s are not available locally, so their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
-    config.__dict__.pop("use_cache", None)  # put there by Trainer, for the training
+    config.__dict__.pop("use_cache", None)  # set by Trainer
     for part in (config.text_config, config.vision_config):
         if os.path.exists(getattr(part, "_name_or_path", None) or ""):
-            part.name_or_path = ""  # a path of this computer is nobody else's business
+            part.name_or_path = ""  # do not store a local path
     own_class = _own_class(model)
     config.auto_map = {"AutoConfig": _reference(own_class.config_class), **AUTO_MAP}
     config.auto_map |= dict.fromkeys(MODEL_CLASSES, _reference(own_class))
@@ -279,7 +279,7 @@ def _own_processor(model: Any) -> Any:
     request = model.provenance.source
     try:
         if request is not None and is_path(request.path) and not os.path.exists(request.path):
-            logger.warning("%s is gone: the processor is made anew, from the base's tokenizer.", request.path)
+            logger.warning("%s is gone: creating a new processor from the base's tokenizer.", request.path)
         elif request is not None and any(request.find(name) for name in PROCESSOR_CONFIGS):
             trust = bool(request.base_kwargs.get("trust_remote_code"))
             return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)

@@ -1,4 +1,4 @@
-"""Writing folders whole or not at all: filled beside their place, then swapped in."""
+"""Writes folders atomically: filled next to their target, then swapped in."""
 
 import contextlib
 import logging

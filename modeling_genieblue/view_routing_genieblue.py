@@ -1,4 +1,4 @@
-"""Rules of a request: which view a row runs, to which view a cache belongs, how a mixed batch is split and joined."""
+"""Request routing: the view of each row and each cache, and how mixed batches are split and joined."""
 
 from typing import Any
 
@@ -75,7 +75,9 @@ def choose_view(has_image: bool, cache: Any, view: str | None, training: bool) -
     if view not in (None, TEXT, MULTIMODAL):
         raise ValueError(f"`view` is {view!r}: expected 'text', 'multimodal' or None (chosen by row).")
     if view == TEXT and has_image:
-        raise ValueError("The text view cannot see: this row holds image tokens. Leave `view` out, or the image.")
+        raise ValueError(
+            "The text view cannot process image tokens, which this row has: leave out `view` or the image."
+        )
     wanted = view or (MULTIMODAL if has_image or training else None)
     made_by = cache_view(cache)
     if made_by is None:

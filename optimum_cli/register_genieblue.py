@@ -1,4 +1,4 @@
-"""Commands of GenieBlue under `optimum-cli`, which finds this file as `optimum.commands.register.register_genieblue`.
+"""GenieBlue's commands under `optimum-cli`, which finds this file as `optimum.commands.register.register_genieblue`.
 
 `setup.py` installs this folder into that namespace, to which no package may add an `__init__.py`. optimum-cli imports
 it at every start, so nothing heavy is imported here.

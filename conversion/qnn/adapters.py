@@ -1,4 +1,4 @@
-"""Other LoRA for a bundle whose graphs take it as inputs: one binary, several adapters.
+"""Exports another LoRA for a bundle that takes it as inputs: one binary, several adapters.
 
 The replicated blocks, the vision tower and the projector are part of the binaries, so that adapters of one bundle
 differ in their LoRA alone. The scales of the inputs are the bundle's, since they are compiled; a file holds them too,

@@ -1,4 +1,4 @@
-"""How well two sets of numbers agree."""
+"""Measures how well two sets of numbers agree."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

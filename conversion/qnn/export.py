@@ -1,4 +1,4 @@
-"""A saved GenieBlue → a bundle for a Snapdragon phone: context binaries, and all that a runtime needs."""
+"""Exports a saved GenieBlue as a bundle for a Snapdragon phone: context binaries and everything a runtime needs."""
 
 import hashlib
 import importlib.metadata

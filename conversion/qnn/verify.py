@@ -1,4 +1,4 @@
-"""Proof that a bundle computes what it should: its files, its weights, and the numbers of every graph."""
+"""Verifies a bundle: its files, its weights and the outputs of every graph."""
 
 import filecmp
 import logging

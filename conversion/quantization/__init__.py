@@ -1,1 +1,1 @@
-"""A 16-bit GenieBlue in, a quantized one and its base out."""
+"""Quantizes a 16-bit GenieBlue and its base."""

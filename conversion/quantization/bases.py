@@ -1,4 +1,4 @@
-"""A quantized base LLM as a repository of its own, for any number of adapters and plain users: made, or used again."""
+"""Creates or reuses a quantized base LLM: a separate repository for any number of adapters and plain users."""
 
 import json
 import logging
@@ -49,14 +49,16 @@ LARGEST_UNRECORDED_ERROR = {"qint4": 0.25, "qint8": 0.1}
 
 
 def check_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
-    """`ValueError` for a GenieBlue that is quantized already, or whose base could not be found again."""
+    """`ValueError` for a GenieBlue that is already quantized, or that does not record its base."""
     if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(
-            f"{source} is quantized already ({config.quantization['llm']}): give the 16-bit GenieBlue it was made "
+            f"{source} is already quantized ({config.quantization['llm']}): give the 16-bit GenieBlue it was made "
             "from."
         )
     if config.base_model_name_or_path is None:
-        raise ValueError(f"{source} names no base, whose configuration and tokenizer are needed: save it with one.")
+        raise ValueError(
+            f"{source} does not record its base, whose configuration and tokenizer are needed: save it with its base."
+        )
 
 
 def check_places(
@@ -67,10 +69,10 @@ def check_places(
     overwrite: bool,
     is_base_named: bool = False,
 ) -> None:
-    """`OSError` or `ValueError` for folders that hold something, above all what is to be quantized.
+    """`OSError` or `ValueError` for output folders that are in use, especially by the input.
 
-    A base is only replaced if the user named its folder (`is_base_named`), or if it is that of the GenieBlue which is
-    replaced as well: others may run on it.
+    A base is only replaced if the user named its folder (`is_base_named`) or if it belongs to the replaced GenieBlue,
+    since other GenieBlues may run on it.
     """
     read: list[Path] = []
     if os.path.isdir(source):
@@ -83,11 +85,11 @@ def check_places(
         _check_place(folder)
         for other in read:
             if folder == other or folder in other.parents or other in folder.parents:
-                raise ValueError(f"{folder} overlaps {other}, which is only read: give another folder.")
+                raise ValueError(f"{folder} overlaps the input {other}: give another folder.")
     if output.exists() and not overwrite:
-        raise OSError(f"{output} exists already: give a new folder, or allow it to be replaced (--overwrite).")
+        raise OSError(f"{output} already exists: give a new folder, or allow replacing it (--overwrite).")
     if base_output is not None and (output in (base_output, *base_output.parents) or base_output in output.parents):
-        raise ValueError(f"{output} and {base_output} lie in one another: give two folders, side by side.")
+        raise ValueError(f"One of {output} and {base_output} contains the other: give two separate folders.")
     if output.exists():
         check_replaceable(output)
     if base_output is None or not base_output.exists():
@@ -106,7 +108,7 @@ def check_places(
 
 def _check_place(folder: Path) -> None:
     if folder.parent == folder:
-        raise ValueError(f"{folder} is the root of all folders: give a new folder in it.")
+        raise ValueError(f"{folder} is the root folder: give a new folder inside it.")
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
         inside = "" if there == folder else f", so {folder} cannot be made"
@@ -114,14 +116,14 @@ def _check_place(folder: Path) -> None:
 
 
 def _base_of(output: Path) -> Path | None:
-    """Folder of the base that the GenieBlue in `output` names, if one is there."""
+    """Folder of the base recorded in the GenieBlue in `output`, if it exists."""
     path = output / CONFIG_NAME
     name = read_settings(path).get("base_model_name_or_path") if path.is_file() else None
     return Path(os.path.realpath(output / name)) if isinstance(name, str) and is_path(name) else None
 
 
 def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> Path:
-    """Folder with the base's configuration and tokenizer: its own, or a snapshot of the repository without weights."""
+    """Folder with the base's configuration and tokenizer: its own, or a repository snapshot without weights."""
     if is_path(name):
         return Path(name)
     options = {key: value for key, value in hub_kwargs.items() if key in ACCESS_KEYS}
@@ -131,10 +133,10 @@ def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> 
 def check_existing_base(
     name: str | os.PathLike, recipe: QuantizationRecipe, config: GenieBlueConfig, access: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a quantized base says of itself.
+    """The recorded settings of a quantized base.
 
-    Raises `ValueError` if it is not quantized, or otherwise than `recipe` asks for, or was made from other weights
-    than those of the base that `config` names; `OSError` if it is not there. No weight is read.
+    Raises `ValueError` if it is not quantized, does not match `recipe`, or was made from a different base than the one
+    in `config`; `OSError` if it does not exist. No weights are read.
     """
     is_folder = os.path.isdir(name)
     if not is_folder and (is_path(name) or "/" not in os.fspath(name)):
@@ -142,17 +144,17 @@ def check_existing_base(
     settings = read_base_quantization(name, **access)
     if settings is None:
         unseen = "" if is_folder else ", or it cannot be reached on the Hub"
-        raise ValueError(f"{name} is no base that GenieBlue quantized{unseen}: leave it out, and one is made.")
+        raise ValueError(f"{name} is not a base quantized by GenieBlue{unseen}: leave it out to make a new one.")
     for part in (*BASE_PARTS, "activations"):
         if settings.get(part) != getattr(recipe, part):
             raise ValueError(
-                f"{name} has {part} {settings.get(part)}, and {getattr(recipe, part)} was asked for: ask for what it "
-                "has, or have another one made."
+                f"{name} has {part} {settings.get(part)}, but {getattr(recipe, part)} was requested: request "
+                "what it has, or leave it out to make a new one."
             )
     made_from, own = (settings.get("source") or {}).get("fingerprint"), config.base_model_fingerprint
     if made_from and own and made_from != own:
         raise ValueError(
-            f"{name} is no quantized copy of this model's base, {config.base_model_name_or_path}: it was made from "
+            f"{name} is not a quantized copy of this model's base, {config.base_model_name_or_path}: it was made from "
             f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Leave it out, and one is "
             "made."
         )
@@ -195,7 +197,9 @@ def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_re
     for parameter_name, parameter in base.named_parameters():
         other = others.get(parameter_name)
         if other is None or other.shape != parameter.shape:
-            raise ValueError(f"{name} is no quantized copy of this model's base: it has no {parameter_name} like its.")
+            raise ValueError(
+                f"{name} is not a quantized copy of this model's base: it has no {parameter_name} like its."
+            )
         is_quantized = scales_of(other) is not None
         values = (other.dequantize() if is_quantized else other).float()
         distance = float((values - parameter.float()).norm() / parameter.float().norm().clamp(min=1e-12))
@@ -204,7 +208,7 @@ def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_re
             allowed = LARGEST_ROUNDING_ERROR if is_recorded else LARGEST_UNRECORDED_ERROR[other.qtype.name]
         if not distance <= allowed:  # NaN fails too
             raise ValueError(
-                f"{name} is no quantized copy of this model's base: {parameter_name} differs by {distance:.1%}."
+                f"{name} is not a quantized copy of this model's base: {parameter_name} differs by {distance:.1%}."
             )
         parameter.copy_(values)
 

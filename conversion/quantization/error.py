@@ -1,4 +1,4 @@
-"""How far a quantized GenieBlue is from the 16-bit one, by view."""
+"""The error of a quantized GenieBlue against the 16-bit one, per view."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ def measured_errors(before: ViewLogits, after: ViewLogits, recipe: Any) -> tuple
         rows.append(
             {
                 "name": f"Error of the {view} view's logits against {recipe.activations}",
-                "value": f"{errors[view]:.3f} relative L2; the same first choice at {agreeing:.1%} of positions",
+                "value": f"{errors[view]:.3f} relative L2; the same top token at {agreeing:.1%} of positions",
                 "how": f"{len(exact)} positions of three fixed prompts"
                 + (" after one tile with a pattern" if view == "multimodal" else ""),
             }

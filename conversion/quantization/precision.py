@@ -1,4 +1,4 @@
-"""Which precision each part of a GenieBlue is quantized to, and which layers stay at 16 bits, with the reason."""
+"""The precision of each part of a quantized GenieBlue, and which layers stay at 16 bits and why."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,8 +20,8 @@ KINDS = {"w4a16": "qint4", "w8a16": "qint8"}
 class QuantizationRecipe:
     """Precision of each part; the default is the paper's deployment recipe.
 
-    `w4a16` holds weights in 4 bits, `w8a16` in 8, `w16a16` leaves them in 16; activations are always in 16 bits.
-    Raises `ValueError` for a precision that a part cannot have.
+    `w4a16` means 4-bit weights, `w8a16` 8-bit, `w16a16` unquantized; activations always have 16 bits. Raises
+    `ValueError` for a precision that a part does not support.
 
     Attributes:
         llm: linears of the base's blocks.
@@ -54,7 +54,9 @@ class QuantizationRecipe:
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"`activations` is {self.activations!r}: choose one of {', '.join(ACTIVATIONS)}.")
         if set(self.parts().values()) == {"w16a16"}:
-            raise ValueError("Every part is left at 16 bits, so there is nothing to quantize: choose one that is not.")
+            raise ValueError(
+                "All parts are at 16 bits, so there is nothing to quantize: choose a lower precision for one."
+            )
 
     def parts(self) -> dict[str, str]:
         """Precision by part."""
@@ -73,7 +75,7 @@ class QuantizationRecipe:
 
 @dataclass
 class LayerPlan:
-    """What is quantized in one module tree: `kinds` as in a quantization map, `kept` with the reason."""
+    """The plan for one module tree: `kinds` as in a quantization map, and `kept` layers with the reason."""
 
     kinds: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
@@ -94,11 +96,11 @@ class LayerPlan:
         self.kept[name] = f"16 bits: {reasons[-1]}"
 
     def keep_the_rest(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Lists matrices and stacks of them that are no weight of a linear, such as the experts of a mixture."""
+        """Lists matrices and stacks of matrices that do not belong to a linear layer, such as experts of a mixture."""
         for name, parameter in parameters:
             if parameter.ndim >= 2 and parameter.is_floating_point():
                 shape = " x ".join(map(str, parameter.shape))
-                self.kept[name] = f"16 bits: a parameter of {shape}, no plain linear"
+                self.kept[name] = f"16 bits: a parameter of {shape}, not in a plain linear layer"
 
 
 def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -126,7 +128,7 @@ def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
     names = {id(module): name for name, module in base.named_modules()}
     if head is not None and head.weight is embedding.weight and recipe.lm_head != recipe.embeddings:
         raise ValueError(
-            "The LM head and the embedding of this base share one weight: ask for both at w8a16, or for neither (got "
+            "The LM head and the embedding of this base share one weight: choose w8a16 for both or for neither (got "
             f"lm_head {recipe.lm_head}, embeddings {recipe.embeddings})."
         )
     for module, precision in ((embedding, recipe.embeddings), (head, recipe.lm_head)):
@@ -150,7 +152,7 @@ def plan_own_parts(model: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
 
 
 def plan_adapter(view: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
-    """LoRA and the copied blocks of a multimodal view, by their names in the adapter's file."""
+    """LoRA and the replicated blocks of a multimodal view, by their names in the adapter's file."""
     plan = LayerPlan()
     for name, stock, weight in quantized_adapter_entries(view):
         if ".lora_" not in name:
@@ -165,7 +167,7 @@ def plan_adapter(view: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
 
 
 def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, Any]:
-    """What stands in config.json for a reader."""
+    """A summary for config.json."""
     kept: dict[str, str] = {}
     for plan in plans:
         kept |= plan.kept

@@ -1,4 +1,4 @@
-"""A 16-bit GenieBlue in, a quantized one out, on a quantized base that others can use too."""
+"""Quantizes a 16-bit GenieBlue, on a quantized base that others can use too."""
 
 import logging
 import os
@@ -67,7 +67,7 @@ INNER_BASE = "base"  # the subfolder of a self-contained GenieBlue
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Where the results lie, what was left in another precision and why, and the error of each view."""
+    """The output folders, the layers in another precision with the reason, and the error of each view."""
 
     output: Path
     base: str
@@ -171,15 +171,15 @@ def _check_options(
     of_base = [option for option in (base_output, quantized_base, self_contained) if option]
     if len(of_base) > 1:
         raise ValueError(
-            "`base_output`, `quantized_base` and `self_contained` say different things about where the quantized base "
-            "is: give one of them."
+            "`base_output`, `quantized_base` and `self_contained` contradict each other about the quantized base: "
+            "give only one of them."
         )
     if recipe.rounding == "gptq" and not samples.text:
-        raise ValueError("gptq needs calibration samples of text: give some, or round with hqq or rtn.")
+        raise ValueError("gptq needs calibration samples with text: give some, or use hqq or rtn.")
     if of_base and not recipe.changes_base:
         raise ValueError(
-            "The base is left at 16 bits, so there is no quantized base to write or to use: leave `base_output`, "
-            "`quantized_base` and `self_contained` out, or quantize the language model."
+            "The base stays at 16 bits, so there is no quantized base to write or use: leave out `base_output`, "
+            "`quantized_base` and `self_contained`, or quantize the language model."
         )
 
 
@@ -189,7 +189,7 @@ def _check_lengths(samples: CalibrationSamples, config: GenieBlueConfig) -> None
     most = getattr(config.text_config, "max_position_embeddings", None)
     if isinstance(most, int) and longest > most:
         raise ValueError(
-            f"Calibration rows have {longest} tokens, the base takes at most {most}: give shorter ones "
+            f"Calibration rows have {longest} tokens, but the base supports only {most}: use shorter ones "
             "(--sample-length)."
         )
 
@@ -285,7 +285,7 @@ def _round_base(
     folder.mkdir(exist_ok=True)
     source = base_folder(config.base_model_name_or_path, config.base_model_revision, access)
     is_local = os.path.isabs(config.base_model_name_or_path)
-    # A path of this computer is nobody else's business.
+    # Do not store a local path.
     origin = os.path.basename(source) if is_local else config.base_model_name_or_path
     origin = {"name": origin, "revision": config.base_model_revision, "fingerprint": config.base_model_fingerprint}
     settings = describe(rounder.recipe, [plan]) | {"source": origin}
@@ -366,7 +366,7 @@ def _embedded(model: Any, rounder: Rounder) -> list[dict[str, torch.Tensor]]:
         return []
     samples = rounder.samples.multimodal
     if not samples:
-        logger.warning("The calibration data has no image: the replicated blocks are rounded on its text.")
+        logger.warning("The calibration data has no images, so the replicated blocks are calibrated on text.")
         samples = [{"input_ids": ids} for ids in rounder.samples.text]
     device = model.multimodal_language_model.device
     batches = []

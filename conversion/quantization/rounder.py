@@ -1,4 +1,4 @@
-"""Rounds the linears of a model one after another, on samples where the method wants them."""
+"""Rounds the linear layers of a model in order, with calibration samples if the method needs them."""
 
 import logging
 from collections import Counter

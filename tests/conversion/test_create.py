@@ -343,7 +343,7 @@ def test_what_is_there_is_not_overwritten_unasked(pair):
     (pair / "file").touch()
     for output, message in (
         ("reader", "--overwrite"),
-        ("base", "only read"),
+        ("base", "is also an input"),
         ("siglip", "not empty"),
         ("file", "is a file"),
     ):

@@ -290,7 +290,7 @@ def test_base_is_never_replaced(folder, tmp_path):
 def test_working_directory_is_not_pulled_away(folder, monkeypatch):
     model = load(folder)
     monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match="folder you are working in"):
+    with pytest.raises(ValueError, match="is the current folder"):
         model.save_pretrained(".")
     assert Path.cwd() == folder
     assert "config.json" in os.listdir(".")

@@ -255,7 +255,7 @@ MISFITS = [
     (IMAGES[0], {"pixel_values": PIXELS[0]}, r"\(3, 24, 24\)"),
     (IMAGES[0], {"pixel_values": PIXELS[None, :1]}, r"\(1, 1, 3, 24, 24\)"),
     (TEXTS[0], {"pixel_values": PIXELS[:1]}, "no image tokens"),
-    (IMAGES[0], {"pixel_values": PIXELS[:1], "view": "text"}, "text view cannot see"),
+    (IMAGES[0], {"pixel_values": PIXELS[:1], "view": "text"}, "text view cannot process image tokens"),
     (TEXTS[0], {"view": "vision"}, "'vision'"),
     (IMAGES[0], {"pixel_values": PIXELS[:1].numpy()}, "`pixel_values` is a ndarray: expected a tensor"),
     (IMAGES[0], {"pixel_values": [PIXELS[0]]}, "`pixel_values` is a list: expected a tensor"),

@@ -1,1 +1,1 @@
-"""The folder that an export leaves, and what runs it."""
+"""The exported folder, and running it."""

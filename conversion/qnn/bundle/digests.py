@@ -1,4 +1,4 @@
-"""What a loaded model is known by: digests of its tensors, equal in whatever precision keeps their values."""
+"""Identifies a loaded model by digests of its tensors, independent of the dtype if it keeps their values."""
 
 import hashlib
 from collections.abc import Iterable, Iterator

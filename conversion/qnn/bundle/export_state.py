@@ -1,4 +1,4 @@
-"""The folder `<out>.unfinished` of an export: who works there, with which settings, and what of it is finished."""
+"""The folder `<out>.unfinished` of an export: its lock, its settings and its finished parts."""
 
 import json
 import logging

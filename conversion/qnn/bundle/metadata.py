@@ -1,4 +1,4 @@
-"""The files of a bundle: what `metadata.json` says about each graph, and whether they are all what they were."""
+"""The files of a bundle: the graphs described in `metadata.json`, and whether all files are unchanged."""
 
 import hashlib
 import json

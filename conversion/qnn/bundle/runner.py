@@ -1,4 +1,4 @@
-"""Runs a bundle without a phone: through the NPU's emulator, or its QDQ graphs on the CPU, which is faster.
+"""Runs a bundle without a phone: on the NPU's emulator, or its QDQ graphs on the CPU, which is faster.
 
 NumPy and ONNX Runtime only, besides the processor. It is the reference for whoever writes an app.
 """

@@ -1,4 +1,4 @@
-"""What lies beside the binaries: processor, configurations of Qualcomm's runtimes, a README."""
+"""Files in a bundle besides the binaries: processor, runtime configurations, README."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How a request runs through static graphs: prompt in chunks, answer token by token, a right-aligned cache between.
+"""Runs a request through static graphs: prompt in chunks, answer token by token, with a right-aligned cache.
 
 NumPy only. This is the logic that an app on the phone has to repeat.
 """

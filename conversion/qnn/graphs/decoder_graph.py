@@ -1,4 +1,4 @@
-"""Decoder graphs as the NPU likes them, built from one view of a loaded GenieBlue.
+"""Decoder graphs in an NPU-friendly form, built from one view of a loaded GenieBlue.
 
 The arithmetic is that of a Llama-style decoder, written so that every operator runs on the NPU and stays exact there:
 normalisation is one operator, half-size cosines and sines and the additive mask come in from outside, keys are cached

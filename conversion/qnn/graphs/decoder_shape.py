@@ -1,4 +1,4 @@
-"""From a loaded base to the shape of its graphs, after everything that they could not reproduce has been refused."""
+"""Derives the shape of the graphs from a loaded base, and refuses bases that they cannot reproduce."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Static float ONNX of a torch module, with names that are the same for every chunk length."""
+"""Exports a torch module as static float ONNX, with the same names for every chunk length."""
 
 import logging
 import warnings

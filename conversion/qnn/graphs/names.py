@@ -1,4 +1,4 @@
-"""Words that export, runner and verification share. Plain Python."""
+"""Names shared by export, runner and verification. Plain Python."""
 
 VIEWS = ("text", "multimodal")
 LORA_MODES = ("constants", "inputs")

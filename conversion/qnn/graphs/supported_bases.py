@@ -1,4 +1,4 @@
-"""Which bases the QNN graphs reproduce, and a sentence for each that they do not."""
+"""Which bases the QNN graphs reproduce, and the reason for each unsupported one."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""The vision tower and the projector as one graph over a fixed number of tiles."""
+"""The vision tower and projector as one graph over a fixed number of tiles."""
 
 import torch
 from torch import nn

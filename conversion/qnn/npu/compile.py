@@ -1,4 +1,4 @@
-"""QDQ graphs → context binaries of the NPU: strict, and either whole or not there at all."""
+"""Compiles QDQ graphs to context binaries for the NPU: strict and atomic."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The compiler's own process: a job as JSON on standard input, graphs and context files in its working folder.
+"""The compiler's process: reads a job as JSON from stdin, with graphs and context files in its working folder.
 
 Equal graphs shall become equal bytes. So files are named without a path (that would become part of the names in the
 binary), and it runs on one processor, at memory addresses that are always the same: the compiler goes through some of

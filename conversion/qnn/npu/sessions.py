@@ -1,4 +1,4 @@
-"""Sessions on the NPU's compiler and its emulator, both inside of Qualcomm's plugin for ONNX Runtime.
+"""Sessions on the NPU's compiler and emulator, both part of Qualcomm's plugin for ONNX Runtime.
 
 The libraries are imported where they are used, so that what is missing can be told where they are not installed.
 """

@@ -1,4 +1,4 @@
-"""The Snapdragon chips that a bundle can be compiled for, by name."""
+"""The supported Snapdragon chips, by name."""
 
 from dataclasses import dataclass
 

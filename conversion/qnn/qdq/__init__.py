@@ -1,1 +1,1 @@
-"""Graphs quantized: ranges, encodings, QDQ files."""
+"""Quantization of graphs: ranges, encodings, QDQ files."""

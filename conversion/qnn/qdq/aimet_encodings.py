@@ -1,4 +1,4 @@
-"""Float graphs with AIMET `.encodings` beside them: the way into Qualcomm's own converter (QAIRT).
+"""Writes float graphs with AIMET `.encodings`, for Qualcomm's own converter (QAIRT).
 
 `qairt-converter --input_network X.onnx --quantization_overrides X.encodings` makes of them what the QDQ graphs say;
 their matrices are those that the codes stand for. The layout is version 1.0.0 of AIMET's, in which

@@ -1,4 +1,4 @@
-"""SeqMSE of Qualcomm's AIMET: the scale of a weight by what its product loses on real requests.
+"""SeqMSE from Qualcomm's AIMET: chooses the scale of a weight that minimizes the output error on real requests.
 
 Rounding to nearest with a scale from the largest weight wastes codes on outliers. SeqMSE tries smaller ones, matrix by
 matrix behind those that are rounded already, and keeps for each channel the one with the least squared error.

@@ -1,4 +1,4 @@
-"""Real requests as the graphs see them: embeddings for the decoders, tiles for the vision tower."""
+"""Calibration requests in the form of the graphs' inputs: embeddings for decoders, tiles for the vision tower."""
 
 import logging
 from collections.abc import Iterable, Mapping

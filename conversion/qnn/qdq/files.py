@@ -1,4 +1,4 @@
-"""What QDQ files say about themselves: their boundary, and the codes of their matrices."""
+"""Reads information from QDQ files: their inputs and outputs, and the codes of their matrices."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Some blocks of both views → four QDQ graphs over one store of weights, and one context binary.
+"""Quantizes some blocks of both views: four QDQ graphs over one store of weights, for one context binary.
 
 The four are prefill and decode of the text view and of the multimodal view. They are calibrated and quantized part by
 part, so that only the blocks of one part are ever in memory in full precision.

@@ -1,4 +1,4 @@
-"""QDQ graphs on disk: small files over one store of constants, in which what graphs have in common lies once."""
+"""QDQ graphs on disk: small files over one store of constants, so that shared constants are stored once."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The vision tower and the projector → a calibrated W8A16 graph."""
+"""Quantizes the vision tower and projector: a calibrated W8A16 graph."""
 
 from dataclasses import dataclass
 from pathlib import Path

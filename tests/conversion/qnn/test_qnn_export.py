@@ -306,7 +306,7 @@ def test_a_full_disk_is_told_and_the_export_can_go_on(pair, tmp_path, monkeypatc
 @pytest.mark.parametrize("out", ["file/out", "/proc/out"])
 def test_an_output_that_cannot_be_is_told(pair, tmp_path, out):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="Nothing can be written to .*: give another output"):
+    with pytest.raises(OSError, match="Cannot write to .*: give another output"):
         export_bundle(pair, tmp_path / out, calibration=requests(), **SETTINGS)
 
 

@@ -178,7 +178,7 @@ def test_second_adapter_uses_the_same_quantized_base(mix, tmp_path):
                                    {"activations": "float16"}], ids=str)  # fmt: skip
 def test_quantized_base_of_another_recipe_is_refused(asked, tmp_path):
     """Otherwise config.json would say what is not so."""
-    with pytest.raises(ValueError, match="was asked for"):
+    with pytest.raises(ValueError, match="was requested"):
         quantize(large_pair(), tmp_path, {"quantized_base": quantized_pair() / "base"}, **asked)
     assert leftovers(tmp_path) == []
 

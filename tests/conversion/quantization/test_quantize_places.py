@@ -96,7 +96,7 @@ def test_quantized_base_without_a_fingerprint_is_known_by_its_values(mix, fine_t
 @pytest.mark.parametrize("given", ["/nowhere/at-all", "./nowhere", "nowhere", "W8"])
 def test_unfit_quantized_base_is_refused_before_the_model_is_loaded(given, tmp_path, must_not_load):
     base = quantized_pair(**W8) / "base" if given == "W8" else given
-    with pytest.raises((OSError, ValueError), match="was asked for" if given == "W8" else "no quantized base in"):
+    with pytest.raises((OSError, ValueError), match="was requested" if given == "W8" else "no quantized base in"):
         quantize(large_pair(), tmp_path, {"quantized_base": base})
     assert leftovers(tmp_path) == []
 
@@ -129,7 +129,7 @@ def test_base_of_the_genieblue_that_is_replaced_is_replaced_too(tmp_path):
 
 @pytest.mark.parametrize("options", [{"base_output": "b"}, {"quantized_base": "b"}, {"self_contained": True}], ids=str)
 def test_places_of_a_base_that_stays_as_it_is_are_refused(options, tmp_path, must_not_load):
-    with pytest.raises(ValueError, match="left at 16 bits"):
+    with pytest.raises(ValueError, match="All parts are at 16 bits"):
         quantize(large_pair(), tmp_path, options, **LEFT_AT_16_BITS)
 
 
