@@ -81,7 +81,7 @@ def _is_image(part: str | dict[str, Any]) -> bool:
         return True
     if kind != "text" or not isinstance(part.get("text"), str):
         raise ValueError(
-            f"A message has a part of type {shown(kind)!r} with keys {sorted(part)}; expected {EXPECTED}."
+            f"A message has a part of type {shown(repr(kind))} with keys {sorted(part)}; expected {EXPECTED}."
         )
     _check_keys("A text part", part, [key for key in MEDIA if part.get(key) is not None])
     return False

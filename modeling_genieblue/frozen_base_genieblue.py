@@ -215,12 +215,6 @@ class FrozenBaseModel(PreTrainedModel):
         # accelerate does this first to a model that it dispatches or offloads.
         if name == "_old_forward" and self.language_model is not None:
             raise ValueError(f"accelerate cannot dispatch or offload a loaded GenieBlue: {OFFLOAD_ADVICE}")
-        # Its last step, in `load_checkpoint_and_dispatch` too: it skips weights that a file does not hold.
-        if name == "hf_device_map" and self.language_model is not None:
-            raise ValueError(
-                "accelerate cannot dispatch a loaded GenieBlue. If it was loading weights, some of them may have "
-                "changed: load the folder again with `from_pretrained(..., device_map=)`."
-            )
         super().__setattr__(name, value)
 
 

@@ -71,8 +71,6 @@ class GenieBlueProcessor(ProcessorMixin):
 
         ValueError if the tokenizer already knows the placeholder or its id, or has another chat template.
         """
-        if image_seq_length < 1:
-            raise ValueError(f"image_seq_length is {image_seq_length}; expected at least 1 token a tile.")
         own_template = getattr(tokenizer, "chat_template", None)
         if own_template is not None and chat_template not in (None, own_template):
             raise ValueError(
@@ -85,7 +83,7 @@ class GenieBlueProcessor(ProcessorMixin):
         self.image_token_ids = [image_token_id]  # as serving engines ask for it
         self.image_seq_length = image_seq_length
         self._marking = MarkingTokenizer()
-        self._checked: tuple[PreTrainedTokenizerBase, int] | None = None
+        self._checked: tuple[PreTrainedTokenizerBase, tuple] | None = None
         self._check_tokenizer()
 
     @classmethod
@@ -335,6 +333,13 @@ class GenieBlueProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
         """Write a folder that `AutoProcessor.from_pretrained` loads, code included; the tokenizer is not touched."""
         self._check_tokenizer()
+        vocabulary = self.tokenizer.get_vocab()
+        if unknown := [token for token in self.tokenizer.all_special_tokens if token not in vocabulary]:
+            raise ValueError(
+                f"The tokenizer names {unknown[0]!r} as a special token, which it does not have: once loaded it would "
+                "add it, perhaps as what stands for an image. Name one that it has, such as `tokenizer.pad_token = "
+                "tokenizer.eos_token`."
+            )
         # Saving marks the tokenizer and the image processor with class names, so it is done to copies.
         portable: Any = copy.copy(self)
         portable.tokenizer = copy.deepcopy(self.tokenizer)
@@ -368,8 +373,11 @@ class GenieBlueProcessor(ProcessorMixin):
     def _check_tokenizer(self) -> None:
         """ValueError if the tokenizer can make what stands for an image, perhaps since tokens were added to it."""
         tokenizer = self.tokenizer
-        if self._checked is not None and self._checked[0] is tokenizer and self._checked[1] == len(tokenizer):
+        settings = (len(tokenizer), self.image_token, self.image_token_id, self.image_seq_length)
+        if self._checked is not None and self._checked[0] is tokenizer and self._checked[1] == settings:
             return
+        if self.image_seq_length < 1:
+            raise ValueError(f"image_seq_length is {self.image_seq_length}; expected at least 1 token a tile.")
         vocabulary = tokenizer.get_vocab()
         taken = next((token for token, number in vocabulary.items() if number == self.image_token_id), None)
         added = (
@@ -389,7 +397,7 @@ class GenieBlueProcessor(ProcessorMixin):
                 f"that is not. Pass another image_token, or use {type(self).__name__}.from_base, which finds a free "
                 f"one. {added}"
             )
-        self._checked = tokenizer, len(tokenizer)
+        self._checked = tokenizer, settings
 
     def _render(self, chat: list[dict[str, Any]], count: int, template_kwargs: dict[str, Any]) -> str:
         """The text of a conversation, which knows which placeholders are its `count` images, if there are any."""

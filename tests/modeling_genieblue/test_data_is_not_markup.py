@@ -311,6 +311,29 @@ def test_a_tokenizer_that_takes_what_stands_for_an_image_is_noticed(change, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_special_token_that_a_tokenizer_only_names_is_not_saved(tmp_path):
+    """Loading adds it to the vocabulary, where it may take the number of an image."""
+    processor = make_processor()
+    processor.tokenizer.pad_token = "[PAD]"
+    with pytest.raises(ValueError, match=r"names '\[PAD\]' as a special token"):
+        processor.save_pretrained(tmp_path / "processor")
+    assert not (tmp_path / "processor").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"image_token_id": 5}, {"image_token": "<|user|>"}, {"image_seq_length": 0}], ids=str
+)
+def test_what_stands_for_an_image_is_looked_at_when_it_is_changed(setting, tmp_path):
+    processor = make_processor()
+    processor.apply_chat_template([user(image())], tokenize=True)
+    ((name, value),) = setting.items()
+    setattr(processor, name, value)
+    for call in (lambda: processor.apply_chat_template([user(image())], tokenize=True),
+                 lambda: processor.save_pretrained(tmp_path)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} is|placeholder '<.user.>' is already"):
+            call()
+
+
 def test_a_tokenizer_that_is_replaced_is_looked_at():
     processor = make_processor()
     processor.tokenizer = make_tokenizer()

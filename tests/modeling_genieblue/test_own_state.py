@@ -373,11 +373,3 @@ def test_what_was_added_to_a_model_is_not_lost_in_silence(tmp_path):
     with pytest.raises(ValueError, match="no place for value_head.weight"):
         model.save_pretrained(tmp_path / "added")
     assert not (tmp_path / "added").exists()
-
-
-def test_weights_that_accelerate_loads_and_dispatches_are_not_half_restored_in_silence(tmp_path):
-    other_genieblue().save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="accelerate cannot dispatch .*some of them may be others by now"):
-        accelerate.load_checkpoint_and_dispatch(
-            tiny_genieblue(), str(tmp_path / "other/model.safetensors"), device_map={"": "cpu"}
-        )
