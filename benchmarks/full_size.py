@@ -29,7 +29,7 @@ def make_models(folder: Path) -> None:
 
     from genieblue.lab.parameters import PRESETS, SIGLIP
     from modeling_genieblue import GenieBlueForConditionalGeneration
-    from modeling_genieblue.language_views_genieblue import adapter_parameters
+    from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
     def fill(model: torch.nn.Module) -> torch.nn.Module:
         with torch.no_grad():
