@@ -19,26 +19,17 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-BASE_CONFIG = {
-    "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32, "num_attention_heads": 20,
-    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 100096, "max_position_embeddings": 4096,
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-VISION_CONFIG = {
-    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-    "patch_size": 14, "image_size": 384,
-}  # fmt: skip
-
 
 def make_models(folder: Path) -> None:
     """Writes `base/` and `genieblue/` with random bf16 weights, unless they are there."""
     if (folder / "genieblue" / "config.json").exists():
         return
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+    from transformers import AutoModelForCausalLM, SiglipVisionModel
 
+    from genieblue.lab.parameters import PRESETS, SIGLIP
     from modeling_genieblue import GenieBlueForConditionalGeneration
-    from modeling_genieblue.language_views_genieblue import adapter_parameters
+    from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
     def fill(model: torch.nn.Module) -> torch.nn.Module:
         with torch.no_grad():
@@ -48,9 +39,9 @@ def make_models(folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    fill(LlamaForCausalLM(LlamaConfig(**BASE_CONFIG))).save_pretrained(folder / "base", max_shard_size="2GB")
+    fill(AutoModelForCausalLM.from_config(PRESETS["bluelm-3b"])).save_pretrained(folder / "base", max_shard_size="2GB")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    vision = fill(SiglipVisionModel(SiglipVisionConfig(**VISION_CONFIG)))
+    vision = fill(SiglipVisionModel(SIGLIP))
     model = GenieBlueForConditionalGeneration.from_base(base, vision)
     with torch.no_grad():
         for name, _, parameter in adapter_parameters(model.multimodal_language_model):

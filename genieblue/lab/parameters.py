@@ -1,17 +1,16 @@
 """Counts the parameters that each structure of the paper trains, on the meta device."""
 
 import copy
-from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -23,48 +22,22 @@ BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 PATCHES_PER_IMAGE_TOKEN = 4  # each 2x2 square of patch tokens becomes one image token
 
 
-def _bluelm_3b() -> PreTrainedModel:
-    # Llama-style. Depth, width and vocabulary follow from the paper's counts; the head sizes are typical values.
-    config = LlamaConfig(
-        vocab_size=100_096,
-        hidden_size=2560,
-        intermediate_size=6912,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        num_key_value_heads=4,
-        head_dim=128,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def _qwen2_5_3b() -> PreTrainedModel:
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=2048,
-        intermediate_size=11_008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return Qwen2ForCausalLM(config)
-
-
-def _siglip_so400m() -> PreTrainedModel:
-    """SigLIP so400m/14 at 384 px, including the pooling head, as in the paper's counts."""
-    config = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-    )
-    return SiglipVisionModel(config)
-
-
-PRESETS: dict[str, Callable[[], PreTrainedModel]] = {"bluelm-3b": _bluelm_3b, "qwen2.5-3b": _qwen2_5_3b}
+# BlueLM is Llama-style. Its depth, width and vocabulary follow from the paper's counts; the head sizes are typical.
+PRESETS: dict[str, PreTrainedConfig] = {
+    "bluelm-3b": LlamaConfig(
+        vocab_size=100_096, hidden_size=2560, intermediate_size=6912, num_hidden_layers=32, num_attention_heads=20,
+        num_key_value_heads=4, head_dim=128, tie_word_embeddings=False,
+    ),
+    "qwen2.5-3b": Qwen2Config(
+        vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+# SigLIP so400m/14 at 384 px, including the pooling head, as in the paper's counts.
+SIGLIP = SiglipVisionConfig(
+    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
+    patch_size=14,
+)  # fmt: skip
 
 
 def count_trainable(
@@ -90,8 +63,8 @@ def count_trainable(
         raise ValueError(f"The LoRA rank is {rank}: expected at least 1.")
 
     with torch.device("meta"):
-        base = PRESETS[preset]()
-        vision_tower = _siglip_so400m()
+        base = AutoModelForCausalLM.from_config(PRESETS[preset])
+        vision_tower = SiglipVisionModel(SIGLIP)
         projector = _projector(vision_tower.config.hidden_size, base.config.hidden_size)
         parts = {"vision_tower": _count(vision_tower), "multi_modal_projector": _count(projector)}
         parts |= _count_language_parts(base, structure, placement, rank)

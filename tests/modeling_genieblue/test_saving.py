@@ -17,7 +17,7 @@ from tiny_models import save_tiny_base, tiny_base, tiny_tokenizer, tiny_vision_t
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, SiglipVisionModel
 
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor, saving_genieblue
-from modeling_genieblue import language_views_genieblue as views
+from modeling_genieblue import language_adapter_genieblue as adapter_module
 
 ROOT = Path(__file__).parents[2]
 REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
@@ -97,7 +97,7 @@ def test_no_weight_of_the_base_is_written_and_bytes_are_parameters(dtype, tmp_pa
     counted = {
         "model.safetensors": sum(p.numel() for part in (model.vision_tower, model.multi_modal_projector)
                                  for p in part.parameters()),
-        ADAPTER: sum(p.numel() for _, _, p in views.adapter_parameters(model.multimodal_language_model)),
+        ADAPTER: sum(p.numel() for _, _, p in adapter_module.adapter_parameters(model.multimodal_language_model)),
     }  # fmt: skip
     for name, count in counted.items():
         size = (tmp_path / "genieblue" / name).stat().st_size
@@ -336,7 +336,7 @@ def disk_full(*_args, **_kwargs):
 
 PHASES = {
     "weights": (saving_genieblue, "save_file"),
-    "adapter": (views, "save_file"),
+    "adapter": (adapter_module, "save_file"),
     "fingerprint": (saving_genieblue, "_write_samples"),
     "code": (saving_genieblue.shutil, "copyfile"),
     "processor": (GenieBlueProcessor, "save_pretrained"),
@@ -388,7 +388,7 @@ def test_interrupted_save_leaves_the_old_folder_whole(error, folder, tmp_path, m
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(views, "save_file", interrupt)
+        patch.setattr(adapter_module, "save_file", interrupt)
         with pytest.raises(error):
             model.save_pretrained(folder)
     assert contents(tmp_path) == before
@@ -398,14 +398,14 @@ KILLED_SAVE = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from tiny_genieblue import change_adapter
-from modeling_genieblue import GenieBlueForConditionalGeneration, language_views_genieblue as views
+from modeling_genieblue import GenieBlueForConditionalGeneration, language_adapter_genieblue as adapter_module
 model = change_adapter(GenieBlueForConditionalGeneration.from_pretrained({folder!r}))
-save_file = views.save_file
+save_file = adapter_module.save_file
 def die_halfway(tensors, path, **kwargs):
     save_file(tensors, path, **kwargs)
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-views.save_file = die_halfway
+adapter_module.save_file = die_halfway
 model.save_pretrained({folder!r})
 """
 
