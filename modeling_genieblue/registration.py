@@ -1,5 +1,7 @@
 """The runtime's classes; importing this registers them with transformers' auto classes."""
 
+import contextlib
+
 from .compat_genieblue import require_transformers
 
 require_transformers()
@@ -27,7 +29,8 @@ for _config, _model in (
     (GenieBlueConfig, GenieBlueForConditionalGeneration),
     (QuantizedGenieBlueConfig, QuantizedGenieBlueForConditionalGeneration),
 ):
-    AutoImageProcessor.register(_config, GenieBlueImageProcessor, exist_ok=True)
+    with contextlib.suppress(ImportError):  # older versions want torchvision, which GenieBlue has no use for
+        AutoImageProcessor.register(_config, GenieBlueImageProcessor, exist_ok=True)
     AutoProcessor.register(_config, GenieBlueProcessor, exist_ok=True)
     for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         _auto_class.register(_config, _model, exist_ok=True)
