@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 _SCHEME = r"[a-z][a-z0-9+.-]+:/+"  # `pathlib` collapses two slashes into one; a single letter is a drive
+_REST = r"[^\s'\"<>`]*?(?=[;,]?(?:[\s'\"<>`]|$))"  # but for what ends a clause behind it
 _SECRET = re.compile(
-    rf"{_SCHEME}[^\s'\"<>`]*|\bdata:[\w.+-]*[/;,][^\s'\"<>`]*|\b(?-i:hf_)[a-z0-9]{{20,}}|(?<=\bBearer )\S+",
+    rf"{_SCHEME}{_REST}|\bdata:[\w.+-]*[/;,][^\s'\"<>`]*|\b(?-i:hf_)[a-z0-9]{{20,}}|(?<=\bBearer )\S+",
     re.IGNORECASE,
 )
 # The user and the query of an address without its scheme.
-_BARE = re.compile(r"[^\s'\"<>`@:/\\]+:[^\s'\"<>`@:/\\]+@(?=[\w\[])|\?[\w.%~-]+=[^\s'\"<>`]*")
+_BARE = re.compile(r"[^\s'\"<>`@:/\\]+:[^\s'\"<>`@:/\\]+@(?=[\w\[])|\?[\w.%~-]+=" + _REST)
 _WHOLE = re.compile(rf"\s*({_SCHEME}|data:)", re.IGNORECASE)
 _CLIENTS = ("httpx", "httpcore", "huggingface_hub")
 _LONGEST = 200  # characters
