@@ -117,7 +117,7 @@ REFUSED = {
         "<think>red</think>yes",
         "drops or rewrites",
     ),
-    "cuts": (CHATML.replace("m['content']", "m['content'][:5]"), "seven words", "not prefix-stable|leaves out"),
+    "cuts": (CHATML.replace("m['content']", "m['content'][:5]"), "seven words", "not prefix-stable|drops"),
     "stops within": (CHATML, "the token </s> ends it", "'</s>', at which generation stops"),
 }
 

@@ -168,7 +168,7 @@ def test_a_base_whose_generation_does_not_stop_at_the_end_of_a_turn_is_told(pair
 
 
 def test_a_chat_template_of_the_base_is_not_replaced(pair):
-    with pytest.raises(ValueError, match="has a chat template of its own"):
+    with pytest.raises(ValueError, match="already has a chat template"):
         create_genieblue(pair / "base", pair / "vision", pair / "reader", chat_template="{{ messages }}")
 
 
@@ -178,9 +178,9 @@ BAD_TEMPLATES = {
     "refusal": ("{{ raise_exception('not with me') }}", "TemplateError: not with me"),
     "Python": ("{{ messages[0]['content'] + 1 }}", "TypeError: can only concatenate"),
     "empty": (" \n", "is empty"),
-    "no text": ("user: {{ bos_token }}", "leaves 'Which colour is this.' out of a question"),
-    "no image": ("{% for m in messages %}{{ m['content'].split('\n')[-1] }}{% endfor %}", "leaves '<image>' out of"),
-    "no answer": ("{{ messages[0]['content'] }}", "leaves 'Blue, I think.' out of an answer"),
+    "no text": ("user: {{ bos_token }}", "drops 'Which colour is this.' from a question"),
+    "no image": ("{% for m in messages %}{{ m['content'].split('\n')[-1] }}{% endfor %}", "drops '<image>' from"),
+    "no answer": ("{{ messages[0]['content'] }}", "drops 'Blue, I think.' from an answer"),
 }
 
 
@@ -255,10 +255,10 @@ def shard_with_integers(folder: Path) -> None:
 FC1 = "encoder.layers.1.mlp.fc1.weight"
 BAD_NUMBERS = {
     "integers in the base": ("base", "lm_head.weight", lambda tensor: tensor.long(), "lm_head.weight holds I64"),
-    "NaN in the base": ("base", "model.norm.weight", lambda tensor: tensor * torch.nan, "model.norm.weight holds NaN"),
-    "infinity in the base": ("base", "lm_head.weight", lambda tensor: tensor / 0, "lm_head.weight holds NaN"),
+    "NaN in the base": ("base", "model.norm.weight", lambda tensor: tensor * torch.nan, "model.norm.weight contains NaN"),
+    "infinity in the base": ("base", "lm_head.weight", lambda tensor: tensor / 0, "lm_head.weight contains NaN"),
     "integers in the vision model": ("vision", FC1, lambda tensor: tensor.char(), f"{FC1} holds I8"),
-    "NaN in the vision model": ("vision", FC1, lambda tensor: tensor * torch.nan, f"{FC1} holds NaN"),
+    "NaN in the vision model": ("vision", FC1, lambda tensor: tensor * torch.nan, f"{FC1} contains NaN"),
     "integers in a whole SigLIP": (
         "siglip", f"vision_model.{FC1}", lambda tensor: tensor.char(), f"{FC1} holds I8"
     ),
@@ -287,7 +287,7 @@ BAD = {
         lambda pair: change_config(pair / "base", vocab_size=100), {}, r"lm_head.weight.*\[128, 32\], .*\[100, 32\]"
     ),
     "a larger image than the vision model's weights'": (
-        lambda pair: change_config(pair / "vision", image_size=48), {}, "position_embedding.weight.*another shape"
+        lambda pair: change_config(pair / "vision", image_size=48), {}, "position_embedding.weight.*wrong shape"
     ),
     "a list for generation settings": (
         lambda pair: (pair / "base/generation_config.json").write_text("[]"), {}, "generation_config.json holds a JSON"
@@ -307,7 +307,7 @@ BAD = {
     "no base": (lambda pair: shutil.rmtree(pair / "base"), {}, "base .* is not a folder"),
     "no vision model": (lambda pair: shutil.rmtree(pair / "vision"), {}, "vision model .* is not a folder"),
     "an unknown placement": (lambda pair: None, {"placement": "middle"}, "skip, pre, post"),
-    "a rank of zero": (lambda pair: None, {"lora_rank": 0}, "1 or more"),
+    "a rank of zero": (lambda pair: None, {"lora_rank": 0}, "expected at least 1"),
     "tiles that are no square": (lambda pair: None, {"max_tiles": 15}, "square"),
 }  # fmt: skip
 

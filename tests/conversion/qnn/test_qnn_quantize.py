@@ -261,7 +261,7 @@ def test_calibration_without_samples_or_with_broken_numbers_is_refused(tmp_path)
     with pytest.raises(ValueError, match="at least one request"):
         measure_ranges(toy_graph(), [], tmp_path)
     broken = {"x": np.full(4, np.nan, np.float32), "z": np.zeros((1, 4), np.float32)}
-    with pytest.raises(ValueError, match="no number in x"):
+    with pytest.raises(ValueError, match="NaN or infinity in x"):
         measure_ranges(toy_graph(), [broken], tmp_path)
 
 

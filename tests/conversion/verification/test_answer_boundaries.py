@@ -37,7 +37,7 @@ def use_template(folder: Path, template: str | None) -> None:
 
 
 def test_answers_end_where_generation_stops(folder):
-    assert "10 chats" in check(folder) and check(folder).endswith("every answer ends in '</s>'")
+    assert "10 chats" in check(folder) and check(folder).endswith("answers end in '</s>'")
 
 
 @pytest.mark.parametrize(

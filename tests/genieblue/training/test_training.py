@@ -331,7 +331,7 @@ def test_data_without_anything_to_learn_is_refused_with_the_reason(base, tmp_pat
         (None, "^This model has no chat template"),
         ("", "^The model's chat template is empty"),
         ("{{ messages[0]['content'] + no_token }}", "^The model's chat template fails .*'no_token' is undefined"),
-        ("{{ messages[-1]['content'].split('\n')[-1] }}", "^The model's chat template leaves '<image>' out"),
+        ("{{ messages[-1]['content'].split('\n')[-1] }}", "^The model's chat template drops '<image>' from"),
     ],
     ids=["none", "empty", "undefined", "no image"],
 )
