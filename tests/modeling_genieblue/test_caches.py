@@ -50,7 +50,7 @@ def test_cached_passes_equal_a_whole_pass_in_the_multimodal_view(family):
     close(torch.cat(pieces, dim=1), whole[:, -6:])
 
 
-@promised_family
+@telling_family
 @torch.no_grad()
 def test_cached_passes_equal_a_whole_pass_in_the_text_view(family):
     base, model = tiny_base(family), tiny_genieblue(family)

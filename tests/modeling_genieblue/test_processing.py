@@ -56,9 +56,13 @@ def test_text_only_tensors(tokenizer):
     assert torch.equal(asked["input_ids"], right["input_ids"])
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize(
-    "options", [{}, {"add_generation_prompt": True, "style": "brief"}, {"tools": [{"type": "function"}]}]
+    ("name", "options"),
+    [
+        *((name, {}) for name in CONVERSATIONS),
+        ("turns", {"add_generation_prompt": True, "style": "brief"}),
+        ("turns", {"tools": [{"type": "function"}]}),
+    ],
 )
 def test_text_only_chats_are_exactly_the_tokenizers(name, options):
     tokenizer = make_tokenizer()

@@ -61,7 +61,7 @@ def generate(model, ids, *, seed=0, **kwargs):
 # The text view is the base
 
 
-@every_family
+@promised_family
 @torch.no_grad()
 def test_text_logits_are_those_of_the_plain_base(family):
     base, model = tiny_base(family), tiny_genieblue(family)
