@@ -135,8 +135,11 @@ def run(hub: HubServer, workdir: Path) -> None:
     for environment in MATRIX:
         saved = workdir / environment.name / "saved"
         if environment.refusal is None:
-            found = try_it(MATRIX[0], workdir / f"{environment.name}-back", hub, load=[str(saved)])
-            environment.findings["failures"] |= {k: v for k, v in found["failures"].items() if k == "others"}
+            found = try_it(
+                MATRIX[0], workdir / f"{environment.name}-back", hub, load=[str(saved)], steps=["image", "others"]
+            )
+            if found["failures"]:
+                environment.findings["failures"]["others"] = str(found["failures"])
 
 
 def row(environment: Environment) -> str:
