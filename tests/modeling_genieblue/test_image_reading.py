@@ -310,7 +310,7 @@ def test_no_image_and_unknown_settings():
         ({"tile_size": 0}, "tile_size is 0"),
         ({"relaxed_alpha": 1.5}, "relaxed_alpha is 1.5"),
         ({"image_mean": [0.5, 0.5]}, "image_mean has 2 values"),
-        ({"image_std": 0}, "image_std is .* expected no zero"),
+        ({"image_std": 0}, "image_std is .* expected nonzero"),
         ({"resample": 17}, "17 is not a valid Resampling"),
     ],
 )
@@ -364,7 +364,7 @@ def test_the_bytes_of_a_file_are_an_image(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    assert "no regular file" in refused(tmp_path / "pipe.png", OSError)
+    assert "not a regular file" in refused(tmp_path / "pipe.png", OSError)
 
 
 def test_postscript_is_not_run(tmp_path):

@@ -168,18 +168,18 @@ def test_shapes_that_fit_8_bits_only_are_named():
 
 @pytest.mark.parametrize("mix", [{}, {"llm": "w16a16"}], ids=str)
 def test_quantization_config_on_top_is_refused(mix):
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="already quantized"):
         load(quantized_pair(**mix) / "genieblue", quantization_config=QuantoConfig(weights="int8"))
 
 
 def test_quantization_config_on_a_quantized_base_is_refused():
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="already quantized"):
         load_base(quantized_pair() / "base", quantization_config=QuantoConfig(weights="int8"))
 
 
 @pytest.mark.parametrize("mix", [{}, {"llm": "w16a16"}], ids=str)
 def test_quantizing_twice_is_refused(mix, tmp_path):
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="already quantized"):
         quantize(quantized_pair(**mix) / "genieblue", tmp_path, **W8)
     assert not list(tmp_path.iterdir())
 
