@@ -255,7 +255,7 @@ def shard_with_integers(folder: Path) -> None:
 FC1 = "encoder.layers.1.mlp.fc1.weight"
 BAD_NUMBERS = {
     "integers in the base": ("base", "lm_head.weight", lambda tensor: tensor.long(), "lm_head.weight holds I64"),
-    "NaN in the base": ("base", "model.norm.weight", lambda norm: norm * torch.nan, "model.norm.weight contains NaN"),
+    "NaN in the base": ("base", "model.norm.weight", lambda tensor: tensor * torch.nan, "norm.weight contains NaN"),
     "infinity in the base": ("base", "lm_head.weight", lambda tensor: tensor / 0, "lm_head.weight contains NaN"),
     "integers in the vision model": ("vision", FC1, lambda tensor: tensor.char(), f"{FC1} holds I8"),
     "NaN in the vision model": ("vision", FC1, lambda tensor: tensor * torch.nan, f"{FC1} contains NaN"),

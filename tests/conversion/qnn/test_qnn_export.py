@@ -157,7 +157,7 @@ def test_a_folder_of_somebody_else_is_left_alone(pair, tmp_path):
 
 
 def test_two_exports_to_one_place_are_kept_apart(pair, tmp_path, dies_at_the_vision_tower):
-    with lock_output(tmp_path / "bundle", "export"), pytest.raises(OSError, match="Another export writes to"):
+    with lock_output(tmp_path / "bundle", "export"), pytest.raises(OSError, match="Another export is writing to"):
         export_bundle(pair, tmp_path / "bundle", calibration=requests(1), **SETTINGS)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(KeyboardInterrupt):
