@@ -101,7 +101,7 @@ def load_quantized_base(
     check_options(kwargs)
     if kwargs.get("quantization_config") is not None:
         raise ValueError(
-            f"{location} is quantized already; `quantization_config` would quantize it again. Leave it out, or load "
+            f"{location} is already quantized; `quantization_config` would quantize it again. Leave it out, or load "
             "the unquantized base."
         )
     location = os.fspath(location)

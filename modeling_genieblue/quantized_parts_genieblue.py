@@ -49,7 +49,7 @@ def load_quantized_parts(model_class: type, request: LoadRequest, base_model: An
     check_options(kwargs)
     if request.base_kwargs.get("quantization_config") is not None:
         raise ValueError(
-            f"{request.path} is quantized already; `quantization_config` would quantize it again. Leave it out, or "
+            f"{request.path} is already quantized; `quantization_config` would quantize it again. Leave it out, or "
             "load the unquantized model."
         )
     if config is None:
