@@ -178,7 +178,7 @@ def test_a_turn_that_fails_does_not_end_the_conversation(work):
     result = run(
         "chat", "genieblue", "--view", "text", "--max-new-tokens", 2, input="/image scan.png\nhi\n/reset\nhi\n"
     )
-    assert "cannot see" in result.stderr and "[text view" in result.stderr
+    assert "cannot process image tokens" in result.stderr and "[text view" in result.stderr
     assert "images stay for your next message; /reset drops them" in result.stderr
 
 
