@@ -227,6 +227,8 @@ UNSUPPORTED = {
 def test_base_of_another_build_is_refused_by_its_class(family):
     shape = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4, **UNSUPPORTED[family]}
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
-    with pytest.raises(ValueError, match=f"(?i){family}ForCausalLM is not a decoder that GenieBlue can adapt") as error:
+    with pytest.raises(
+        ValueError, match=f"(?i){family}ForCausalLM is not a decoder that GenieBlue can adapt"
+    ) as error:
         tiny_genieblue(base=base)
     assert "target_modules" not in str(error.value)

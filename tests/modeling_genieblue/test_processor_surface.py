@@ -10,7 +10,7 @@ from modeling_genieblue import GenieBlueProcessor
 # What each public name of transformers' processors is here. A name that a new version adds has to be decided on.
 OURS = {
     "apply_chat_template", "batch_decode", "chat_template", "decode", "from_args_and_dict", "from_pretrained",
-    "post_process_image_text_to_text", "save_pretrained", "to_dict",
+    "post_process_image_text_to_text", "return_mm_token_type_ids", "save_pretrained", "to_dict",
 }  # fmt: skip
 REFUSED = {
     "get_text_with_replacements", "replace_audio_token", "replace_image_token", "replace_video_token",
@@ -27,7 +27,7 @@ AS_INHERITED = {
     "post_process_multimodal_output",  # by way of `post_process_image_text_to_text`
     "prepare_inputs_layout",  # by way of the image processor's `fetch_images`
     "push_to_hub",  # by way of `save_pretrained`
-    "return_mm_token_type_ids", "return_text_replacement_offsets", "skip_tensor_conversion",
+    "return_text_replacement_offsets", "skip_tensor_conversion",
     "valid_processor_kwargs",  # settings of the class
 }  # fmt: skip
 

@@ -132,7 +132,7 @@ def test_second_run_to_the_same_output_is_refused_at_once(base, tmp_path):
     refused = []
 
     def start_another(_model):
-        with pytest.raises(OSError, match="Another training writes to .*out-checkpoints") as error:
+        with pytest.raises(OSError, match="Another training is writing to .*out-checkpoints") as error:
             start(base, tmp_path / "out")
         refused.append(error)
 
