@@ -96,11 +96,11 @@ def check_places(
         return
     is_ours = (base_output / CONFIG_NAME).is_file() and read_base_quantization(base_output) is not None
     if not is_ours:
-        raise ValueError(f"{base_output} exists already and holds no quantized base, so it is not replaced: give "
+        raise ValueError(f"{base_output} already exists and is not a quantized base, so it is not replaced: give "
                          "another folder (--base-out).")  # fmt: skip
     if not overwrite or not (is_base_named or base_output == _base_of(output)):
         raise OSError(
-            f"The quantized base {base_output} exists already, and other GenieBlues may run on it: use it again "
+            f"The quantized base {base_output} already exists, and other GenieBlues may run on it: reuse it "
             f"(--quantized-base {base_output}), or give another folder for a new one (--base-out). It is replaced "
             "only with both --overwrite and --base-out; other GenieBlues on it no longer load then."
         )

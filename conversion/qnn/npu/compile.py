@@ -40,7 +40,7 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
         needed |= {entry.value for tensor in graph.initializer for entry in tensor.external_data
                    if entry.key == "location"}  # fmt: skip
     if output.exists():
-        raise FileExistsError(f"{output} exists already: remove it, or give another folder.")
+        raise FileExistsError(f"{output} already exists: remove it, or give another folder.")
     sources = {path.resolve().parent for path in graphs.values()}
     if len(sources) != 1:
         raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")

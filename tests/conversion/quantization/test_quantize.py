@@ -28,7 +28,7 @@ from tiny_quantized import (
 )
 from transformers import AutoModel, AutoTokenizer
 
-from conversion.quantization import quantize as quantize_module
+from conversion.quantization import rounder as rounder_module
 from conversion.quantization.quantize import CalibrationSamples
 
 W8 = {"llm": "w8a16", "rounding": "rtn"}
@@ -192,7 +192,7 @@ def test_quantized_base_of_another_base_is_refused(tmp_path):
     load(source, base_model=base, check_base=False).save_pretrained(tmp_path / "x")
     tuned = change_adapter(tiny_genieblue(base=load_base(source.parent / "base-llm")), scale=0.05)
     tuned.save_pretrained(tmp_path / "tuned")
-    with pytest.raises(ValueError, match="is no quantized copy of this model's base"):
+    with pytest.raises(ValueError, match="is not a quantized copy of this model's base"):
         quantize(tmp_path / "tuned", tmp_path / "out", {"quantized_base": quantized_pair() / "base"})
     assert not (tmp_path / "out/genieblue").exists()
 
@@ -347,7 +347,7 @@ def test_config_says_which_parts_were_rounded_by_another_method(tmp_path, caplog
 
 
 def test_linear_that_no_sample_reached_is_named(tmp_path, monkeypatch, caplog):
-    walk = quantize_module.walk_blocks
+    walk = rounder_module.walk_blocks
 
     def walk_without_one(view, batches, path, process, **options):
         def lacking(index, block, hessians):
@@ -355,7 +355,7 @@ def test_linear_that_no_sample_reached_is_named(tmp_path, monkeypatch, caplog):
 
         return walk(view, batches, path, lacking, **options)
 
-    monkeypatch.setattr(quantize_module, "walk_blocks", walk_without_one)
+    monkeypatch.setattr(rounder_module, "walk_blocks", walk_without_one)
     quantize(large_pair(), tmp_path, rounding="gptq")
     assert "llm (hqq: 4 of 28 layers)" in caplog.text and "vision_tower (" not in caplog.text
     assert settings(tmp_path / "base")["quantization_config"]["other_rounding"] == {"llm": "hqq: 4 of 28 layers"}

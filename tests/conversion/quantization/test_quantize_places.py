@@ -74,7 +74,7 @@ def test_quantized_base_of_a_fine_tune_is_refused_by_its_fingerprint(mix, fine_t
     recorded = json.loads((quantized_pair(**mix) / "base/config.json").read_text())["quantization_config"]["source"]
     source = json.loads((large_pair() / "config.json").read_text())["base_model_fingerprint"]
     assert recorded["fingerprint"] == source
-    with pytest.raises(ValueError, match="no quantized copy of this model's base.*sha256"):
+    with pytest.raises(ValueError, match="not a quantized copy of this model's base.*sha256"):
         quantize(fine_tune, tmp_path, {"quantized_base": quantized_pair(**mix) / "base"}, **mix)
     assert leftovers(tmp_path) == []
 
@@ -87,7 +87,7 @@ def test_quantized_base_without_a_fingerprint_is_known_by_its_values(mix, fine_t
     config = json.loads((base / "config.json").read_text())
     del config["quantization_config"]["source"]["fingerprint"]
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no quantized copy of this model's base.*differs by"):
+    with pytest.raises(ValueError, match="not a quantized copy of this model's base.*differs by"):
         quantize(fine_tune, tmp_path, {"quantized_base": base}, **mix)
     quantize(large_pair(), tmp_path, {"quantized_base": base}, **mix)
     assert same(answers(load(tmp_path / "genieblue"))[:1], answers(load(quantized_pair(**mix) / "genieblue"))[:1])
@@ -108,7 +108,7 @@ def test_shared_base_is_only_replaced_when_it_was_named(tmp_path, must_not_load)
     shutil.copytree(quantized_pair() / "base", tmp_path / "base-llm-w4a16")
     before = contents(tmp_path)
     for overwrite in (True, False):
-        with pytest.raises(OSError, match=r"exists already.*--quantized-base .*--base-out.*no longer load"):
+        with pytest.raises(OSError, match=r"already exists.*--quantized-base .*--base-out.*no longer load"):
             quantize_genieblue(large_pair(), tmp_path / "new", overwrite=overwrite)
     # A GenieBlue that is replaced, on another base, allows it no more than a new one.
     shutil.copytree(quantized_pair(**W8), tmp_path, dirs_exist_ok=True)
@@ -129,14 +129,14 @@ def test_base_of_the_genieblue_that_is_replaced_is_replaced_too(tmp_path):
 
 @pytest.mark.parametrize("options", [{"base_output": "b"}, {"quantized_base": "b"}, {"self_contained": True}], ids=str)
 def test_places_of_a_base_that_stays_as_it_is_are_refused(options, tmp_path, must_not_load):
-    with pytest.raises(ValueError, match="All parts are at 16 bits"):
+    with pytest.raises(ValueError, match="base stays at 16 bits"):
         quantize(large_pair(), tmp_path, options, **LEFT_AT_16_BITS)
 
 
 def test_rows_longer_than_the_base_can_take_are_refused(tmp_path, must_not_load):
     samples = calibration_samples(1)
     samples.text.append(torch.ones(1, 1025, dtype=torch.long))
-    with pytest.raises(ValueError, match="1025 tokens, the base takes at most 1024.*--sample-length"):
+    with pytest.raises(ValueError, match="1025 tokens, but the base supports only 1024.*--sample-length"):
         quantize(large_pair(), tmp_path, {"samples": samples}, rounding="gptq")
 
 
@@ -226,7 +226,8 @@ def test_experts_that_stay_at_16_bits_are_listed(tmp_path, monkeypatch):
     report = quantize(save_large_pair(tmp_path / "source", "mixture"), tmp_path)
     for place in ("model.layers.0.mlp.experts", "base_model.model.model.layers.3.mlp.experts"):
         assert (
-            report.other_precision[f"{place}.gate_up_proj"] == "16 bits: a parameter of 4 x 64 x 64, no plain linear"
+            report.other_precision[f"{place}.gate_up_proj"]
+            == "16 bits: a parameter of 4 x 64 x 64, not in a plain linear layer"
         )
     of_base = json.loads((tmp_path / "base/config.json").read_text())["quantization_config"]["other_precision"]
     assert of_base["model.layers.1.mlp.experts.down_proj"].startswith("16 bits")
