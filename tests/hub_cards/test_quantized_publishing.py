@@ -310,7 +310,7 @@ def test_the_card_has_precision_size_and_error_of_each_part(whole):
     }  # fmt: skip
     assert "Error of the multimodal view's logits" in card
     assert "LoRA in 8 bits, dequantized in memory" in card
-    assert "those of the quantized base, not those of the original one" in card
+    assert "those of the quantized base bit for bit, not those of the original" in card
     assert "`vision_tower.embeddings.patch_embedding`: 16 bits: a convolution" in card
     assert "PeftModel" not in card
 
