@@ -92,7 +92,7 @@ def test_no_secret_of_an_address_is_told(work, command):
 
 
 def test_a_debug_log_holds_no_secret_of_an_address(work):
-    ran = run_process("--debug", "chat", work / "genieblue", "-p", "?", "-i", ADDRESS, cwd=work)
+    ran = run_process("--debug", "chat", work / "genieblue", "-p", "?", "-i", ADDRESS)
     assert "x.png could not be fetched" in ran.stderr
     # The command line itself is not in the traceback, but the last lines of the code that ran.
     assert not [secret for secret in ("us3r", "passw0rd", "t0ken", "fr4gment") if secret in ran.stderr], ran.stderr
