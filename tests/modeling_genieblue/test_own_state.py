@@ -132,10 +132,10 @@ def test_client_restores_all_of_ours_and_nothing_else(load, tmp_path):
     assert torch.equal(model(prompt()).logits, tiny_base("llama")(prompt()).logits)
 
 
-@clients
-def test_client_with_half_of_it_is_refused_and_changes_nothing(load, tmp_path):
-    if load is CLIENTS["a deep copy's"]:
-        pytest.skip("adds what is missing")
+# A deep copy's client adds what is missing, so it never loads a half.
+@pytest.mark.parametrize("client", [name for name in CLIENTS if name != "a deep copy's"])
+def test_client_with_half_of_it_is_refused_and_changes_nothing(client, tmp_path):
+    load = CLIENTS[client]
     model = tiny_genieblue()
     half = only(other_genieblue().state_dict(), "vision_tower", "multi_modal_projector")
     save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
