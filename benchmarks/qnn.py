@@ -179,10 +179,10 @@ def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **opti
     """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
     from PIL import Image
 
+    from genieblue.data.collation import ChatCollator
     from genieblue.demo.answers import read_scans
     from genieblue.demo.scans import NumberScans, split_scans
     from genieblue.demo.text import split_documents, training_stream
-    from genieblue.training.collation import ChatCollator
 
     processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
     numbers = NumberScans(split_scans()[0], 48, seed=99, curriculum=0)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from genieblue.data.chats import ChatDataset
 from genieblue.serving.conversation import Chat
-from genieblue.training.chats import ChatDataset
 from genieblue.training.stages import TrainingSettings, train
 
 WORDS = "cat dog sun sea car red ice map cup hat fox bee owl key box jam".split()

@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[1]
 TREE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Repository layout")[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # From the top of the house down: each room imports from itself and from those after it.
-FLOORS = ("genieblue.cli", "genieblue.demo", "genieblue.lab", "genieblue.training", "genieblue.serving", "conversion",
-          "hub_cards", "modeling_genieblue")  # fmt: skip
+FLOORS = (
+    "genieblue.cli", "genieblue.demo", "genieblue.lab", "genieblue.training", "genieblue.evaluation",
+    "genieblue.serving", "genieblue.data", "conversion", "hub_cards", "modeling_genieblue",
+)  # fmt: skip
 
 
 def tracked(*patterns: str) -> list[str]:

@@ -7,6 +7,7 @@ import typer
 from genieblue import __version__
 from genieblue.cli.chat import chat
 from genieblue.cli.demo import demo
+from genieblue.cli.eval import evaluate
 from genieblue.cli.info import info
 from genieblue.cli.init import init
 from genieblue.cli.params import params
@@ -49,6 +50,9 @@ def main(
     log_progress_without_terminal()
 
 
-for command in (init, train, chat, info, params, verify, quantize, push, demo):
+for command in (init, train, chat):
+    app.command()(command)
+app.command("eval")(evaluate)
+for command in (info, params, verify, quantize, push, demo):
     app.command()(command)
 app.add_typer(export_app, name="export")

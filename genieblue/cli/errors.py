@@ -14,6 +14,7 @@ LIBRARIES_WITH_ERRORS_FOR_USERS = ("huggingface_hub", "httpx", "httpx2", "safete
 EXTRAS = {
     "datasets": "train",
     "accelerate": "train",
+    "rapidfuzz": "eval",
     "sklearn": "demo",
     "scipy": "demo",
     "sentencepiece": "sentencepiece",

@@ -14,6 +14,7 @@ Rounding = Literal["rtn", "hqq", "gptq"]
 Activations = Literal["bfloat16", "float16", "float32"]  # and what is not quantized
 QnnRounding = Literal["rtn", "seqmse"]  # of the decoder's matrices
 LoraMode = Literal["constants", "inputs"]  # of an NPU's graphs
+Metric = Literal["exact", "contains", "anls", "relaxed", "choice"]  # of one answer
 NpuBackend = Literal["cpu", "emulator"]  # what runs a bundle's graphs on this computer
 
 

@@ -64,8 +64,8 @@ def qnn(
     with stdout_for_json(json_output):
         quiet_transformers()
         from conversion.qnn.export import export_bundle
-        from genieblue.training.calibration_chats import read_chats
-        from genieblue.training.collation import ChatCollator
+        from genieblue.data.calibration_chats import read_chats
+        from genieblue.data.collation import ChatCollator
         from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
         from modeling_genieblue.loading_genieblue import LoadRequest
 

@@ -72,7 +72,7 @@ def quantize(
     """
     from conversion.quantization.precision import QuantizationRecipe
     from conversion.quantization.quantize import quantize_genieblue
-    from genieblue.training.calibration_chats import read_calibration
+    from genieblue.data.calibration_chats import read_calibration
     from hub_cards.model_parts import model_info
     from modeling_genieblue import GenieBlueProcessor
 

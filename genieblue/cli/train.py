@@ -56,7 +56,7 @@ def train(
     trust_remote_code: BaseCode = False,
 ) -> None:
     """Run one of the two training stages; the base does not change."""
-    from genieblue.training.chats import ChatDataset
+    from genieblue.data.chats import ChatDataset
     from genieblue.training.stages import TrainingSettings, check_output
     from genieblue.training.stages import train as run
 

@@ -16,8 +16,8 @@ from transformers.utils import is_accelerate_available
 
 from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.chat_template import check_processor_template
-from genieblue.training.chats import ChatDataset
-from genieblue.training.collation import ChatCollator, EncodedChats
+from genieblue.data.chats import ChatDataset
+from genieblue.data.collation import ChatCollator, EncodedChats
 from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
 from genieblue.training.structure import GenieBlueStructure, StageRecipe

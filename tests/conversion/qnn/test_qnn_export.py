@@ -28,7 +28,7 @@ from conversion.qnn.qdq.vision import quantize_vision
 from conversion.qnn.verify import verify_bundle
 from conversion.staging import lock_output
 from genieblue.cli.app import app
-from genieblue.training.calibration_chats import read_calibration, read_chats
+from genieblue.data.calibration_chats import read_calibration, read_chats
 from modeling_genieblue import GenieBlueProcessor
 from modeling_genieblue.quantized_settings_genieblue import QUANTIZED_PARTS
 
@@ -379,7 +379,7 @@ def test_the_command_exports_a_bundle_and_says_so_in_json(pair, chats, tmp_path)
 
 
 def test_the_command_refuses_before_it_reads_an_image(pair, chats, tmp_path, monkeypatch):
-    monkeypatch.setattr("genieblue.training.collation.ChatCollator.encode", None)
+    monkeypatch.setattr("genieblue.data.collation.ChatCollator.encode", None)
     common = ("--soc", "sm8750", "--calibration", chats, "--out")
     result = invoke(pair, *common, chats)
     assert result.exit_code == 1 and "is taken" in result.stderr and "looked up on the Hub" not in result.stderr

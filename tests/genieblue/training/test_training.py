@@ -8,8 +8,8 @@ import torch
 from training_setup import AtStep, chat, losses, make_base, make_data, make_model, make_settings
 from transformers import TrainerCallback
 
+from genieblue.data.chats import ChatDataset
 from genieblue.training import stages as training
-from genieblue.training.chats import ChatDataset
 from genieblue.training.frozen_weights import tensor_digests
 from genieblue.training.stages import TrainingSettings, prepared_for_training, train
 from genieblue.training.structure import GenieBlueStructure

@@ -7,8 +7,8 @@ import torch
 
 from conversion.quantization.hessians import read_paragraphs, text_batches
 from conversion.quantization.quantize import CalibrationSamples
-from genieblue.training.chats import ChatDataset, ChatSample, texts_of
-from genieblue.training.collation import ChatCollator
+from genieblue.data.chats import ChatDataset, ChatSample, texts_of
+from genieblue.data.collation import ChatCollator
 
 
 def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> list[ChatSample]:

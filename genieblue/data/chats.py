@@ -8,15 +8,15 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from genieblue.training.jsonl_files import check_is_jsonl, parse_line
-from genieblue.training.sample_keys import check_unread_keys, is_missing, shortened
+from genieblue.data.jsonl_files import check_is_jsonl, parse_line
+from genieblue.data.sample_keys import check_unread_keys, is_missing, shortened
 from modeling_genieblue.addresses_genieblue import shown
 from modeling_genieblue.chat_messages_genieblue import IMAGE_SOURCES, image_sources
 
@@ -122,16 +122,23 @@ class ChatDataset(torch.utils.data.Dataset):
         """A sample's name for messages: `file:line`, or its number."""
         return self._where(self._numbers[index])
 
-    def with_images(self) -> "ChatDataset":
+    def with_images(self) -> Self:
         """This data without samples that have no image; `self` if it is unknown which those are."""
         if self._image_counts is None:
             return self
         chosen = [number for number in self._numbers if self._image_counts[number]]
         if len(chosen) < len(self):
             logger.info("Skipping %d of %d samples without an image.", len(self) - len(chosen), len(self))
+        return self._subset(array("q", chosen))
+
+    def first(self, count: int | None) -> Self:
+        """The first `count` samples; `self` for `None`."""
+        return self if count is None else self._subset(self._numbers[:count])
+
+    def _subset(self, numbers: Any) -> Self:
         subset = object.__new__(type(self))
         subset.__dict__.update(self.__dict__)
-        subset._numbers = array("q", chosen)
+        subset._numbers = numbers
         return subset
 
     def _where(self, number: int) -> str:

@@ -11,9 +11,9 @@ from tiny_models import EOS_ID, VOCABULARY, tiny_tokenizer
 
 from conversion.chat_template import UnusableTemplate
 from genieblue.cli.train import data_source
-from genieblue.training.calibration_chats import read_chats
-from genieblue.training.chats import ChatDataset, parse_chat
-from genieblue.training.collation import IGNORED, ChatCollator, EncodedChats
+from genieblue.data.calibration_chats import read_chats
+from genieblue.data.chats import ChatDataset, parse_chat
+from genieblue.data.collation import IGNORED, ChatCollator, EncodedChats
 from modeling_genieblue import GenieBlueProcessor
 
 IMAGE_TOKENS = 4

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from conversion.chat_ids import IGNORED, ChatRow, chat_rows
 from conversion.chat_template import NO_TEMPLATE, UnusableTemplate
-from genieblue.training.chats import BAD_SAMPLE, CORRECT_OR_SKIP, ChatDataset, ChatSample, parse_chat
+from genieblue.data.chats import BAD_SAMPLE, CORRECT_OR_SKIP, ChatDataset, ChatSample, parse_chat
 
 logger = logging.getLogger(__name__)
 

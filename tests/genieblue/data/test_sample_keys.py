@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genieblue.training.chats import ChatDataset, parse_chat
+from genieblue.data.chats import ChatDataset, parse_chat
 
 QUESTION, ANSWER = "Which colour is it?", "It is blue."
 

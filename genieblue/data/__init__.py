@@ -1,0 +1,1 @@
+"""Data for training, calibration and evaluation: chats with images, read and checked."""

@@ -1,0 +1,1 @@
+"""Evaluation: answers on held-out data, scored by sample and by task."""

@@ -1,0 +1,143 @@
+"""Evaluation data: chats as in training, with references for the last answer."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genieblue.data.chats import ChatDataset, ChatSample, parse_chat
+from genieblue.data.sample_keys import is_missing, shortened
+from genieblue.evaluation.metrics import CHOICE, check_metric
+
+KEYS = ("answers", "choices", "metric", "task")
+NO_TASK = "all"
+
+
+@dataclass(frozen=True)
+class EvaluationSample(ChatSample):
+    """A chat whose last answer is a reference, and how the model's own is scored.
+
+    Attributes:
+        references: all accepted answers; the chat's own is the first.
+        choices: the answers to choose from, for the metric `choice`.
+        metric: the sample's own, else `None`.
+        task: the group that the sample belongs to.
+    """
+
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    metric: str | None = None
+    task: str = NO_TASK
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages up to the last question."""
+        return self.messages[:-1]
+
+    @property
+    def question(self) -> str:
+        """The text of the last question."""
+        content = self.messages[-2]["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        return " ".join(part for part in parts if part).strip()
+
+
+class EvaluationDataset(ChatDataset):
+    """A `ChatDataset` whose samples may also have `answers`, `choices`, `metric` and `task`.
+
+    A chat may end with the question if `answers` (one, or a list of accepted ones) are given. `metric`, the argument,
+    applies to samples that name none; by default it is `choice` for those with choices, else `exact`.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike | Sequence[dict[str, Any]],
+        *,
+        metric: str | None = None,
+        image_folder: str | os.PathLike | None = None,
+        skip_bad: bool | None = False,
+    ):
+        """`ValueError` for an unknown metric, or one that does not fit a sample."""
+        if metric is not None:
+            check_metric(metric)
+        self.metric = metric
+        super().__init__(source, image_folder=image_folder, skip_bad=skip_bad)
+        if len(self) == 0:
+            raise ValueError("There is nothing to evaluate: the data has no good samples.")
+
+    def __getitem__(self, index: int) -> EvaluationSample:
+        sample = super().__getitem__(index)
+        assert isinstance(sample, EvaluationSample)
+        return sample
+
+    def _sample(self, raw: Any, where: str) -> EvaluationSample:
+        return parse_sample(raw, where, self._folder, self.metric)
+
+
+def parse_sample(raw: Any, where: str, image_folder: Path | None, metric: str | None = None) -> EvaluationSample:
+    """A sample for evaluation from its dictionary; `ValueError` for a bad one."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: the sample is {shortened(raw)}, expected an object with messages.")
+    rest = {key: value for key, value in raw.items() if key not in KEYS}
+    answers = _strings(raw.get("answers"), "answers", where)
+    choices = _strings(raw.get("choices"), "choices", where)
+    if answers:
+        rest = _with_answer(rest, answers[0])
+    chat = parse_chat(rest, where, image_folder)
+    references = answers or (_text(chat.messages[-1]),)
+    chosen = _metric(raw.get("metric"), metric, choices, where)
+    if chosen == CHOICE:
+        _check_choices(choices, references, where)
+    task = raw.get("task")
+    task = NO_TASK if is_missing(task) else str(task)
+    return EvaluationSample(chat.messages, chat.images, where, references, choices, chosen, task)
+
+
+def _metric(own: Any, common: str | None, choices: Sequence[str], where: str) -> str:
+    if is_missing(own):
+        return common or (CHOICE if choices else "exact")
+    try:
+        check_metric(own)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return own
+
+
+def _check_choices(choices: Sequence[str], references: Sequence[str], where: str) -> None:
+    if len(set(choices)) < 2:
+        raise ValueError(
+            f"{where}: the metric {CHOICE!r} needs at least two different `choices`, found {len(set(choices))}. Add "
+            "them, or use another metric."
+        )
+    if not set(choices) & set(references):
+        raise ValueError(
+            f"{where}: the reference {shortened(references[0])} is not among the choices {shortened(list(choices))}."
+        )
+
+
+def _strings(value: Any, key: str, where: str) -> tuple[str, ...]:
+    """The strings of a value that is one or a list; numbers count as text."""
+    if is_missing(value):
+        return ()
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(each, (str, int, float)) and str(each).strip() for each in values):
+        raise ValueError(f"{where}: {key!r} is {shortened(value)}, expected a text or a list of texts.")
+    return tuple(str(each) for each in values)
+
+
+def _with_answer(raw: dict[str, Any], answer: str) -> dict[str, Any]:
+    """A sample whose chat ends with `answer`, in place of the answer that it may end with."""
+    key = next((key for key in ("messages", "conversations") if not is_missing(raw.get(key))), None)
+    turns = raw.get(key) if key else None
+    if not isinstance(turns, (list, tuple)) or not turns:
+        return raw  # named as a bad sample by `parse_chat`
+    last = turns[-1]
+    role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
+    kept = turns[:-1] if role in ("assistant", "gpt") else turns
+    return {**raw, str(key): [*kept, {"role": "assistant", "content": answer}]}
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
