@@ -12,6 +12,8 @@ from genieblue.evaluation.answering import Answerer
 from genieblue.evaluation.metrics import CHOICE, METRICS, standard_error
 from genieblue.evaluation.samples import NO_TASK, EvaluationDataset, EvaluationSample
 
+OTHER = "other"  # samples without a task, beside some that have one
+
 
 @dataclass(frozen=True)
 class ScoredAnswer:
@@ -181,6 +183,7 @@ def _by_group(entries: Iterable[tuple[ScoredAnswer, Any]]) -> list[tuple[tuple[s
         groups.setdefault((answer.task, answer.metric), []).append(value)
     if len(groups) < 2:
         return list(groups.items())
+    groups = {(OTHER if task == NO_TASK else task, metric): values for (task, metric), values in groups.items()}
     metrics = {metric for _, metric in groups}
     together = [value for values in groups.values() for value in values]
     return [((NO_TASK, metrics.pop() if len(metrics) == 1 else "mixed"), together), *sorted(groups.items())]
