@@ -15,14 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from conversion.create import create_genieblue
 from genieblue.demo.budget import TrainingBudget, warmup_cosine
-from genieblue.demo.contact_sheet import draw_contact_sheet
 from genieblue.demo.scans import LONGEST_NUMBER, QUESTION, NumberScans, Scans, split_scans, write_held_out
 from genieblue.demo.text import make_base
 from genieblue.demo.vision import make_vision_tower
+from genieblue.evaluation.answer_sheet import SheetEntry, draw_answer_sheet
+from genieblue.evaluation.report import add_measurements
 from genieblue.training.stages import TrainingSettings, train
-from hub_cards.model_card import card_info_from_folder, write_model_card
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
-from modeling_genieblue.model_files_genieblue import MEASUREMENTS_NAME
 
 STAGE_1 = {"steps": 60, "batch_size": 32, "learning_rates": {"multi_modal_projector": 2e-3}}
 STAGE_2 = {
@@ -78,10 +77,7 @@ def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0)
         "sizes": {name: _weight_bytes(out / name) for name in ("base", "genieblue")},
     }
     _record_measurements(out / "genieblue", report)
-    draw_contact_sheet(
-        out / "contact-sheet.png", out / "held-out", report["answers"][:SHOWN],
-        GenieBlueProcessor.from_pretrained(out / "genieblue").image_processor,
-    )  # fmt: skip
+    _draw_contact_sheet(out, report["answers"][:SHOWN])
     return report
 
 
@@ -145,9 +141,21 @@ def _record_measurements(folder: Path, report: dict[str, Any]) -> None:
             "how": "held-out topics of Python's documentation, windows of 128 tokens; equal bit for bit",
         },
     ]
-    (folder / MEASUREMENTS_NAME).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").unlink(missing_ok=True)  # rendered when the model was saved, without measurements
-    write_model_card(folder, card_info_from_folder(folder))
+    add_measurements(folder, rows)
+
+
+def _draw_contact_sheet(out: Path, answers: list[dict[str, str]]) -> None:
+    entries = [
+        SheetEntry(
+            [out / "held-out" / line["image"]], line["question"], line["said"], line["answer"],
+            right=line["said"] == line["answer"],
+        )
+        for line in answers
+    ]  # fmt: skip
+    note = f"blue: tiles · {sum(entry.right for entry in entries)} of {len(entries)} are correct"
+    title = "Held-out scans, as GenieBlue sees and reads them"
+    image_processor = GenieBlueProcessor.from_pretrained(out / "genieblue").image_processor
+    draw_answer_sheet(out / "contact-sheet.png", title, note, entries, image_processor)
 
 
 def text_is_unchanged(report: dict[str, Any]) -> bool:

@@ -28,6 +28,9 @@ from conversion.qnn.export import export_bundle
 from conversion.qnn.qdq.files import read_codes
 from conversion.qnn.verify import verify_bundle
 from genieblue.cli.app import app
+from genieblue.evaluation.evaluate import evaluate
+from genieblue.evaluation.qnn_answering import BundleAnswerer
+from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.serving.qnn_conversation import QnnChat
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
@@ -369,3 +372,22 @@ def test_a_folder_that_is_no_bundle_and_a_strange_backend_are_refused(tmp_path):
         verify_bundle(tmp_path)
     with pytest.raises(ValueError, match="Unknown backend 'gpu'"):
         QnnRunner(tmp_path, "gpu")
+
+
+def test_a_bundle_is_evaluated_like_a_model(bundle):
+    runner = QnnRunner(bundle)
+    content = [{"type": "image", "image": Image.new("RGB", (24, 24), "red")}, {"type": "text", "text": "What is it?"}]
+    texts = [{"role": "user", "content": "What is it?"}]
+    chats = [texts, [{"role": "user", "content": content}]]
+    said = [runner.chat(chat, max_new_tokens=4).text.strip() for chat in chats]
+    samples = [{"messages": chat, "answers": answer} for chat, answer in zip(chats, said, strict=True)]
+    samples.append({"messages": texts, "choices": ["It is red.", "a"], "answers": "a"})
+    answerer = BundleAnswerer(runner)
+    evaluation = evaluate(answerer, EvaluationDataset(samples), max_new_tokens=4)
+    assert [(answer.answer, answer.view) for answer in evaluation.answers[:2]] == [
+        (said[0], "text"), (said[1], "multimodal")
+    ]  # fmt: skip
+    likelihoods = answerer.log_likelihoods(EvaluationDataset(samples)[2])
+    prompt_ids = runner.processor.apply_chat_template(texts, add_generation_prompt=True, tokenize=True)
+    first = torch.tensor(runner.logits(prompt_ids)[-1]).log_softmax(-1)
+    assert all(value < 0 for value in likelihoods) and likelihoods[1] <= float(first.max())

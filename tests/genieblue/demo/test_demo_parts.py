@@ -1,4 +1,4 @@
-"""The parts of the demo: text, scans, vision tower, budgets, contact sheet."""
+"""The parts of the demo: text, scans, vision tower, budgets."""
 
 import json
 import time
@@ -13,7 +13,6 @@ pytest.importorskip("sklearn")
 
 from genieblue.demo import text
 from genieblue.demo.budget import TrainingBudget, run_training, warmup_cosine
-from genieblue.demo.contact_sheet import draw_contact_sheet
 from genieblue.demo.scans import (
     LONGEST_NUMBER,
     NumberScans,
@@ -281,26 +280,3 @@ def test_learning_rate_reaches_its_floor_where_the_clock_ends_the_run(monkeypatc
 def test_a_budget_of_nothing_is_refused(steps, seconds):
     with pytest.raises(ValueError, match="at least one step"):
         TrainingBudget("nothing", steps, seconds)
-
-
-# Contact sheet
-
-
-def test_contact_sheet_shows_every_scan_and_marks_wrong_answers(scans, tmp_path):
-    lines = write_held_out(tmp_path, scans[1], per_length=2)
-    processor = GenieBlueImageProcessor(tile_size=32)
-    right = [{**line, "said": line["answer"]} for line in lines]
-    draw_contact_sheet(tmp_path / "right.png", tmp_path, right, processor)
-    draw_contact_sheet(tmp_path / "fewer.png", tmp_path, right[:4], processor)
-    draw_contact_sheet(tmp_path / "wrong.png", tmp_path, [{**line, "said": "0x"} for line in lines], processor)
-    sheets = {name: Image.open(tmp_path / f"{name}.png").convert("RGB") for name in ("right", "fewer", "wrong")}
-    assert sheets["right"].width == sheets["fewer"].width
-    assert sheets["right"].height > sheets["fewer"].height
-    assert len(sheets["right"].getcolors(1 << 20)) > 50
-    red = {name: _reddish(sheet) for name, sheet in sheets.items()}
-    assert red["right"] == 0 and red["wrong"] > 100
-
-
-def _reddish(sheet: Image.Image) -> int:
-    red, green, blue = np.asarray(sheet, dtype=int).transpose(2, 0, 1)
-    return int(((red > green + 80) & (red > blue + 80)).sum())
