@@ -84,6 +84,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self._file: Path | None = None
         self._sequence: Sequence[dict[str, Any]] | None = None
         self._image_counts: array | None = None  # per sample, after all are checked
+        self._hashes = array("Q")  # per sample that was checked
         if image_folder is not None and not os.path.isdir(image_folder):
             raise OSError(f"The image folder {shown(image_folder)} is not a folder: give an existing one.")
         if isinstance(source, (str, os.PathLike)):
@@ -130,6 +131,13 @@ class ChatDataset(torch.utils.data.Dataset):
         if len(chosen) < len(self):
             logger.info("Skipping %d of %d samples without an image.", len(self) - len(chosen), len(self))
         return self._subset(array("q", chosen))
+
+    def sample_hashes(self) -> set[int]:
+        """Hashes of the samples that were checked when the data was opened, to find the same ones in other data.
+
+        They are of the texts and image paths; samples whose images are in memory are left out.
+        """
+        return {self._hashes[number] for number in self._numbers if number < len(self._hashes)} - {0}
 
     def first(self, count: int | None) -> Self:
         """The first `count` samples; `self` for `None`."""
@@ -194,9 +202,13 @@ class ChatDataset(torch.utils.data.Dataset):
                         raise ValueError(f"{message}{offered}") from error
                     logger.warning("Left out %s", message)
                     self._image_counts.append(0)
+                    self._hashes.append(0)
                 else:
                     good.append(number)
-                    digest.update(entry if isinstance(entry, bytes) else _texts_and_paths(sample))
+                    content = _texts_and_paths(sample)
+                    digest.update(entry if isinstance(entry, bytes) else content)
+                    is_known = all(isinstance(image, (str, os.PathLike)) for image in sample.images)
+                    self._hashes.append(int.from_bytes(hashlib.sha256(content).digest()[:8]) if is_known else 0)
                     self._image_counts.append(len(sample.images))
                 bar.update(size)
         self._numbers = good

@@ -83,7 +83,7 @@ def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0)
 
 def _make_room(out: Path) -> None:
     """Removes an earlier demo from `out`; `OSError` if anything else is there."""
-    ours = {"base", "genieblue", "genieblue-checkpoints", "held-out", "contact-sheet.png"}
+    ours = {"base", "genieblue", "genieblue-run", "held-out", "contact-sheet.png"}
     if out.is_file():
         raise OSError(f"{out} is a file: give a folder with --out.")
     foreign = {entry.name for entry in out.iterdir()} - ours if out.is_dir() else set()

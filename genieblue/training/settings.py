@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 
 # Settings that may change when a run is resumed, because the result does not depend on them.
 FREE_SETTINGS = (
-    "save_steps", "keep_checkpoints", "logging_steps", "num_workers", "gradient_checkpointing", "show_progress"
+    "save_steps", "keep_checkpoints", "logging_steps", "eval_steps", "eval_answers", "eval_max_new_tokens", "patience",
+    "num_workers", "gradient_checkpointing", "show_progress", "report_to", "price_per_hour",
+)  # fmt: skip
+
+SCHEDULES = (
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt", "polynomial"
 )  # fmt: skip
 
 
@@ -28,6 +33,13 @@ class TrainingSettings:
         max_length: tokens per sample, including image tokens.
         max_tiles: per image, a square number; by default the recipe's (stage 1: one, stage 2: the processor's own).
         save_steps: steps between checkpoints; 0 writes none.
+        eval_steps: steps between validations, if there is validation data; by default a tenth of the run.
+        eval_answers, eval_max_new_tokens: how many validation samples are also answered and scored, and how long
+            these answers are at most; 0 answers computes the loss alone.
+        patience: validations without a lower loss after which training stops; by default never.
+        schedule: of the learning rate, one of `SCHEDULES` (transformers' names); the paper's is `cosine`.
+        report_to: trackers of transformers that also get the logs: `tensorboard`, `trackio`, `wandb` …
+        price_per_hour: of the machine, to estimate what the rest of the run costs.
     """
 
     stage: int
@@ -50,6 +62,13 @@ class TrainingSettings:
     save_steps: int = 500
     keep_checkpoints: int = 2
     logging_steps: int = 10
+    eval_steps: int | None = None
+    eval_answers: int = 32
+    eval_max_new_tokens: int = 32
+    patience: int | None = None
+    schedule: str = "cosine"
+    report_to: tuple[str, ...] = ()
+    price_per_hour: float | None = None
     shuffle: bool = True
     seed: int = 42
     num_workers: int = 0
@@ -58,7 +77,10 @@ class TrainingSettings:
     def __post_init__(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"Got {self.steps} steps and {self.epochs} epochs: give only one of them.")
-        sizes = ("steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps")
+        sizes = (
+            "steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps", "eval_steps",
+            "eval_max_new_tokens", "patience", "price_per_hour",
+        )  # fmt: skip
         for name in (*sizes, "learning_rate", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -70,7 +92,16 @@ class TrainingSettings:
                 )
         if self.max_tiles is not None and math.isqrt(self.max_tiles) ** 2 != self.max_tiles:
             raise ValueError(f"`max_tiles` is {self.max_tiles}: expected a square number (1, 4, 9, 16, …).")
-        for name in ("warmup_steps", "save_steps", "num_workers", "weight_decay", "vision_layer_decay"):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"`schedule` is {self.schedule!r}: expected one of {', '.join(SCHEDULES)}.")
+        for name in (
+            "warmup_steps",
+            "save_steps",
+            "eval_answers",
+            "num_workers",
+            "weight_decay",
+            "vision_layer_decay",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
         if not 0 <= self.seed < 2**32:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,29 +12,41 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.utils import is_accelerate_available
 
 from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.chat_template import check_processor_template
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats
+from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
+from genieblue.training.plan import TrainingPlan, check_disk, format_plan, plan_training
+from genieblue.training.run_log import RunLog
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
 from genieblue.training.structure import GenieBlueStructure, StageRecipe
 from genieblue.training.trainer import StageTrainer, TrainingProgress, exclusive_run, find_checkpoint, is_finished
+from genieblue.training.validation import ValidationAnswers, best_record, warn_of_training_data
 from modeling_genieblue.saving_genieblue import check_replaceable
+
+logger = logging.getLogger(__name__)
+
+SHARE_BETWEEN_VALIDATIONS = 0.1  # of the run's steps
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of a run: output folder, length, last logged loss and the log history."""
+    """The result of a run: output folder, length, last logged loss, the log history.
+
+    `best` is the `step` whose weights were saved, with its `eval_loss`, if there was validation data.
+    """
 
     output: Path
     steps: int
     loss: float | None
     num_samples: int
     log_history: list[dict[str, float]]
+    best: dict[str, Any] | None = None
 
 
 def train(
@@ -43,18 +56,20 @@ def train(
     output: str | os.PathLike,
     settings: TrainingSettings,
     *,
+    validation: EvaluationDataset | None = None,
     resume: bool | str | os.PathLike = False,
     callbacks: Sequence[TrainerCallback] = (),
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> TrainingResult:
     """Trains one stage in place and writes the model to `output` once, at the end, as a complete folder.
 
-    Checkpoints contain the trained weights in float32. They are in `<output>-checkpoints` and can be removed
-    afterwards. The model is returned in eval mode and in its original dtype.
+    The run's folder, `<output>-run`, has its log, curves and checkpoints, which contain the trained weights in
+    float32; it can be removed afterwards. The model is returned in eval mode and in its original dtype.
 
     Args:
         model: a GenieBlue, or another structure, see `GenieBlueStructure`.
         dataset: a `ChatDataset` or its source.
+        validation: held-out samples. The weights that are saved are then those with the lowest validation loss.
         resume: `True` continues from the last checkpoint, or starts over (with a warning) if there is none; or the
             folder of a checkpoint.
         callbacks: additional `TrainerCallback`s.
@@ -72,16 +87,31 @@ def train(
     if not stop_token_ids(structure.model.generation_config):
         raise ValueError(NO_STOP_TOKEN)
     recipe = structure.recipe(settings.stage)
-    run = _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings)
-    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    run = _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation)
+    checkpoints = output.with_name(f"{output.name}-run")
     with exclusive_run(checkpoints):
         checkpoint = find_checkpoint(checkpoints, resume)
+        plan = run.plan()
+        for line in format_plan(plan) if int(os.environ.get("RANK", 0)) == 0 else ():
+            logger.info(line)
+        check_disk(plan, checkpoints)
         trainer = run.train(checkpoints, checkpoint, callbacks, scheduler)
         result = _result(trainer, output, len(run.chats))
         if trainer.is_world_process_zero():
             structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
         trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is saved
     return result
+
+
+def plan(
+    model: Any, processor: Any, dataset: ChatDataset, settings: TrainingSettings,
+    validation: EvaluationDataset | None = None,
+) -> TrainingPlan:  # fmt: skip
+    """What `train` with these arguments will take; nothing is trained or written."""
+    structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
+    check_processor_template(processor)
+    recipe = structure.recipe(settings.stage)
+    return _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation).plan()
 
 
 def _chats_to_learn_from(dataset: Any, recipe: StageRecipe) -> ChatDataset:
@@ -110,8 +140,11 @@ class _Run:
     processor: Any
     chats: ChatDataset
     settings: TrainingSettings
+    validation: EvaluationDataset | None = None
 
     def __post_init__(self):
+        if self.validation is not None:
+            warn_of_training_data(self.validation, self.chats)
         self.learning_rates = self.recipe.learning_rates(self.settings.learning_rate, self.settings.learning_rates)
         own_tiles = self.processor.image_processor.max_tiles
         self.max_tiles = self.settings.max_tiles or self.recipe.max_tiles or own_tiles
@@ -120,13 +153,21 @@ class _Run:
     @cached_property
     def data(self) -> EncodedChats:
         """The trainer's dataset."""
-        collator = ChatCollator(
+        return EncodedChats(self.chats, self._collator, need_images=self.recipe.needs_images)
+
+    @cached_property
+    def _collator(self) -> ChatCollator:
+        return ChatCollator(
             self.processor,
             stop_ids=stop_token_ids(self.structure.model.generation_config),
             max_length=self.settings.max_length,
             max_tiles=self.max_tiles,
         )
-        return EncodedChats(self.chats, collator, need_images=self.recipe.needs_images)
+
+    def plan(self) -> TrainingPlan:
+        """What the run will take."""
+        validates = self.validation is not None
+        return plan_training(self.structure, self.recipe.groups, self.data, self.settings, validates=validates)
 
     def train(
         self,
@@ -143,24 +184,40 @@ class _Run:
                 self.learning_rates, settings.vision_layer_decay, settings.weight_decay
             )
             optimizer = torch.optim.AdamW(groups, betas=settings.adam_betas, eps=settings.adam_epsilon)
+            validated = None if self.validation is None else EncodedChats(self.validation, self._collator)
             trainer = StageTrainer(
                 structure.model,
-                training_arguments(settings, self.recipe, checkpoints),
-                data_collator=self.data.collator,
+                training_arguments(settings, self.recipe, checkpoints, validates=validated is not None),
+                data_collator=self._collator,
                 train_dataset=self.data,
-                callbacks=[*callbacks, *([TrainingProgress()] if settings.show_progress else [])],
+                eval_dataset=validated,
+                callbacks=[*callbacks, RunLog(checkpoints), *self._callbacks()],
                 optimizers=(optimizer, None if scheduler is None else scheduler(optimizer)),
                 autocast_dtype=self.autocast_dtype,
                 settings_record=self.record(),
                 keep_checkpoints=settings.keep_checkpoints,
             )
+            if self.validation is not None and settings.eval_answers:
+                answered = self.validation.first(settings.eval_answers)
+                trainer.add_callback(
+                    ValidationAnswers(trainer, self.processor, answered, settings.eval_max_new_tokens)
+                )
             if checkpoint is not None and is_finished(checkpoint):
                 trainer.take_from(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if self.validation is not None:
+                trainer.take_best()
         check_finite_weights(structure, self.recipe.groups)
         check_base_unchanged(before, tensor_digests(structure.frozen, "Hashing the base after training"))
         return trainer
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        settings = self.settings
+        found: list[TrainerCallback] = [TrainingProgress(settings.price_per_hour)] if settings.show_progress else []
+        if self.validation is not None and settings.patience is not None:
+            found.append(EarlyStoppingCallback(settings.patience))
+        return found
 
     def record(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that wrote its checkpoint."""
@@ -193,16 +250,22 @@ class _Run:
             facts["layer-wise decay of the vision tower"] = settings.vision_layer_decay
         if result.loss is not None:
             facts["last loss"] = round(result.loss, 4)
+        if result.best is not None:
+            facts["lowest validation loss"] = f"{result.best['eval_loss']:.4f}, after step {result.best['step']}"
         return facts
 
 
 def _result(trainer: StageTrainer, output: Path, num_samples: int) -> TrainingResult:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    return TrainingResult(output, trainer.state.global_step, losses[-1] if losses else None, num_samples, history)
+    best = best_record(Path(trainer.args.output_dir)) if trainer.eval_dataset is not None else None
+    last = losses[-1] if losses else None
+    return TrainingResult(output, trainer.state.global_step, last, num_samples, history, best)
 
 
-def training_arguments(settings: TrainingSettings, recipe: StageRecipe, checkpoints: Path) -> TrainingArguments:
+def training_arguments(
+    settings: TrainingSettings, recipe: StageRecipe, checkpoints: Path, *, validates: bool = False
+) -> TrainingArguments:
     """The `TrainingArguments` of a stage."""
     epochs = 1.0 if settings.steps is None and settings.epochs is None else settings.epochs
     # Below 1, `warmup_steps` is a fraction of the run.
@@ -213,15 +276,21 @@ def training_arguments(settings: TrainingSettings, recipe: StageRecipe, checkpoi
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=-1 if settings.steps is None else settings.steps,
         num_train_epochs=epochs or 1.0,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=settings.schedule,
         warmup_steps=share if settings.warmup_steps is None else settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 1,
+        per_device_eval_batch_size=settings.batch_size,
+        eval_strategy="steps" if validates else "no",
+        eval_steps=settings.eval_steps or SHARE_BETWEEN_VALIDATIONS,
+        metric_for_best_model="eval_loss" if validates else None,
+        greater_is_better=False,
+        prediction_loss_only=True,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # would replace such a loss by the mean and continue training
-        report_to=[],
+        report_to=list(settings.report_to),
         disable_tqdm=True,  # replaced by our own bar
         seed=settings.seed,
         train_sampling_strategy="random" if settings.shuffle else "sequential",

@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,10 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from conversion.staging import lock_output
+from genieblue.training.plan import remaining
+from genieblue.training.validation import BEST, best_record, replaced_best
+from modeling_genieblue.view_routing_genieblue import MULTIMODAL
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +34,7 @@ SETTINGS = "training_settings.json"
 # In the order in which Trainer writes them: the last one proves completeness.
 CHECKPOINT_FILES = (TRAINED, SETTINGS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 UNFINISHED = "unfinished"
+STEPS_TO_TIME = 5  # after which a run says how long it will take
 # Raised by `torch.save` on a full disk, as a RuntimeError.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
 # A data loader includes the traceback of its worker process in the error message.
@@ -43,13 +50,44 @@ class LastLoss(TrainerCallback):
 
 
 class TrainingProgress(ProgressCallback):
-    """Trainer's progress bar, with loss and samples per second in the bar instead of printed dictionaries."""
+    """Trainer's progress bar with loss and speed, and once a note of the time and cost of what is left."""
+
+    def __init__(self, price_per_hour: float | None = None):
+        super().__init__()
+        self._price_per_hour = price_per_hour
+        self._started: tuple[float, int] | None = None  # when, and at which step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar at the step where training starts, so that its time is right after a resume."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                desc="Training", total=state.max_steps, initial=state.global_step, dynamic_ncols=True
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar; after the first steps, logs how long the rest will take."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self._started is None:  # the first step is slower than the others
+            self._started = time.perf_counter(), state.global_step
+        begin, first = self._started
+        left = state.max_steps - state.global_step
+        if state.is_world_process_zero and state.global_step - first == STEPS_TO_TIME and left > 0:
+            seconds = (time.perf_counter() - begin) / STEPS_TO_TIME
+            logger.info(remaining(left, seconds, self._price_per_hour))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(
-                f"loss {logs['loss']:.4g}, {logs.get('samples_per_second', math.nan):.3g} samples/s"
-            )
+        """Shows loss and speed in the bar instead of printing dictionaries."""
+        if self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            speed = f"{logs.get('samples_per_second', math.nan):.3g} samples/s"
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {speed}")
+        shown = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_answers")}
+        shown |= {"loss": logs["eval_loss"]} if "eval_loss" in logs else {}
+        if shown:
+            values = ", ".join(f"{name.removeprefix('answers_')} {value:.4g}" for name, value in shown.items())
+            logger.info("Validation after step %d: %s", state.global_step, values)
 
 
 class StageTrainer(Trainer):
@@ -75,7 +113,7 @@ class StageTrainer(Trainer):
         self._settings_record = settings_record
         self._keep_checkpoints = keep_checkpoints
         self._writing_checkpoint = False
-        self._samples_since_log = 0
+        self._samples_since_log = self._tokens_since_log = 0
         self._last_log_time: float | None = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
@@ -95,6 +133,7 @@ class StageTrainer(Trainer):
         """Forward and backward of one batch; `ValueError` for a loss that is not finite."""
         self._last_log_time = self._last_log_time or time.perf_counter()
         self._samples_since_log += len(inputs["input_ids"]) * self.args.world_size
+        self._tokens_since_log += int(inputs["attention_mask"].sum()) * self.args.world_size
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             self._stop_at("loss", loss)
@@ -113,12 +152,53 @@ class StageTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds samples per second since the last log."""
+        """Adds speed since the last log, the learning rate of each part and the memory in use."""
         if "loss" in logs and self._last_log_time is not None:
             now = time.perf_counter()
-            logs["samples_per_second"] = self._samples_since_log / max(now - self._last_log_time, 1e-9)
-            self._last_log_time, self._samples_since_log = now, 0
+            seconds = max(now - self._last_log_time, 1e-9)
+            logs["samples_per_second"] = self._samples_since_log / seconds
+            logs["tokens_per_second"] = self._tokens_since_log / seconds
+            self._last_log_time, self._samples_since_log, self._tokens_since_log = now, 0, 0
+            # The highest of a part, whose layers may have lower ones.
+            for group in self.optimizer.param_groups:
+                name = f"learning_rate/{group['group']}"
+                logs[name] = max(logs.get(name, 0.0), group["lr"])
+            logs["peak_memory_gb"] = _peak_memory() / 1e9
         super().log(logs, *args, **kwargs)
+
+    # Validation
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """A batch's validation loss, in the view that is trained."""
+        return super().prediction_step(model, {**inputs, "view": MULTIMODAL}, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's validation; the time it takes is not training time."""
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        if self._last_log_time is not None:
+            self._last_log_time += time.perf_counter() - started
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.is_world_process_zero():
+            record = {"step": self.state.global_step, "eval_loss": metrics["eval_loss"]}
+            with replaced_best(Path(self.args.output_dir), record) as folder:
+                self._save(str(folder))
+        self.accelerator.wait_for_everyone()
+        return is_best
+
+    def take_best(self) -> None:
+        """Loads the weights with the lowest validation loss, unless they are the ones in memory."""
+        folder = Path(self.args.output_dir)
+        best = best_record(folder)
+        if best is not None and best["step"] < self.state.global_step:
+            logger.info(
+                "The validation loss was lowest after step %d (%.4g): its weights are saved.",
+                best["step"], best["eval_loss"],
+            )  # fmt: skip
+            self._load_from_checkpoint(str(folder / BEST))
 
     # Checkpoints
 
@@ -131,6 +211,12 @@ class StageTrainer(Trainer):
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         restored = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)  # Trainer would keep the checkpoint's intervals
+        folder = Path(self.args.output_dir)
+        best = best_record(folder)
+        if best is None or best["step"] > self.state.global_step:  # of an earlier run, or later than this checkpoint
+            if self.is_world_process_zero():
+                shutil.rmtree(folder / BEST, ignore_errors=True)
+            self.state.best_metric = None
         return restored
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -198,6 +284,13 @@ class StageTrainer(Trainer):
 
     def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU in use, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager

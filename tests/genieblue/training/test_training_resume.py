@@ -38,7 +38,7 @@ def start(base, output, *, stop_at=None, resume=False, **options):
 
 
 def checkpoints(output) -> list[str]:
-    return sorted(path.name for path in output.with_name(f"{output.name}-checkpoints").glob("[!.]*"))
+    return sorted(path.name for path in output.with_name(f"{output.name}-run").glob("[!.]*"))
 
 
 def same_weights(first, second) -> bool:
@@ -132,14 +132,14 @@ def test_second_run_to_the_same_output_is_refused_at_once(base, tmp_path):
     refused = []
 
     def start_another(_model):
-        with pytest.raises(OSError, match="Another training is writing to .*out-checkpoints") as error:
+        with pytest.raises(OSError, match="Another training is writing to .*out-run") as error:
             start(base, tmp_path / "out")
         refused.append(error)
 
     train(
         *make_model(base), make_data(), tmp_path / "out", make_settings(steps=2), callbacks=[AtStep(1, start_another)]
     )
-    assert refused and not (tmp_path / "out-checkpoints").exists()
+    assert refused and not (tmp_path / "out-run").exists()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_full_disk_leaves_the_last_checkpoint_to_go_on_from(error, base, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", full)
-        with pytest.raises(OSError, match=r"checkpoint-4 could not be written to .*out-checkpoints .*--resume"):
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written to .*out-run .*--resume"):
             start(base, output)
     assert calls and checkpoints(output) == ["checkpoint-2"]
     model, result = start(base, output, resume=True)
@@ -182,7 +182,7 @@ def test_settings_that_do_not_change_what_is_learned_may_change_on_resume(base, 
 def test_folder_that_is_no_complete_checkpoint_is_refused(base, tmp_path):
     with pytest.raises(Interrupted):
         start(base, tmp_path / "out", stop_at=3)
-    checkpoint = tmp_path / "out-checkpoints" / "checkpoint-2"
+    checkpoint = tmp_path / "out-run" / "checkpoint-2"
     (checkpoint / "optimizer.pt").unlink()
     for path in (True, checkpoint, tmp_path / "none"):
         with pytest.raises(ValueError, match="not a complete checkpoint.*optimizer.pt"):
@@ -192,7 +192,7 @@ def test_folder_that_is_no_complete_checkpoint_is_refused(base, tmp_path):
 def test_damaged_weights_in_a_checkpoint_are_an_error(base, tmp_path):
     with pytest.raises(Interrupted):
         start(base, tmp_path / "out", stop_at=3)
-    weights = tmp_path / "out-checkpoints" / "checkpoint-2" / "trained_parameters.safetensors"
+    weights = tmp_path / "out-run" / "checkpoint-2" / "trained_parameters.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(OSError, match="cannot be read"):
         start(base, tmp_path / "out", resume=True)

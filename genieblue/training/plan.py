@@ -1,0 +1,172 @@
+"""What a run will take, before it starts: parameters, memory, disk, tokens and steps."""
+
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genieblue.data.collation import EncodedChats
+from genieblue.training.settings import TrainingSettings
+from genieblue.training.structure import GenieBlueStructure
+
+FLOAT32 = 4  # bytes
+MOMENTS = 2  # of Adam, by parameter
+PROBED = 64  # samples whose length is measured
+# Activations that a block keeps for its backward pass, in values by token and hidden unit, without the attention
+# matrix, which fused attention never stores (arXiv 2205.05198, equation 1: 34 bytes in 16 bits).
+KEPT_BY_BLOCK, KEPT_BY_CHECKPOINTED_BLOCK = 17, 1
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The costs of a run; sizes in bytes, memory by device.
+
+    Attributes:
+        parameters: by part; `language_model` is frozen.
+        memory: by use; `activations (estimate)` is for one batch of samples of mean length.
+        checkpoint: bytes of one checkpoint; `kept` of all that are on disk at the same time, with the final model.
+        tokens_per_sample: mean of the first samples, image tokens included; `labelled` is the share that is learned.
+    """
+
+    parameters: dict[str, int]
+    trained: dict[str, int]
+    memory: dict[str, int]
+    checkpoint: int
+    kept: int
+    samples: int
+    tokens_per_sample: float
+    labelled: float
+    tokens_per_step: float
+    steps: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`, with sums."""
+        return asdict(self) | {"memory_total": sum(self.memory.values())}
+
+
+def plan_training(
+    structure: GenieBlueStructure,
+    groups: tuple[str, ...],
+    data: EncodedChats,
+    settings: TrainingSettings,
+    *,
+    validates: bool = False,
+) -> TrainingPlan:
+    """Works out a run's costs from the model and a few encoded samples; trains nothing."""
+    parameters, trained = _count_parameters(structure, groups)
+    count = sum(trained.values())
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    lengths, labelled, tiles = _probe(data)
+    mean = sum(lengths) / len(lengths)
+    per_step = settings.batch_size * settings.gradient_accumulation * world
+    steps = settings.steps or math.ceil(math.ceil(len(data) / per_step) * (settings.epochs or 1.0))
+    tower = sum(parameter.numel() for parameter in structure.model.vision_tower.parameters())
+    memory = {
+        "base": sum(tensor.numel() * tensor.element_size() for tensor in structure.frozen.parameters()),
+        "trained weights (float32)": count * FLOAT32,
+        "untrained parts": (tower if "vision_tower" not in trained else 0) * structure.frozen.dtype.itemsize,
+        "gradients (float32)": count * FLOAT32,
+        "optimizer (AdamW, float32)": count * MOMENTS * FLOAT32,
+        "activations (estimate)": _activations(structure, settings, mean, tiles / len(lengths), labelled),
+    }
+    checkpoint = count * (1 + MOMENTS) * FLOAT32
+    checkpoints = (settings.keep_checkpoints + 1) * checkpoint if settings.save_steps else 0  # one while it is written
+    best = 2 * count * FLOAT32 if validates else 0  # one while it is written
+    own = sum(parameters.values()) - parameters["language_model"]
+    return TrainingPlan(
+        parameters=parameters,
+        trained=trained,
+        memory={name: value for name, value in memory.items() if value},
+        checkpoint=checkpoint,
+        kept=checkpoints + best + own * structure.frozen.dtype.itemsize,
+        samples=len(data),
+        tokens_per_sample=mean,
+        labelled=labelled,
+        tokens_per_step=mean * per_step,
+        steps=steps,
+    )
+
+
+def check_disk(plan: TrainingPlan, folder: Path) -> None:
+    """`OSError` if the disk cannot hold all that the run will write."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.kept > free:
+        raise OSError(
+            f"The run will write {_gigabytes(plan.kept)} (checkpoints of {_gigabytes(plan.checkpoint)} each, and the "
+            f"model), but {existing} has {_gigabytes(free)} free: free some space, keep fewer checkpoints "
+            "(`keep_checkpoints`, --keep-checkpoints), or write none (`save_steps=0`, --save-steps 0)."
+        )
+
+
+def format_plan(plan: TrainingPlan) -> list[str]:
+    """The plan as lines of text."""
+    parts = ", ".join(f"{name} {_millions(number)}" for name, number in plan.trained.items())
+    memory = ", ".join(f"{name} {_gigabytes(size)}" for name, size in plan.memory.items())
+    return [
+        f"Trained parameters: {_millions(sum(plan.trained.values()))} ({parts}); the base's "
+        f"{_millions(plan.parameters['language_model'])} stay frozen.",
+        f"Memory by device: about {_gigabytes(sum(plan.memory.values()))} ({memory}).",
+        f"Disk: {_gigabytes(plan.checkpoint)} a checkpoint, at most {_gigabytes(plan.kept)} at a time with the model.",
+        f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({plan.samples:,} samples of "
+        f"{plan.tokens_per_sample:,.0f} tokens in the mean, {plan.labelled:.0%} of them learned).",
+    ]
+
+
+def remaining(steps: int, seconds: float, price_per_hour: float | None) -> str:
+    """Time for `steps` of `seconds` each, and what it costs."""
+    hours = steps * seconds / 3600
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    cost = "" if price_per_hour is None else f", about {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
+    return f"About {time} left for {steps:,} steps of {seconds:.2f} s{cost}."
+
+
+def _count_parameters(structure: GenieBlueStructure, groups: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    parts: dict[str, int] = {"language_model": sum(parameter.numel() for parameter in structure.frozen.parameters())}
+    frozen = {id(parameter) for parameter in structure.frozen.parameters()}
+    for name, parameter in structure.model.named_parameters():
+        if id(parameter) not in frozen:
+            part = structure.group_of(name) or name.partition(".")[0]
+            parts[part] = parts.get(part, 0) + parameter.numel()
+    trained = dict.fromkeys(groups, 0)
+    for name, parameter in structure.model.named_parameters():
+        group = structure.group_of(name)
+        if group in trained and id(parameter) not in frozen:
+            trained[group] += parameter.numel()
+    return parts, trained
+
+
+def _probe(data: EncodedChats) -> tuple[list[int], float, int]:
+    """Lengths of some samples spread over the data, the share of labelled tokens, and how many tiles they have."""
+    count = min(PROBED, len(data))
+    rows = [row for number in range(count) for row in data[number * len(data) // count]]
+    lengths = [len(row["input_ids"]) for row in rows]
+    labelled = sum(label >= 0 for row in rows for label in row["labels"])
+    tiles = sum(len(row["pixel_values"]) for row in rows if "pixel_values" in row)
+    return lengths, labelled / sum(lengths), tiles
+
+
+def _activations(
+    structure: GenieBlueStructure, settings: TrainingSettings, tokens: float, tiles: float, labelled: float
+) -> int:
+    """Bytes that one batch keeps for its backward pass, roughly."""
+    text, vision = structure.model.config.text_config, structure.model.config.vision_config
+    size = 2 if structure.frozen.dtype == torch.bfloat16 else FLOAT32
+    kept = KEPT_BY_CHECKPOINTED_BLOCK if settings.gradient_checkpointing else KEPT_BY_BLOCK
+    patches = (vision.image_size // vision.patch_size) ** 2
+    blocks = text.num_hidden_layers * text.hidden_size * tokens
+    tower = vision.num_hidden_layers * vision.hidden_size * patches * tiles if settings.stage > 1 else 0
+    logits = tokens * labelled * text.vocab_size * FLOAT32
+    return int(settings.batch_size * ((blocks + tower) * kept * size + 2 * logits))
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
