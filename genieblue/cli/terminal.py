@@ -45,8 +45,16 @@ class ReportingGroup(TyperGroup):
             raise typer.Exit(1) from error
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one of several, started by `torchrun` or `accelerate launch`, that speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def configure_logging(debug: bool = False) -> None:
-    """Logs our warnings to stderr, one line each; with `debug` (or GENIEBLUE_DEBUG=1), logs everything."""
+    """Logs our warnings to stderr, one line each; with `debug` (or GENIEBLUE_DEBUG=1), logs everything.
+
+    Of several processes only the main one logs.
+    """
     global _debug
     _debug = debug or bool(os.environ.get("GENIEBLUE_DEBUG"))
     if _debug:
@@ -56,7 +64,9 @@ def configure_logging(debug: bool = False) -> None:
         return
     # Python warnings of libraries are meant for developers, not for users of a command.
     warnings.simplefilter("ignore")
-    for package in OUR_PACKAGES:
+    if not is_main_process():
+        os.environ["TQDM_DISABLE"] = "1"
+    for package in OUR_PACKAGES if is_main_process() else ():
         _log_to_stderr(package, logging.INFO if package == "genieblue" else logging.WARNING)
 
 

@@ -6,17 +6,40 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype
-from genieblue.cli.terminal import note, quiet_transformers
+from genieblue.cli.options import Base, BaseCode, Dtype, Json
+from genieblue.cli.terminal import is_main_process, note, print_json, quiet_transformers, stdout_for_json
 
 
 def train(
-    stage: Annotated[int, typer.Option(min=1, max=2, help="1: projector only; 2: everything GenieBlue adds.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of the GenieBlue to train.", show_default=False)],
+    ctx: typer.Context,
+    stage: Annotated[
+        int | None,
+        typer.Option(min=1, max=2, help="1: projector only; 2: everything GenieBlue adds.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the GenieBlue to train.", show_default=False)
+    ] = None,
     data: Annotated[
-        list[Path], typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the trained GenieBlue.", show_default=False)],
+        list[Path] | None,
+        typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the trained GenieBlue.", show_default=False)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with any of these options; those given here win.", show_default=False),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what the run will take, and stop.")] = False,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Held-out chats, as for `genieblue eval`.", show_default=False)
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between validations; default: a tenth.", show_default=False)
+    ] = None,
+    eval_answers: Annotated[int, typer.Option(min=0, help="Validation samples that are also answered.")] = 32,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many validations without a lower loss.", show_default=False),
+    ] = None,
     image_folder: Annotated[
         Path | None,
         typer.Option(
@@ -47,6 +70,15 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Use less memory, about a third more time.")
     ] = False,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: no checkpoints.")] = 500,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, help="How many of the last checkpoints to keep.")] = 2,
+    logging_steps: Annotated[int, typer.Option(min=1, help="Steps between records in the log.")] = 10,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard, trackio, wandb …; may be repeated.", show_default=False),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of this machine, to estimate the cost.", show_default=False)
+    ] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
     seed: int = 42,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
@@ -54,44 +86,79 @@ def train(
     base: Base = None,
     dtype: Dtype = "auto",
     trust_remote_code: BaseCode = False,
+    json_output: Json = False,
 ) -> None:
-    """Run one of the two training stages; the base does not change."""
-    from genieblue.data.chats import ChatDataset
-    from genieblue.training.stages import TrainingSettings, check_output
-    from genieblue.training.stages import train as run
+    """Run one of the two training stages; the base does not change.
 
-    settings = TrainingSettings(
-        stage=stage,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate,
-        max_length=max_length,
-        max_tiles=max_tiles,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        save_steps=save_steps,
-        num_workers=num_workers,
-        seed=seed,
-    )
+    The run's folder, OUT-run, has its settings, log, curves and checkpoints.
+    """
+    values = _values(ctx, config)
+    with stdout_for_json(json_output):
+        quiet_transformers()
+        document = _run(values, resume=resume, plan_only=plan)
+    if json_output:
+        print_json(document)
+    elif is_main_process():
+        for line in document["lines"]:
+            typer.echo(line)
+
+
+def _values(ctx: typer.Context, config: Path | None) -> dict[str, Any]:
+    """A run's values: of the file, and over these the options that were given."""
+    from genieblue.training.run_file import read_run_file
+
+    unset = ("config", "plan", "resume", "json_output")
+    given = {
+        name: value
+        for name, value in ctx.params.items()
+        if name not in unset and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+    return {**({} if config is None else read_run_file(config)), **given}
+
+
+def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, Any]:
+    """Trains, or plans; returns what is printed."""
+    from dataclasses import asdict
+
+    from genieblue.data.chats import ChatDataset
+    from genieblue.evaluation.samples import EvaluationDataset
+    from genieblue.training import stages
+    from genieblue.training.plan import format_plan
+    from genieblue.training.run_file import settings_of
+
+    settings = settings_of(values)
+    out = Path(values["out"]).expanduser()  # shells do not expand `--out=~/x`
+    data = values["data"]
     if len(data) > 1:
-        raise typer.BadParameter(
-            f"Only one data source is supported, got {len(data)}: merge them.", param_hint="--data"
-        )
-    out = out.expanduser()  # shells do not expand `--out=~/x`
-    check_output(out.absolute())
-    chats = ChatDataset(data_source(data[0]), image_folder=image_folder, skip_bad=skip_bad)
-    quiet_transformers()
-    chat = load_chat(model, base, None, dtype, "cpu", trust_remote_code)  # Trainer moves it to the GPU
-    result = run(chat.model, chat.processor, chats, out, settings, resume=resume)
+        raise ValueError(f"Only one data source is supported, got {len(data)}: merge them.")
+    if "eval_data" not in values and (unused := [name for name in ("eval_steps", "patience") if values.get(name)]):
+        raise ValueError(f"`{unused[0]}` is set, but there is nothing to validate on: give --eval-data.")
+    stages.check_output(out.absolute())
+    options = {"image_folder": values.get("image_folder"), "skip_bad": values.get("skip_bad", False)}
+    chats = ChatDataset(data_source(Path(data[0])), **options)
+    held_out = values.get("eval_data")
+    validation = None if held_out is None else EvaluationDataset(data_source(Path(held_out)), **options)
+    trust_remote_code = values.get("trust_remote_code", False)
+    chat = load_chat(
+        values["model"], values.get("base"), None, values.get("dtype", "auto"), "cpu", trust_remote_code
+    )  # Trainer moves it to the GPU
+    if plan_only:
+        found = stages.plan(chat.model, chat.processor, chats, settings, validation)
+        return {**found.as_dict(), "lines": format_plan(found)}
+    result = stages.train(
+        chat.model, chat.processor, chats, out, settings, validation=validation, resume=resume, run_values=values
+    )
     loss = "" if result.loss is None else f", last loss {result.loss:.4g}"
-    typer.echo(f"{result.output}: stage {stage}, {result.steps} steps over {result.num_samples} samples{loss}.")
-    note("The base's bytes are unchanged.")
-    if stage == 1:
-        note(f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …")
-    else:
-        note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
+    best = "" if result.best is None else f", validation loss {result.best['eval_loss']:.4g}"
+    lines = [f"{out}: stage {settings.stage}, {result.steps} steps over {result.num_samples} samples{loss}{best}."]
+    if is_main_process():
+        note("The base's bytes are unchanged.")
+        note(
+            f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …"
+            if settings.stage == 1
+            else f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}"
+        )
+    return {**asdict(result), "output": str(out), "lines": lines}
 
 
 def data_source(data: Path) -> Any:

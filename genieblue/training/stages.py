@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from genieblue.data.collation import ChatCollator, EncodedChats
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
 from genieblue.training.plan import TrainingPlan, check_disk, format_plan, plan_training
+from genieblue.training.run_file import write_run_file
 from genieblue.training.run_log import RunLog
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
 from genieblue.training.structure import GenieBlueStructure, StageRecipe
@@ -31,6 +32,7 @@ from modeling_genieblue.saving_genieblue import check_replaceable
 
 logger = logging.getLogger(__name__)
 
+RUN_FILE = "run.yaml"
 SHARE_BETWEEN_VALIDATIONS = 0.1  # of the run's steps
 
 
@@ -60,6 +62,7 @@ def train(
     resume: bool | str | os.PathLike = False,
     callbacks: Sequence[TrainerCallback] = (),
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    run_values: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Trains one stage in place and writes the model to `output` once, at the end, as a complete folder.
 
@@ -73,6 +76,7 @@ def train(
         resume: `True` continues from the last checkpoint, or starts over (with a warning) if there is none; or the
             folder of a checkpoint.
         callbacks: additional `TrainerCallback`s.
+        run_values: what is saved as `run.yaml` with the run, by default the settings.
         scheduler: makes the learning rate schedule, by default warm-up and cosine.
 
     Raises `ValueError` for empty or bad data, a missing or failing chat template, a base whose generation never stops,
@@ -92,9 +96,11 @@ def train(
     with exclusive_run(checkpoints):
         checkpoint = find_checkpoint(checkpoints, resume)
         plan = run.plan()
-        for line in format_plan(plan) if int(os.environ.get("RANK", 0)) == 0 else ():
+        for line in format_plan(plan):
             logger.info(line)
         check_disk(plan, checkpoints)
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_run_file(checkpoints / RUN_FILE, run_values or asdict(settings))
         trainer = run.train(checkpoints, checkpoint, callbacks, scheduler)
         result = _result(trainer, output, len(run.chats))
         if trainer.is_world_process_zero():
