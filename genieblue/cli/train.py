@@ -96,11 +96,13 @@ def train(
     with stdout_for_json(json_output):
         quiet_transformers()
         document = _run(values, resume=resume, plan_only=plan)
+    lines = document.pop("lines")
+    if not is_main_process():
+        return
     if json_output:
         print_json(document)
-    elif is_main_process():
-        for line in document["lines"]:
-            typer.echo(line)
+    else:
+        typer.echo("\n".join(lines))
 
 
 def _values(ctx: typer.Context, config: Path | None) -> dict[str, Any]:

@@ -120,7 +120,10 @@ def format_plan(plan: TrainingPlan) -> list[str]:
 def remaining(steps: int, seconds: float, price_per_hour: float | None) -> str:
     """Time for `steps` of `seconds` each, and what it costs."""
     hours = steps * seconds / 3600
-    time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    seconds_left, minutes = steps * seconds, 60 * hours
+    time = (
+        f"{hours:.1f} hours" if hours >= 1 else f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds_left:.0f} s"
+    )
     cost = "" if price_per_hour is None else f", about {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
     return f"About {time} left for {steps:,} steps of {seconds:.2f} s{cost}."
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_accelerate_available
 
 from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
@@ -86,6 +87,7 @@ def train(
     check_output(output)
     if not is_accelerate_available():
         raise ValueError("Training needs the package accelerate: pip install 'genieblue[train]'.")
+    check_trackers(settings.report_to)
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     check_processor_template(processor)
     if not stop_token_ids(structure.model.generation_config):
@@ -355,6 +357,16 @@ def prepared_for_training(
         if not had_use_cache and "use_cache" in vars(model.config):
             del model.config.use_cache  # set by Trainer
         model.eval()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """`ValueError` for a tracker that transformers does not know, or whose package is not installed."""
+    available = get_available_reporting_integrations()
+    if missing := [name for name in names if name not in available]:
+        raise ValueError(
+            f"`report_to` names {missing[0]!r}, which is not installed, or unknown to transformers. Available here: "
+            f"{', '.join(available) or 'none'}. The log in the run's folder is always written."
+        )
 
 
 def check_output(output: Path) -> None:

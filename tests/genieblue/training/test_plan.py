@@ -1,0 +1,99 @@
+"""The plan of a run: parameters, memory, disk and steps, against the run itself."""
+
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_setup import make_base, make_data, make_model, make_settings
+
+from genieblue.data.chats import ChatDataset
+from genieblue.training import plan as module
+from genieblue.training.plan import check_disk, format_plan, remaining
+from genieblue.training.stages import plan, train
+from genieblue.training.structure import GenieBlueStructure
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def pair(base):
+    return make_model(base)
+
+
+def of(pair, **options):
+    return plan(*pair, ChatDataset(make_data()), make_settings(**options))
+
+
+def test_trained_parameters_are_those_that_training_takes(pair):
+    model = pair[0]
+    structure = GenieBlueStructure(model)
+    numbers = dict.fromkeys(structure.groups, 0)
+    for name, parameter in model.named_parameters():
+        if group := structure.group_of(name):
+            numbers[group] += parameter.numel()
+    assert of(pair).trained == numbers
+    assert of(pair, stage=1).trained == {"multi_modal_projector": numbers["multi_modal_projector"]}
+    assert of(pair).parameters["language_model"] == sum(each.numel() for each in model.language_model.parameters())
+
+
+def test_a_checkpoint_has_the_size_that_was_planned(pair, base, tmp_path):
+    model, processor = make_model(base)
+    planned = of(pair, save_steps=1, keep_checkpoints=1, steps=1)
+    train(model, processor, make_data(), tmp_path / "out", make_settings(save_steps=1, keep_checkpoints=1, steps=1))
+    checkpoint = tmp_path / "out-run/checkpoint-1"
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    tensors = [*load_file(checkpoint / "trained_parameters.safetensors").values()]
+    tensors += [value for state in moments for name, value in state.items() if name != "step"]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == planned.checkpoint
+
+
+@pytest.mark.parametrize("options", [{"epochs": 3}, {"steps": 5}, {"epochs": 2, "gradient_accumulation": 2}], ids=str)
+def test_the_steps_are_those_of_the_run(base, tmp_path, options):
+    model, processor = make_model(base)
+    planned = plan(model, processor, ChatDataset(make_data()), make_settings(**options)).steps
+    assert train(model, processor, make_data(), tmp_path / "out", make_settings(**options)).steps == planned
+
+
+def test_memory_is_itemised_and_grows_with_what_is_trained(pair):
+    second, first = of(pair), of(pair, stage=1)
+    assert second.memory["optimizer (AdamW, float32)"] == 8 * sum(second.trained.values())
+    assert sum(second.memory.values()) > sum(first.memory.values())
+    less = of(pair, gradient_checkpointing=True).memory["activations (estimate)"]
+    assert less < second.memory["activations (estimate)"]
+
+
+def test_a_disk_that_will_be_full_is_refused_before_training(pair, tmp_path, monkeypatch):
+    planned = of(pair, save_steps=1)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: SimpleNamespace(free=planned.kept - 1))
+    with pytest.raises(OSError, match=r"will write .* free some space, .*--keep-checkpoints"):
+        check_disk(planned, tmp_path / "not yet" / "there")
+    model, processor = pair
+    with pytest.raises(OSError, match="will write"):
+        train(model, processor, make_data(), tmp_path / "out", make_settings(save_steps=1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_says_what_is_trained_kept_and_learned(pair):
+    text = "\n".join(format_plan(of(pair, save_steps=1)))
+    for words in ("replicated_blocks", "stay frozen", "Memory by device", "a checkpoint", "tokens"):
+        assert words in text
+    assert math.isfinite(of(pair).tokens_per_step) and shutil.disk_usage("/").free > 0
+
+
+@pytest.mark.parametrize(
+    "steps, seconds, words",
+    [
+        (7200, 1.0, "2.0 hours left for 7,200 steps of 1.00 s, about 6.00 at 3 an hour"),
+        (120, 2.0, "4 minutes"),
+        (10, 1.0, "10 s left"),
+    ],
+    ids=["hours", "minutes", "seconds"],
+)
+def test_time_and_cost_of_what_is_left(steps, seconds, words):
+    assert words in remaining(steps, seconds, 3.0)
