@@ -2,11 +2,12 @@
 
 The base is a separate model, shared by both views. So casting, freezing, initialising and the like affect only the
 vision tower, the projector and the adapter. A method that would replace or rewrite the base, or add a second adapter,
-is a `ValueError` that names the alternative, before anything has changed.
+is a `ValueError` that names the alternative, before anything has changed. The multimodal view, whose weights are the
+base's own, does the same by itself: see `frozen_view_genieblue`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
 from .arguments_genieblue import OFFLOAD_ADVICE
-from .language_adapter_genieblue import adapter_parameters
 from .projector_genieblue import GenieBlueMultiModalProjector
 
 LANGUAGE_TREES = ("language_model", "multimodal_language_model")
@@ -69,7 +69,45 @@ REFUSALS = {
 _USED_AT_LOAD = ("init_weights", "initialize_weights", "post_init", "smart_apply", "to_empty", "set_use_kernels")
 
 
-class FrozenBaseModel(PreTrainedModel):
+class OfTheWholeModel:
+    """Marks a function that `_apply` carries through all of a GenieBlue, not through one view of it."""
+
+    def __init__(self, fn: Callable[[torch.Tensor], torch.Tensor]):
+        self.fn = fn
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.fn(tensor)
+
+
+class TensorGuard(PreTrainedModel if TYPE_CHECKING else object):
+    """Refuses what changes a model through its tensors, by the attribute that it looks for first."""
+
+    def _is_loading(self) -> bool:
+        return False
+
+    @property
+    def hqq_quantized(self) -> bool:
+        """What PEFT's `prepare_model_for_kbit_training` asks for: a `ValueError`, as it would cast the base."""
+        if self._is_loading():
+            return False
+        raise ValueError(
+            "`prepare_model_for_kbit_training` is refused for a GenieBlue: it would cast the base, which changes its "
+            "answers. Leave it out: nothing of the base trains, and its adapter is in float32 already."
+        )
+
+    @property
+    def _tie_weights(self) -> Any:
+        """What accelerate looks for before it fills a model by a device map, with whatever a file happens to hold."""
+        if self._is_loading():
+            raise AttributeError("_tie_weights")
+        raise ValueError(
+            "accelerate's `load_checkpoint_in_model`, `load_checkpoint_and_dispatch` and `infer_auto_device_map` are "
+            "refused for a loaded GenieBlue: they would restore a part of it or split its views. Load a saved folder "
+            "with `from_pretrained`, which takes a `device_map`, or all of `state_dict()` with `load_state_dict`."
+        )
+
+
+class FrozenBaseModel(TensorGuard, PreTrainedModel):
     """A model whose base no inherited method changes; see the module's docstring."""
 
     vision_tower: PreTrainedModel
@@ -83,8 +121,7 @@ class FrozenBaseModel(PreTrainedModel):
         self.vision_tower.requires_grad_(requires_grad)
         self.multi_modal_projector.requires_grad_(requires_grad)
         if self.multimodal_language_model is not None:
-            for _, _, parameter in adapter_parameters(self.multimodal_language_model):
-                parameter.requires_grad_(requires_grad)
+            self.multimodal_language_model.requires_grad_(requires_grad)
         if getattr(self.vision_tower, "head", None) is not None:  # a SigLIP's, which pools patches
             self.vision_tower.head.requires_grad_(False)
         return self
@@ -100,13 +137,8 @@ class FrozenBaseModel(PreTrainedModel):
     def apply(self, fn: Callable[[nn.Module], Any]) -> "FrozenBaseModel":
         """`nn.Module.apply` without the base's modules; for these, use `model.language_model.apply`."""
         for name, child in self.named_children():
-            if name not in LANGUAGE_TREES:
+            if name != "language_model":
                 child.apply(fn)
-        view = self.multimodal_language_model
-        if view is not None:
-            owners = dict.fromkeys(name.rpartition(".")[0] for name, _, _ in adapter_parameters(view))
-            for owner in owners:
-                fn(view.get_submodule(owner))
         fn(self)
         return self
 
@@ -198,8 +230,6 @@ class FrozenBaseModel(PreTrainedModel):
             raise ValueError(
                 "Moving to the device 'meta' would lose all weights, including the base's: give another device."
             )
-        if all(result.dtype == kind for kind, result in results.items()):
-            return super()._apply(fn, recurse)
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(moved.device)
@@ -207,9 +237,26 @@ class FrozenBaseModel(PreTrainedModel):
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             return fn(tensor) if tensor.is_floating_point() else move(tensor)  # `type` would cast indices too
 
+        of_language, of_others = (move, cast)
+        if all(result.dtype == kind for kind, result in results.items()):
+            of_language = of_others = fn
         for name, child in self.named_children():
-            child._apply(move if name in LANGUAGE_TREES else cast)
-        return super()._apply(cast, recurse=False)
+            child._apply(OfTheWholeModel(of_language if name in LANGUAGE_TREES else of_others))
+        return super()._apply(of_others, recurse=False)
+
+    @property
+    def loss_function(self) -> Callable[..., torch.Tensor]:
+        """The loss of both views: the base's own, or what was set here or there, once there is a base."""
+        return super().loss_function if self.language_model is None else self.language_model.loss_function
+
+    @loss_function.setter
+    def loss_function(self, loss_function: Callable[..., torch.Tensor]) -> None:
+        if self.language_model is None:
+            raise ValueError("This GenieBlue has no base, whose loss it is: set it once the model is loaded.")
+        self.language_model.loss_function = loss_function
+
+    def _is_loading(self) -> bool:
+        return self.language_model is None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # accelerate does this first to a model that it dispatches or offloads.
@@ -218,10 +265,12 @@ class FrozenBaseModel(PreTrainedModel):
         super().__setattr__(name, value)
 
 
-def _refusal(name: str, reason: str) -> Callable:
-    def refuse(self: FrozenBaseModel, *args: Any, **kwargs: Any) -> Any:
-        if self.language_model is None and name in _USED_AT_LOAD:
-            return getattr(super(FrozenBaseModel, self), name)(*args, **kwargs)
+def refusal(kind: type, name: str, reason: str) -> Callable:
+    """A method that refuses `name` for a class `kind`."""
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in _USED_AT_LOAD and self._is_loading():
+            return getattr(super(kind, self), name)(*args, **kwargs)
         raise ValueError(f"`{name}` is refused for a GenieBlue: {reason}")
 
     refuse.__name__, refuse.__doc__ = name, f"Always a `ValueError` once there is a base: {reason}"
@@ -229,7 +278,7 @@ def _refusal(name: str, reason: str) -> Callable:
 
 
 for _name, _reason in REFUSALS.items():
-    setattr(FrozenBaseModel, _name, _refusal(_name, _reason))
+    setattr(FrozenBaseModel, _name, refusal(FrozenBaseModel, _name, _reason))
 
 
 def _check_registration(container: nn.Module, name: str, module: Any) -> None:
@@ -244,10 +293,10 @@ def _check_registration(container: nn.Module, name: str, module: Any) -> None:
     elif isinstance(module, nn.Module) and any(kind.__module__.partition(".")[0] == "peft"
                                                for kind in type(container).__mro__):  # fmt: skip
         held = (part for each in (module, getattr(module, "_genieblue", module)) for part in each.modules())
-        if any(isinstance(part, FrozenBaseModel) or vars(part).get("is_multimodal_view", False) for part in held):
+        if any(isinstance(part, TensorGuard) for part in held):
             raise ValueError(f"PEFT cannot add another adapter to a GenieBlue: {_ONE_ADAPTER}")
 
 
 register_module_module_registration_hook(_check_registration)
 
-__all__ = ["FrozenBaseModel"]
+__all__ = ["REFUSALS", "FrozenBaseModel", "OfTheWholeModel", "TensorGuard", "refusal"]

@@ -237,7 +237,6 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         view = build_multimodal_view(base, lora_config)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)
-        view.is_multimodal_view = True  # pyright: ignore[reportArgumentType]: a mark, no module
         self.language_model, self.multimodal_language_model = base, view
         self.config._attn_implementation_internal = base.config._attn_implementation
         if (head := getattr(self.vision_tower, "head", None)) is not None:
@@ -391,7 +390,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             self._cache_argument: cache, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if not any(is_multimodal):
+        # The base computes its loss itself, unless another was set, which its code may not know.
+        if not any(is_multimodal) and (labels is None or not hasattr(self.language_model, "_loss_function")):
             return self.language_model(**{**_asked_by(self.config), **inputs})
         inputs = {**_asked_by(self.language_model.config), **_asked_by(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
@@ -399,14 +399,19 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
         if all(is_multimodal):
             outputs = self._multimodal_forward(pixel_values, inputs)
+        elif not any(is_multimodal):
+            outputs = self._with_loss(self.language_model, inputs)
         else:
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
         return outputs.to_tuple() if as_tuple else outputs
 
     def _multimodal_forward(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+        return self._with_loss(self.multimodal_language_model, self._embedded(pixel_values, inputs))
+
+    def _with_loss(self, view: PreTrainedModel, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
-        outputs = self.multimodal_language_model(**self._embedded(pixel_values, inputs), return_dict=True)
+        outputs = view(**inputs, return_dict=True)
         if labels is None:
             return outputs
         loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
