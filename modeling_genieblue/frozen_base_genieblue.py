@@ -65,6 +65,16 @@ REFUSALS = {
     "init_continuous_batching": _BATCHING,
     "continuous_batching_context_manager": _BATCHING,
 }
+# Functions of other libraries that change tensors one by one, past every method of a model, by the attribute that they
+# alone look for before they change anything.
+LOOKED_FOR = {
+    "hqq_quantized": "`prepare_model_for_kbit_training` is refused for a GenieBlue: it would cast the base, which "
+    "changes its answers. Leave it out: nothing of the base trains, and LoRA is in float32 already.",
+    "_tie_weights": "accelerate's `load_checkpoint_in_model`, `load_checkpoint_and_dispatch` and "
+    "`infer_auto_device_map` are refused for a loaded GenieBlue: they would restore a part of it, or split its views. "
+    "Load a saved folder with `from_pretrained`, which takes a `device_map`, and a whole `state_dict()` with "
+    "`load_state_dict`.",
+}
 # transformers calls these itself before a GenieBlue has a base.
 _USED_AT_LOAD = ("init_weights", "initialize_weights", "post_init", "smart_apply", "to_empty", "set_use_kernels")
 
@@ -80,31 +90,21 @@ class OfTheWholeModel:
 
 
 class TensorGuard(PreTrainedModel if TYPE_CHECKING else object):
-    """Refuses what changes a model through its tensors, by the attribute that it looks for first."""
+    """Refuses the functions of `LOOKED_FOR` by the attributes that they look for."""
 
     def _is_loading(self) -> bool:
         return False
 
-    @property
-    def hqq_quantized(self) -> bool:
-        """What PEFT's `prepare_model_for_kbit_training` asks for: a `ValueError`, as it would cast the base."""
-        if self._is_loading():
-            return False
-        raise ValueError(
-            "`prepare_model_for_kbit_training` is refused for a GenieBlue: it would cast the base, which changes its "
-            "answers. Leave it out: nothing of the base trains, and its adapter is in float32 already."
-        )
 
-    @property
-    def _tie_weights(self) -> Any:
-        """What accelerate looks for before it fills a model by a device map, with whatever a file happens to hold."""
-        if self._is_loading():
-            raise AttributeError("_tie_weights")
-        raise ValueError(
-            "accelerate's `load_checkpoint_in_model`, `load_checkpoint_and_dispatch` and `infer_auto_device_map` are "
-            "refused for a loaded GenieBlue: they would restore a part of it or split its views. Load a saved folder "
-            "with `from_pretrained`, which takes a `device_map`, or all of `state_dict()` with `load_state_dict`."
-        )
+def _looked_for(name: str, reason: str) -> property:
+    def refuse(self: TensorGuard) -> None:
+        raise AttributeError(name) if self._is_loading() else ValueError(reason)
+
+    return property(refuse, doc=f"Always a `ValueError` once there is a base: {reason}")
+
+
+for _name, _reason in LOOKED_FOR.items():
+    setattr(TensorGuard, _name, _looked_for(_name, _reason))
 
 
 class FrozenBaseModel(TensorGuard, PreTrainedModel):
