@@ -176,6 +176,18 @@ class FrozenBaseModel(TensorGuard, PreTrainedModel):
         """The base's implementation."""
         return self.language_model.get_experts_implementation()
 
+    def get_decoder(self) -> nn.Module | None:
+        """The base's blocks; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The base's embedding; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's LM head; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_output_embeddings()
+
     def warn_if_padding_and_no_attention_mask(self, input_ids: torch.Tensor, attention_mask: Any) -> None:
         """Warns like the base, which owns the padding token."""
         self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)

@@ -29,12 +29,7 @@ from .backbone_genieblue import GenieBlueBackbone
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
 from .compat_genieblue import cache_argument, cache_field, take_cache
-from .configuration_genieblue import (
-    RUNTIME_SETTINGS,
-    GenieBlueConfig,
-    check_replicated_layers,
-    select_replicated_layers,
-)
+from .configuration_genieblue import RUNTIME_SETTINGS, GenieBlueConfig
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .image_features_genieblue import ImageFeaturesMixin
@@ -135,23 +130,17 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         check_base_model(base_model)
         check_vision_tower(vision_tower)
         check_not_offloaded((*base_model.parameters(), *vision_tower.parameters()), "the base or the vision tower")
-        text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
-        is_by_hand = replicated_layers is not None
-        if replicated_layers is None:
-            replicated_layers = select_replicated_layers(text_config.num_hidden_layers, placement)
-        else:
-            replicated_layers = check_replicated_layers(replicated_layers, text_config.num_hidden_layers)
         name, revision = resolve_base(base_model, base_model_name_or_path, base_model_revision, hub_kwargs)
         if hasattr(vision_tower.config, "vision_config"):  # a whole SigLIP: its text half is not needed
             vision_tower = vision_tower.get_submodule("vision_model")  # pyright: ignore[reportAssignmentType]
         embedding: Any = base_model.get_input_embeddings()
         config = GenieBlueConfig(
-            text_config=text_config,
+            text_config=copy.deepcopy(base_model.config.get_text_config(decoder=True)),
             vision_config=vision_tower.config,
             base_model_name_or_path=name,
             base_model_revision=revision,
             base_model_runs_remote_code=base_model.is_remote_code(),
-            placement=None if is_by_hand else placement,
+            placement=str(placement) if replicated_layers is None else None,
             replicated_layers=replicated_layers,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
@@ -443,24 +432,10 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             **merged,
         )
 
-    # The rest of the `PreTrainedModel` interface, where the base must stay as it is
-
     @property
     def base_model(self) -> GenieBlueBackbone:
         """All but the LM head: a module whose output has `last_hidden_state`."""
         return GenieBlueBackbone(self)
-
-    def get_decoder(self) -> nn.Module | None:
-        """The base's blocks; `None` while no base is attached."""
-        return None if self.language_model is None else self.language_model.get_decoder()
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The base's embedding; `None` while no base is attached."""
-        return None if self.language_model is None else self.language_model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The base's LM head; `None` while no base is attached."""
-        return None if self.language_model is None else self.language_model.get_output_embeddings()
 
 
 def _asked_by(config: Any) -> dict[str, Any]:
