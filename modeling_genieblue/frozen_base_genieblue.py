@@ -95,6 +95,12 @@ class TensorGuard(PreTrainedModel if TYPE_CHECKING else object):
     def _is_loading(self) -> bool:
         return False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # accelerate does this first to a model that it dispatches or offloads.
+        if name == "_old_forward" and not self._is_loading():
+            raise ValueError(f"accelerate cannot dispatch or offload a loaded GenieBlue: {OFFLOAD_ADVICE}")
+        super().__setattr__(name, value)
+
 
 def _looked_for(name: str, reason: str) -> property:
     def refuse(self: TensorGuard) -> None:
@@ -270,12 +276,6 @@ class FrozenBaseModel(TensorGuard, PreTrainedModel):
     def _is_loading(self) -> bool:
         return self.language_model is None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # accelerate does this first to a model that it dispatches or offloads.
-        if name == "_old_forward" and self.language_model is not None:
-            raise ValueError(f"accelerate cannot dispatch or offload a loaded GenieBlue: {OFFLOAD_ADVICE}")
-        super().__setattr__(name, value)
-
 
 def refusal(kind: type, name: str, reason: str) -> Callable:
     """A method that refuses `name` for a class `kind`."""
@@ -305,7 +305,8 @@ def _check_registration(container: nn.Module, name: str, module: Any) -> None:
     elif isinstance(module, nn.Module) and any(kind.__module__.partition(".")[0] == "peft"
                                                for kind in type(container).__mro__):  # fmt: skip
         held = (part for each in (module, getattr(module, "_genieblue", module)) for part in each.modules())
-        if any(isinstance(part, TensorGuard) for part in held):
+        # A layer of our adapter has a `merge` of its own: see `guard_view`.
+        if any(isinstance(part, TensorGuard) or "merge" in vars(part) for part in held):
             raise ValueError(f"PEFT cannot add another adapter to a GenieBlue: {_ONE_ADAPTER}")
 
 

@@ -330,7 +330,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             # One of each part: to look at all of them would be felt in a step of decoding.
             firsts = (islice(part.parameters(), 1) for part in self.children())
             check_not_offloaded(chain.from_iterable(firsts), "this GenieBlue")
-            self._as_built.check_precision(self.language_model)
+            self._as_built.check_request(self.training and torch.is_grad_enabled())
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("`pixel_values` need `input_ids` that say where the images are.")

@@ -24,7 +24,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.frozen_base_genieblue import REFUSALS
+from modeling_genieblue.frozen_base_genieblue import LANGUAGE_TREES, REFUSALS
 from modeling_genieblue.frozen_view_genieblue import VIEW_REFUSALS
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
@@ -426,6 +426,9 @@ OTHERS_ADAPTERS = {
     "the decoder of the view": lambda model: get_peft_model(
         model.multimodal_language_model.model, LoraConfig(target_modules=["q_proj"])
     ),
+    "a block of the view": lambda model: get_peft_model(
+        model.multimodal_language_model.model.layers[0], LoraConfig(target_modules=["q_proj"])
+    ),
     "the multimodal view": lambda model: get_peft_model(
         model.multimodal_language_model, LoraConfig(target_modules=["q_proj"])
     ),
@@ -456,6 +459,25 @@ def test_view_is_not_replaced(name, unchanged):
             with pytest.raises(ValueError, match="base_model=.* `compile\\(\\)`"):
                 replace(model, name, other)
     assert portrait(model) == before
+
+
+@pytest.mark.parametrize("tree", LANGUAGE_TREES)
+def test_casting_of_a_part_of_the_base_is_noticed_at_the_next_request(tree, model):
+    getattr(model, tree).model.layers[1].mlp.half()
+    for request in (lambda: model(prompt()), lambda: model.generate(REQUEST, pixel_values=PIXELS)):
+        with pytest.raises(ValueError, match="a part of it was cast to torch.float16"):
+            request()
+
+
+def test_base_that_is_set_to_train_is_refused_in_training(model):
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    model(REQUEST, pixel_values=PIXELS)
+    for part in (model.train(), model.base_model):
+        with pytest.raises(ValueError, match="`model.language_model.requires_grad_\\(False\\)`"):
+            part(REQUEST, pixel_values=PIXELS)
+    model.language_model.requires_grad_(False)
+    model(REQUEST, pixel_values=PIXELS, labels=REQUEST).loss.backward()
 
 
 @pytest.mark.parametrize("part", ["", "base_model", "multimodal_language_model"])
