@@ -95,6 +95,10 @@ class TensorGuard(PreTrainedModel if TYPE_CHECKING else object):
     def _is_loading(self) -> bool:
         return False
 
+    def __dir__(self) -> list[str]:
+        # What reads all attributes that there are, such as `torch.jit.trace`, looks for none of these.
+        return [name for name in super().__dir__() if name not in LOOKED_FOR]
+
     def __setattr__(self, name: str, value: Any) -> None:
         # accelerate does this first to a model that it dispatches or offloads.
         if name == "_old_forward" and not self._is_loading():

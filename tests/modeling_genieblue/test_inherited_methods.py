@@ -1,6 +1,7 @@
 """Every public name that a GenieBlue inherits acts on what is ours, leaves the base alone, or is refused by name."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -487,6 +488,25 @@ def test_casting_by_peft_is_refused_before_anything_changes(part):
     with pytest.raises(ValueError, match="`prepare_model_for_kbit_training` is refused"):
         prepare_model_for_kbit_training(getattr(model, part) if part else model)
     assert types == {name: (each.dtype, each.requires_grad) for name, each in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_what_reads_every_attribute_is_not_refused(unchanged):
+    """`torch.jit.trace` does, and tools that inspect an object."""
+
+    class Logits(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def forward(self, ids, **pixels):
+            return self.part(ids, use_cache=False, **pixels).logits
+
+    model, _ = unchanged
+    for part in (model, model.multimodal_language_model):
+        assert dict(inspect.getmembers(part))["generation_config"] is model.generation_config
+        traced = torch.jit.trace(Logits(part), (prompt(),))
+        assert torch.equal(traced(prompt()), part(prompt()).logits)
 
 
 def test_casting_of_the_base_itself_is_noticed_at_the_next_request():
