@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from .base_identity_genieblue import compare_with_samples, deciding_settings, plain_values, tensor_samples
@@ -19,15 +18,28 @@ class AsBuilt:
     def __init__(self, config: Any, base: nn.Module):
         self._settings = _settings(config)
         self._samples = tensor_samples(base)
-        self._precision = _precision(base)
+        # Not the modules, which take time to walk through, nor the parameters, which FSDP replaces.
+        self._by_module = [module._parameters for module in base.modules() if module._parameters]
+        self._precision = [parameter.dtype for parameter in self._base_parameters()]
 
-    def check_precision(self, base: nn.Module) -> None:
-        """`ValueError` if the base was cast, and so answers otherwise; PEFT does it for training in few bits."""
-        if (precision := _precision(base)) != self._precision:
+    def _base_parameters(self) -> list[nn.Parameter]:
+        return [value for parameters in self._by_module for value in parameters.values() if value is not None]
+
+    def check_request(self, is_training: bool) -> None:
+        """`ValueError` if a part of the base was cast, and so answers otherwise, or is about to be trained."""
+        parameters = self._base_parameters()
+        precision = [parameter.dtype for parameter in parameters]
+        if precision != self._precision:
+            was, now = next(both for both in zip(self._precision, precision, strict=False) if both[0] != both[1])
             raise ValueError(
-                f"The base was in {self._precision} and was cast to {precision} since, which changes its answers; "
-                "`prepare_model_for_kbit_training` of PEFT does that. Load the model again with "
-                f"`dtype={precision}` to have it in that, and leave out what casts it: nothing of the base trains."
+                f"The base was in {was}, and at least a part of it was cast to {now} since, which changes its "
+                f"answers. Load the model again with `dtype={now}` to have it in that, and leave out what casts it, "
+                "such as `prepare_model_for_kbit_training` of PEFT: nothing of the base trains."
+            )
+        if is_training and any(parameter.requires_grad for parameter in parameters):
+            raise ValueError(
+                "Parameters of the base have `requires_grad`, so training would change its answers. Turn that off by "
+                "`model.language_model.requires_grad_(False)`; `model.requires_grad_(True)` turns on all others."
             )
 
     def check(self, config: Any, base: nn.Module) -> None:
@@ -53,10 +65,6 @@ class AsBuilt:
                 "would be of another base than the one that it names. Load the GenieBlue again, and give it what was "
                 "trained: `load_state_dict(model.state_dict())`."
             )
-
-
-def _precision(base: nn.Module) -> torch.dtype | None:
-    return next((parameter.dtype for parameter in base.parameters()), None)
 
 
 def _settings(config: Any) -> dict[str, Any]:

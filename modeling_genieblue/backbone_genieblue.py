@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .compat_genieblue import take_cache
+from .frozen_base_genieblue import TensorGuard
 from .view_routing_genieblue import MULTIMODAL, TEXT, check_inputs, merge_rows, split_rows, take_rows
 
 
-class GenieBlueBackbone(nn.Module):
+class GenieBlueBackbone(TensorGuard, nn.Module):
     """The `base_model` of a GenieBlue: the same modules, with a forward that stops before the LM head."""
 
     _genieblue: Any
@@ -20,7 +21,7 @@ class GenieBlueBackbone(nn.Module):
     _tp_plan = _pp_plan = None
 
     def __init__(self, model: PreTrainedModel):
-        super().__init__()
+        nn.Module.__init__(self)
         self._modules = model._modules  # the same objects, so parameters and buffers are the model's
         object.__setattr__(self, "_genieblue", model)  # not a module of this one
         self.config = model.config

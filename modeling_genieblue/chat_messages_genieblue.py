@@ -14,6 +14,16 @@ MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "
 EXPECTED = '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
 
 
+def conversations_of(conversation: Any) -> tuple[list[Any], bool]:
+    """Return conversations as lists of messages, and whether a batch of them was given; ValueError for a message."""
+    if isinstance(conversation, dict):
+        raise ValueError("The conversation is a dict; expected a list of messages, or a list of such lists.")
+    is_batch = bool(conversation) and (
+        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    )
+    return [getattr(chat, "messages", chat) for chat in (conversation if is_batch else [conversation])], is_batch
+
+
 def image_sources(conversation: Iterable[dict[str, Any]]) -> list[Any]:
     """
     Return the image of each image part in order, None for a part whose image is passed separately.
@@ -123,4 +133,4 @@ def _check_keys(what: str, holder: dict[str, Any], keys: list[Any]) -> None:
         )
 
 
-__all__ = ["image_sources", "text_for_template", "with_string_contents"]
+__all__ = ["conversations_of", "image_sources", "text_for_template", "with_string_contents"]

@@ -2,11 +2,12 @@
 
 The base is a separate model, shared by both views. So casting, freezing, initialising and the like affect only the
 vision tower, the projector and the adapter. A method that would replace or rewrite the base, or add a second adapter,
-is a `ValueError` that names the alternative, before anything has changed.
+is a `ValueError` that names the alternative, before anything has changed. The multimodal view, whose weights are the
+base's own, does the same by itself: see `frozen_view_genieblue`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
 from .arguments_genieblue import OFFLOAD_ADVICE
-from .language_adapter_genieblue import adapter_parameters
 from .projector_genieblue import GenieBlueMultiModalProjector
 
 LANGUAGE_TREES = ("language_model", "multimodal_language_model")
@@ -65,11 +65,59 @@ REFUSALS = {
     "init_continuous_batching": _BATCHING,
     "continuous_batching_context_manager": _BATCHING,
 }
+# Functions of other libraries that change tensors one by one, past every method of a model, by the attribute that they
+# alone look for before they change anything.
+LOOKED_FOR = {
+    "hqq_quantized": "`prepare_model_for_kbit_training` is refused for a GenieBlue: it would cast the base, which "
+    "changes its answers. Leave it out: nothing of the base trains, and LoRA is in float32 already.",
+    "_tie_weights": "accelerate's `load_checkpoint_in_model`, `load_checkpoint_and_dispatch` and "
+    "`infer_auto_device_map` are refused for a loaded GenieBlue: they would restore a part of it, or split its views. "
+    "Load a saved folder with `from_pretrained`, which takes a `device_map`, and a whole `state_dict()` with "
+    "`load_state_dict`.",
+}
 # transformers calls these itself before a GenieBlue has a base.
 _USED_AT_LOAD = ("init_weights", "initialize_weights", "post_init", "smart_apply", "to_empty", "set_use_kernels")
 
 
-class FrozenBaseModel(PreTrainedModel):
+class OfTheWholeModel:
+    """Marks a function that `_apply` carries through all of a GenieBlue, not through one view of it."""
+
+    def __init__(self, fn: Callable[[torch.Tensor], torch.Tensor]):
+        self.fn = fn
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.fn(tensor)
+
+
+class TensorGuard(PreTrainedModel if TYPE_CHECKING else object):
+    """Refuses the functions of `LOOKED_FOR` by the attributes that they look for."""
+
+    def _is_loading(self) -> bool:
+        return False
+
+    def __dir__(self) -> list[str]:
+        # What reads all attributes that there are, such as `torch.jit.trace`, looks for none of these.
+        return [name for name in super().__dir__() if name not in LOOKED_FOR]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # accelerate does this first to a model that it dispatches or offloads.
+        if name == "_old_forward" and not self._is_loading():
+            raise ValueError(f"accelerate cannot dispatch or offload a loaded GenieBlue: {OFFLOAD_ADVICE}")
+        super().__setattr__(name, value)
+
+
+def _looked_for(name: str, reason: str) -> property:
+    def refuse(self: TensorGuard) -> None:
+        raise AttributeError(name) if self._is_loading() else ValueError(reason)
+
+    return property(refuse, doc=f"Always a `ValueError` once there is a base: {reason}")
+
+
+for _name, _reason in LOOKED_FOR.items():
+    setattr(TensorGuard, _name, _looked_for(_name, _reason))
+
+
+class FrozenBaseModel(TensorGuard, PreTrainedModel):
     """A model whose base no inherited method changes; see the module's docstring."""
 
     vision_tower: PreTrainedModel
@@ -83,8 +131,7 @@ class FrozenBaseModel(PreTrainedModel):
         self.vision_tower.requires_grad_(requires_grad)
         self.multi_modal_projector.requires_grad_(requires_grad)
         if self.multimodal_language_model is not None:
-            for _, _, parameter in adapter_parameters(self.multimodal_language_model):
-                parameter.requires_grad_(requires_grad)
+            self.multimodal_language_model.requires_grad_(requires_grad)
         if getattr(self.vision_tower, "head", None) is not None:  # a SigLIP's, which pools patches
             self.vision_tower.head.requires_grad_(False)
         return self
@@ -100,13 +147,8 @@ class FrozenBaseModel(PreTrainedModel):
     def apply(self, fn: Callable[[nn.Module], Any]) -> "FrozenBaseModel":
         """`nn.Module.apply` without the base's modules; for these, use `model.language_model.apply`."""
         for name, child in self.named_children():
-            if name not in LANGUAGE_TREES:
+            if name != "language_model":
                 child.apply(fn)
-        view = self.multimodal_language_model
-        if view is not None:
-            owners = dict.fromkeys(name.rpartition(".")[0] for name, _, _ in adapter_parameters(view))
-            for owner in owners:
-                fn(view.get_submodule(owner))
         fn(self)
         return self
 
@@ -143,6 +185,18 @@ class FrozenBaseModel(PreTrainedModel):
     def get_experts_implementation(self) -> Any:
         """The base's implementation."""
         return self.language_model.get_experts_implementation()
+
+    def get_decoder(self) -> nn.Module | None:
+        """The base's blocks; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The base's embedding; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's LM head; `None` while no base is attached."""
+        return None if self.language_model is None else self.language_model.get_output_embeddings()
 
     def warn_if_padding_and_no_attention_mask(self, input_ids: torch.Tensor, attention_mask: Any) -> None:
         """Warns like the base, which owns the padding token."""
@@ -198,8 +252,6 @@ class FrozenBaseModel(PreTrainedModel):
             raise ValueError(
                 "Moving to the device 'meta' would lose all weights, including the base's: give another device."
             )
-        if all(result.dtype == kind for kind, result in results.items()):
-            return super()._apply(fn, recurse)
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(moved.device)
@@ -207,21 +259,34 @@ class FrozenBaseModel(PreTrainedModel):
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             return fn(tensor) if tensor.is_floating_point() else move(tensor)  # `type` would cast indices too
 
+        of_language, of_others = (move, cast)
+        if all(result.dtype == kind for kind, result in results.items()):
+            of_language = of_others = fn
         for name, child in self.named_children():
-            child._apply(move if name in LANGUAGE_TREES else cast)
-        return super()._apply(cast, recurse=False)
+            child._apply(OfTheWholeModel(of_language if name in LANGUAGE_TREES else of_others))
+        return super()._apply(of_others, recurse=False)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # accelerate does this first to a model that it dispatches or offloads.
-        if name == "_old_forward" and self.language_model is not None:
-            raise ValueError(f"accelerate cannot dispatch or offload a loaded GenieBlue: {OFFLOAD_ADVICE}")
-        super().__setattr__(name, value)
+    @property
+    def loss_function(self) -> Callable[..., torch.Tensor]:
+        """The loss of both views: the base's own, or what was set here or there, once there is a base."""
+        return super().loss_function if self.language_model is None else self.language_model.loss_function
+
+    @loss_function.setter
+    def loss_function(self, loss_function: Callable[..., torch.Tensor]) -> None:
+        if self.language_model is None:
+            raise ValueError("This GenieBlue has no base, whose loss it is: set it once the model is loaded.")
+        self.language_model.loss_function = loss_function
+
+    def _is_loading(self) -> bool:
+        return self.language_model is None
 
 
-def _refusal(name: str, reason: str) -> Callable:
-    def refuse(self: FrozenBaseModel, *args: Any, **kwargs: Any) -> Any:
-        if self.language_model is None and name in _USED_AT_LOAD:
-            return getattr(super(FrozenBaseModel, self), name)(*args, **kwargs)
+def refusal(kind: type, name: str, reason: str) -> Callable:
+    """A method that refuses `name` for a class `kind`."""
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in _USED_AT_LOAD and self._is_loading():
+            return getattr(super(kind, self), name)(*args, **kwargs)
         raise ValueError(f"`{name}` is refused for a GenieBlue: {reason}")
 
     refuse.__name__, refuse.__doc__ = name, f"Always a `ValueError` once there is a base: {reason}"
@@ -229,7 +294,7 @@ def _refusal(name: str, reason: str) -> Callable:
 
 
 for _name, _reason in REFUSALS.items():
-    setattr(FrozenBaseModel, _name, _refusal(_name, _reason))
+    setattr(FrozenBaseModel, _name, refusal(FrozenBaseModel, _name, _reason))
 
 
 def _check_registration(container: nn.Module, name: str, module: Any) -> None:
@@ -244,10 +309,11 @@ def _check_registration(container: nn.Module, name: str, module: Any) -> None:
     elif isinstance(module, nn.Module) and any(kind.__module__.partition(".")[0] == "peft"
                                                for kind in type(container).__mro__):  # fmt: skip
         held = (part for each in (module, getattr(module, "_genieblue", module)) for part in each.modules())
-        if any(isinstance(part, FrozenBaseModel) or vars(part).get("is_multimodal_view", False) for part in held):
+        # A layer of our adapter has a `merge` of its own: see `guard_view`.
+        if any(isinstance(part, TensorGuard) or "merge" in vars(part) for part in held):
             raise ValueError(f"PEFT cannot add another adapter to a GenieBlue: {_ONE_ADAPTER}")
 
 
 register_module_module_registration_hook(_check_registration)
 
-__all__ = ["FrozenBaseModel"]
+__all__ = ["REFUSALS", "FrozenBaseModel", "OfTheWholeModel", "TensorGuard", "refusal"]

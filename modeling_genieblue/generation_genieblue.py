@@ -54,7 +54,6 @@ class GenieBlueGenerationMixin(GenerationMixin):
             self._generation_config = generation_config
         else:
             self.language_model.generation_config = generation_config
-            self.multimodal_language_model.generation_config = generation_config
 
     @torch.no_grad()
     def generate(
@@ -91,8 +90,6 @@ class GenieBlueGenerationMixin(GenerationMixin):
             raise ValueError(f"`model.config` sets {misplaced}, which no view reads: set it on `generation_config`.")
         if any(is_multimodal):
             self._refuse_for_images(input_ids, kwargs)
-            # The base's may have been replaced, on the base itself.
-            self.multimodal_language_model.generation_config = self.generation_config
         if all(is_multimodal):
             return self._multimodal_generate(input_ids, pixel_values, **kwargs)
         if any(is_multimodal):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .frozen_view_genieblue import guard_view
 from .language_adapter_genieblue import ADAPTER, find_blocks
 
 try:
@@ -26,14 +27,13 @@ except ImportError:  # Without a try transformers would import peft before `requ
 def build_multimodal_view(base: PreTrainedModel, lora_config: LoraConfig) -> PreTrainedModel:
     """A second tree over the base's parameters, with the adapter's own parameters still on the meta device.
 
-    The base is not changed, except that its parameters are frozen (`requires_grad=False`). Both trees share its
-    generation configuration. The view has its own configuration, so that changes to it (such as another attention
-    implementation) do not affect the base.
+    The base is not changed, except that its parameters are frozen (`requires_grad=False`). Both trees have its
+    generation configuration and its loss. The view has its own configuration, so that changes to it (such as another
+    attention implementation) do not affect the base.
     """
     # `deepcopy` returns what `memo` has for an object's id. Mapping tensors to themselves copies only the modules, so
     # the second tree takes no memory for weights and sees every change to them, such as a move to another device.
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    memo[id(base.generation_config)] = base.generation_config
     # Left by an earlier `generate`, and bound to the base: a copy would run the base instead of the view.
     left = [name for name in ("_compiled_call", "_cached_continuous_batching_manager") if name in vars(base)]
     memo |= {id(vars(base)[name]): name for name in left}
@@ -60,6 +60,7 @@ def build_multimodal_view(base: PreTrainedModel, lora_config: LoraConfig) -> Pre
             raise ValueError(f"PEFT did not wrap block {index} of {type(base).__name__} at {path}.{index}.")
         wrapper.original_module = block
     base.requires_grad_(False)
+    guard_view(view, base)
     return view
 
 

@@ -29,12 +29,7 @@ from .backbone_genieblue import GenieBlueBackbone
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
 from .compat_genieblue import cache_argument, cache_field, take_cache
-from .configuration_genieblue import (
-    RUNTIME_SETTINGS,
-    GenieBlueConfig,
-    check_replicated_layers,
-    select_replicated_layers,
-)
+from .configuration_genieblue import RUNTIME_SETTINGS, GenieBlueConfig
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .image_features_genieblue import ImageFeaturesMixin
@@ -135,23 +130,17 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         check_base_model(base_model)
         check_vision_tower(vision_tower)
         check_not_offloaded((*base_model.parameters(), *vision_tower.parameters()), "the base or the vision tower")
-        text_config = copy.deepcopy(base_model.config.get_text_config(decoder=True))
-        is_by_hand = replicated_layers is not None
-        if replicated_layers is None:
-            replicated_layers = select_replicated_layers(text_config.num_hidden_layers, placement)
-        else:
-            replicated_layers = check_replicated_layers(replicated_layers, text_config.num_hidden_layers)
         name, revision = resolve_base(base_model, base_model_name_or_path, base_model_revision, hub_kwargs)
         if hasattr(vision_tower.config, "vision_config"):  # a whole SigLIP: its text half is not needed
             vision_tower = vision_tower.get_submodule("vision_model")  # pyright: ignore[reportAssignmentType]
         embedding: Any = base_model.get_input_embeddings()
         config = GenieBlueConfig(
-            text_config=text_config,
+            text_config=copy.deepcopy(base_model.config.get_text_config(decoder=True)),
             vision_config=vision_tower.config,
             base_model_name_or_path=name,
             base_model_revision=revision,
             base_model_runs_remote_code=base_model.is_remote_code(),
-            placement=None if is_by_hand else placement,
+            placement=str(placement) if replicated_layers is None else None,
             replicated_layers=replicated_layers,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
@@ -237,7 +226,6 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         view = build_multimodal_view(base, lora_config)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)
-        view.is_multimodal_view = True  # pyright: ignore[reportArgumentType]: a mark, no module
         self.language_model, self.multimodal_language_model = base, view
         self.config._attn_implementation_internal = base.config._attn_implementation
         if (head := getattr(self.vision_tower, "head", None)) is not None:
@@ -342,7 +330,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             # One of each part: to look at all of them would be felt in a step of decoding.
             firsts = (islice(part.parameters(), 1) for part in self.children())
             check_not_offloaded(chain.from_iterable(firsts), "this GenieBlue")
-            self._as_built.check_precision(self.language_model)
+            self._as_built.check_request(self.training and torch.is_grad_enabled())
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
@@ -391,7 +379,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             self._cache_argument: cache, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if not any(is_multimodal):
+        # The base computes its loss itself, unless another was set, which its code may not know.
+        if not any(is_multimodal) and (labels is None or not hasattr(self.language_model, "_loss_function")):
             return self.language_model(**{**_asked_by(self.config), **inputs})
         inputs = {**_asked_by(self.language_model.config), **_asked_by(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
@@ -399,14 +388,19 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
         if all(is_multimodal):
             outputs = self._multimodal_forward(pixel_values, inputs)
+        elif not any(is_multimodal):
+            outputs = self._with_loss(self.language_model, inputs)
         else:
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
         return outputs.to_tuple() if as_tuple else outputs
 
     def _multimodal_forward(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+        return self._with_loss(self.multimodal_language_model, self._embedded(pixel_values, inputs))
+
+    def _with_loss(self, view: PreTrainedModel, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
-        outputs = self.multimodal_language_model(**self._embedded(pixel_values, inputs), return_dict=True)
+        outputs = view(**inputs, return_dict=True)
         if labels is None:
             return outputs
         loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
@@ -438,24 +432,10 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             **merged,
         )
 
-    # The rest of the `PreTrainedModel` interface, where the base must stay as it is
-
     @property
     def base_model(self) -> GenieBlueBackbone:
         """All but the LM head: a module whose output has `last_hidden_state`."""
         return GenieBlueBackbone(self)
-
-    def get_decoder(self) -> nn.Module | None:
-        """The base's blocks; `None` while no base is attached."""
-        return None if self.language_model is None else self.language_model.get_decoder()
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The base's embedding; `None` while no base is attached."""
-        return None if self.language_model is None else self.language_model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The base's LM head; `None` while no base is attached."""
-        return None if self.language_model is None else self.language_model.get_output_embeddings()
 
 
 def _asked_by(config: Any) -> dict[str, Any]:

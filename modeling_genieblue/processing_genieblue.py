@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.generic import to_py_obj
 
 from .addresses_genieblue import refuse_address
-from .chat_messages_genieblue import image_sources, text_for_template, with_string_contents
+from .chat_messages_genieblue import conversations_of, image_sources, text_for_template, with_string_contents
 from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs
 from .model_files_genieblue import PROCESSOR_FILES, check_settings_files
 from .placeholders_genieblue import MarkingTokenizer, TextWithImages, text_pieces
@@ -29,6 +29,7 @@ from .request_rows_genieblue import (
     images_by_part,
     images_by_row,
     pad_rows,
+    refuse_other_media,
     take,
     text_encoder,
     tokenize_chats,
@@ -40,7 +41,6 @@ ROW_OPTIONS = ("return_attention_mask", "return_token_type_ids", "return_special
 IMAGE_OPTIONS = frozenset(GenieBlueImagesKwargs.__annotations__) - {"return_tensors", "image_seq_length"}
 CALL_OPTIONS = frozenset(TextKwargs.__annotations__) | IMAGE_OPTIONS | {"split_special_tokens"}
 CALL_OPTIONS -= {"sanitize_control_tokens"}
-OTHER_MEDIA = ("videos", "video", "audio", "audios")
 ORDER = "Give the images in the order of the placeholders."
 
 
@@ -134,7 +134,7 @@ class GenieBlueProcessor(ProcessorMixin):
         self._check_tokenizer()
         for group in ("common_kwargs", "text_kwargs", "images_kwargs"):
             kwargs |= kwargs.pop(group, None) or {}
-        self._refuse_other_media(kwargs)
+        refuse_other_media(kwargs)
         image_options = take(kwargs, IMAGE_OPTIONS)
         texts = [text] if isinstance(text, str) else text
         is_list = isinstance(texts, (list, tuple))
@@ -204,18 +204,11 @@ class GenieBlueProcessor(ProcessorMixin):
         `tokenize` shows the placeholder for an image, and knows where its images are when it is given to `__call__`.
         """
         self._check_tokenizer()
-        if isinstance(conversation, dict):
-            raise ValueError("The conversation is a dict; expected a list of messages, or a list of such lists.")
-        is_batch = bool(conversation) and (
-            isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        )
-        conversations: list[Any] = [
-            getattr(chat, "messages", chat) for chat in (conversation if is_batch else [conversation])
-        ]
+        conversations, is_batch = conversations_of(conversation)
         options = take(kwargs, CALL_OPTIONS)
         options |= {**(kwargs.pop("tokenizer_kwargs", None) or {}), **(processor_kwargs or {})}
         for given in (kwargs, options):
-            self._refuse_other_media(given)
+            refuse_other_media(given)
         images = options.pop("images", images)
         if return_tensors not in (None, "auto"):
             options["return_tensors"] = return_tensors
@@ -452,10 +445,3 @@ class GenieBlueProcessor(ProcessorMixin):
         if with_types:
             output["mm_token_type_ids"] = zeros_like(output["input_ids"])
         return output
-
-    def _refuse_other_media(self, options: dict[str, Any]) -> None:
-        """ValueError for media that would be passed over; an option that holds none is left out."""
-        for name, value in take(options, OTHER_MEDIA).items():
-            if value is not None and not (isinstance(value, (list, tuple)) and not value):
-                raise ValueError(f"{name} is given, but GenieBlue sees images and texts alone; leave it out.")
-        take(options, ("videos_kwargs", "audio_kwargs"))

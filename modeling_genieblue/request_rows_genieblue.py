@@ -9,6 +9,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, PreTrainedT
 from .chat_messages_genieblue import with_string_contents
 from .image_reading_genieblue import flatten_images
 
+OTHER_MEDIA = ("videos", "video", "audio", "audios")
 PADDING_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of")
 
 
@@ -132,6 +133,14 @@ def encode_and_pad(
     return BatchFeature(data, tensor_type=return_tensors)
 
 
+def refuse_other_media(options: dict[str, Any]) -> None:
+    """ValueError for media that would be passed over; an option that holds none is left out."""
+    for name, value in take(options, OTHER_MEDIA).items():
+        if value is not None and not (isinstance(value, (list, tuple)) and not value):
+            raise ValueError(f"{name} is given, but GenieBlue sees images and texts alone; leave it out.")
+    take(options, ("videos_kwargs", "audio_kwargs"))
+
+
 def zeros_like(ids: Any) -> Any:
     """Return zeros in the form of `ids`, nested lists or a tensor."""
     return [zeros_like(entry) for entry in ids] if isinstance(ids, list) else ids * 0
@@ -154,6 +163,7 @@ __all__ = [
     "images_by_part",
     "images_by_row",
     "pad_rows",
+    "refuse_other_media",
     "take",
     "text_encoder",
     "tokenize_chats",

@@ -115,7 +115,7 @@ def model_that_reads_the_image_as_words(model):
     view = copy.deepcopy(model.multimodal_language_model)
     features = model.get_image_features(PIXELS).pooler_output.detach().flatten(0, 1)
     rows = torch.cat([view.get_input_embeddings().weight.detach(), features])
-    view.set_input_embeddings(nn.Embedding.from_pretrained(rows))
+    view.model.embed_tokens = nn.Embedding.from_pretrained(rows)
     view.lm_head = PaddedHead(view.lm_head)
     ids = SEEN.clone()
     ids[ids == IMAGE_ID] = IMAGE_ID + torch.arange(TOKENS_PER_TILE)
@@ -230,6 +230,8 @@ def test_both_views_have_the_bases_generation_configuration():
     assert model.generation_config is own is model.multimodal_language_model.generation_config
     new = model.generation_config = GenerationConfig(max_new_tokens=2, pad_token_id=0)
     assert base.generation_config is new is model.multimodal_language_model.generation_config
+    new = model.multimodal_language_model.generation_config = GenerationConfig(max_new_tokens=4, pad_token_id=0)
+    assert base.generation_config is new is model.generation_config
     base.generation_config = GenerationConfig(max_new_tokens=3, pad_token_id=0)
     assert model.generation_config is base.generation_config
     for ids in (TEXT, SEEN):

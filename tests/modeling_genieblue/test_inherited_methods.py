@@ -1,6 +1,8 @@
 """Every public name that a GenieBlue inherits acts on what is ours, leaves the base alone, or is refused by name."""
 
 import copy
+import inspect
+import io
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from peft import (
     inject_adapter_in_model,
     prepare_model_for_kbit_training,
 )
-from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles, tiny_genieblue
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_genieblue import IMAGE, left_pad, prompt, row, save_tiny_pair, tiles, tiny_genieblue
 from tiny_models import tiny_base
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,7 +25,9 @@ from transformers.generation.utils import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.frozen_base_genieblue import REFUSALS
+from modeling_genieblue.frozen_base_genieblue import LANGUAGE_TREES, REFUSALS
+from modeling_genieblue.frozen_view_genieblue import VIEW_REFUSALS
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 
@@ -31,9 +36,9 @@ OURS = """
 apply base_model base_model_prefix config_class destroy_cached_continuous_batching_manager
 disable_input_require_grads embed_request enable_input_require_grads forward from_base from_pretrained generate
 generation_config get_decoder get_experts_implementation get_image_features get_input_embeddings
-get_output_embeddings get_placeholder_mask input_modalities main_input_name push_to_hub requires_grad_
-save_pretrained set_attn_implementation set_experts_implementation set_submodule supports_gradient_checkpointing
-tie_weights train warn_if_padding_and_no_attention_mask
+get_output_embeddings get_placeholder_mask hqq_quantized input_modalities loss_function main_input_name push_to_hub
+requires_grad_ save_pretrained set_attn_implementation set_experts_implementation set_submodule
+supports_gradient_checkpointing tie_weights train warn_if_padding_and_no_attention_mask
 """
 # Read, or report, and change nothing.
 READ_ONLY = """
@@ -42,7 +47,7 @@ device dtype dummy_inputs dump_patches ep_plan eval extra_repr fsdp_plan fsdp_si
 get_compiled_call get_correct_attn_implementation get_correct_experts_implementation get_encoder
 get_expanded_tied_weights_keys get_extra_state get_init_context get_memory_footprint get_parameter
 get_parameter_or_buffer get_submodule heal_tokens is_activation_checkpointing is_backend_compatible is_custom_code
-is_distributed_loading_by_transformers is_gradient_checkpointing is_remote_code load_custom_generate loss_function
+is_distributed_loading_by_transformers is_gradient_checkpointing is_remote_code load_custom_generate
 model_tags modules named_buffers named_children named_modules named_non_persistent_buffers named_parameters
 num_parameters output_modalities parameters pp_plan prepare_inputs_for_generation retrieve_modules_from_names
 should_save_on_this_rank state_dict supports_context_parallel supports_pp_plan supports_tp_plan tp_plan tp_size
@@ -273,6 +278,94 @@ def test_module_of_the_base_is_not_replaced_and_one_of_ours_is(model):
     assert model.vision_tower.post_layernorm is other
 
 
+# The multimodal view by itself
+
+
+TREES = {"view": lambda model: model.multimodal_language_model,
+         "decoder": lambda model: model.multimodal_language_model.model}  # fmt: skip
+trees = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+
+
+@trees
+@pytest.mark.parametrize("name", sorted(VIEW_REFUSALS))
+def test_view_refuses_what_the_model_refuses(name, tree, unchanged):
+    model, before = unchanged
+    with pytest.raises(ValueError, match=f"`{name}` is refused for a GenieBlue: .{{30}}"):
+        getattr(tree(model), name)()
+    assert portrait(model) == before
+
+
+@trees
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "wrapped"])
+@pytest.mark.parametrize("cast", [*CASTS.values(), lambda module: module.to("meta")], ids=[*CASTS, "meta"])
+def test_view_is_neither_cast_nor_moved_without_the_base(cast, wrapped, tree, unchanged):
+    model, before = unchanged
+    with pytest.raises(ValueError, match="Move the whole GenieBlue"):
+        cast(nn.Sequential(tree(model)) if wrapped else tree(model))
+    assert portrait(model) == before
+
+
+@trees
+def test_view_trains_initialises_and_ties_its_adapter_alone(tree, model):
+    part, base = tree(model), copy.deepcopy(model.language_model.state_dict())
+    adapter = {id(parameter) for _, _, parameter in adapter_parameters(model.multimodal_language_model)}
+    part.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in part.parameters())
+    part.requires_grad_(True)
+    assert {id(parameter) for parameter in part.parameters() if parameter.requires_grad} == adapter
+    part.apply(lambda module: [nn.init.zeros_(each) for each in module.parameters(recurse=False)])
+    assert not any(each.any() for _, _, each in adapter_parameters(model.multimodal_language_model))
+    part.to("cpu", torch.float32).train().tie_weights()
+    assert all(torch.equal(value, base[name]) for name, value in model.language_model.state_dict().items())
+
+
+@torch.no_grad()
+def test_lora_is_merged_into_weights_of_the_view_alone(model):
+    texts, seen = model(prompt()).logits, model(REQUEST, pixel_values=PIXELS).logits
+    before = {name: id(parameter) for name, parameter in model.language_model.named_parameters()}
+    layers = [module for module in model.multimodal_language_model.modules() if isinstance(module, BaseTunerLayer)]
+    for act in ("merge", "unmerge"):
+        for layer in layers:
+            getattr(layer, act)()
+        assert torch.equal(model(prompt()).logits, texts)
+        torch.testing.assert_close(model(REQUEST, pixel_values=PIXELS).logits, seen, atol=1e-4, rtol=1e-4)
+    assert before == {name: id(parameter) for name, parameter in model.language_model.named_parameters()}
+
+
+@torch.no_grad()
+def test_copies_of_a_model_are_as_guarded_as_it(model):
+    pickled = io.BytesIO()
+    torch.save(model, pickled)
+    pickled.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(pickled, weights_only=False)):
+        view = copied.multimodal_language_model
+        assert type(view) is type(model.multimodal_language_model)
+        assert view.generation_config is copied.language_model.generation_config is not model.generation_config
+        with pytest.raises(ValueError, match="Move the whole GenieBlue"):
+            view.half()
+        expected = copied(prompt()).logits
+        for layer in (module for module in view.modules() if isinstance(module, BaseTunerLayer)):
+            layer.merge()
+        assert torch.equal(copied(prompt()).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "bluelm"])
+@torch.no_grad()
+def test_loss_that_is_set_is_that_of_every_row(family):
+    model = tiny_genieblue(family)
+    own = model(prompt(), labels=prompt()).loss
+    assert torch.equal(own, model.language_model(prompt(), labels=prompt()).loss)
+    given = []
+    for part in (model, model.language_model, model.multimodal_language_model):
+        part.loss_function = lambda logits, labels, vocab_size, **_: given.append(len(labels)) or logits.sum()
+        mixed = left_pad([prompt(), REQUEST])
+        for inputs in ({"input_ids": prompt()}, {"input_ids": REQUEST, "pixel_values": PIXELS},
+                       {**mixed, "pixel_values": PIXELS}):  # fmt: skip
+            outputs = model(**inputs, labels=inputs["input_ids"])
+            assert torch.equal(outputs.loss, outputs.logits.sum())
+    assert given == [1, 1, 2] * 3
+
+
 # What the base answers
 
 
@@ -331,6 +424,12 @@ OTHERS_ADAPTERS = {
     "low_cpu_mem_usage": lambda model: get_peft_model(model, LoraConfig(target_modules=["fc1"]),
                                                       low_cpu_mem_usage=True),
     "injection": lambda model: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model, "mine"),
+    "the decoder of the view": lambda model: get_peft_model(
+        model.multimodal_language_model.model, LoraConfig(target_modules=["q_proj"])
+    ),
+    "a block of the view": lambda model: get_peft_model(
+        model.multimodal_language_model.model.layers[0], LoraConfig(target_modules=["q_proj"])
+    ),
     "the multimodal view": lambda model: get_peft_model(
         model.multimodal_language_model, LoraConfig(target_modules=["q_proj"])
     ),
@@ -363,9 +462,56 @@ def test_view_is_not_replaced(name, unchanged):
     assert portrait(model) == before
 
 
-def test_casting_of_the_base_by_peft_is_noticed_at_the_next_request():
+@pytest.mark.parametrize("tree", LANGUAGE_TREES)
+def test_casting_of_a_part_of_the_base_is_noticed_at_the_next_request(tree, model):
+    getattr(model, tree).model.layers[1].mlp.half()
+    for request in (lambda: model(prompt()), lambda: model.generate(REQUEST, pixel_values=PIXELS)):
+        with pytest.raises(ValueError, match="a part of it was cast to torch.float16"):
+            request()
+
+
+def test_base_that_is_set_to_train_is_refused_in_training(model):
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    model(REQUEST, pixel_values=PIXELS)
+    for part in (model.train(), model.base_model):
+        with pytest.raises(ValueError, match="`model.language_model.requires_grad_\\(False\\)`"):
+            part(REQUEST, pixel_values=PIXELS)
+    model.language_model.requires_grad_(False)
+    model(REQUEST, pixel_values=PIXELS, labels=REQUEST).loss.backward()
+
+
+@pytest.mark.parametrize("part", ["", "base_model", "multimodal_language_model"])
+def test_casting_by_peft_is_refused_before_anything_changes(part):
     model = tiny_genieblue(base=tiny_base("llama", dtype=torch.bfloat16))
-    prepare_model_for_kbit_training(model)
+    types = {name: (parameter.dtype, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="`prepare_model_for_kbit_training` is refused"):
+        prepare_model_for_kbit_training(getattr(model, part) if part else model)
+    assert types == {name: (each.dtype, each.requires_grad) for name, each in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_what_reads_every_attribute_is_not_refused(unchanged):
+    """`torch.jit.trace` does, and tools that inspect an object."""
+
+    class Logits(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def forward(self, ids, **pixels):
+            return self.part(ids, use_cache=False, **pixels).logits
+
+    model, _ = unchanged
+    for part in (model, model.multimodal_language_model):
+        assert dict(inspect.getmembers(part))["generation_config"] is model.generation_config
+        traced = torch.jit.trace(Logits(part), (prompt(),))
+        assert torch.equal(traced(prompt()), part(prompt()).logits)
+
+
+def test_casting_of_the_base_itself_is_noticed_at_the_next_request():
+    model = tiny_genieblue(base=tiny_base("llama", dtype=torch.bfloat16))
+    prepare_model_for_kbit_training(model.language_model)
     for request in (lambda: model(prompt()), lambda: model.generate(REQUEST, pixel_values=PIXELS)):
         with pytest.raises(ValueError, match="was cast to torch.float32 .*prepare_model_for_kbit"):
             request()

@@ -103,12 +103,6 @@ CLIENTS = {
     ),
     "a deep copy's": lambda model, state, _: model.load_state_dict(copy.deepcopy(model).state_dict() | state),
     "safetensors": lambda model, _, folder: load_model(model, folder / "model.safetensors"),
-    "accelerate, a file": lambda model, _, folder: accelerate.load_checkpoint_in_model(
-        model, str(folder / "model.safetensors")
-    ),
-    "accelerate, dispatched": lambda model, _, folder: accelerate.load_checkpoint_and_dispatch(
-        model, str(folder / "model.safetensors")
-    ),
     "distributed checkpoint": lambda model, state, _: set_model_state_dict(model, state),
     "distributed, filled up": lambda model, state, _: set_model_state_dict(
         model, state, options=StateDictOptions(full_state_dict=True, strict=False)
@@ -190,11 +184,51 @@ def test_part_is_loaded_by_the_part():
 def test_shards_are_refused_where_they_are_loaded_one_by_one(tmp_path):
     model = tiny_genieblue()
     folder, before = save_sharded(other_genieblue().state_dict(), tmp_path / "sharded"), values(model)
-    for load in (lambda: load_sharded_checkpoint(model, str(folder), strict=False),
-                 lambda: accelerate.load_checkpoint_in_model(model, str(folder))):  # fmt: skip
-        with pytest.raises(ValueError, match="missing: "):
-            load()
-        assert values(model) == before
+    with pytest.raises(ValueError, match="missing: "):
+        load_sharded_checkpoint(model, str(folder), strict=False)
+    assert values(model) == before
+
+
+WHOLE = {"": "cpu"}
+BY_ACCELERATE = {
+    "in the model": lambda model, place, _: accelerate.load_checkpoint_in_model(model, place, device_map=WHOLE),
+    "without a map": lambda model, place, _: accelerate.load_checkpoint_in_model(model, place),
+    "onto the disk": lambda model, place, folder: accelerate.load_checkpoint_in_model(
+        model, place, device_map={"": "disk"}, offload_folder=str(folder / "offloaded")
+    ),
+    "dispatched": lambda model, place, _: accelerate.load_checkpoint_and_dispatch(model, place, device_map="auto"),
+    "the view alone": lambda model, place, _: accelerate.load_checkpoint_in_model(
+        model.multimodal_language_model, place, device_map=WHOLE
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("load", BY_ACCELERATE.values(), ids=BY_ACCELERATE)
+def test_accelerate_which_would_restore_half_of_a_saved_folder_is_refused(load, tmp_path):
+    model = tiny_genieblue()
+    other_genieblue().save_pretrained(tmp_path / "other")
+    before, base = values(model), base_values(model)
+    with pytest.raises(ValueError, match="refused for a loaded GenieBlue.*from_pretrained"):
+        load(model, str(tmp_path / "other"), tmp_path)
+    assert values(model) == before and base_values(model) == base
+
+
+def test_view_takes_its_adapter_and_no_weight_of_the_base():
+    model, other = tiny_genieblue(), other_genieblue()
+    view, source = model.multimodal_language_model, other.multimodal_language_model.state_dict()
+    base = base_values(model)
+    with torch.no_grad():
+        other.language_model.lm_head.weight.add_(1)
+    for part, prefix in ((view, ""), (view.model, "model.")):
+        state = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
+        foreign = {**state, next(iter(state)): next(iter(state.values())) + 1}
+        with pytest.raises(ValueError, match="is no tensor of the adapter"):
+            part.load_state_dict(foreign, strict=False)
+    adapter = {name: source[name] for name, _, _ in adapter_parameters(view)}
+    assert view.load_state_dict(adapter, strict=False).unexpected_keys == []
+    assert all(torch.equal(view.state_dict()[name], value) for name, value in adapter.items())
+    view.load_state_dict(view.state_dict())
+    assert base_values(model) == base
 
 
 def test_weights_of_peft_are_refused_outside_of_their_folder(tmp_path):

@@ -342,7 +342,7 @@ def test_model_in_memory_is_saved_in_its_own_precision_only(model, tmp_path):
     with pytest.raises(ValueError, match="quantized for bfloat16"):
         model.save_pretrained(tmp_path / "x", dtype=torch.float32)
     for base in (model.language_model, model.multimodal_language_model):
-        with pytest.raises(ValueError, match="not saved from memory"):
+        with pytest.raises(ValueError, match="not saved from memory|`save_pretrained` is refused"):
             base.save_pretrained(tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
