@@ -33,6 +33,7 @@ from .configuration_genieblue import RUNTIME_SETTINGS, GenieBlueConfig
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .image_features_genieblue import ImageFeaturesMixin
+from .labelled_head_genieblue import labelled_loss
 from .language_adapter_genieblue import check_adapter_settings, initialize_adapter, load_adapter, make_lora_config
 from .language_views_genieblue import TextEmbedder, build_multimodal_view
 from .loading_genieblue import LoadRequest, Provenance
@@ -355,6 +356,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         labels: torch.LongTensor | None = None,
         view: str | None = None,
         cache: Any = None,
+        keep_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """One pass; rows with image tokens run the multimodal view, other rows the base.
@@ -366,6 +368,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             past_key_values, cache: a cache of an earlier pass *in the same view*; two names, of which one is given.
             labels: (batch, length); -100 is ignored.
             view: `"text"` or `"multimodal"` for all rows, instead of by row. In training everything is multimodal.
+            keep_logits: `False`, with `labels` and for rows that all run the multimodal view, computes logits only
+                where there is a label, and returns none: the same loss and gradients in less time and memory.
             kwargs: passed on to the language model.
 
         Raises `ValueError` when images, image tokens, view and cache do not belong together.
@@ -387,24 +391,34 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         if labels is not None:
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
         if all(is_multimodal):
-            outputs = self._multimodal_forward(pixel_values, inputs)
+            outputs = self._multimodal_forward(pixel_values, inputs, keep_logits)
         elif not any(is_multimodal):
             outputs = self._with_loss(self.language_model, inputs)
         else:
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
         return outputs.to_tuple() if as_tuple else outputs
 
-    def _multimodal_forward(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
-        return self._with_loss(self.multimodal_language_model, self._embedded(pixel_values, inputs))
+    def _multimodal_forward(
+        self, pixel_values: torch.Tensor | None, inputs: dict[str, Any], keep_logits: bool = True
+    ) -> CausalLMOutputWithPast:
+        return self._with_loss(self.multimodal_language_model, self._embedded(pixel_values, inputs), keep_logits)
 
-    def _with_loss(self, view: PreTrainedModel, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+    def _with_loss(
+        self, view: PreTrainedModel, inputs: dict[str, Any], keep_logits: bool = True
+    ) -> CausalLMOutputWithPast:
         inputs = dict(inputs)
         labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
-        outputs = view(**inputs, return_dict=True)
         if labels is None:
-            return outputs
-        loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
-        return CausalLMOutputWithPast(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
+            return view(**inputs, return_dict=True)
+        if keep_logits:
+            outputs = view(**inputs, return_dict=True)
+            loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
+        else:
+            loss, outputs = labelled_loss(view, inputs, labels, num_items)
+        dropped = ("loss",) if keep_logits else ("loss", "logits")
+        return CausalLMOutputWithPast(
+            loss=loss, **{name: value for name, value in outputs.items() if name not in dropped}
+        )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)

@@ -134,7 +134,7 @@ class StageTrainer(Trainer):
         self._last_log_time = self._last_log_time or time.perf_counter()
         self._samples_since_log += len(inputs["input_ids"]) * self.args.world_size
         self._tokens_since_log += int(inputs["attention_mask"].sum()) * self.args.world_size
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, {**inputs, "keep_logits": False}, *args, **kwargs)
         if not torch.isfinite(loss):
             self._stop_at("loss", loss)
         return loss
@@ -170,7 +170,7 @@ class StageTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """A batch's validation loss, in the view that is trained."""
-        return super().prediction_step(model, {**inputs, "view": MULTIMODAL}, *args, **kwargs)
+        return super().prediction_step(model, {**inputs, "view": MULTIMODAL, "keep_logits": False}, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's validation; the time it takes is not training time."""
