@@ -7,11 +7,14 @@ transformers 5.24 renamed the argument `past_key_values` to `cache`; remote code
 """
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CACHE_NAMES = ("past_key_values", "cache")
 
@@ -41,7 +44,7 @@ def require_peft() -> None:
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError as error:  # before 0.18 and from 0.16 on: it asks transformers for what version 5 has not
-        raise _too_old("peft", "0.18", f" ({error})") from error
+        raise _too_old("peft", "0.18", f" ({error})") from None
     if hasattr(LoraLayer, "dora_init"):  # before 0.16
         raise _too_old("peft", "0.18")
 
@@ -63,9 +66,9 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     return caches[0] if caches else None
 
 
-def cache_argument(model: Any) -> str:
-    """The name under which the forward of a model takes its cache."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def cache_argument(function: Callable) -> str:
+    """The name under which a model's method takes a cache."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def cache_field(kind: Any) -> str:
@@ -73,4 +76,51 @@ def cache_field(kind: Any) -> str:
     return "cache" if hasattr(kind, "cache") else "past_key_values"
 
 
-__all__ = ["cache_argument", "cache_field", "require_peft", "require_transformers", "take_cache"]
+# The name under which transformers' `generate` takes and hands on a cache.
+CACHE = cache_field(CausalLMOutputWithPast)
+
+
+def takes_cache_of_generate(model: Any) -> bool:
+    """Whether `generate` can hand its cache to a model, whose own code may know only the other name."""
+    return cache_argument(model.prepare_inputs_for_generation) == CACHE
+
+
+def adapt_to_cache_of_generate(view: Any) -> None:
+    """Hands `view` the cache of `generate` under the name that its own code knows.
+
+    Code that misses its cache takes every step for the first one, and answers the prompt's embeddings again and again.
+    """
+    if not takes_cache_of_generate(view):
+        view.prepare_inputs_for_generation = _PreparesWithOtherName(view.prepare_inputs_for_generation)
+    if (name := cache_argument(view.forward)) != CACHE:
+        view.register_forward_pre_hook(functools.partial(_rename_cache, name), with_kwargs=True)
+
+
+class _PreparesWithOtherName:
+    """`prepare_inputs_for_generation` of a view with the signature that `generate` reads, but for the cache's name.
+
+    An object, because a deep copy of the view copies it along; a closure would stay with the first view.
+    """
+
+    def __init__(self, prepare: Callable[..., dict[str, Any]]):
+        self._prepare, self._name = prepare, cache_argument(prepare)
+        signature = inspect.signature(prepare)
+        parameters = [
+            each.replace(name=CACHE) if each.name == self._name else each for each in signature.parameters.values()
+        ]
+        self.__signature__ = signature.replace(parameters=parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self._prepare(*args, **{self._name: take_cache(kwargs)}, **kwargs)
+
+
+def _rename_cache(name: str, _view: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: the cache comes as `name`."""
+    cache = take_cache(kwargs)
+    return args, kwargs if cache is None else {**kwargs, name: cache}
+
+
+__all__ = [
+    "CACHE", "CACHE_NAMES", "adapt_to_cache_of_generate", "cache_argument", "cache_field", "require_peft",
+    "require_transformers", "take_cache", "takes_cache_of_generate",
+]  # fmt: skip

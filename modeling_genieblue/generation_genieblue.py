@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .compat_genieblue import cache_field, take_cache
+from .compat_genieblue import CACHE, take_cache
 from .view_routing_genieblue import (
     MULTIMODAL,
     TEXT,
@@ -18,8 +17,6 @@ from .view_routing_genieblue import (
     take_rows,
 )
 
-# The name under which transformers' `generate` takes and hands on a cache.
-CACHE = cache_field(CausalLMOutputWithPast)
 # What of `generate` works from the prompt's ids, and the value with which it does nothing. Where embeddings are given,
 # as for a row with images, transformers ignores these or answers from the ids alone.
 WORKS_FROM_IDS = {

@@ -28,7 +28,7 @@ from .as_built_genieblue import AsBuilt
 from .backbone_genieblue import GenieBlueBackbone
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
-from .compat_genieblue import cache_argument, cache_field, take_cache
+from .compat_genieblue import CACHE, adapt_to_cache_of_generate, cache_argument, cache_field, take_cache
 from .configuration_genieblue import RUNTIME_SETTINGS, GenieBlueConfig
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
@@ -225,6 +225,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
                 "a text with it would be taken for an image. Expected the first id past them, as saved."
             )
         view = build_multimodal_view(base, lora_config)
+        adapt_to_cache_of_generate(view)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)
         self.language_model, self.multimodal_language_model = base, view
@@ -233,7 +234,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             head.requires_grad_(False)  # it pools patches into one vector, which no image token is made of
         self._lora_config = lora_config
         self._as_built = AsBuilt(self.config, base)
-        self._cache_argument = cache_argument(base)
+        self._cache_argument = cache_argument(base.forward)
         self._embed_text = TextEmbedder(view)
 
     def save_pretrained(
@@ -442,7 +443,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         merged = merge_rows(text, multimodal, rows)
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(merged["logits"], labels, num_items_in_batch=num_items),
-            **{cache_field(CausalLMOutputWithPast): cache if cache[TEXT] is not None else None},
+            **{CACHE: cache if cache[TEXT] is not None else None},
             **merged,
         )
 

@@ -11,7 +11,7 @@ from transformers import CompileConfig, StaticCache, TextStreamer
 
 from conversion.chat_ids import answer_text
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
-from modeling_genieblue.compat_genieblue import cache_field
+from modeling_genieblue.compat_genieblue import CACHE, takes_cache_of_generate
 from modeling_genieblue.image_reading_genieblue import read_image
 from modeling_genieblue.placeholders_genieblue import TextWithImages
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
@@ -218,7 +218,9 @@ class Chat(Conversation):
             **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else GREEDY),
         )
         sequence = outputs.sequences[0].tolist()
-        self._cache, self._cached_view = getattr(outputs, cache_field(outputs)), running_view
+        module = self.model.multimodal_language_model if running_view == MULTIMODAL else self.model.language_model
+        if takes_cache_of_generate(module):  # else each turn is prefilled anew, as by the base alone
+            self._cache, self._cached_view = getattr(outputs, CACHE), running_view
         self._cached_ids = sequence[: int(self._cache.get_seq_length())] if self._cache is not None else []
         return sequence[len(ids) :], running_view
 

@@ -144,13 +144,29 @@ class Checks:
         ]
         assert texts[0] == texts[1], texts
 
+    @torch.no_grad()
+    def own_code(self) -> None:
+        """With a base whose own code knows `past_key_values` alone, answers are those of passes without a cache."""
+        model = load(self.request["own_code_repo"])
+        base = AutoModelForCausalLM.from_pretrained(self.request["own_code_base"], trust_remote_code=True).eval()
+        assert equal(text_answer(model, self.ids), text_answer(base, self.ids))
+        processor = AutoProcessor.from_pretrained(self.request["own_code_repo"], trust_remote_code=True)
+        prompt = processor.apply_chat_template(CHAT, add_generation_prompt=True)
+        inputs = processor(text=prompt, images=scan(), return_tensors="pt")
+        ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+        found = model.generate(ids, pixel_values=pixels, **OPTIONS)
+        for _ in range(found.shape[1] - ids.shape[1]):
+            logits = model(ids, pixel_values=pixels, use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+        assert found.tolist() == ids.tolist()
+
     def others(self) -> None:
         """Folders that other environments saved."""
         for folder in self.request.get("load", ()):
             assert equal(image_answer(load(folder), self.processor), self.answer), folder
 
 
-STEPS = ("image", "text", "processing", "training", "saving", "stock_peft", "pipe", "others")
+STEPS = ("image", "text", "processing", "training", "saving", "stock_peft", "pipe", "own_code", "others")
 
 
 def main(request_file: str) -> None:

@@ -24,10 +24,11 @@ ENVIRONMENTS = REPOSITORY / ".venvs"
 PAGE = REPOSITORY / "docs/compatibility.md"
 BEGIN, END = "<!-- written by make test-versions -->", "<!-- end -->"
 BASE, REPO = "you/base-llm", "you/genieblue-tiny"
+OWN_CODE_BASE, OWN_CODE_REPO = "you/base-with-code", "you/genieblue-on-code"
 PINNED = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line)
 STEPS = {
     "image": "image", "text": "text", "processing": "processor", "training": "step", "saving": "saved, loaded",
-    "stock_peft": "stock PEFT", "pipe": "pipelines",
+    "stock_peft": "stock PEFT", "pipe": "pipelines", "own_code": "base with code",
 }  # fmt: skip
 
 
@@ -83,20 +84,25 @@ def torch_environment() -> Path:
     return folder
 
 
-def publish_tiny_model(hub: HubServer, folder: Path) -> None:
-    """A base and a GenieBlue on it, saved and pushed with the pinned versions."""
+def publish_tiny_models(hub: HubServer, folder: Path) -> None:
+    """Two bases, one with code of its own, and a GenieBlue on each, saved and pushed with the pinned versions."""
     from tiny_genieblue import tiny_genieblue
     from tiny_models import save_tiny_base
     from transformers import AutoModelForCausalLM
 
-    hub.commit_folder(BASE, save_tiny_base("llama", folder / "base"))
-    tiny_genieblue(base=AutoModelForCausalLM.from_pretrained(BASE)).push_to_hub(REPO)
+    for family, base_id, repo_id in (("llama", BASE, REPO), ("bluelm", OWN_CODE_BASE, OWN_CODE_REPO)):
+        hub.commit_folder(base_id, save_tiny_base(family, folder / family))
+        base = AutoModelForCausalLM.from_pretrained(base_id, trust_remote_code=family == "bluelm")
+        tiny_genieblue(base=base).push_to_hub(repo_id)
 
 
 def try_it(environment: Environment, folder: Path, hub: HubServer, **request) -> dict:
     """What `one_environment.py` finds with the environment's libraries."""
     folder.mkdir()
-    request |= {"base": BASE, "repo": REPO, "folder": str(folder / "saved"), "findings": str(folder / "findings.json")}
+    request |= {
+        "base": BASE, "repo": REPO, "own_code_base": OWN_CODE_BASE, "own_code_repo": OWN_CODE_REPO,
+        "folder": str(folder / "saved"), "findings": str(folder / "findings.json"),
+    }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request))
     variables = {name: value for name, value in hub.env().items() if name != "PYTHONPATH"}
     command = [str(environment.python), "-P", str(Path(__file__).with_name("one_environment.py"))]
@@ -116,7 +122,7 @@ def try_it(environment: Environment, folder: Path, hub: HubServer, **request) ->
 def run(hub: HubServer, workdir: Path) -> None:
     """Fills in the findings of all environments."""
     shared = torch_environment()
-    publish_tiny_model(hub, workdir)
+    publish_tiny_models(hub, workdir)
     expected = None
     for environment in MATRIX:
         start = time.monotonic()
