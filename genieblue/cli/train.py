@@ -6,49 +6,38 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype
-from genieblue.cli.terminal import note, quiet_transformers
+from genieblue.cli.options import Base, BaseCode, Dtype, Seed
+from genieblue.cli.terminal import counted, note, quiet_transformers
 
 
 def train(
     stage: Annotated[int, typer.Option(min=1, max=2, help="1: projector only; 2: everything GenieBlue adds.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of the GenieBlue to train.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the GenieBlue to train.")],
     data: Annotated[
-        list[Path], typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.", show_default=False)
+        list[Path], typer.Option(metavar="FILE", help="JSONL file of chats, or a folder saved by `datasets`.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the trained GenieBlue.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the trained GenieBlue.")],
     image_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that image paths are relative to; default: the JSONL file's folder.", show_default=False
-        ),
+        Path | None, typer.Option(help="Folder that image paths are relative to; default: the JSONL file's folder.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default=False)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate; default: the paper's.", show_default=False)
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the paper's.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per sample, including image tokens.")] = 4096,
     max_tiles: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum tiles per image; default: 1 in stage 1, the model's own in stage 2.", show_default=False
-        ),
+        int | None, typer.Option(help="Maximum tiles per image; default: 1 in stage 1, the model's own in stage 2.")
     ] = None,
     bf16: Annotated[
-        bool | None,
-        typer.Option(
-            "--bf16/--no-bf16", help="bfloat16 autocast; default: if the base is bfloat16.", show_default=False
-        ),
+        bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast; default: if the base is bfloat16.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Use less memory, about a third more time.")
     ] = False,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: no checkpoints.")] = 500,
     num_workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
-    seed: int = 42,
+    seed: Seed = 42,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip bad samples instead of stopping.")] = False,
     base: Base = None,
@@ -84,9 +73,14 @@ def train(
     chats = ChatDataset(data_source(data[0]), image_folder=image_folder, skip_bad=skip_bad)
     quiet_transformers()
     chat = load_chat(model, base, None, dtype, "cpu", trust_remote_code)  # Trainer moves it to the GPU
-    result = run(chat.model, chat.processor, chats, out, settings, resume=resume)
+    try:
+        result = run(chat.model, chat.processor, chats, out, settings, resume=resume)
+    except KeyboardInterrupt:
+        note("\nThe run continues from its last checkpoint, if there is one, with the same command and --resume.")
+        raise
     loss = "" if result.loss is None else f", last loss {result.loss:.4g}"
-    typer.echo(f"{result.output}: stage {stage}, {result.steps} steps over {result.num_samples} samples{loss}.")
+    steps, samples = counted(result.steps, "step"), counted(result.num_samples, "sample")
+    typer.echo(f"{out}: stage {stage}, {steps} over {samples}{loss}.")
     note("The base's bytes are unchanged.")
     if stage == 1:
         note(f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …")
