@@ -8,7 +8,7 @@ DEMO_OUT ?= demo-out
 .PHONY: help demo test test-slow test-versions lint clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
 
 demo: $(STAMP)  ## train a small GenieBlue from scratch and show that it reads (under 10 minutes on 2 cores)
 	$(BIN)/genieblue demo --out $(DEMO_OUT)

@@ -106,13 +106,18 @@ def answer_text(processor: Any, messages: list[dict[str, Any]], generated_ids: l
 
     The model generates that text too, and the template would add it again in the next turn.
     """
+    before, after = decoded_frame(processor, messages)
     text = processor.tokenizer.decode(generated_ids, skip_special_tokens=True)
+    return text.removeprefix(before).removesuffix(after)
+
+
+def decoded_frame(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, str]:
+    """The text that the template writes before and after an answer, as it reads in the decoded answer."""
     try:
         before, after = answer_frame(processor, messages)
     except ValueError:  # training refuses such a template, so this model was made with another
-        return text
-    before, after = (_as_generated(processor.tokenizer, piece) for piece in (before, after.rstrip()))
-    return text.removeprefix(before).removesuffix(after)
+        return "", ""
+    return _as_generated(processor.tokenizer, before), _as_generated(processor.tokenizer, after.rstrip())
 
 
 def _as_generated(tokenizer: Any, text: str) -> str:
@@ -189,4 +194,13 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
-__all__ = ["IGNORED", "NO_STOP_TOKEN", "ChatRow", "answer_frame", "answer_text", "chat_rows", "stop_token_ids"]
+__all__ = [
+    "IGNORED",
+    "NO_STOP_TOKEN",
+    "ChatRow",
+    "answer_frame",
+    "answer_text",
+    "chat_rows",
+    "decoded_frame",
+    "stop_token_ids",
+]

@@ -143,7 +143,7 @@ def _report_stop_tokens(processor: GenieBlueProcessor, generation_config: Genera
             after.rstrip(),
         )
     else:
-        logger.info("Generation stops at %s.", stops)
+        logger.info("Generation stops at %s, which also ends the chat template's answers.", stops)
 
 
 def _check_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder, lock
 
-NOTHING_STAYS = "free some space, or use another disk. No incomplete files are left"
+NOTHING_STAYS = "free some space, or use another disk. No incomplete files are left."
 
 
 @contextmanager

@@ -33,8 +33,10 @@ def main(model: Path, base: Path) -> None:
     commit = publish_folder(model, "you/reader", base="you/smollm2")
     print(f"Published: {commit.commit_url}")
 
-    reader = AutoModelForImageTextToText.from_pretrained("you/reader", trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained("you/reader", trust_remote_code=True)
+    # Remote code should run only in the version that was read: name its commit.
+    pinned = {"revision": commit.oid, "code_revision": commit.oid, "trust_remote_code": True}
+    reader = AutoModelForImageTextToText.from_pretrained("you/reader", **pinned)
+    processor = AutoProcessor.from_pretrained("you/reader", **pinned)
     picture = Image.new("RGB", (128, 64), "white")
     question = [{"type": "image", "image": picture}, {"type": "text", "text": "Which word?"}]
     for content in ("What is the capital of France?", question):

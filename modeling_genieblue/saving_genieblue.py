@@ -105,7 +105,10 @@ def save_model(
         try:
             has_processor = _write_files(model, new.staging, target, processor, dtype, facts, state, variant)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"{target} could not be saved ({error}); its previous contents are unchanged.") from error
+            remains = "its previous contents are unchanged" if target.exists() else "no incomplete files are left"
+            raise OSError(
+                f"{target} could not be saved ({error}); {remains}. Check the free space and the permissions there."
+            ) from error
         # The weights that are there stay beside those of a variant.
         stale = [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
         stale += (*(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))

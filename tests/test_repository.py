@@ -57,6 +57,15 @@ def test_the_index_of_the_docs_lists_every_page():
     ]
 
 
+def test_the_messages_that_the_troubleshooting_page_quotes_exist():
+    source = "\n".join((ROOT / path).read_text(encoding="utf-8") for path in tracked("*.py") if "tests/" not in path)
+    messages = re.sub(r'"\n\s*f?"', "", source)  # strings over several lines
+    rows = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    quotes = [quote for row in rows if row.startswith("| ") for quote in re.findall("`(.+?)`", row.split(" | ")[0])]
+    pieces = [piece.strip() for quote in quotes for piece in quote.split("…") if piece.strip()]
+    assert len(pieces) > 8 and not [piece for piece in pieces if piece not in messages]
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 

@@ -107,8 +107,8 @@ def export_bundle(
     wanted = _export_settings(chip, settings, parts, vision_tiles)
     work = UnfinishedExport(out)
     remedy = (
-        f"the disk is full, of {out.parent} or of {tempfile.gettempdir()}, where the compiler works (TMPDIR): free "
-        f"space and start again with the same settings. What is finished lies in {out.name}{UNFINISHED}"
+        f"free space in {out.parent} and in {tempfile.gettempdir()} (TMPDIR), where the compiler works, then start "
+        f"again with the same settings. The finished parts are kept in {out.name}{UNFINISHED}."
     )
     with lock_output(out, "export"), explained_full_disk(out, remedy=remedy):
         work.check_same_export(wanted)

@@ -163,7 +163,7 @@ def check_base_files(subject: SavedModel) -> str:
     values = None if subject.base_quantization is None else quantized_values(subject.plain)
     fail_on(compare_with_samples(subject.plain, samples, values))
     fail_on(different_settings(subject.plain.config, subject.config.text_config))
-    return f"settings, sha256 of {len(found)} file(s) and samples of {len(samples)} tensors match {name}"
+    return f"settings, sha256 of the weights and samples of {len(samples)} tensors match {name}"
 
 
 def check_language_adapter(subject: SavedModel) -> str:
@@ -241,7 +241,7 @@ def check_text_view(subject: SavedModel) -> str:
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     for inputs in (*({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in subject.prompts), batch):
         if not torch.equal(logits_of(model, **inputs), logits_of(base, **inputs)):
-            problems.append(f"logits of {len(inputs['input_ids'])} row(s) with an attention mask differ")
+            problems.append(f"logits of {len(inputs['input_ids'])} rows with an attention mask differ")
         generated, expected = model.generate(**inputs, **settings), base.generate(**inputs, **settings)
         tokens += generated[:, inputs["input_ids"].shape[1] :].numel()
         if not torch.equal(generated, expected):
@@ -322,7 +322,7 @@ def check_remote_code(subject: SavedModel) -> str:
     return (
         f"{', '.join(report['modules'])} run the repository's own files "
         f"({f'{some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
-        f"process; it answered about an image of {report['tiles']} tiles with {report['new_tokens']} token(s)"
+        f"process; it answered about an image of {report['tiles']} tiles with {report['new_tokens']} tokens"
         f"{of_base}"
     )
 

@@ -12,25 +12,18 @@ from genieblue.cli.terminal import choose_device, looking_for, note, print_json,
 
 def chat(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or Hub id of a GenieBlue.")] = None,
     image: Annotated[
-        list[str] | None,
-        typer.Option("--image", "-i", help="Image file or URL; may be repeated.", show_default=False),
+        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="Image file or URL; may be repeated.")
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.")] = None,
     json_output: Json = False,
-    view: Annotated[
-        View | None, typer.Option(help="Default: multimodal if there are images.", show_default=False)
-    ] = None,
+    view: Annotated[View | None, typer.Option(help="Default: multimodal if there are images.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 means greedy decoding.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling threshold.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
-    qnn: Annotated[
-        str | None, typer.Option(help="Bundle from `export qnn`, instead of a model.", show_default=False)
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    qnn: Annotated[str | None, typer.Option(help="Bundle from `export qnn`, instead of a model.")] = None,
     npu: Annotated[NpuBackend, typer.Option(help="Where to run the bundle's graphs.")] = "cpu",
     adapter: Annotated[
         Path | None, typer.Option(help="File from `export adapter`, to replace the bundle's own LoRA.")
@@ -44,7 +37,10 @@ def chat(
     device: Device = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Ask one question, or chat, with images in any turn."""
+    """Ask one question, or chat, with images in any turn.
+
+    Without --prompt, each line from the terminal or from stdin is a turn.
+    """
     _check_options(ctx, model, qnn, prompt, json_output)
     with stdout_for_json(json_output):
         quiet_transformers()

@@ -23,18 +23,19 @@ HELP = """/image PATH…  add images to your next message
 def converse(chat: Conversation, images: Sequence[Any], **settings: Any) -> None:
     """Reads lines until /quit or the end of input; `settings` are passed to `chat.ask`.
 
-    A turn that fails is reported and discarded; the conversation continues.
+    A turn that fails is reported and discarded; the conversation continues. If nobody watches, because the lines come
+    from a file or a pipe, the exit code is then 1. Raises `ValueError` if there is no line at all.
     """
-    at_terminal = sys.stdin.isatty()
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
         note(HELP)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives `input` editing and a history
-    waiting = list(images)
+    waiting, failed, line = list(images), False, None
     for line in _lines(at_terminal):
         command, _, rest = line.partition(" ")
         if command in ("/quit", "/exit"):
-            return
+            break
         if command == "/help":
             note(HELP)
         elif command == "/reset":
@@ -42,18 +43,27 @@ def converse(chat: Conversation, images: Sequence[Any], **settings: Any) -> None
             waiting.clear()
             note("Started a new conversation.")
         elif command == "/image":
-            waiting += _open_images(rest)
+            opened = _open_images(rest)
+            waiting, failed = [*waiting, *opened], failed or not opened
         elif command.startswith("/") and len(command) > 1 and command[1:].isalpha():
             note(f"Unknown command {command}; /help lists the commands.")
         elif line and _answer(chat, line, waiting, at_terminal, settings):
             waiting.clear()
+        elif line:
+            failed = True
+    if at_terminal:
+        return
+    if line is None:
+        raise ValueError("There is no question: stdin is empty. Ask with --prompt, or run this in a terminal.")
+    if failed:
+        raise typer.Exit(1)
 
 
 def _lines(at_terminal: bool) -> Iterator[str]:
     while True:
         try:
             line = input("\nYou: " if at_terminal else "")
-        except EOFError:
+        except (EOFError, RuntimeError):  # RuntimeError: there is no stdin at all
             if at_terminal:
                 typer.echo()
             return

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from genieblue.cli.options import Json
+from genieblue.cli.options import Json, Seed
 from genieblue.cli.terminal import print_json, quiet_transformers, stdout_for_json
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
-    seed: int = 0,
+    seed: Seed = 0,
     json_output: Json = False,
 ) -> None:
     """Train a small GenieBlue that reads handwritten numbers.

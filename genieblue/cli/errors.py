@@ -31,6 +31,7 @@ NO_ANSWER = re.compile(
     r"Cannot find an appropriate cached snapshot folder.*?variable\.)",
     re.DOTALL,
 )
+ERROR_NUMBER = re.compile(r"^\[Errno \d+\] ")
 MAY_HOLD_SECRETS = re.compile(r":/|data:|\bhf_|bearer", re.IGNORECASE)
 # transformers' list of all the model types it knows.
 ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
@@ -59,6 +60,7 @@ def message_for_user(error: Exception) -> str | None:
     message = command_line_message(text_of(error)) or type(error).__name__
     if message.startswith("[Errno") and getattr(error, "filename", None):
         message = f"{error.filename} cannot be used ({error.strerror}): give a path that you can read and write."
+    message = ERROR_NUMBER.sub("", message)
     if type(error).__name__.startswith("Connect") and is_for_users(error):
         return UNREACHABLE
     if "401 Unauthorized" in message:

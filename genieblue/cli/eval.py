@@ -14,36 +14,26 @@ from genieblue.cli.terminal import choose_device, note, print_json, print_table,
 def evaluate(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue, or a bundle from `export qnn`.")],
-    data: Annotated[
-        Path, typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.", show_default=False)
-    ],
+    data: Annotated[Path, typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for all answers, wrong ones as a sheet, and scores.", show_default=False),
+        typer.Option(help="Folder for all answers, wrong ones as a sheet, and scores."),
     ] = None,
     metric: Annotated[
         Metric | None,
-        typer.Option(
-            help="For samples that name none; default: choice with `choices`, else exact.", show_default=False
-        ),
+        typer.Option(help="For samples that name none; default: choice with `choices`, else exact."),
     ] = None,
-    compare: Annotated[
-        str | None, typer.Option(help="Another model or bundle, on the same samples.", show_default=False)
-    ] = None,
+    compare: Annotated[str | None, typer.Option(help="Another model or bundle, on the same samples.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Add the scores to the model's card. Needs --out.")] = False,
-    dataset_id: Annotated[
-        str | None, typer.Option(help="The data's id on the Hub, for .eval_results.", show_default=False)
-    ] = None,
+    dataset_id: Annotated[str | None, typer.Option(help="The data's id on the Hub, for .eval_results.")] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Folder that image paths are relative to; default: the file's folder.", show_default=False),
+        typer.Option(help="Folder that image paths are relative to; default: the file's folder."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples answered together.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 64,
-    view: Annotated[
-        View | None, typer.Option(help="View for samples without images; default: text.", show_default=False)
-    ] = None,
+    view: Annotated[View | None, typer.Option(help="View for samples without images; default: text.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip bad samples instead of stopping.")] = False,
     npu: Annotated[NpuBackend, typer.Option(help="Where to run a bundle's graphs.")] = "cpu",
     base: Base = None,

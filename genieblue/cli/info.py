@@ -15,8 +15,9 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
     with looking_for(model):
         found = model_info(model, base=base, revision=revision)
     config = found.config
-    commit = config.get("base_model_revision")
-    typer.echo(f"{model}: GenieBlue on {config.get('base_model_name_or_path')}{f' at {commit}' if commit else ''}")
+    source, commit = config.get("base_model_name_or_path"), config.get("base_model_revision")
+    where = f" at {commit}" if commit else " (relative to this folder)" if str(source).startswith(".") else ""
+    typer.echo(f"{model}: GenieBlue on {source}{where}")
     layers = config.get("replicated_layers") or []
     typer.echo(
         f"{len(layers)} of {(config.get('text_config') or {}).get('num_hidden_layers')} blocks replicated: "

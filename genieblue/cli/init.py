@@ -11,15 +11,15 @@ from genieblue.cli.terminal import check_name, note, quiet_transformers
 
 
 def init(
-    base: Annotated[str, typer.Option(help="Folder or Hub id of the base language model.", show_default=False)],
-    vision: Annotated[str, typer.Option(help="Folder or Hub id of a SigLIP.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the new GenieBlue.", show_default=False)],
+    base: Annotated[str, typer.Option(help="Folder or Hub id of the base language model.")],
+    vision: Annotated[str, typer.Option(help="Folder or Hub id of a SigLIP.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new GenieBlue.")],
     placement: PlacementOption = "skip",
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
     alpha: Annotated[int, typer.Option(min=1, help="LoRA alpha.")] = 16,
     max_tiles: Annotated[int, typer.Option(help="Maximum tiles per image: 1, 4, 9, 16, …")] = 16,
     chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file, for a base that has no chat template.", show_default=False)
+        Path | None, typer.Option(help="Jinja file, for a base that has no chat template.")
     ] = None,
     dtype: Dtype = "auto",
     base_revision: Revision = None,
@@ -51,7 +51,7 @@ def init(
         overwrite=overwrite,
     )
     print_info(str(folder), base=None, revision=None)
-    note(f"\nNext: genieblue train --stage 1 --model {folder} --data captions.jsonl --out {folder}-stage1")
+    note(f"\nNext: genieblue train --stage 1 --model {folder} --data captions.jsonl --out {folder}-1")
 
 
 def read_template(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Options shared by several commands, and their values."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -25,20 +26,18 @@ def _check_not_empty(name: str | None) -> str | None:
     return name
 
 
-Model = Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a GenieBlue.")]
+UnquantizedModel = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a 16-bit GenieBlue.")]
+CalibrationImages = Annotated[
+    Path | None, typer.Option("--image-folder", help="Folder that image paths in the JSONL are relative to.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a single JSON document.")]
 Base = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or Hub id of the base, if not the recorded one.",
-        show_default=False,
-        callback=_check_not_empty,
-    ),
+    str | None, typer.Option(help="Folder or Hub id of the base, if not the recorded one.", callback=_check_not_empty)
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Dtype = Annotated[Precision, typer.Option(help="Dtype to load the weights in.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if available.", show_default=False)
-]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if available.")]
 BaseCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the base's repository to run.")]
 PlacementOption = Annotated[Placement, typer.Option(help="Which quarter of the blocks to replicate.")]

@@ -9,7 +9,7 @@ from genieblue.cli.terminal import print_json, print_table, quiet_transformers, 
 
 
 def params(
-    preset: Annotated[str, typer.Argument(help="bluelm-3b or qwen2.5-3b.", show_default=False)],
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="bluelm-3b or qwen2.5-3b.")],
     structure: Annotated[Structure, typer.Option(help="Structure of the paper.")] = "genieblue",
     placement: PlacementOption = "skip",
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
@@ -25,8 +25,8 @@ def params(
         print_json(counted)
         return
     parts = {**counted["parts"], "trainable": counted["trainable_parameters"]}
-    rows = [(name, f"{number:,}", f"{number / 1e6:.2f} M") for name, number in parts.items()]
-    print_table((f"{preset}, {structure}", "parameters", ""), rows)
+    rows = [(name, f"{number:,}") for name, number in parts.items()]
+    print_table((f"{preset}, {structure}", "parameters"), rows)
 
 
 __all__ = ["params"]

@@ -9,28 +9,21 @@ from genieblue.cli.terminal import quiet_hub
 
 
 def push(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, or of a quantized base.", show_default=False)
-    ],
-    repo_id: Annotated[str, typer.Argument(help="Name on the Hub: you/model.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, or of a quantized base.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: you/model.")],
     base: Annotated[
-        str | None,
-        typer.Option(help="Hub id of a base that was local: you/base or you/base@commit.", show_default=False),
+        str | None, typer.Option(help="Hub id of a base that was local: you/base or you/base@commit.")
     ] = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Visibility of a new repository.", show_default=False)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to.", show_default=False)] = None,
-    message: Annotated[str | None, typer.Option(help="Commit message.", show_default=False)] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    token: Annotated[
-        str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.", show_default=False)
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.")] = None,
 ) -> None:
-    """Check a GenieBlue, or a quantized base, and publish it on the Hub.
+    """Publish a GenieBlue or a quantized base.
 
-    The upload is a single commit. A GenieBlue's base must already be on the Hub, or inside its folder. If the folder
-    names a local base, --base gives its repository, whose files must be identical.
+    The folder is checked first, and the upload is a single commit. A GenieBlue's base must already be on the Hub, or
+    inside its folder. If the folder names a local base, --base gives its repository, whose files must be identical.
     """
     from hub_cards.model_folder import read_base_quantization
     from hub_cards.publish import publish_folder

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from conversion.qnn.npu.soc import SOCS, find_soc
-from genieblue.cli.options import Base, BaseCode, Json, LoraMode, QnnRounding, Revision
+from genieblue.cli.options import (
+    Base,
+    BaseCode,
+    CalibrationImages,
+    Json,
+    LoraMode,
+    QnnRounding,
+    Revision,
+    UnquantizedModel,
+)
 from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
 
 export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
@@ -20,20 +29,15 @@ def export() -> None:
 
 @export_app.command()
 def qnn(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit GenieBlue.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the bundle.", show_default=False)],
-    soc: Annotated[str, typer.Option(help=f"Chip: {', '.join(SOCS)}.", show_default=False)],
-    calibration: Annotated[
-        Path, typer.Option(help="JSONL of chats, some with images, as for training.", show_default=False)
-    ],
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Folder that image paths in the JSONL are relative to.", show_default=False)
-    ] = None,
+    model: UnquantizedModel,
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    soc: Annotated[str, typer.Option(help=f"Chip: {', '.join(SOCS)}.")],
+    calibration: Annotated[Path, typer.Option(help="JSONL of chats, some with images, as for training.")],
+    image_folder: CalibrationImages = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of calibration chats.")] = 16,
     chunk_length: Annotated[int, typer.Option(min=1, help="Prefill chunk size, in tokens.")] = 128,
     context_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Longest conversation, in tokens; default: at most 2048.", show_default=False),
+        int | None, typer.Option(min=1, help="Longest conversation, in tokens; default: at most 2048.")
     ] = None,
     parts: Annotated[int, typer.Option(min=1, help="Number of binaries for the blocks; more use less memory.")] = 1,
     lora: Annotated[LoraMode, typer.Option(help="inputs: one binary serves several adapters.")] = "constants",
@@ -109,14 +113,17 @@ def _print_bundle(bundle: Path, soc: str, as_json: bool) -> None:
 
 @export_app.command()
 def adapter(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit GenieBlue.", show_default=False)],
-    bundle: Annotated[Path, typer.Option(help="Bundle from `export qnn --lora inputs`.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Output file, such as other.npz.", show_default=False)],
+    model: UnquantizedModel,
+    bundle: Annotated[Path, typer.Option(help="Bundle from `export qnn --lora inputs`.")],
+    out: Annotated[Path, typer.Option(help="Output file, such as other.npz.")],
     base: Base = None,
     revision: Revision = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Write another GenieBlue's LoRA for a bundle; everything except LoRA must be identical."""
+    """Write another GenieBlue's LoRA for a bundle.
+
+    Everything except LoRA must be identical.
+    """
     from conversion.qnn.adapters import export_adapter
 
     options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from genieblue.cli.options import Activations, BaseCode, EightBits, Json, Revision, Rounding, Weights
+from genieblue.cli.options import (
+    Activations,
+    BaseCode,
+    CalibrationImages,
+    EightBits,
+    Json,
+    Revision,
+    Rounding,
+    UnquantizedModel,
+    Weights,
+)
 from genieblue.cli.terminal import (
     looking_for,
     note,
@@ -23,40 +33,31 @@ from genieblue.cli.terminal import (
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit GenieBlue.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the quantized GenieBlue.", show_default=False)],
+    model: UnquantizedModel,
+    out: Annotated[Path, typer.Option(help="Folder for the quantized GenieBlue.")],
     llm: Annotated[Weights, typer.Option(help="Linear layers of the base and of the replicated blocks.")] = "w4a16",
     replicated: Annotated[
-        Weights | None,
-        typer.Option(help="Linear layers of the replicated blocks; default: as --llm.", show_default=False),
+        Weights | None, typer.Option(help="Linear layers of the replicated blocks; default: as --llm.")
     ] = None,
     lora: Annotated[EightBits, typer.Option(help="LoRA.")] = "w8a16",
     vision: Annotated[Weights, typer.Option(help="Vision tower.")] = "w8a16",
     projector: Annotated[Weights, typer.Option(help="Projector.")] = "w8a16",
     lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = "w16a16",
     embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = "w16a16",
-    rounding: Annotated[
-        Rounding | None, typer.Option(help="Default: gptq with --calibration, else hqq.", show_default=False)
-    ] = None,
+    rounding: Annotated[Rounding | None, typer.Option(help="Default: gptq with --calibration, else hqq.")] = None,
     calibration: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text file or JSONL of chats; may be repeated.", show_default=False),
+        list[Path] | None, typer.Option(metavar="FILE", help="Text file or JSONL of chats; may be repeated.")
     ] = None,
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Folder that image paths in the JSONL are relative to.", show_default=False)
-    ] = None,
+    image_folder: CalibrationImages = None,
     samples: Annotated[int, typer.Option(min=1, help="Maximum calibration samples of each kind.")] = 64,
     sample_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration text.")] = 512,
     activations: Annotated[
         Activations, typer.Option(help="Dtype of activations and unquantized weights.")
     ] = "bfloat16",
     base_out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the quantized base; default: next to --out.", show_default=False),
+        Path | None, typer.Option(help="Folder for the quantized base; default: next to --out.")
     ] = None,
-    quantized_base: Annotated[
-        str | None, typer.Option(help="An already quantized base to reuse.", show_default=False)
-    ] = None,
+    quantized_base: Annotated[str | None, typer.Option(help="An already quantized base to reuse.")] = None,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Store the quantized base in --out, in the folder `base`.")
     ] = False,

@@ -36,6 +36,9 @@ class ReportingGroup(TyperGroup):
         """Runs the command; `--debug` or GENIEBLUE_DEBUG=1 keeps tracebacks."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise
         except Exception as error:
             message = None if _debug else message_for_user(error)
             if message is None:
@@ -68,6 +71,7 @@ def configure_logging(debug: bool = False) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     for package in OUR_PACKAGES if is_main_process() else ():
         _log_to_stderr(package, logging.INFO if package == "genieblue" else logging.WARNING)
+    logging.getLogger("conversion.create").setLevel(logging.INFO)  # where generation stops
 
 
 def _log_to_stderr(package: str, level: int) -> None:
@@ -198,6 +202,11 @@ def choose_device(name: str | None) -> str:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"The device {name} does not exist: torch found {torch.cuda.device_count()} CUDA devices.")
     return name
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 step`, `2 steps`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def short_bytes(number: int) -> str:

@@ -6,65 +6,51 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype, Json
-from genieblue.cli.terminal import is_main_process, note, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.options import Base, BaseCode, Dtype, Json, Seed
+from genieblue.cli.terminal import counted, is_main_process, note, print_json, quiet_transformers, stdout_for_json
 
 
 def train(
     ctx: typer.Context,
     stage: Annotated[
         int | None,
-        typer.Option(min=1, max=2, help="1: projector only; 2: everything GenieBlue adds.", show_default=False),
+        typer.Option(min=1, max=2, help="1: projector only; 2: everything GenieBlue adds."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the GenieBlue to train.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of the GenieBlue to train.")] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.", show_default=False),
+        typer.Option(metavar="FILE", help="JSONL file of chats, or a folder saved by `datasets`."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the trained GenieBlue.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the trained GenieBlue.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with any of these options; those given here win.", show_default=False),
+        typer.Option(help="YAML file with any of these options; those given here win."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what the run will take, and stop.")] = False,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Held-out chats, as for `genieblue eval`.", show_default=False)
-    ] = None,
-    eval_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps between validations; default: a tenth.", show_default=False)
-    ] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out chats, as for `genieblue eval`.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(min=1, help="Steps between validations; default: a tenth.")] = None,
     eval_answers: Annotated[int, typer.Option(min=0, help="Validation samples that are also answered.")] = 32,
     patience: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop after so many validations without a lower loss.", show_default=False),
+        typer.Option(min=1, help="Stop after so many validations without a lower loss."),
     ] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder that image paths are relative to; default: the JSONL file's folder.", show_default=False
-        ),
+        typer.Option(help="Folder that image paths are relative to; default: the JSONL file's folder."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default=False)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate; default: the paper's.", show_default=False)
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the paper's.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per sample, including image tokens.")] = 4096,
     max_tiles: Annotated[
         int | None,
-        typer.Option(
-            help="Maximum tiles per image; default: 1 in stage 1, the model's own in stage 2.", show_default=False
-        ),
+        typer.Option(help="Maximum tiles per image; default: 1 in stage 1, the model's own in stage 2."),
     ] = None,
     bf16: Annotated[
         bool | None,
-        typer.Option(
-            "--bf16/--no-bf16", help="bfloat16 autocast; default: if the base is bfloat16.", show_default=False
-        ),
+        typer.Option("--bf16/--no-bf16", help="bfloat16 autocast; default: if the base is bfloat16."),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Use less memory, about a third more time.")
@@ -74,13 +60,11 @@ def train(
     logging_steps: Annotated[int, typer.Option(min=1, help="Steps between records in the log.")] = 10,
     report_to: Annotated[
         list[str] | None,
-        typer.Option(help="tensorboard, trackio, wandb …; may be repeated.", show_default=False),
+        typer.Option(help="tensorboard, trackio, wandb …; may be repeated."),
     ] = None,
-    price_per_hour: Annotated[
-        float | None, typer.Option(help="Of this machine, to estimate the cost.", show_default=False)
-    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, to estimate the cost.")] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
-    seed: int = 42,
+    seed: Seed = 42,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip bad samples instead of stopping.")] = False,
     base: Base = None,
@@ -147,12 +131,17 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     if plan_only:
         found = stages.plan(chat.model, chat.processor, chats, settings, validation)
         return {**found.as_dict(), "lines": format_plan(found)}
-    result = stages.train(
-        chat.model, chat.processor, chats, out, settings, validation=validation, resume=resume, run_values=values
-    )
+    try:
+        result = stages.train(
+            chat.model, chat.processor, chats, out, settings, validation=validation, resume=resume, run_values=values
+        )
+    except KeyboardInterrupt:
+        note("\nThe run continues from its last checkpoint, if there is one, with the same command and --resume.")
+        raise
     loss = "" if result.loss is None else f", last loss {result.loss:.4g}"
     best = "" if result.best is None else f", validation loss {result.best['eval_loss']:.4g}"
-    lines = [f"{out}: stage {settings.stage}, {result.steps} steps over {result.num_samples} samples{loss}{best}."]
+    steps, samples = counted(result.steps, "step"), counted(result.num_samples, "sample")
+    lines = [f"{out}: stage {settings.stage}, {steps} over {samples}{loss}{best}."]
     if is_main_process():
         note("The base's bytes are unchanged.")
         note(

@@ -26,10 +26,11 @@ def verify(
     device: Device = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Check that a GenieBlue, or a bundle from `export qnn`, is complete and correct.
+    """Verify a GenieBlue or an exported bundle.
 
-    The exit code is 1 if any check fails. The last check runs the Python files of the model's repository, in a
-    separate process. For a bundle, --base is the model that its text graphs are compared with.
+    Each check prints one line. The exit code is 1 if any check fails. The last check runs the Python files of the
+    model's repository, in a separate process. For a bundle, --base is the model to compare its text
+    graphs with.
     """
     bundled = is_bundle(model)
     if bundled:

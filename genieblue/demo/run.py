@@ -61,10 +61,13 @@ def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0)
         seconds["vision tower"] = vision_facts["seconds"]
         create_genieblue(out / "base", vision, out / "genieblue")
 
+    steps_done = {}
     for stage in (1, 2):
         words = {1: "the projector", 2: "vision tower, projector, replicated blocks and LoRA"}[stage]
         _log(f"{stage + 2}/5  Stage {stage}: {words}")
-        seconds[f"stage {stage}"] = _train_stage(out / "genieblue", stage, train_scans, seed, scale)
+        budget = _train_stage(out / "genieblue", stage, train_scans, seed, scale)
+        seconds[f"stage {stage}"] = budget.elapsed()
+        steps_done[f"stage {stage}"] = [budget.steps_done, budget.max_steps]
 
     _log("5/5  A fresh process loads both repositories and reads held-out scans")
     write_held_out(out / "held-out", held_out_scans, math.ceil(NUMBERS_PER_LENGTH * scale))
@@ -73,6 +76,7 @@ def run_demo(out: str | Path = "demo-out", *, seed: int = 0, scale: float = 1.0)
         "perplexity_before": base_facts["perplexity"],
         "vision_tower_accuracy": vision_facts["accuracy"],
         "seconds_by_part": {name: round(value, 1) for name, value in seconds.items()},
+        "steps_done_and_planned": steps_done,
         "seconds": round(time.perf_counter() - started, 1),
         "sizes": {name: _weight_bytes(out / name) for name in ("base", "genieblue")},
     }
@@ -97,7 +101,7 @@ def _make_room(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _train_stage(folder: Path, stage: int, scans: Scans, seed: int, scale: float) -> float:
+def _train_stage(folder: Path, stage: int, scans: Scans, seed: int, scale: float) -> TrainingBudget:
     model = GenieBlueForConditionalGeneration.from_pretrained(folder)
     processor = GenieBlueProcessor.from_pretrained(folder)
     options = {1: STAGE_1, 2: STAGE_2}[stage]
@@ -114,7 +118,7 @@ def _train_stage(folder: Path, stage: int, scans: Scans, seed: int, scale: float
         model, processor, numbers, folder, settings, callbacks=[budget],
         scheduler=lambda optimizer: warmup_cosine(optimizer, budget),
     )  # fmt: skip
-    return budget.elapsed()
+    return budget
 
 
 def _ask_fresh_process(out: Path) -> dict[str, Any]:
@@ -167,10 +171,14 @@ def text_is_unchanged(report: dict[str, Any]) -> bool:
 def format_report(report: dict[str, Any], out: str | Path) -> str:
     """The demo's results, formatted for a terminal."""
     by_length = report["exact_match_by_length"]
-    lengths = ", ".join(f"{length} digits {100 * value:.1f} %" for length, value in by_length.items())
+    lengths = ", ".join(f"{length} {'digit' if int(length) == 1 else 'digits'} {100 * value:.1f} %"
+                        for length, value in by_length.items())  # fmt: skip
     sizes = {name: f"{value / 1e6:.1f} MB" for name, value in report["sizes"].items()}
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds_by_part"].items())
     yes = {True: "yes", False: "NO"}
+    done, planned = report["steps_done_and_planned"]["stage 2"]
+    steps = f"{done} of {planned}" if done == planned else f"{done} of {planned} in the {STAGE_SECONDS:.0f} s allowed"
+    slow = ["This computer was too slow or too busy for useful answers: run the demo again when it is idle.", ""]
     shown = max(report["answers"][:LONGEST_NUMBER], key=lambda line: len(line["answer"]))["image"]
     return "\n".join(
         [
@@ -181,8 +189,10 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
             f"{yes[report['text_generation_exact']]}",
             f"Text in multimodal view   {report['perplexity_multimodal_view']:.0f} (perplexity of the shared base)",
             f"Sizes on disk             base {sizes['base']} (unchanged), GenieBlue {sizes['genieblue']}",
+            f"Steps of stage 2          {steps}",
             f"Time                      {report['seconds']:.0f} s ({parts})",
             "",
+            *(slow if done < planned / 2 else ()),
             f"See {Path(out) / 'contact-sheet.png'}, or try it yourself:",
             f"  genieblue chat {Path(out) / 'genieblue'} --image {Path(out) / 'held-out' / shown} "
             f'--prompt "{QUESTION}"',

@@ -243,5 +243,8 @@ def make_base(out: str | Path, *, max_steps: int = 1200, max_seconds: float = 90
         "seconds": seconds,
         "perplexity": perplexity(model, held_out),
     }
-    logger.info("base: %s", result)
+    logger.info(
+        "%s parameters, %d of %d steps, perplexity %.1f on held-out text.",
+        f"{result['parameters']:,}", result["steps"], max_steps, result["perplexity"],
+    )  # fmt: skip
     return result

@@ -95,5 +95,8 @@ def make_vision_tower(
         "seconds": budget.elapsed(),
         "accuracy": digit_accuracy(classifier, DigitTiles(held_out, 1000, seed + 1, augment=False)),
     }
-    logger.info("vision tower: %s", result)
+    logger.info(
+        "%s parameters, %d of %d steps, %.1f %% of held-out digits.",
+        f"{result['parameters']:,}", result["steps"], max_steps, 100 * result["accuracy"],
+    )  # fmt: skip
     return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig, StaticCache, TextStreamer
 
-from conversion.chat_ids import answer_text
+from conversion.chat_ids import decoded_frame
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.compat_genieblue import CACHE, takes_cache_of_generate
 from modeling_genieblue.image_reading_genieblue import read_image
@@ -72,28 +72,30 @@ class Conversation(ABC):
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = self._encode(messages)
         ids: list[int] = inputs["input_ids"][0].tolist()
-        streamer = None if on_text is None else _TextPieces(self.processor.tokenizer, on_text)
-        answer_ids, running_view = self._answer(
+        view = view or (MULTIMODAL if self.processor.image_token_id in ids else TEXT)
+        # The text view's answers are shown as the base generates them.
+        is_framed = view == MULTIMODAL and not self.completes_only
+        before, after = decoded_frame(self.processor, messages) if is_framed else ("", "")
+        streamer = None if on_text is None else _TextPieces(self.processor.tokenizer, on_text, before, after)
+        answer_ids = self._answer(
             ids, inputs.get("pixel_values"), view=view, max_new_tokens=max_new_tokens, streamer=streamer, **drawing
         )
-        if running_view == MULTIMODAL and not self.completes_only:
-            text = answer_text(self.processor, messages, answer_ids)
-        else:  # a plain string, as the base expects it
-            text = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True)
+        text = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True)
+        text = text.removeprefix(before).removesuffix(after)
         if self.completes_only:
             self._forget_cache()
         else:
             self.messages = [*messages, {"role": "assistant", "content": text}]
         return {
             "text": text,
-            "view": running_view,
+            "view": view,
             "prompt_tokens": len(ids),
             "generated_tokens": len(answer_ids),
         }
 
     @abstractmethod
-    def _answer(self, ids: list[int], pixel_values: Any, **settings: Any) -> tuple[list[int], str]:
-        """Ids of the answer to `ids`, and the view that generated it; keeps the cache unless generation fails."""
+    def _answer(self, ids: list[int], pixel_values: Any, **settings: Any) -> list[int]:
+        """Ids of the answer to `ids`; keeps the cache unless generation fails."""
 
     def _forget_cache(self) -> None:
         self._cache: Any = None
@@ -185,12 +187,12 @@ class Chat(Conversation):
         ids: list[int],
         pixel_values: Any,
         *,
-        view: str | None,
+        view: str,
         max_new_tokens: int,
         streamer: Any,
         temperature: float = 0.0,
         top_p: float = 1.0,
-    ) -> tuple[list[int], str]:
+    ) -> list[int]:
         """`temperature` 0 decodes greedily; above 0 it samples from the `top_p` nucleus."""
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
@@ -201,8 +203,7 @@ class Chat(Conversation):
         if self._compiling and length > self._room:
             self._room = 1 << (length - 1).bit_length()
             self._forget_cache()
-        running_view = view or (MULTIMODAL if self.processor.image_token_id in ids else TEXT)
-        cached = self._crop_cache(ids, running_view)
+        cached = self._crop_cache(ids, view)
         cache = self._cache
         if self._compiling and cache is None:
             cache = StaticCache(config=self.model.language_model.config, max_cache_len=self._room)
@@ -218,11 +219,11 @@ class Chat(Conversation):
             **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else GREEDY),
         )
         sequence = outputs.sequences[0].tolist()
-        module = self.model.multimodal_language_model if running_view == MULTIMODAL else self.model.language_model
+        module = self.model.multimodal_language_model if view == MULTIMODAL else self.model.language_model
         if takes_cache_of_generate(module):  # else each turn is prefilled anew, as by the base alone
-            self._cache, self._cached_view = getattr(outputs, CACHE), running_view
+            self._cache, self._cached_view = getattr(outputs, CACHE), view
         self._cached_ids = sequence[: int(self._cache.get_seq_length())] if self._cache is not None else []
-        return sequence[len(ids) :], running_view
+        return sequence[len(ids) :]
 
     def _crop_cache(self, ids: list[int], view: str) -> int:
         """Crops the cache to the prefix it shares with `ids`; returns the length of that prefix."""
@@ -274,15 +275,26 @@ def _compiling() -> dict[str, Any]:
 
 
 class _TextPieces(TextStreamer):
-    """Passes on whole words as they are generated."""
+    """Passes on whole words as they are generated, without the template's text `before` and `after` the answer."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], before: str, after: str):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._on_text, self._before, self._after = on_text, before, after
+        self._held = ""  # may be the beginning of `before` or `after`
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)
+        self._held += text
+        if not stream_end and self._before and self._before.startswith(self._held):
+            return
+        self._held, self._before = self._held.removeprefix(self._before), ""
+        if stream_end:
+            ready = self._held.removesuffix(self._after)
+        else:
+            starts = range(max(0, len(self._held) - len(self._after)), len(self._held) + 1)
+            ready = self._held[: next(start for start in starts if self._after.startswith(self._held[start:]))]
+        self._held = self._held[len(ready) :]
+        if ready:
+            self._on_text(ready)
 
 
 __all__ = ["Chat", "Conversation"]

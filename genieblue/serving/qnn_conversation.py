@@ -19,8 +19,8 @@ class QnnChat(Conversation):
         super().__init__(runner.processor)
 
     def _answer(
-        self, ids: list[int], pixel_values: Any, *, view: str | None, max_new_tokens: int, streamer: Any
-    ) -> tuple[list[int], str]:
+        self, ids: list[int], pixel_values: Any, *, view: str, max_new_tokens: int, streamer: Any
+    ) -> list[int]:
         view = choose_view(view, pixel_values)
         graphs = self.runner.views[view]
         with stdout_to_stderr():  # the emulator prints a banner on stdout
@@ -42,7 +42,7 @@ class QnnChat(Conversation):
             streamer.end()
         self._cache, self._cached_view = decoder, view
         self._cached_ids = [*ids, *answer][: decoder.length]
-        return answer, view
+        return answer
 
 
 __all__ = ["QnnChat"]

@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_and_the_export_can_go_on(pair, tmp_path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(export_module, "quantize_vision", full)
-        with pytest.raises(OSError, match=r"disk is full, of .*free space and start again.*out\.unfinished"):
+        with pytest.raises(OSError, match=r"No space left.*free space in .*start again.*out\.unfinished"):
             export_bundle(pair, tmp_path / "out", calibration=requests(), **SETTINGS)
     assert (tmp_path / "out.unfinished").is_dir() and not (tmp_path / "out").exists()
 

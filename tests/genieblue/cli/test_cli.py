@@ -92,7 +92,7 @@ def test_params_as_json():
 
 def test_params_as_a_table():
     output = run("params", "qwen2.5-3b", "--structure", "lora", "--placement", "post").stdout
-    assert "456.84 M" in output and "replicated_blocks" not in output
+    assert "456,837,184" in output and "replicated_blocks" not in output
 
 
 def test_an_unknown_preset_is_told_with_the_known_ones():
@@ -161,7 +161,7 @@ def test_stdout_of_a_process_is_json_and_stderr_is_empty(work):
 
 def test_a_conversation_reads_lines_and_commands(work):
     lines = "Hello\n/image scan.png\nAnd this?\nWhy?\n/image none.png\n/what\n\n/reset\nHello\n/quit\nnever\n"
-    result = run("chat", "genieblue", "--max-new-tokens", 4, input=lines)
+    result = run("chat", "genieblue", "--max-new-tokens", 4, input=lines, code=1)  # for the image that is not there
     views = [line.split()[0] for line in result.stderr.splitlines() if " view, " in line]
     assert views == ["[text", "[multimodal", "[multimodal", "[text"]
     answers = result.stdout.splitlines()
@@ -175,11 +175,17 @@ def test_an_image_of_the_command_line_goes_with_the_first_line(work):
 
 
 def test_a_turn_that_fails_does_not_end_the_conversation(work):
-    result = run(
-        "chat", "genieblue", "--view", "text", "--max-new-tokens", 2, input="/image scan.png\nhi\n/reset\nhi\n"
-    )
+    lines = "/image scan.png\nhi\n/reset\nhi\n"
+    result = run("chat", "genieblue", "--view", "text", "--max-new-tokens", 2, input=lines, code=1)
     assert "cannot process image tokens" in result.stderr and "[text view" in result.stderr
     assert "images stay for your next message; /reset drops them" in result.stderr
+
+
+@pytest.mark.parametrize("stdin", ["", None], ids=["empty", "closed"])
+def test_a_conversation_without_a_line_is_told_how_to_ask(work, monkeypatch, stdin):
+    if stdin is None:
+        monkeypatch.setattr("builtins.input", lambda _prompt: (_ for _ in ()).throw(RuntimeError("input(): lost")))
+    assert "stdin is empty. Ask with --prompt" in error_of("chat", "genieblue", input=stdin)
 
 
 def test_a_base_without_chat_template_is_said_to_complete(tmp_path):
@@ -244,6 +250,7 @@ def test_init_makes_a_model_that_chats(work):
     result = run("init", "--base", "base", "--vision", "vision", "--out", "reader", "--rank", 2, "--placement", "post")
     assert "LoRA rank 2" in result.stdout and "(post)" in result.stdout
     assert "genieblue train --stage 1 --model reader" in result.stderr
+    assert "Generation stops at '</s>'" in result.stderr
     run("chat", "reader", "-p", "What is it?", "-i", "scan.png", "--max-new-tokens", 2)
 
 

@@ -37,3 +37,16 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     with pytest.raises(OSError, match="mine.txt, which is not from a demo"):
         run_demo(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("steps", "is_told"), [(13, True), (2458, False), (3000, False)])
+def test_a_demo_that_had_too_little_time_says_why_it_reads_nothing(steps, is_told):
+    report = {
+        "exact_match": 0.0, "count": 1, "exact_match_by_length": {"1": 0.0}, "perplexity_before": 2.0,
+        "perplexity_after": 2.0, "text_bit_exact": True, "text_generation_exact": True,
+        "perplexity_multimodal_view": 2.0, "sizes": {"base": 1, "genieblue": 1}, "seconds": 1, "seconds_by_part": {},
+        "steps_done_and_planned": {"stage 2": [steps, 3000]}, "answers": [{"image": "0.png", "answer": "1"}],
+    }  # fmt: skip
+    text = format_report(report, "demo-out")
+    assert f"Steps of stage 2          {steps} of 3000" in text
+    assert ("too slow or too busy" in text) == is_told

@@ -157,6 +157,26 @@ def test_pieces_that_are_streamed_join_to_the_answer(chat, images):
     assert "".join(pieces) == result["text"]
 
 
+@pytest.mark.parametrize("generated", ["assistant: yes ##", "assistant: yes ## or", "yes #", "assist"])
+def test_what_the_template_writes_around_an_answer_is_not_streamed(chat, monkeypatch, generated):
+    chat.processor.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} ##\n{% endfor %}"
+    )
+    pieces: list[str] = []
+
+    def answer(ids, pixel_values, *, streamer, **_settings):
+        new = chat.processor.tokenizer(generated, add_special_tokens=False)["input_ids"]
+        streamer.put(torch.tensor([ids]))
+        for token in new:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return new
+
+    monkeypatch.setattr(chat, "_answer", answer)
+    result = chat.ask("What is it?", [picture()], on_text=pieces.append)
+    assert "".join(pieces) == result["text"] == generated.removeprefix("assistant: ").removesuffix(" ##")
+
+
 def test_a_template_that_rewrites_old_answers_gets_a_right_answer(chat):
     other = make_chat()
     template = (
