@@ -187,6 +187,3 @@ def _squeezed(text: str) -> str:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
-
-
-__all__ = ["IGNORED", "NO_STOP_TOKEN", "ChatRow", "answer_frame", "answer_text", "chat_rows", "stop_token_ids"]

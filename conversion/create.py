@@ -286,6 +286,3 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, *, dtype: torch.dt
         )
     _check_numbers("vision model", vision, model, **hub)
     return model
-
-
-__all__ = ["create_genieblue"]

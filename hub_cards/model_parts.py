@@ -143,6 +143,3 @@ class _Files(ModelFiles):
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
         return {name: as_parameters(name, stored_size(tensor)) for name, tensor in metadata.tensors.items()}
-
-
-__all__ = ["ModelInfo", "model_info"]

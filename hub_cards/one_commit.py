@@ -108,6 +108,3 @@ def check_no_problems(folder: Path, problems: list[str]) -> None:
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(f"{folder} cannot be published, nothing was uploaded:\n{listed}")
-
-
-__all__ = ["Upload", "matches", "check_no_problems", "send"]

@@ -174,6 +174,3 @@ def _sha256(file: Any, info: Any, token: str | bool | None) -> str:
     if file.lfs is not None:
         return file.lfs.sha256
     return file_sha256(HfApi(token=token).hf_hub_download(info.id, file.rfilename, revision=info.sha))
-
-
-__all__ = ["base_files_to_publish", "find_base_problems", "publish_quantized_base", "published_base"]

@@ -72,6 +72,3 @@ def _facts(folder: Path, origin: dict[str, Any] | None, source: Path | None) -> 
     if licence is not None and licence.link and "://" not in licence.link and not (folder / licence.link).is_file():
         licence = replace(licence, link=None)
     return licence, languages
-
-
-__all__ = ["render_quantized_base_card", "write_quantized_base_card"]

@@ -132,6 +132,3 @@ def _write(out: Path, entries: Mapping[str, np.ndarray]) -> None:
         os.replace(unfinished, out)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-__all__ = ["adapter_entries", "export_adapter"]

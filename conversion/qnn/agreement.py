@@ -46,6 +46,3 @@ def worst(agreements: Iterable[Agreement]) -> Agreement:
     """The smallest cosine and the largest error of all of them."""
     found = list(agreements)
     return Agreement(min(one.cosine for one in found), max(one.largest_error for one in found))
-
-
-__all__ = ["Agreement", "agreement", "worst"]

@@ -415,6 +415,3 @@ def _unflatten(file: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
     for key in sorted(file, key=lambda key: int(key.rpartition("/")[2])):
         streams.setdefault(key.rpartition("/")[0], []).append(file[key])
     return streams
-
-
-__all__ = ["divide_blocks", "export_bundle"]

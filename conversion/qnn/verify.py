@@ -262,6 +262,3 @@ def _run_probe(
             expected = probe[f"language_{number}/{view}/{prefix}/{name}"]
             measured[f"part {number} {view}", name, kind].append(agreement(value, expected))
     return found[first_output]
-
-
-__all__ = ["verify_bundle"]

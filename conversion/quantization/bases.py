@@ -296,14 +296,3 @@ def _tied_copies(base: nn.Module) -> list[str]:
     names = {id(module): name for name, module in base.named_modules()}
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     return [f"{names[id(head)]}.weight"] if head is not None and head.weight is embedding.weight else []
-
-
-__all__ = [
-    "base_folder",
-    "check_existing_base",
-    "check_places",
-    "check_source",
-    "rounding_of",
-    "use_existing_base",
-    "write_quantized_base",
-]

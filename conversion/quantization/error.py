@@ -51,6 +51,3 @@ def measured_errors(before: ViewLogits, after: ViewLogits, recipe: Any) -> tuple
             }
         )
     return errors, rows
-
-
-__all__ = ["ViewLogits", "measured_errors", "view_logits"]

@@ -175,6 +175,3 @@ def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, An
         "format": "optimum-quanto", **recipe.parts(), "rounding": recipe.rounding, "activations": recipe.activations,
         "other_precision": kept,
     }  # fmt: skip
-
-
-__all__ = ["LayerPlan", "QuantizationRecipe", "describe", "plan_adapter", "plan_base", "plan_own_parts"]

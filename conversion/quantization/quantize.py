@@ -34,7 +34,7 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.quantization.rounding import round_weight
-from conversion.staging import NewFolder, StagingFolder, explained_full_disk
+from conversion.staging import explained_full_disk
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
@@ -58,6 +58,7 @@ from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_linears_genieblue import stored_tensors
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries, quantized_values
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
+from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 
 logger = logging.getLogger(__name__)
 
@@ -386,6 +387,3 @@ def _write(staging: Path, weights: str, qmap: str, tensors: dict, kinds: dict[st
 
 def _silent(steps: Iterable[Any], _title: str) -> Iterable[Any]:
     return steps
-
-
-__all__ = ["CalibrationSamples", "QuantizationReport", "quantize_genieblue"]

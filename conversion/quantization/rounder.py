@@ -116,6 +116,3 @@ class Rounder:
         tower = model.vision_tower
         tiles = [sample.get("pixel_values") for sample in self.samples.multimodal]
         return [pixels.to(tower.device, tower.dtype) for pixels in tiles if pixels is not None]
-
-
-__all__ = ["CalibrationSamples", "Progress", "Rounder"]

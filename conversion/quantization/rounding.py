@@ -296,6 +296,3 @@ def _reversed_cholesky(hessian: torch.Tensor) -> torch.Tensor:
         f"The Hessian is not positive definite, even with {GPTQ_DAMPING[-1]:g} times its mean diagonal added: "
         "expected `X^T X` of calibration inputs. Give more, and more varied, samples, or use hqq."
     )
-
-
-__all__ = ["ROUNDING_METHODS", "RoundedWeight", "round_weight"]

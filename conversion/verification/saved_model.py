@@ -183,6 +183,3 @@ class SavedModel:
 
 def _comparable(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple | set) else value
-
-
-__all__ = ["CheckFailed", "SavedModel", "fail_on", "logits_of"]

@@ -401,6 +401,3 @@ def _last_error(stderr: str) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-__all__ = ["Check", "verify_model"]

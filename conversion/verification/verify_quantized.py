@@ -216,6 +216,3 @@ def _recorded_errors(subject: SavedModel, reason: Exception) -> str:
     if not rows:
         return f"quantization error neither recorded nor measured ({why})"
     return f"as recorded, not measured again ({why}): " + ", ".join(f"{row['name']} {row['value']}" for row in rows)
-
-
-__all__ = ["check_quantization", "check_quantized_adapter", "may_run_code_of_base"]

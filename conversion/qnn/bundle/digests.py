@@ -38,6 +38,3 @@ def _vision_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for title in ("vision_tower", "multi_modal_projector"):
         for name, value in getattr(model, title).state_dict().items():
             yield f"{title}.{name}", value
-
-
-__all__ = ["tensors_digest", "trained_digests"]

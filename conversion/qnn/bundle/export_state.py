@@ -95,6 +95,3 @@ def write_json(path: Path, value: Any) -> None:
     staged = path.with_name(path.name + UNFINISHED)
     staged.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(staged, path)
-
-
-__all__ = ["UnfinishedExport", "write_json"]

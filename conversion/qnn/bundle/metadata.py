@@ -244,9 +244,3 @@ def read_adapter(
 def encoding_of(tensor: Mapping[str, Any]) -> Encoding:
     """The encoding that a tensor's entry in the metadata describes."""
     return Encoding(tensor["scale"], -tensor["offset"], tensor["dtype"])
-
-
-__all__ = [
-    "ADAPTER", "FORMAT_VERSION", "METADATA", "Bundle", "encoding_of", "list_files", "read_adapter", "scale_name",
-    "signed",
-]  # fmt: skip

@@ -270,6 +270,3 @@ def choose_view(view: str | None, pixel_values: Any) -> str:
     if view == "text" and pixel_values is not None:
         raise ValueError("The text view reads no images: leave them out, or ask the multimodal view.")
     return view
-
-
-__all__ = ["Answer", "CodedGraph", "QnnRunner", "ViewGraphs", "choose_view"]

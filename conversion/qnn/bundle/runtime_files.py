@@ -159,6 +159,3 @@ def _genie_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
             "engine": engine,
         }
     }
-
-
-__all__ = ["write_runtime_files"]

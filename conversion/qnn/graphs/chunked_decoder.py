@@ -166,6 +166,3 @@ class ChunkedDecoder:
             "position_ids_sin": sin,
             **{name: np.ascontiguousarray(value) for name, value in caches.items()},
         }
-
-
-__all__ = ["ChunkedDecoder", "DecoderShape", "boundary_names", "cache_names", "causal_mask"]

@@ -245,6 +245,3 @@ def _active_block(block: nn.Module) -> nn.Module:
     """The block itself, or its trained copy in the multimodal view."""
     copies = getattr(block, "modules_to_save", None)
     return block if copies is None else copies[block.active_adapters[0]]
-
-
-__all__ = ["Block", "DecoderGraph", "Projection"]

@@ -176,6 +176,3 @@ def _run_block(block: Block, x: torch.Tensor, shape: DecoderShape, first: int) -
     rotary = (part[None, None] for part in _rotary_embedding(shape, first))
     empty = x.new_zeros(1, groups, size, EMPTY_SLOTS), x.new_zeros(1, groups, EMPTY_SLOTS, size)
     return block(x, *(other.to(x.device) for other in (mask, *rotary)), *empty)[0]
-
-
-__all__ = ["check_lengths", "compare_with_graphs", "make_decoder_shape"]

@@ -89,6 +89,3 @@ def _give_each_its_constants(graph: onnx.GraphProto) -> None:
 def structure(model: onnx.ModelProto) -> list[tuple[str, ...]]:
     """Operators and their connections, without shapes: equal for graphs that may share ranges."""
     return [(node.op_type, *node.input, *node.output) for node in model.graph.node]
-
-
-__all__ = ["OPSET", "structure", "to_float_onnx"]

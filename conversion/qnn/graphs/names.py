@@ -18,9 +18,3 @@ def is_lora(name: str) -> bool:
 def weight_bits(name: str) -> int:
     """Bits of a matrix of a decoder graph by its name."""
     return LORA_BITS if is_lora(name) else BASE_BITS
-
-
-__all__ = [
-    "BASE_BITS", "EXACT", "LORA_BITS", "LORA_MODES", "ROUNDED", "ROUNDINGS", "STAGES", "UNFINISHED", "VIEWS",
-    "is_lora", "weight_bits",
-]  # fmt: skip

@@ -101,6 +101,3 @@ def norm_epsilon(norm: nn.Module) -> float:
         if torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
             return epsilon
     raise ValueError(f"{type(norm).__name__} is no plain RMSNorm: the base cannot be exported to QNN.")
-
-
-__all__ = ["norm_epsilon", "check_structure", "rotary_frequencies"]

@@ -122,6 +122,3 @@ class VisionGraph(nn.Module):
     def example_inputs(self, tiles: int) -> tuple[torch.Tensor]:
         """Zeros in the static shape for `tiles` at a time."""
         return (torch.zeros(tiles, 3, self.image_size, self.image_size),)
-
-
-__all__ = ["VisionGraph"]

@@ -16,7 +16,7 @@ import conversion
 from conversion.qnn.npu.compile_worker import FAILED
 from conversion.qnn.npu.sessions import CompileError
 from conversion.qnn.npu.soc import Soc
-from conversion.staging import NewFolder
+from modeling_genieblue.staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 ENVIRONMENT_BYTES = 4096
@@ -151,6 +151,3 @@ def read_context(path: Path) -> tuple[str, str]:
     (node,) = onnx.load(path).graph.node
     texts = {attribute.name: attribute.s.decode() for attribute in node.attribute}
     return texts["partition_name"], texts["ep_sdk_version"]
-
-
-__all__ = ["CompileError", "compile_graphs", "read_context"]

@@ -149,9 +149,3 @@ def cpu_session(model: str | os.PathLike) -> "onnxruntime.InferenceSession":
     import onnxruntime
 
     return onnxruntime.InferenceSession(os.fspath(model), cpu_options(), providers=["CPUExecutionProvider"])
-
-
-__all__ = [
-    "CompileError", "check_platform", "compiler_version", "cpu_options", "cpu_session", "npu_devices", "npu_session",
-    "check_libraries_installed",
-]  # fmt: skip

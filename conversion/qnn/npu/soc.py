@@ -34,6 +34,3 @@ def find_soc(name: str) -> Soc:
         known = ", ".join(f"{soc.name} ({soc.title})" for soc in SOCS.values())
         raise ValueError(f"Unknown SoC {name!r}: choose one of {known}.")
     return soc
-
-
-__all__ = ["SOCS", "Soc", "find_soc"]

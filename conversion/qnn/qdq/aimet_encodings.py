@@ -79,6 +79,3 @@ def _pass_in_from_outside(graph: onnx.GraphProto, names: set[str]) -> None:
     for tensor in [tensor for tensor in graph.initializer if tensor.name in names]:
         graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         graph.initializer.remove(tensor)
-
-
-__all__ = ["save_with_encodings"]

@@ -104,6 +104,3 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-__all__ = ["SeqMse", "check_aimet_installed", "seqmse_scales"]

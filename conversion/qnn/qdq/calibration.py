@@ -88,6 +88,3 @@ def embedding_rows(model: Any, batch: int = 4096) -> Iterable[np.ndarray]:
 def _table_range(model: Any) -> Range:
     with torch.no_grad():
         return union(*((float(rows.min()), float(rows.max())) for rows in embedding_rows(model)))
-
-
-__all__ = ["Calibration", "embedding_rows", "prepare_calibration"]

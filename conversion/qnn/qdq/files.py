@@ -71,6 +71,3 @@ def read_constants(path: Path) -> dict[str, np.ndarray]:
             scale, zero_point = (numpy_helper.to_array(tensors[f"{title}/{kind}"]) for kind in ("scale", "zero_point"))
             found[title] = Encoding(scale.item(), zero_point.item()).decode(numpy_helper.to_array(tensor))
     return found
-
-
-__all__ = ["describe_boundary", "read_codes", "read_constants"]

@@ -321,9 +321,3 @@ def base_codes(
                 round_with_scales(weight, scales[name], bits, 1) if chosen else round_to_nearest(name, weight, bits, 1)
             )
     return codes
-
-
-__all__ = [
-    "LanguageSettings", "PartResult", "base_codes", "codes_digest", "collect_calls", "make_float_graph",
-    "probe_lengths", "quantize_part",
-]  # fmt: skip

@@ -297,9 +297,3 @@ def pack_int4(codes: np.ndarray) -> bytes:
     flat = codes.astype(np.int8).reshape(-1).view(np.uint8) & 15
     flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
-
-
-__all__ = [
-    "CACHE_DTYPES", "apply_codes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "tensor_groups",
-    "weights_of",
-]  # fmt: skip

@@ -84,6 +84,3 @@ def measure_ranges(
     if not meter.ranges:
         raise ValueError("The calibration has no samples: give at least one request.")
     return meter.ranges
-
-
-__all__ = ["RangeMeter", "measure_ranges", "union"]

@@ -76,6 +76,3 @@ def save_copy(model: onnx.ModelProto, path: Path) -> Path:
 
 def _is_large(tensor: TensorProto) -> bool:
     return tensor.HasField("raw_data") and len(tensor.raw_data) >= SMALLEST
-
-
-__all__ = ["ConstantStore", "save_copy"]

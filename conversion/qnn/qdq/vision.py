@@ -84,6 +84,3 @@ def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) ->
             f"{found.shape}, the model {own.shape}, and the difference is {error:.2g} of what the model says (at most "
             f"{tolerance:g}): they compute something else than a SigLIP with their weights does."
         )
-
-
-__all__ = ["quantize_vision"]
