@@ -30,6 +30,7 @@ from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
 from conversion.qnn.graphs.names import BASE_BITS, LORA_BITS, UNFINISHED
 from conversion.qnn.verify import verify_bundle
+from genieblue.serving.qnn_conversation import QnnChat
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
@@ -177,8 +178,6 @@ def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **options: str) -> Rows:
     """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
-    from PIL import Image
-
     from genieblue.demo.answers import read_scans
     from genieblue.demo.scans import NumberScans, split_scans
     from genieblue.demo.text import split_documents, training_stream
@@ -195,14 +194,13 @@ def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **opti
     lengths = {"chunk_length": 32, "context_length": 128}
     export_measured(bundle, demo / "genieblue", calibration=calibration, **lengths, **options)
 
-    def chat(line: dict[str, str]) -> list[dict[str, Any]]:
-        image = Image.open(demo / "held-out" / line["image"])
-        content = [{"type": "image", "image": image}, {"type": "text", "text": line["question"]}]
-        return [{"role": "user", "content": content}]
+    def answer(runner: QnnRunner, line: dict[str, str]) -> str:
+        image = demo / "held-out" / line["image"]
+        return QnnChat(runner).ask(line["question"], [image], max_new_tokens=8)["text"].strip()
 
     for name, backend, count in (("bundle, CPU-QDQ", "cpu", scans), ("bundle, emulator", "emulator", emulated)):
         runner = QnnRunner(bundle, backend=backend)
-        said[name] = [runner.chat(chat(line), max_new_tokens=8).text.strip() for line in lines[:count]]
+        said[name] = [answer(runner, line) for line in lines[:count]]
     reference, on_cpu = said["PyTorch, 32 bits"], said["bundle, CPU-QDQ"]
     rows = {}
     for name, answers in said.items():

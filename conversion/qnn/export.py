@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from conversion.qnn.qdq.aimet_rounding import check_aimet_installed
 from conversion.qnn.qdq.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range
 from conversion.qnn.qdq.files import describe_boundary
-from conversion.qnn.qdq.language import LanguageSettings, PartResult, codes_digest, quantize_part
+from conversion.qnn.qdq.language import LanguageSettings, Part, PartResult, codes_digest, quantize_part
 from conversion.qnn.qdq.quantize import CACHE_DTYPES
 from conversion.qnn.qdq.vision import quantize_vision
 from conversion.staging import explained_full_disk, lock_output
@@ -259,15 +258,13 @@ class _Export:
             return record
         float_folder = work.bundle / "qairt" if self.settings.encodings else None
         result = quantize_vision(self.model, list(tiles), self.vision_tiles, work.bundle / "qdq", float_folder)
-        folder = work.bundle / "vision"
-        shutil.rmtree(folder, ignore_errors=True)
-        compile_graphs({"vision": result.graph}, self.soc, folder, "vision.bin")
+        compile_graphs({"vision": result.graph}, self.soc, work.bundle / "vision", "vision.bin")
         np.savez(work.step("vision") / PROBE, **result.probe)
         record = {
             "binary": "vision/vision.bin",
             "tiles": self.vision_tiles,
             "graph": {
-                "name_in_binary": read_context(folder / "vision_ctx.onnx")[0],
+                "name_in_binary": read_context(work.bundle / "vision/vision_ctx.onnx")[0],
                 "context": "vision/vision_ctx.onnx",
                 "qdq": "qdq/vision.onnx",
                 **describe_boundary(result.graph, result.boundary),
@@ -291,16 +288,13 @@ class _Export:
             folder = work.bundle / name
             part = quantize_part(
                 self.views,
-                self.shape,
-                blocks,
-                self.settings,
+                Part(self.shape, blocks, self.settings),
                 streams=streams,
                 input_ranges=ranges,
                 name=name,
                 folder=work.bundle / "qdq",
                 float_folder=work.bundle / "qairt" if self.settings.encodings else None,
             )
-            shutil.rmtree(folder, ignore_errors=True)
             compile_graphs(part.graphs, self.soc, folder, f"{name}.bin")
             step = work.step(name)
             np.savez(step / PROBE, **part.probe)

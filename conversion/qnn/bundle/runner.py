@@ -6,7 +6,6 @@ NumPy and ONNX Runtime only, besides the processor. It is the reference for whoe
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,6 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("cpu", "emulator")
 DEFAULT_NEW_TOKENS = 256
 OpenSession = Callable[[Mapping[str, Any]], onnxruntime.InferenceSession]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of one request."""
-
-    text: str
-    view: str
-    prompt_tokens: int
-    generated_tokens: int
 
 
 class CodedGraph:
@@ -240,25 +229,6 @@ class QnnRunner:
                 logger.warning("The answer is cut off: the graphs' context of %d tokens is full.", decoder.length)
                 return
             (logits,) = decoder.read(self.embed([token]))
-
-    def chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        images: Any = None,
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        view: str | None = None,
-    ) -> Answer:
-        """The answer to a conversation, formatted by the base's chat template; `view` is chosen by the images."""
-        inputs = self.processor.apply_chat_template(
-            messages, images=images, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
-        )
-        pixels = inputs.get("pixel_values")
-        ids = np.asarray(inputs["input_ids"]).reshape(-1)
-        view = choose_view(view, pixels)
-        answer = list(self.generate(ids, pixels, max_new_tokens=max_new_tokens, view=view))
-        text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
-        return Answer(text, view, len(ids), len(answer))
 
 
 def choose_view(view: str | None, pixel_values: Any) -> str:

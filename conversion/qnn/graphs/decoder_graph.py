@@ -116,34 +116,14 @@ class Block(nn.Module):
         past_key: torch.Tensor,
         past_value: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states (1, tokens, hidden_size), and this block's new keys and values in the layout of its cache."""
-        attended, key, value = self.attend(self.input_norm(x), mask, cos, sin, past_key, past_value)
-        x = x + attended
-        h = self.mlp_norm(x)
-        low_rank = self.gate_up_lora(h)
-        h = functional.silu(self.gate_proj(h, low_rank)) * self.up_proj(h, low_rank)
-        return x + self.down_proj(h, self.down_lora(h)), key, value
+        """Hidden states (1, tokens, hidden_size), and this block's new keys and values in the layout of its cache.
 
-    def attend(
-        self,
-        h: torch.Tensor,
-        mask: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        past_key: torch.Tensor,
-        past_value: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What attention adds to normalized hidden states (1, tokens, hidden_size), and the new keys and values.
-
-        Mask, turns and caches have the shapes of `DecoderGraph.forward`. New keys are (1, key-value heads, head_dim,
-        tokens), new values (1, key-value heads, tokens, head_dim).
+        Mask, cosines, sines and caches have the shapes of `DecoderGraph.forward`. New keys are (1, key-value heads,
+        head_dim, tokens), new values (1, key-value heads, tokens, head_dim).
         """
         heads, groups, size = self.shape.num_heads, self.shape.num_key_value_heads, self.shape.head_dim
-        tokens = h.shape[1]
-        low_rank = self.qkv_lora(h)
-        query = self.split_heads(self.q_proj(h, low_rank), heads, self.q_norm)
-        key = self.split_heads(self.k_proj(h, low_rank), groups, self.k_norm)
-        value = self.split_heads(self.v_proj(h, low_rank), groups, None)
+        tokens = x.shape[1]
+        query, key, value = self.queries_keys_values(x)
         query = rotate(query, cos, sin) * self.scale
         key = rotate(key, cos, sin).transpose(2, 3)  # (1, groups, head_dim, tokens)
         all_keys = torch.cat([past_key, key], dim=3)  # (1, groups, head_dim, context)
@@ -154,16 +134,26 @@ class Block(nn.Module):
         weights = scores.softmax(dim=-1).reshape(1, groups, heads // groups * tokens, -1)
         attended = (weights @ all_values).reshape(1, heads, tokens, size)
         attended = attended.transpose(1, 2).reshape(1, tokens, heads * size)
-        return self.o_proj(attended, self.o_lora(attended)), key, value
+        x = x + self.o_proj(attended, self.o_lora(attended))
+        h = self.mlp_norm(x)
+        low_rank = self.gate_up_lora(h)
+        h = functional.silu(self.gate_proj(h, low_rank)) * self.up_proj(h, low_rank)
+        return x + self.down_proj(h, self.down_lora(h)), key, value
 
     def largest_score(self, x: torch.Tensor) -> float:
-        """What no attention score of (1, tokens, hidden_size) can exceed, wherever the tokens stand."""
-        h = self.input_norm(x)
-        low_rank = self.qkv_lora(h)
-        query = self.split_heads(self.q_proj(h, low_rank), self.shape.num_heads, self.q_norm)
-        key = self.split_heads(self.k_proj(h, low_rank), self.shape.num_key_value_heads, self.k_norm)
+        """An upper bound of all attention scores of (1, tokens, hidden_size), whatever the positions of the tokens."""
+        query, key, _ = self.queries_keys_values(x)
         largest = query.norm(dim=-1).max() * key.norm(dim=-1).max() * self.scale
         return float(largest) * self.shape.rotary_scaling**2
+
+    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each (1, its heads, tokens, head_dim) from hidden states (1, tokens, hidden_size), not rotated yet."""
+        h = self.input_norm(x)
+        low_rank = self.qkv_lora(h)
+        groups = self.shape.num_key_value_heads
+        query = self.split_heads(self.q_proj(h, low_rank), self.shape.num_heads, self.q_norm)
+        key = self.split_heads(self.k_proj(h, low_rank), groups, self.k_norm)
+        return query, key, self.split_heads(self.v_proj(h, low_rank), groups, None)
 
     def split_heads(self, x: torch.Tensor, heads: int, norm: Norm | None) -> torch.Tensor:
         """(1, tokens, heads * head_dim) → (1, heads, tokens, head_dim)."""

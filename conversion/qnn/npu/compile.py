@@ -26,25 +26,18 @@ NOT_WRITTEN = "Failed to write context cache file"  # the compiler's words
 def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: str) -> None:
     """Compiles `graphs` (QDQ files of one folder, by name) into one binary that holds the weights they share once.
 
-    The new folder `output` gets the file `binary` and for each graph `<name>_ctx.onnx`, with which ONNX Runtime runs
-    it from that binary. The compiler works in a process of its own, since what it has compiled before would change
-    the bytes, and its death would be ours.
+    The folder `output`, which is replaced if it exists, gets the file `binary` and for each graph `<name>_ctx.onnx`,
+    with which ONNX Runtime runs it from that binary. The compiler works in a process of its own: what it compiled
+    earlier would change the bytes, and a crash would end this process.
 
-    Raises `CompileError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails;
-    `ValueError` for a graph with a shape that is not fixed.
+    Raises `CompileError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails.
     """
-    needed = {path.name for path in graphs.values()}
-    for name, path in graphs.items():
-        graph = onnx.load(path, load_external_data=False).graph
-        _check_fixed_shapes(name, graph)
-        needed |= {entry.value for tensor in graph.initializer for entry in tensor.external_data
-                   if entry.key == "location"}  # fmt: skip
-    if output.exists():
-        raise FileExistsError(f"{output} already exists: remove it, or give another folder.")
-    sources = {path.resolve().parent for path in graphs.values()}
-    if len(sources) != 1:
-        raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")
-    source = sources.pop()
+    (source,) = {path.resolve().parent for path in graphs.values()}
+    tensors = [
+        tensor for path in graphs.values() for tensor in onnx.load(path, load_external_data=False).graph.initializer
+    ]
+    constants = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    needed = constants | {path.name for path in graphs.values()}
     # The length of this folder's path decides where things lie in the compiler's memory, and so some of its choices;
     # that is why it is not beside the output.
     with NewFolder(output, "compiling") as new, TemporaryDirectory(prefix="qnn-") as work:
@@ -97,16 +90,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another disk, or somebody else's file
         shutil.copyfile(source, target)
-
-
-def _check_fixed_shapes(name: str, graph: onnx.GraphProto) -> None:
-    for value in (*graph.input, *graph.output):
-        dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
-        if not all(isinstance(dim, int) for dim in dims):
-            raise ValueError(
-                f"{value.name} of {name} has the shape ({', '.join(map(str, dims))}): the NPU takes fixed shapes "
-                "only, so export one graph for each length."
-            )
 
 
 def _reason(done: subprocess.CompletedProcess, names: list[str]) -> str:

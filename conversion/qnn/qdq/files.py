@@ -6,16 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import helper, numpy_helper
 
 from conversion.qnn.qdq.encoding import Encoding, WeightCodes
-
-DTYPES = {
-    TensorProto.UINT16: "uint16",
-    TensorProto.INT16: "int16",
-    TensorProto.UINT8: "uint8",
-    TensorProto.INT8: "int8",
-}
 
 
 def describe_boundary(
@@ -34,7 +27,7 @@ def describe_boundary(
         return {
             "name": value.name,
             "shape": [dim.dim_value for dim in kind.shape.dim],
-            "dtype": DTYPES[kind.elem_type],
+            "dtype": helper.tensor_dtype_to_np_dtype(kind.elem_type).name,
             "scale": scale,
             "offset": offset,
         }

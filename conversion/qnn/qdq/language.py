@@ -6,8 +6,8 @@ part, so that only the blocks of one part are ever in memory in full precision.
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, DecoderShape, boundary_names, cache_names
+from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, DecoderShape, RunGraph, boundary_names, cache_names
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
 from conversion.qnn.graphs.float_onnx import structure, to_float_onnx
 from conversion.qnn.graphs.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora, weight_bits
@@ -46,6 +46,36 @@ class LanguageSettings:
     def tokens(self, stage: str) -> int:
         """Tokens per call of the `prefill` or the `decode` graph."""
         return self.chunk_length if stage == "prefill" else 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some blocks, and how their graphs read a request."""
+
+    shape: DecoderShape
+    blocks: range
+    settings: LanguageSettings
+
+    @property
+    def input_name(self) -> str:
+        """What a graph reads: embeddings, or hidden states of the part before."""
+        return boundary_names(self.shape, self.blocks)[0]
+
+    @property
+    def output_name(self) -> str:
+        """What a graph gives: hidden states, or logits."""
+        return boundary_names(self.shape, self.blocks)[1]
+
+    def read(self, run: RunGraph, stream: np.ndarray) -> dict[str, np.ndarray]:
+        """The output (tokens, hidden_size or vocabulary) and the caches of one request, read in chunks by `run`."""
+        settings = self.settings
+        lengths = settings.chunk_length, settings.context_length
+        decoder = ChunkedDecoder(self.shape, run, *lengths, blocks=self.blocks)
+        return {self.output_name: decoder.read(stream, only_chunks=True), **decoder.cache}
+
+    def probe(self, requests: list[np.ndarray]) -> np.ndarray:
+        """The start of the first request, which verification compares number by number."""
+        return requests[0][: sum(probe_lengths(self.settings.chunk_length, len(requests[0])))]
 
 
 @dataclass
@@ -104,9 +134,7 @@ class _PartFiles:
 
 def quantize_part(
     views: Mapping[str, Any],
-    shape: DecoderShape,
-    blocks: range,
-    settings: LanguageSettings,
+    part: Part,
     *,
     streams: Mapping[str, list[np.ndarray]],
     input_ranges: Mapping[str, Range],
@@ -114,7 +142,7 @@ def quantize_part(
     folder: Path,
     float_folder: Path | None = None,
 ) -> PartResult:
-    """Writes the four QDQ graphs of `blocks` as `<name>_<view>_<stage>.onnx` and `<name>.data` into `folder`.
+    """Writes the four QDQ graphs of a part as `<name>_<view>_<stage>.onnx` and `<name>.data` into `folder`.
 
     Args:
         views: the modules of the text and the multimodal view.
@@ -123,18 +151,16 @@ def quantize_part(
         float_folder: where the float graphs with their encodings go, if they are wanted.
     """
     result = PartResult({}, {}, {}, {}, {})
-    seqmse = SeqMse() if settings.rounding == "seqmse" else None
+    seqmse = SeqMse() if part.settings.rounding == "seqmse" else None
     with ExitStack() as stack:
         files = _PartFiles(stack, name, folder, float_folder)
         for view in VIEWS:
             found = _quantize_view(
                 view,
                 views[view],
-                shape,
-                blocks,
-                settings,
+                part,
                 requests=streams[view],
-                exact=streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0],
+                exact=streams.get(f"{view}/{EXACT}", [part.probe(streams[view])])[0],
                 input_range=input_ranges[view],
                 seqmse=seqmse,
                 files=files,
@@ -142,19 +168,17 @@ def quantize_part(
             result.graphs.update({f"{view}_{stage}": path for stage, path in found.graphs.items()})
             result.boundary[view], result.codes[view] = found.boundary, found.codes
             result.streams[view] = found.stream
-            result.streams[f"{view}/{EXACT}"] = [found.values[EXACT][boundary_names(shape, blocks)[1]]]
+            result.streams[f"{view}/{EXACT}"] = [found.values[EXACT][part.output_name]]
             for kind, values in found.values.items():
                 result.probe.update({f"{view}/{kind}/{tensor}": value for tensor, value in values.items()})
-            logger.info("Quantized blocks %d to %d of the %s view.", blocks.start, blocks.stop - 1, view)
+            logger.info("Quantized blocks %d to %d of the %s view.", part.blocks.start, part.blocks.stop - 1, view)
     return result
 
 
 def _quantize_view(
     view: str,
     module: Any,
-    shape: DecoderShape,
-    blocks: range,
-    settings: LanguageSettings,
+    part: Part,
     *,
     requests: list[np.ndarray],
     exact: np.ndarray,
@@ -169,7 +193,8 @@ def _quantize_view(
         exact: the same of the probe, with no weight rounded.
         input_range: of the requests, as the part before encodes it.
     """
-    graph = DecoderGraph(module, shape, blocks.start, blocks.stop)
+    blocks, settings = part.blocks, part.settings
+    graph = DecoderGraph(module, part.shape, blocks.start, blocks.stop)
     models = {stage: make_float_graph(graph, settings, stage) for stage in STAGES}
     if structure(models["prefill"]) != structure(models["decode"]):
         raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
@@ -177,15 +202,16 @@ def _quantize_view(
     _drop_matrices(models["decode"])  # which are those of the other, and come back as codes
     as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
     if seqmse is not None:
-        feeds = collect_calls(models["prefill"], shape, blocks, requests[:SEQMSE_REQUESTS], settings)
+        feeds = collect_calls(models["prefill"], part, requests[:SEQMSE_REQUESTS])
         seqmse.fit(models["prefill"], feeds, weight_bits)
     codes = round_weights(models["prefill"], weight_bits, rounding=seqmse or round_to_nearest, as_inputs=as_inputs)
-    exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
+    with _float_run(models["prefill"]) as run:
+        exact_values = part.read(run, exact)
     # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
     for stage in STAGES if settings.encodings else STAGES[:1]:
         apply_codes(models[stage], codes)
-    ranges, outputs, rounded_values = _calibrate(models["prefill"], shape, blocks, requests, settings)
-    ranges |= _fixed_ranges(shape, blocks, input_range)
+    ranges, outputs, rounded_values = _calibrate(models["prefill"], part, requests)
+    ranges |= _fixed_ranges(part, input_range)
     tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
     encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
     boundary = [value.name for value in (*models["decode"].graph.input, *models["decode"].graph.output)]
@@ -213,14 +239,14 @@ def make_float_graph(graph: DecoderGraph, settings: LanguageSettings, stage: str
     return to_float_onnx(graph, inputs, graph.input_names, graph.output_names)
 
 
-def _fixed_ranges(shape: DecoderShape, blocks: range, input_range: Range) -> dict[str, Range]:
+def _fixed_ranges(part: Part, input_range: Range) -> dict[str, Range]:
     """Ranges that are the same in every graph, so that a caller encodes such an input once for all parts."""
-    turned = (-abs(shape.rotary_scaling), abs(shape.rotary_scaling))
+    rotary = (-abs(part.shape.rotary_scaling), abs(part.shape.rotary_scaling))
     return {
-        boundary_names(shape, blocks)[0]: input_range,
-        "attention_mask": (shape.masked, 0.0),
-        "position_ids_cos": turned,
-        "position_ids_sin": turned,
+        part.input_name: input_range,
+        "attention_mask": (part.shape.masked, 0.0),
+        "position_ids_cos": rotary,
+        "position_ids_sin": rotary,
     }
 
 
@@ -230,67 +256,42 @@ def probe_lengths(chunk_length: int, available: int) -> tuple[int, int]:
     return min(2 * chunk_length + chunk_length // 2, available - decoded), decoded
 
 
-def _probe_of(requests: list[np.ndarray], settings: LanguageSettings) -> np.ndarray:
-    return requests[0][: sum(probe_lengths(settings.chunk_length, len(requests[0])))]
-
-
-def _read_float(
-    model: onnx.ModelProto, shape: DecoderShape, blocks: range, stream: np.ndarray, settings: LanguageSettings
-) -> dict[str, np.ndarray]:
-    """What a float graph gives for one request: its first output, and the caches."""
+@contextmanager
+def _float_run(model: onnx.ModelProto) -> Iterator[RunGraph]:
+    """Runs a float graph, as `ChunkedDecoder` calls it."""
     with TemporaryDirectory() as folder:
         session = cpu_session(save_copy(model, Path(folder) / "float.onnx"))
         names = [value.name for value in session.get_outputs()]
-
-        def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-        decoder = ChunkedDecoder(shape, run, settings.chunk_length, settings.context_length, blocks=blocks)
-        return {boundary_names(shape, blocks)[1]: decoder.read(stream, only_chunks=True), **decoder.cache}
+        yield lambda _tokens, feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
-def collect_calls(
-    model: onnx.ModelProto, shape: DecoderShape, blocks: range, requests: list[np.ndarray], settings: LanguageSettings
-) -> list[dict[str, np.ndarray]]:
-    """The inputs of every call that a float graph for chunks gets in some requests."""
-    with TemporaryDirectory() as folder:
-        session = cpu_session(save_copy(model, Path(folder) / "float.onnx"))
-        names = [value.name for value in session.get_outputs()]
-        calls: list[dict[str, np.ndarray]] = []
+def collect_calls(model: onnx.ModelProto, part: Part, requests: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The inputs of every call of a float graph for chunks, over some requests."""
+    calls: list[dict[str, np.ndarray]] = []
+    with _float_run(model) as run:
 
-        def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def run_and_note(tokens: int, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             calls.append(dict(feeds))
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            return run(tokens, feeds)
 
         for request in requests:
-            decoder = ChunkedDecoder(shape, run, settings.chunk_length, settings.context_length, blocks=blocks)
-            decoder.read(request, only_chunks=True)
+            part.read(run_and_note, request)
     return calls
 
 
 def _calibrate(
-    model: onnx.ModelProto,
-    shape: DecoderShape,
-    blocks: range,
-    requests: list[np.ndarray],
-    settings: LanguageSettings,
+    model: onnx.ModelProto, part: Part, requests: list[np.ndarray]
 ) -> tuple[dict[str, Range], list[np.ndarray], dict[str, np.ndarray]]:
-    """Ranges, what comes out for each request, and the float numbers of the probe."""
+    """Ranges, what the next part reads in each request, and the float numbers of the probe."""
     with TemporaryDirectory() as folder:
         meter = RangeMeter(model, Path(folder))
-        chunk, context = settings.chunk_length, settings.context_length
 
         def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return meter.run(feeds)
 
-        outputs = []
-        for request in requests:
-            decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
-            outputs.append(decoder.read(request, only_chunks=True))
-        probe = _probe_of(requests, settings)
-        decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
-        values = {boundary_names(shape, blocks)[1]: decoder.read(probe, only_chunks=True), **decoder.cache}
-    is_last = blocks.stop == shape.num_blocks
+        outputs = [part.read(run, request)[part.output_name] for request in requests]
+        values = part.read(run, part.probe(requests))
+    is_last = part.blocks.stop == part.shape.num_blocks
     return meter.ranges, [] if is_last else outputs, values
 
 
@@ -316,8 +317,8 @@ def base_codes(
     for name, value in DecoderGraph(base, shape, blocks.start, blocks.stop).named_buffers():
         if value.ndim == 2:
             weight, bits = value.cpu().numpy(), weight_bits(name)
-            chosen = scales is not None and name in scales
-            codes[name] = (
-                round_with_scales(weight, scales[name], bits, 1) if chosen else round_to_nearest(name, weight, bits, 1)
-            )
+            if scales is not None and name in scales:
+                codes[name] = round_with_scales(weight, scales[name], bits, 1)
+            else:
+                codes[name] = round_to_nearest(name, weight, bits, 1)
     return codes

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
+from ml_dtypes import int4  # which onnx needs too
 from onnx import TensorProto, helper, numpy_helper
 
 from conversion.qnn.qdq.encoding import (
@@ -21,7 +22,6 @@ from conversion.qnn.qdq.encoding import (
 )
 from conversion.qnn.qdq.ranges import union
 
-KINDS = {"uint16": TensorProto.UINT16, "int16": TensorProto.INT16, "uint8": TensorProto.UINT8}
 # These move values without changing them. Both sides share an encoding, so the NPU moves codes and never rescales.
 MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Pad")
 # The NPU prescribes the encoding of these outputs.
@@ -68,8 +68,6 @@ def encodings_of(
         tied: additional pairs that must share an encoding: caches that go in and come out.
         cache_bits: 16, or 8 for half the cache: for keys and values, the second factors of attention's products.
     """
-    if cache_bits not in CACHE_DTYPES:
-        raise ValueError(f"`cache_bits` is {cache_bits!r}: expected 16 or 8.")
     groups = tensor_groups(model, tied or {})
     if missing := [name for name in groups if name not in ranges]:
         raise ValueError(
@@ -125,10 +123,10 @@ def round_weights(
         as_inputs: which weights will be inputs of the graph instead of constants. They get a single scale, because the
             NPU supports a scale per channel only for constants.
     """
-    codes = {}
-    for name, (weight, axis) in weights_of(model).items():
-        codes[name] = rounding(name, weight, bits_of(name), None if as_inputs(name) else axis)
-    return codes
+    return {
+        name: rounding(name, weight, bits_of(name), None if as_inputs(name) else axis)
+        for name, (weight, axis) in weights_of(model).items()
+    }
 
 
 def weights_of(model: onnx.ModelProto) -> dict[str, tuple[np.ndarray, int]]:
@@ -199,7 +197,8 @@ class _Quantizer:
 
     def _coded(self, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
         dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        return helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims)
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.encodings[value.name].dtype))
+        return helper.make_tensor_value_info(value.name, kind, dims)
 
     def _append(self, operator: str, inputs: list[str], output: str, **attributes: int) -> None:
         self.graph.node.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
@@ -253,16 +252,14 @@ class _Quantizer:
         return self.decoded[name]
 
     def _decode_weight(self, name: str, weight: WeightCodes) -> None:
-        kind = TensorProto.INT4 if weight.bits == 4 else TensorProto.INT8
+        dtype = np.dtype(int4 if weight.bits == 4 else np.int8)
         if weight.axis is None:
+            kind = helper.np_dtype_to_tensor_dtype(dtype)
             self.graph.input.append(helper.make_tensor_value_info(name, kind, weight.codes.shape))
         else:
-            raw = pack_int4(weight.codes) if weight.bits == 4 else np.ascontiguousarray(weight.codes).tobytes()
-            self.graph.initializer.append(helper.make_tensor(name, kind, weight.codes.shape, raw, raw=True))
+            self._constant(name, weight.codes.astype(dtype))
         self._constant(f"{name}/scale", weight.scales)
-        zeros = np.zeros(weight.scales.shape, np.int8)
-        raw = pack_int4(zeros) if weight.bits == 4 else zeros.tobytes()
-        self.graph.initializer.append(helper.make_tensor(f"{name}/zero_point", kind, zeros.shape, raw, raw=True))
+        self._constant(f"{name}/zero_point", np.zeros(weight.scales.shape, dtype))
         self.decoded[name] = f"{name}/decoded"
         attributes = {} if weight.axis is None else {"axis": weight.axis}
         inputs = [name, f"{name}/scale", f"{name}/zero_point"]
@@ -290,10 +287,3 @@ def apply_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> Non
     for tensor in model.graph.initializer:
         if tensor.name in codes:
             tensor.CopyFrom(numpy_helper.from_array(codes[tensor.name].decode().astype(np.float32), tensor.name))
-
-
-def pack_int4(codes: np.ndarray) -> bytes:
-    """Packs two codes per byte, the first in the low half, as ONNX stores them."""
-    flat = codes.astype(np.int8).reshape(-1).view(np.uint8) & 15
-    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
-    return (flat[0::2] | (flat[1::2] << 4)).tobytes()

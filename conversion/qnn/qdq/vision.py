@@ -43,7 +43,7 @@ def quantize_vision(
     """Writes `vision.onnx`, for `batch` tiles at a time, and `vision.data` into `folder`.
 
     The float graph with its encodings goes into `float_folder`, if there is one. Raises `ValueError` if the float
-    graph says something else than the model to the first batch.
+    graph does not give the model's features for the first batch.
     """
     graph = VisionGraph(model)
     float_graph = to_float_onnx(graph, graph.example_inputs(batch), graph.input_names, graph.output_names)
@@ -54,7 +54,7 @@ def quantize_vision(
         session = cpu_session(save_copy(float_graph, Path(work) / "vision.onnx"))
         features = session.run(["image_features"], {"pixel_values": batches[0]})[0]
         del session
-        _refuse_other_features(model, batches[0], features)
+        _check_features(model, batches[0], features)
         apply_codes(float_graph, codes)
         ranges = measure_ranges(float_graph, ({"pixel_values": pixels} for pixels in batches), Path(work))
     probe = {"pixel_values": batches[0], "image_features": features}
@@ -71,7 +71,7 @@ def quantize_vision(
 
 
 @torch.no_grad()
-def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
+def _check_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
     """`ValueError` unless the features `found` for `pixels` are the model's own."""
     own = model.get_image_features(torch.from_numpy(pixels)).pooler_output.float().cpu().numpy()
     dtypes = {parameter.dtype for part in (model.vision_tower, model.multi_modal_projector)
@@ -80,7 +80,7 @@ def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) ->
     error = float(np.linalg.norm(found - own) / np.linalg.norm(own)) if found.shape == own.shape else float("inf")
     if not error <= tolerance:
         raise ValueError(
-            f"The vision tower and the projector cannot be exported to QNN: for {len(pixels)} tiles their graph says "
-            f"{found.shape}, the model {own.shape}, and the difference is {error:.2g} of what the model says (at most "
-            f"{tolerance:g}): they compute something else than a SigLIP with their weights does."
+            f"The vision tower and the projector cannot be exported to QNN: for {len(pixels)} tiles their graph gives "
+            f"features of shape {found.shape}, the model {own.shape}, with a relative difference of {error:.2g} (at "
+            f"most {tolerance:g}): they compute something else than a SigLIP with their weights."
         )

@@ -267,10 +267,8 @@ def test_the_two_backends_agree(bundle):
     assert agreement(*found).is_close
 
 
-def test_a_runner_chats_and_stops_at_the_end_of_the_context(bundle, caplog):
+def test_a_runner_stops_at_the_end_of_the_context(bundle, caplog):
     runner = QnnRunner(bundle)
-    answer = runner.chat([{"role": "user", "content": "hi"}], max_new_tokens=3)
-    assert isinstance(answer.text, str) and answer.view == "text" and answer.generated_tokens <= 3
     runner.bundle.metadata["generation"]["eos_token_ids"] = []
     assert len(list(runner.generate(prompt(CONTEXT - 3)[0], max_new_tokens=4))) == 4 and not caplog.text
     assert len(list(runner.generate(prompt(CONTEXT - 3)[0], max_new_tokens=100))) == 4
@@ -339,10 +337,9 @@ def test_a_conversation_goes_on_from_the_cache_with_the_same_answers(bundle):
         before = list(chat.messages)
         pieces = []
         found = chat.ask(prompt_text, images, max_new_tokens=2, on_text=pieces.append)
-        expected = fresh.chat([*before, chat.messages[-2]], max_new_tokens=2)
-        assert (found["text"], found["view"], found["prompt_tokens"]) == (
-            expected.text, expected.view, expected.prompt_tokens
-        )  # fmt: skip
+        without_cache = QnnChat(fresh)
+        without_cache.messages = before
+        assert found == without_cache.ask(prompt_text, images, max_new_tokens=2)
         assert "".join(pieces) == found["text"]
         assert sum(read[-1]) == found["prompt_tokens"]
     cached = [length for length, _ in read]

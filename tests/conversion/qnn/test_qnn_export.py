@@ -216,14 +216,8 @@ def test_a_taken_output_is_refused(pair, tmp_path):
 
 
 def test_a_computer_on_which_the_compiler_does_not_run_is_told_why(monkeypatch):
-    monkeypatch.setattr(npu.platform, "libc_ver", lambda: ("glibc", "2.31"))
-    with pytest.raises(OSError, match="glibc 2.31 is too old.*2.35"):
-        npu.check_platform()
     monkeypatch.setattr(npu.platform, "machine", lambda: "aarch64")
     with pytest.raises(OSError, match="Linux on x86-64 only"):
-        npu.check_platform()
-    monkeypatch.setattr(npu.sys, "version_info", (3, 10, 1))
-    with pytest.raises(OSError, match="too old for onnxruntime-qnn: 3.11"):
         npu.check_platform()
 
 
