@@ -89,23 +89,22 @@ def quantize_genieblue(
     progress: Progress | None = None,
     **load_kwargs: Any,
 ) -> QuantizationReport:
-    """Quantizes the GenieBlue `source` into the folder `output`, and its base into a folder of its own.
+    """Quantizes the GenieBlue `source` (16 or 32 bits) into the folder `output`, and its base into another folder.
 
     Args:
-        source: folder or Hub id of a GenieBlue in 16 or 32 bits; it is only read.
         base_output: folder of the quantized base; by default `<name of the base>-<precision>` beside `output`.
-        quantized_base: folder or Hub id of a base that was quantized before, to be used again; none is written then.
-        self_contained: the quantized base goes into the sub-folder `base` of `output`.
+        quantized_base: folder or Hub id of a quantized base to reuse; none is written then.
+        self_contained: puts the quantized base into the subfolder `base` of `output`.
         samples: calibration data, which `gptq` needs.
         load_kwargs: how `source` is loaded (`token`, `revision`, `trust_remote_code`, …).
 
-    Raises `ValueError` or `OSError`, with nothing half-written, for a source that is quantized already, folders that
-    are taken, a recipe or a quantized base that does not fit, options without a meaning, and samples that are too few
-    or too long.
+    Raises `ValueError` or `OSError`, leaving nothing half-written, for an already quantized source, folders in use, a
+    recipe or quantized base that does not fit, contradicting options, and samples that are too few or too long.
     """
     recipe, samples = recipe or QuantizationRecipe(), samples or CalibrationSamples()
     where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     access = {key: where[key] for key in ACCESS_KEYS if key in where}
+    reload = {**access, "trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     _check_options(recipe, samples, base_output, quantized_base, self_contained)
     LoadRequest.from_arguments(source, where).check_layout()
     config = GenieBlueConfig.from_pretrained(source, **where)
@@ -113,18 +112,18 @@ def quantize_genieblue(
     _check_lengths(samples, config)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
     check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
-    existing = check_existing_base(quantized_base, recipe, config, access) if quantized_base is not None else None
+    existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
 
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    origin = _origin(source, places.output, load_kwargs.get("revision"), access)
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))
     before = view_logits(model)
-    origin = _origin(source, places.output, load_kwargs.get("revision"), access)
-    trust = {key: load_kwargs[key] for key in ("trust_remote_code",) if key in load_kwargs}
+
     with (
         explained_full_disk(places.output, places.new_base),
         StagingFolder(places.output, "quantizing") as staging,
-        # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
+        # Entered last: nothing that can fail may come between the save of the GenieBlue and the end of this one.
         NewFolder(places.new_base) if places.new_base is not None else nullcontext() as new_base,
     ):
         inner_base = new_base.staging if new_base is not None else staging / INNER_BASE
@@ -132,14 +131,14 @@ def quantize_genieblue(
         rounded.config.quantization["source"] = origin
         # Saved once in passing, to measure what a user will load.
         rounded.save_pretrained(staging / "trial")
-        quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **access, **trust)
-        errors, measurements = measured_errors(before, view_logits(quantized), recipe)
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **reload)
+        errors, facts = measured_errors(before, view_logits(quantized), recipe)
         if new_base is not None:
-            # Before the GenieBlue, which never points at a base that is not there, and whose card reads the base's.
-            # Should the save fail, the context puts the old base back.
+            # Before the GenieBlue, which must never point at a missing base, and whose card reads the base's. If the
+            # save fails, the context puts the old base back.
             new_base.put_in_place()
             quantized.config.base_model_name_or_path = str(places.new_base)
-        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: measurements})
+        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: facts})
     other = quantized.config.quantization["other_precision"]
     return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors)
 

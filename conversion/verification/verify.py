@@ -9,8 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from filecmp import cmp
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +16,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
-import modeling_genieblue
 from conversion.verification import clean_process
 from conversion.verification.answer_boundaries import check_answer_boundaries
-from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of
+from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, foreign_code, logits_of
 from conversion.verification.verify_quantized import check_quantization, check_quantized_adapter, may_run_code_of_base
 from hub_cards.model_folder import not_finite, own_weight_files, read_model_config, read_tensor_sizes
 from modeling_genieblue import GenieBlueProcessor
@@ -290,7 +287,7 @@ def _relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 def check_remote_code(subject: SavedModel) -> str:
     """The repository's own code files load without the package, and answer about an image."""
     base_name, base_options = subject.base  # raises if the base's code is not allowed: here it would run
-    if not subject.is_local and not subject.trust and (foreign := _code_of_others(subject.folder)):
+    if not subject.is_local and not subject.trust and (foreign := foreign_code(subject.folder)):
         raise CheckFailed(
             f"{some(foreign)} differ from the installed package's files and were not run: read them, then allow them "
             "with trust_remote_code (--trust-remote-code)"
@@ -318,7 +315,7 @@ def check_remote_code(subject: SavedModel) -> str:
             f"the base {base_name}, loaded with its own code files, gives different logits from the text view"
         )
     of_base = f"; its base alone, a {report['base_class']}, gives the text view's logits" if alone else ""
-    others = _code_of_others(subject.folder)
+    others = foreign_code(subject.folder)
     return (
         f"{', '.join(report['modules'])} run the repository's own files "
         f"({f'{some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
@@ -331,13 +328,6 @@ def _as_json(options: dict[str, Any]) -> dict[str, Any]:
     """Hub options for another process, which gets the token and its consent in other ways."""
     kept = {key: value for key, value in options.items() if key not in ("token", "trust_remote_code")}
     return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in kept.items()}
-
-
-def _code_of_others(folder: Path) -> list[str]:
-    """Python files of a repository that are not byte for byte those of the installed package."""
-    own = Path(modeling_genieblue.__file__).parent
-    files = sorted(folder.glob("*.py"))
-    return [path.name for path in files if not (own / path.name).is_file() or not cmp(path, own / path.name, False)]
 
 
 def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> dict[str, Any]:

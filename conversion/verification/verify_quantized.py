@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Iterator
-from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-import modeling_genieblue
 from conversion.quantization.error import ViewLogits, measured_errors, view_logits
 from conversion.quantization.precision import (
     LayerPlan,
@@ -22,7 +20,7 @@ from conversion.quantization.precision import (
     plan_own_parts,
 )
 from conversion.quantization.rounding import TOP_CODE
-from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on
+from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, foreign_code
 from hub_cards.model_folder import read_tensor_sizes
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, make_lora_config
@@ -81,8 +79,7 @@ def may_run_code_of_base(subject: SavedModel) -> bool:
     hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
     # A folder is that of a self-contained model here, which was downloaded.
     folder = Path(name) if is_folder else Path(snapshot_download(name, allow_patterns="*.py", **hub))
-    own = Path(modeling_genieblue.__file__).parent
-    return all((own / path.name).is_file() and cmp(path, own / path.name, False) for path in folder.glob("*.py"))
+    return not foreign_code(folder)
 
 
 def find_invalid_values(path: Path) -> Iterator[str]:
@@ -159,12 +156,10 @@ def _kinds_in_memory(base: Any) -> dict[str, str]:
 
 def _other_precisions(place: str, meant: dict[str, str], found: dict[str, str]) -> list[str]:
     other = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
-    if not other:
-        return []
-    first = other[0]
     return [
         f"{place} differs in precision from config.json for {len(other)} layer(s): {first} is "
         f"{found.get(first, '16 bits')}, expected {meant.get(first, '16 bits')}"
+        for first in other[:1]
     ]
 
 
@@ -206,7 +201,7 @@ def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[
     model = GenieBlueForConditionalGeneration.from_pretrained(
         name, dtype=recipe.dtype, trust_remote_code=subject.trust, **where
     )
-    return name, view_logits(model.to(subject.device) if subject.device is not None else model)
+    return name, view_logits(model.to(subject.device))
 
 
 def _recorded_errors(subject: SavedModel, reason: Exception) -> str:
