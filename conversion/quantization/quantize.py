@@ -145,7 +145,7 @@ def quantize_genieblue(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where results go: the GenieBlue, and its base into a folder of its own, unless there is one already."""
+    """Folders of the results: the GenieBlue, and its new base unless an existing one is used."""
 
     output: Path
     new_base: Path | None
@@ -154,7 +154,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Plans:
-    """Precision by layer of what GenieBlue adds, and of its base."""
+    """Precision of each layer of GenieBlue's own parts, and of its base."""
 
     own_parts: LayerPlan
     base: LayerPlan
@@ -184,7 +184,7 @@ def _check_options(
 
 
 def _check_lengths(samples: CalibrationSamples, config: GenieBlueConfig) -> None:
-    """`ValueError` for rows of text that are longer than the base can take."""
+    """`ValueError` for rows of text that are too long for the base."""
     longest = max((ids.shape[1] for ids in samples.text), default=0)
     most = getattr(config.text_config, "max_position_embeddings", None)
     if isinstance(most, int) and longest > most:
@@ -210,7 +210,7 @@ def _places(
 
 
 def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:
-    """Where the unquantized GenieBlue is, for a reader and for `verify`."""
+    """The location of the unquantized GenieBlue, for readers and for `verify`."""
     if os.path.isdir(source):
         return {"name": os.path.relpath(os.path.realpath(source), output), "revision": None}
     return {"name": str(source), "revision": hub_commit(str(source), revision, **access)}
@@ -226,9 +226,9 @@ def _round(
     base_folder: Path,
     access: dict[str, Any],
 ) -> QuantizedGenieBlueForConditionalGeneration:
-    """Rounds all parts in the order in which a request runs through them, so that later ones see earlier errors.
+    """Rounds all parts in the order of a request, so that later ones can compensate for earlier errors.
 
-    Returns the model with the files of its parts, which lie in `staging`, those of a new base in `base_folder`.
+    Returns the model with the files of its parts in `staging`, and those of a new base in `base_folder`.
     """
     recipe = rounder.recipe
     files = _round_own_parts(model, plans.own_parts, rounder, staging)
@@ -267,7 +267,7 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Pat
         if name not in in_blocks:
             hessian = hessians.get(name.removeprefix(prefix))
             weight = model.get_submodule(name).weight
-            # The tower's pooling head, which GenieBlue does not run, is on its own: `vision_tower.head`.
+            # The tower's pooling head, which GenieBlue does not run, counts as a separate part: `vision_tower.head`.
             part = ".".join(name.split(".")[:2]) if name.startswith("vision_tower.") else "multi_modal_projector"
             tensors |= stored_tensors(name, **rounder.round(weight, kind, part, hessian))
     own = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": projector})
@@ -277,9 +277,9 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Pat
 def _round_base(
     model: Any, plan: LayerPlan, rounder: Rounder, folder: Path, access: dict[str, Any]
 ) -> dict[str, dict]:
-    """Writes the quantized base into `folder`; returns samples of its tensors, to know it by.
+    """Writes the quantized base into `folder`; returns samples of its tensors, which identify it.
 
-    The base in memory holds the rounded values afterwards, and the model's configuration the new base's hashes.
+    Afterwards the base in memory has the rounded values, and the model's configuration the new base's hashes.
     """
     config, base = model.config, model.language_model
     folder.mkdir(exist_ok=True)
@@ -300,7 +300,7 @@ def _round_base(
     stored: set[int] = set()
     for name, kind in outside.items():
         module = base.get_submodule(name)
-        if id(module.weight) not in stored:  # an LM head and an embedding that are one
+        if id(module.weight) not in stored:  # the LM head may be the embedding
             stored.add(id(module.weight))
             part = "embeddings" if module is embedding else "lm_head"
             tensors |= stored_tensors(name, **rounder.round(module.weight, kind, part))
@@ -316,12 +316,12 @@ def _round_base(
 def _round_adapter(
     model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: Rounder, staging: Path
 ) -> dict[str, Path]:
-    """LoRA and the copied blocks as files of the new folder; LoRA first, which the blocks after it run with."""
+    """LoRA and the copied blocks as files of the new folder; LoRA first, because later blocks run with it."""
     view = model.multimodal_language_model
     adapter = plan_adapter(view, recipe)
     plan.kept |= adapter.kept
     tensors: dict[str, torch.Tensor] = {}
-    copies: dict[str, str] = {}  # by their names in the view, which the blocks are walked by
+    copies: dict[str, str] = {}  # by their names in the view, whose blocks are walked
     for name, stock, weight in list(quantized_adapter_entries(view)):
         if stock not in adapter.kinds:
             continue
@@ -361,7 +361,7 @@ def _round_lora(
 
 @torch.no_grad()
 def _embedded(model: Any, rounder: Rounder) -> list[dict[str, torch.Tensor]]:
-    """Multimodal samples as the multimodal view is run on them; without any, the text ones."""
+    """Multimodal samples as inputs of the multimodal view; text samples if there are none."""
     if not rounder.uses_samples:
         return []
     samples = rounder.samples.multimodal

@@ -185,8 +185,9 @@ def _round_gptq(
 
     Frantar et al., "GPTQ" (2023), algorithm 1, without reordering columns: with `U` the upper Cholesky factor of the
     inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each later column j.
-    This is the change of the later columns that best restores the layer's output. The grid of a 4-bit group is fitted
-    as for `hqq`, which lowers the error by 3 to 5 % compared with the full range.
+    This is the change of the later columns that best restores the layer's output: once the earlier columns are fixed,
+    only the inverse Hessian of columns i and later counts, and row i of U is its first row, up to a factor. The grid
+    of a 4-bit group is fitted as for `hqq`, which lowers the error by 3 to 5 % compared with the full range.
     """
     factor = _reversed_cholesky(_checked_hessian(hessian, weight.device))
     columns = weight.t().contiguous()  # (in, out): makes each column of the weight contiguous
@@ -208,6 +209,7 @@ def _round_gptq(
                 scales[group], zeros[group] = scale.flatten(), zero.flatten()
             column = columns[index]
             codes[index] = _nearest_codes(column, scales[group], zeros[group], bits)
+            # Divided by the diagonal once, so that the updates below are plain products with U.
             error = (column - (codes[index] - zeros[group]) * scales[group]) / row[index - start]
             errors[index - start] = error
             columns[index + 1 : end].addr_(row[index + 1 - start : end - start], error, alpha=-1)

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 STOCK_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Unrelated logits have a larger relative L2 error than this.
 LARGEST_ERROR = 1.0
-UNSEEN = "no hashes of this repository's own files are recorded, so changed codes or scales go unnoticed"
+UNSEEN = "hashes of this repository's own files are not recorded, so changed codes or scales go unnoticed"
 
 
 def check_quantized_adapter(subject: SavedModel) -> str:
