@@ -21,7 +21,7 @@ OWN_DIGEST = "sha256"  # key in the metadata
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 by relative path of everything in a bundle but its metadata."""
+    """Size and sha256 by relative path of all files of a bundle except its metadata."""
     paths = {name: folder / name for name in _names(folder)}
     return {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in paths.items()}
 
@@ -33,7 +33,7 @@ def _sha256(path: Path) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """Files in the folder of a bundle but its metadata. Hidden ones are a download's own, and nothing reads them."""
+    """Files of a bundle except its metadata. Hidden files come from a download, and nothing reads them."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [
         path.as_posix()
@@ -43,12 +43,12 @@ def _names(folder: Path) -> list[str]:
 
 
 def signed(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with a digest of themselves."""
+    """The metadata with their own digest."""
     return {**metadata, OWN_DIGEST: _digest(metadata)}
 
 
 def _digest(metadata: Mapping[str, Any]) -> str:
-    """Hex digest of metadata as JSON with sorted keys, their own digest left out."""
+    """Hex digest of metadata without their own digest, as JSON with sorted keys."""
     others = {key: value for key, value in metadata.items() if key != OWN_DIGEST}
     return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -57,11 +57,11 @@ class Bundle:
     """A bundle on disk."""
 
     def __init__(self, folder: str | os.PathLike):
-        """Raises `OSError` for a folder that is no bundle, `ValueError` for one of another format or damaged."""
+        """Raises `OSError` for a folder that is not a bundle, `ValueError` for another format or damaged metadata."""
         self.folder = Path(folder)
         path = self.folder / METADATA
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no QNN bundle: it has no {METADATA}.")
+            raise FileNotFoundError(f"{folder} is not a QNN bundle: it has no {METADATA}.")
         try:
             self.metadata = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -84,7 +84,7 @@ class Bundle:
         return self.folder / relative
 
     def changed_files(self) -> list[str]:
-        """A sentence for each file that is missing, not listed, or has other bytes than were exported."""
+        """A sentence for each file that is missing, unknown, or has other contents than were exported."""
         problems = []
         for name, facts in self.metadata["files"].items():
             path = self.path(name)
@@ -95,45 +95,46 @@ class Bundle:
             elif _sha256(path) != facts["sha256"]:
                 problems.append(f"{name} has other contents than were exported")
         extra = [name for name in _names(self.folder) if name not in self.metadata["files"]]
-        return problems + [f"{name} is no file of the bundle (remove it)" for name in extra]
+        return problems + [f"{name} is not a file of the bundle (remove it)" for name in extra]
 
     def embeddings(self) -> np.ndarray:
-        """The raw table, (vocabulary, hidden_size) codes, read where it is looked at."""
+        """The embedding table, (vocabulary, hidden_size) codes, mapped from its file."""
         facts = self.metadata["embeddings"]
         return np.memmap(self.path(facts["file"]), facts["dtype"], "r", shape=tuple(facts["shape"]))
 
     def lora_inputs(self, part: int, view: str) -> dict[str, dict[str, Any]]:
-        """By name the LoRA inputs of a part's graphs as the metadata describe them; none if LoRA are constants."""
+        """The LoRA inputs of a part's graphs by name, as in the metadata; none if LoRA are constants."""
         inputs = self.metadata["parts"][part]["graphs"][f"{view}_decode"]["inputs"]
         return {tensor["name"]: tensor for tensor in inputs if is_lora(tensor["name"])}
 
 
 def scale_name(name: str) -> str:
-    """Under which name an adapter file holds the scale of a matrix."""
+    """Name of a matrix's scale in an adapter file."""
     return f"{name}/scale"
 
 
 def read_adapter(
     path: str | os.PathLike, part: int, expected: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
-    """The LoRA inputs of a part's graphs by name, int8.
+    """The LoRA inputs of a part's graphs by name, int8; `expected` are their entries in the metadata.
 
-    `expected` describes them as the metadata do. Raises `OSError` for a file that is no adapter, `ValueError` for one
-    with other names, shapes or scales, which was made for another bundle.
+    Raises `OSError` for a file that is not an adapter, `ValueError` for the names, shapes or scales of another bundle.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name.partition("/")[2]: file[name] for name in file if name.startswith(f"{part}/")}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # all that NumPy raises
-        raise OSError(f"{path} is no adapter of a bundle ({error}): `genieblue export adapter` makes one.") from error
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # whatever NumPy raises
+        raise OSError(
+            f"{path} is not an adapter of a bundle ({error}): make one with `genieblue export adapter`."
+        ) from error
     remedy = "make it again for this bundle, with `genieblue export adapter`."
     shapes = {name: array.shape for name, array in found.items() if array.dtype == np.int8}
     if shapes != {name: tuple(tensor["shape"]) for name, tensor in expected.items()}:
         raise ValueError(
-            f"{path} does not fit part {part} of the bundle: it has {len(shapes)} matrices of other names or shapes "
-            f"than the {len(expected)} that the graphs take; {remedy}"
+            f"{path} does not fit part {part} of the bundle: the names or shapes of its {len(shapes)} matrices are "
+            f"not those of the {len(expected)} inputs; {remedy}"
         )
-    # The codes mean something with these scales only, and those of the graphs are compiled.
+    # Codes have a meaning only with their scales, and those of the graphs are compiled.
     other = [
         name
         for name, tensor in expected.items()

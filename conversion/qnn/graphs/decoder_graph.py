@@ -1,8 +1,8 @@
 """Decoder graphs in an NPU-friendly form, built from one view of a loaded GenieBlue.
 
-The arithmetic is that of a Llama-style decoder, written so that every operator runs on the NPU and stays exact there:
-normalisation is one operator, half-size cosines and sines and the additive mask come in from outside, keys are cached
-transposed, queries of a group of heads are folded into the token axis, and only the new keys and values go out.
+The arithmetic of a Llama-style decoder, written so that every operator runs on the NPU and stays exact there:
+normalisation is one operator, half-size cosines and sines and the additive mask are inputs, keys are cached
+transposed, the queries of a group of heads are folded into the token axis, and only new keys and values are outputs.
 """
 
 import torch
@@ -33,10 +33,10 @@ class Projection(nn.Module):
 
 
 class SharedLora(nn.Module):
-    """`x @ lora_a` of linears that read the same `x`: the first factors of their LoRA side by side.
+    """`x @ lora_a` for linears that read the same `x`: the first factors of their LoRA side by side.
 
-    The NPU fills up each matrix to 32 channels, so one product of rank 3·8 takes a third of the room of three of rank
-    8. The second factors are zero where the rank is another linear's.
+    The NPU pads each matrix to 32 channels, so one product of rank 3·8 takes a third of the space of three of rank 8.
+    The second factors are zero in the ranks of the other linears.
     """
 
     def __init__(self, linears: list[nn.Module]):
@@ -67,7 +67,7 @@ def _lora_pair(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 class Norm(nn.Module):
-    """RMSNorm as the single operator that the NPU has for it; taken apart, its reciprocal would saturate there."""
+    """RMSNorm as the NPU's single operator; split into several, its reciprocal would saturate there."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Blocks `first` to `last - 1` of one view, with the final norm and the LM head behind the last of them."""
+    """Blocks `first` to `last - 1` of one view, then the final norm and the LM head if the last is included."""
 
     def __init__(self, view: nn.Module, shape: DecoderShape, first: int = 0, last: int | None = None):
         super().__init__()
@@ -186,13 +186,13 @@ class DecoderGraph(nn.Module):
         """One chunk.
 
         Args:
-            hidden_states: (1, tokens, hidden_size), embeddings or what the part before this one gave.
+            hidden_states: (1, tokens, hidden_size), embeddings or the output of the part before this one.
             attention_mask: (1, 1, tokens, context_length), 0 or `shape.masked`.
             cos, sin: (1, 1, tokens, head_dim / 2).
-            past: by block the cached keys (1, key-value heads, head_dim, context_length - tokens) and values (1,
+            past: for each block the cached keys (1, key-value heads, head_dim, context_length - tokens) and values (1,
                 key-value heads, context_length - tokens, head_dim), the latest at the right end.
 
-        Returns logits (1, tokens, vocabulary), or hidden states, and by block the new keys and values.
+        Returns logits (1, tokens, vocabulary), or hidden states, and for each block the new keys and values.
         """
         new = []
         for index, block in enumerate(self.blocks):
@@ -224,7 +224,7 @@ class DecoderGraph(nn.Module):
         half = torch.zeros(1, 1, tokens, shape.head_dim // 2)
         hidden_states = torch.zeros(1, tokens, shape.hidden_size)
         mask = torch.zeros(1, 1, tokens, context_length)
-        caches = []  # each a tensor of its own: the exporter would take one and the same for one input
+        caches = []  # separate tensors: the exporter would merge inputs that are the same object
         for _ in self.blocks:
             caches.append(torch.zeros(1, shape.num_key_value_heads, shape.head_dim, past))
             caches.append(torch.zeros(1, shape.num_key_value_heads, past, shape.head_dim))

@@ -5,9 +5,9 @@ LORA_MODES = ("constants", "inputs")
 ROUNDINGS = ("rtn", "seqmse")
 BASE_BITS, LORA_BITS = 4, 8
 STAGES = ("prefill", "decode")
-# In the names of what the float graph says: with its own weights, and with those that the codes stand for.
+# Outputs of the float graph: with its own weights, and with the values of their codes.
 EXACT, ROUNDED = "exact", "rounded"
-UNFINISHED = ".unfinished"  # ending of what is being written, and gets its name when it is whole
+UNFINISHED = ".unfinished"  # suffix of files and folders until they are complete
 
 
 def is_lora(name: str) -> bool:

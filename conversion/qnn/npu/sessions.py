@@ -1,6 +1,6 @@
 """Sessions on the NPU's compiler and emulator, both part of Qualcomm's plugin for ONNX Runtime.
 
-The libraries are imported where they are used, so that what is missing can be told where they are not installed.
+The libraries are imported where they are used, so that a missing one can be named.
 """
 
 import functools
@@ -23,7 +23,7 @@ LIBRARIES = ("onnxruntime", "onnxruntime_qnn", "onnx", "onnxscript")  # of that 
 
 
 class CompileError(OSError):
-    """The compiler refuses a graph, or has died of it."""
+    """The compiler refuses a graph, or crashes."""
 
 
 def check_platform() -> None:
@@ -52,7 +52,7 @@ def npu_devices() -> tuple:
     except ImportError as error:
         raise OSError(f"Qualcomm's compiler is not installed ({error}): {EXTRA}") from error
     devices = _listed_devices()
-    if not devices:  # else registered already in this process, by somebody else perhaps
+    if not devices:  # otherwise already registered in this process
         onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
         devices = _listed_devices()
     if not devices:
@@ -82,11 +82,11 @@ def npu_session(
     shares_weights: bool = False,
     is_last: bool = False,
 ) -> "onnxruntime.InferenceSession":
-    """A session with every node on the NPU (its emulator here); there is no way back to the CPU.
+    """A session with every node on the NPU (here its emulator), never on the CPU.
 
     Args:
-        context: where to write the compiled graph (`…_ctx.onnx`, and its binary beside it), which must not exist.
-        shares_weights: put the graph into one binary with those compiled before it in this way, whose sessions must
+        context: new file for the compiled graph (`…_ctx.onnx`, with its binary beside it).
+        shares_weights: adds the graph to one binary with those compiled before it in this way, whose sessions must
             still be alive; `is_last` closes the group and writes the binary.
 
     Raises `CompileError` if a node cannot run on the NPU, or the compiler fails otherwise.
@@ -120,12 +120,12 @@ def npu_session(
 
 
 def cpu_options() -> "onnxruntime.SessionOptions":
-    """Options of a session that computes what the graph says, no cheaper approximation of it."""
+    """Options of a session that computes the graph exactly, without approximations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Level "basic" folds weights and nothing else that changes a number.
+    # The level "basic" folds weights, and changes no numbers otherwise.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
 

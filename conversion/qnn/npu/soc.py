@@ -13,7 +13,7 @@ class Soc:
     title: str
 
 
-# Each compiles a 16-bit graph with int4 weights. The compiler itself takes any number without a word.
+# Each was seen to compile a 16-bit graph with int4 weights. The compiler itself accepts any number.
 SOCS = {
     soc.name: soc
     for soc in (

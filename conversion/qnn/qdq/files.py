@@ -39,7 +39,7 @@ def describe_boundary(
 
 
 def read_codes(path: Path) -> dict[str, WeightCodes]:
-    """Codes by name of the matrices of a QDQ graph that are constants."""
+    """Codes of the constant matrices of a QDQ graph, by name."""
     model = onnx.load(path)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     found = {}
@@ -55,7 +55,7 @@ def read_codes(path: Path) -> dict[str, WeightCodes]:
 
 
 def read_constants(path: Path) -> dict[str, np.ndarray]:
-    """Values by name of the biases, norm weights and single numbers of a QDQ graph, which have 16 bits."""
+    """Values of the 16-bit constants of a QDQ graph (biases, norm weights, single numbers), by name."""
     tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
     found = {}
     for name, tensor in tensors.items():

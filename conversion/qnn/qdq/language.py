@@ -1,7 +1,7 @@
 """Quantizes some blocks of both views: four QDQ graphs over one store of weights, for one context binary.
 
 The four are prefill and decode of the text view and of the multimodal view. They are calibrated and quantized part by
-part, so that only the blocks of one part are ever in memory in full precision.
+part, so only one part's blocks are in memory in full precision.
 """
 
 import hashlib
@@ -80,28 +80,28 @@ class Part:
 
 @dataclass
 class PartResult:
-    """What came out of one part of the blocks."""
+    """The result for one part of the blocks."""
 
     graphs: dict[str, Path]  # `text_prefill`, … → QDQ file
     boundary: dict[str, dict[str, Encoding]]  # by view, encodings of inputs and outputs
     codes: dict[str, dict[str, WeightCodes]]  # by view
-    streams: dict[str, list[np.ndarray]]  # by view, what the next part reads
+    streams: dict[str, list[np.ndarray]]  # by view, input of the next part
     probe: dict[str, np.ndarray]  # float outputs for the first request of each view, the longest
 
 
 @dataclass
 class _ViewResult:
-    """What came out of one view of a part."""
+    """The result for one view of a part."""
 
     graphs: dict[str, Path]  # by stage, QDQ file
     boundary: dict[str, Encoding]
     codes: dict[str, WeightCodes]
-    stream: list[np.ndarray]  # by request, what the next part reads
+    stream: list[np.ndarray]  # by request, input of the next part
     values: dict[str, dict[str, np.ndarray]]  # of the probe: `EXACT` and `ROUNDED`, by tensor
 
 
 class _PartFiles:
-    """Where the graphs of a part are written: QDQ files, and float files with encodings if there is a folder for them.
+    """The files of a part: QDQ graphs, and float graphs with encodings if there is a folder for them.
 
     Graphs of one kind share one store of constants, open until `stack` ends.
     """
@@ -122,7 +122,7 @@ class _PartFiles:
     ) -> Path:
         """Quantizes a float graph; returns the QDQ file `<name>_<key>.onnx`.
 
-        The float graph is of no use afterwards: if it is written too, its weights are moved to its store.
+        The float graph is useless afterwards: if it is written too, its weights move to its store.
         """
         title = f"{self.name}_{key}"
         quantized = quantize_graph(model, encodings, codes, name=title)
@@ -146,9 +146,9 @@ def quantize_part(
 
     Args:
         views: the modules of the text and the multimodal view.
-        streams: by view what the blocks read in each request, (tokens, hidden_size).
-        input_ranges: by view the range of that, as the part before encodes it.
-        float_folder: where the float graphs with their encodings go, if they are wanted.
+        streams: by view, the input of the blocks in each request, (tokens, hidden_size).
+        input_ranges: by view, the range of that input as the previous part encodes it.
+        float_folder: for the float graphs with their encodings, if wanted.
     """
     result = PartResult({}, {}, {}, {}, {})
     seqmse = SeqMse() if part.settings.rounding == "seqmse" else None
@@ -189,9 +189,9 @@ def _quantize_view(
     """Calibrates and writes the two graphs of one view.
 
     Args:
-        requests: what its blocks read in each request, (tokens, hidden_size), with all weights before them rounded.
-        exact: the same of the probe, with no weight rounded.
-        input_range: of the requests, as the part before encodes it.
+        requests: the input of its blocks in each request, (tokens, hidden_size), after blocks with rounded weights.
+        exact: the same for the probe, after blocks with their own weights.
+        input_range: of the requests, as the previous part encodes it.
     """
     blocks, settings = part.blocks, part.settings
     graph = DecoderGraph(module, part.shape, blocks.start, blocks.stop)
@@ -199,7 +199,7 @@ def _quantize_view(
     if structure(models["prefill"]) != structure(models["decode"]):
         raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
     del graph
-    _drop_matrices(models["decode"])  # which are those of the other, and come back as codes
+    _drop_matrices(models["decode"])  # the other graph has the same, and they return as codes
     as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
     if seqmse is not None:
         feeds = collect_calls(models["prefill"], part, requests[:SEQMSE_REQUESTS])
@@ -207,7 +207,7 @@ def _quantize_view(
     codes = round_weights(models["prefill"], weight_bits, rounding=seqmse or round_to_nearest, as_inputs=as_inputs)
     with _float_run(models["prefill"]) as run:
         exact_values = part.read(run, exact)
-    # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
+    # Ranges are measured with rounded weights: the quantized graph will have these values.
     for stage in STAGES if settings.encodings else STAGES[:1]:
         apply_codes(models[stage], codes)
     ranges, outputs, rounded_values = _calibrate(models["prefill"], part, requests)
@@ -226,7 +226,7 @@ def _quantize_view(
 
 
 def _drop_matrices(model: onnx.ModelProto) -> None:
-    """Empties the matrices of a float graph, of which only the codes are wanted."""
+    """Empties the matrices of a float graph, of which only the codes are needed."""
     names = weights_of(model).keys()
     for tensor in model.graph.initializer:
         if tensor.name in names:
@@ -240,7 +240,7 @@ def make_float_graph(graph: DecoderGraph, settings: LanguageSettings, stage: str
 
 
 def _fixed_ranges(part: Part, input_range: Range) -> dict[str, Range]:
-    """Ranges that are the same in every graph, so that a caller encodes such an input once for all parts."""
+    """Ranges that are equal in all graphs, so that a caller encodes such an input once for all parts."""
     rotary = (-abs(part.shape.rotary_scaling), abs(part.shape.rotary_scaling))
     return {
         part.input_name: input_range,
@@ -251,7 +251,7 @@ def _fixed_ranges(part: Part, input_range: Range) -> dict[str, Range]:
 
 
 def probe_lengths(chunk_length: int, available: int) -> tuple[int, int]:
-    """Of the request that is compared number by number: tokens of its prompt, and tokens decoded behind it."""
+    """Of the request that is compared number by number: tokens of its prompt, and tokens decoded after it."""
     decoded = 2 if available > 3 else 0
     return min(2 * chunk_length + chunk_length // 2, available - decoded), decoded
 
@@ -296,7 +296,7 @@ def _calibrate(
 
 
 def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
-    """Hex digest of the base's matrices in a graph: their names, codes and scales, LoRA left out."""
+    """Hex digest of the base's matrices in a graph: names, codes and scales, without LoRA."""
     digest = hashlib.sha256()
     for name in sorted(codes):
         if not is_lora(name):
@@ -309,9 +309,9 @@ def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
 def base_codes(
     base: Any, shape: DecoderShape, blocks: range, scales: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, WeightCodes]:
-    """The codes that the base alone gives for the matrices of a part: no graph, no calibration, no adapter.
+    """Codes of a part's matrices from the base alone: without graph, calibration or adapter.
 
-    With `scales` by name, as SeqMSE has chosen them, else with those of rounding to nearest.
+    Rounded with `scales` by name where given (as SeqMSE chose them), otherwise to nearest.
     """
     codes = {}
     for name, value in DecoderGraph(base, shape, blocks.start, blocks.stop).named_buffers():

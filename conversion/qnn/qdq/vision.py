@@ -18,21 +18,21 @@ from conversion.qnn.qdq.ranges import measure_ranges
 from conversion.qnn.qdq.stored_graphs import ConstantStore, save_copy
 
 VISION_BITS = 8
-# Of the length of all features: how far those of the graph, in 32 bits, may be from the model's, in 32 or in 16 bits.
+# Largest difference of the graph's features (float32) from the model's (32 or 16 bits), relative to their norm.
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 1e-1
 
 
 @dataclass
 class VisionResult:
-    """What came out of the vision tower."""
+    """The result for the vision tower."""
 
     graph: Path
     boundary: dict[str, Encoding]
-    probe: dict[str, np.ndarray]  # pixels of one batch of tiles, and the float features of them
+    probe: dict[str, np.ndarray]  # one batch of tiles, and its float features
 
 
 def batches_of(tiles: list[np.ndarray], size: int) -> list[np.ndarray]:
-    """Tiles (3, side, side) in arrays (size, 3, side, side), the last one filled up with its last tile."""
+    """Tiles (3, side, side) in arrays (size, 3, side, side), the last one padded with its last tile."""
     batches = [tiles[start : start + size] for start in range(0, len(tiles), size)]
     return [np.stack([*batch, *[batch[-1]] * (size - len(batch))]).astype(np.float32) for batch in batches]
 

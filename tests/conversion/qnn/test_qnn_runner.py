@@ -99,7 +99,7 @@ def test_files_of_others_are_named(tmp_path):
     (tmp_path / "mine.txt").touch()
     (tmp_path / ".gitattributes").touch()  # of a download
     problems = Bundle(save(tmp_path, signed(metadata()))).changed_files()
-    assert problems[-1] == "mine.txt is no file of the bundle (remove it)"
+    assert problems[-1] == "mine.txt is not a file of the bundle (remove it)"
     assert not any(".gitattributes" in problem for problem in problems)
 
 
@@ -131,7 +131,7 @@ def test_what_is_no_adapter_file_is_refused(tmp_path, contents):
             np.save(file, np.zeros(3))
     elif contents is not None:
         path.write_bytes(contents)
-    with pytest.raises(OSError, match="no adapter of a bundle"):
+    with pytest.raises(OSError, match="not an adapter of a bundle"):
         read_adapter(path, 0, LORA)
 
 
@@ -147,7 +147,7 @@ def decoder(context_length):
 
 def test_chunks_that_do_not_fit_are_refused_before_anything_is_read():
     found = decoder(10)
-    with pytest.raises(ValueError, match="9 tokens behind 0 cached ones take 12 places.*the context has 10"):
+    with pytest.raises(ValueError, match="9 tokens after 0 cached ones take 12 places.*the context has 10"):
         found.read(np.zeros((9, 4), np.float32), only_chunks=True)
     assert found.length == 0
     assert len(found.read(np.zeros((7, 4), np.float32), only_chunks=True)) == 7
@@ -174,7 +174,7 @@ def test_no_graph_runs_behind_the_last_token_that_is_given(context, limit, ends,
     bundle = SimpleNamespace(metadata={"generation": {"eos_token_ids": ends}})
     runner = SimpleNamespace(bundle=bundle, embed=lambda ids, _pixels=None: np.zeros((len(ids), 4), np.float32))
     found = decoder(context)
-    assert list(QnnRunner.go_on(runner, found, [1] * 5, max_new_tokens=limit)) == [0] * given
+    assert list(QnnRunner.continue_from(runner, found, [1] * 5, max_new_tokens=limit)) == [0] * given
     assert found.length == length
 
 
