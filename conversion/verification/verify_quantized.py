@@ -1,4 +1,4 @@
-"""Checks that are specific to a quantized GenieBlue: the adapter's codes, precisions and quantization error."""
+"""Checks that are specific to a quantized GenieBlue: codes, precisions and quantization error."""
 
 import logging
 import os
@@ -21,16 +21,11 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounding import TOP_CODE
 from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, foreign_code
-from hub_cards.model_folder import read_tensor_sizes
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_adapter_genieblue import adapter_parameters, make_lora_config
-from modeling_genieblue.language_views_genieblue import build_multimodal_view
-from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
     MEASUREMENTS_NAME,
     QMAP_NAME,
-    QUANTIZED_ADAPTER_NAME,
     WEIGHTS_NAME,
     is_hub_id,
     read_json,
@@ -38,7 +33,6 @@ from modeling_genieblue.model_files_genieblue import (
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
 from modeling_genieblue.quantized_linears_genieblue import is_frozen
-from modeling_genieblue.quantized_parts_genieblue import load_quantized_adapter
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
@@ -47,27 +41,6 @@ STOCK_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Unrelated logits have a larger relative L2 error than this.
 LARGEST_ERROR = 1.0
 UNSEEN = "hashes of this repository's own files are not recorded, so changed codes or scales go unnoticed"
-
-
-def check_quantized_adapter(subject: SavedModel) -> str:
-    """The loader can read the adapter, every number is in range, and its settings agree."""
-    lora_config = make_lora_config(subject.plain, subject.config)
-    path = subject.folder / ADAPTER_FOLDER / QUANTIZED_ADAPTER_NAME
-    read_tensor_sizes(path)  # raises for a truncated file
-    view = build_multimodal_view(subject.plain, lora_config)
-    problems = []
-    try:
-        load_quantized_adapter(view, LoadRequest.from_arguments(subject.folder, {}), subject.plain.dtype)
-    except ValueError as error:
-        problems.append(str(error))
-    problems += [*find_invalid_values(path), *subject.different_settings(lora_config)]
-    fail_on(problems)
-    count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
-    layers = ", ".join(map(str, subject.config.replicated_layers))
-    return (
-        f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as "
-        "in config.json; codes and zero points in range, scales positive and finite"
-    )
 
 
 def may_run_code_of_base(subject: SavedModel) -> bool:
@@ -83,7 +56,7 @@ def may_run_code_of_base(subject: SavedModel) -> bool:
 
 
 def find_invalid_values(path: Path) -> Iterator[str]:
-    """Tensors in a file of quantized weights with values that no rounding produces, one sentence each."""
+    """Tensors in a file of weights with NaN, infinity or codes that no rounding produces, one sentence each."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
