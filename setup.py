@@ -35,7 +35,7 @@ setup(
     # optimum-cli looks for commands in a namespace of its own, which a folder of that name here would hide in tests.
     package_dir={"": ".", OPTIMUM_COMMANDS: "optimum_cli"},
     packages=[*find_packages(include=PACKAGES), OPTIMUM_COMMANDS],
-    package_data={"": ["py.typed"], "hub_cards": ["*.md"]},
+    package_data={"": ["py.typed"], "hub_cards": ["*.md"], "conversion.qnn.bundle": ["*.md"]},
     install_requires=[
         "torch>=2.13",
         # What was tested, and the next minor version: see docs/compatibility.md, "Private members". The code that a

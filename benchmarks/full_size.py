@@ -1,6 +1,6 @@
 """Load time and peak memory of a full-size GenieBlue with random weights, as one table.
 
-    python benchmarks/full_size.py [--folder full-size] [--runs 3] [--json]
+    python -m benchmarks.full_size [--folder full-size] [--runs 3]
 
 Makes, once, a BlueLM-3B-shaped base (2.7 G parameters), a SigLIP so400m/14-384 and a GenieBlue of both in bf16: about
 8 GB in `--folder`. Then, each in a process of its own and in turn: the plain base's load plus reading our bytes, and
@@ -12,12 +12,12 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from safetensors import safe_open
+from huggingface_hub import parse_local_safetensors_file_metadata
+
+from benchmarks.report import measured_apart, print_table
 
 
 def make_models(folder: Path) -> None:
@@ -53,45 +53,39 @@ def make_models(folder: Path) -> None:
 def weight_bytes(folder: Path) -> tuple[int, int]:
     """(bytes of the weight files, number of parameters in them) below `folder`."""
     files = list(folder.rglob("*.safetensors"))
-    parameters = 0
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dictionary)
-                count = 1
-                for size in file.get_slice(name).get_shape():
-                    count *= size
-                parameters += count
-    return sum(path.stat().st_size for path in files), parameters
+    counts = [parse_local_safetensors_file_metadata(path).parameter_count for path in files]
+    return sum(path.stat().st_size for path in files), sum(sum(count.values()) for count in counts)
 
 
-def measure(what: str, folder: Path) -> dict:
-    """Runs one case in this process: seconds, peak bytes, and for `genieblue` two requests."""
+def measure_base(folder: Path) -> dict[str, float]:
+    """In this process: seconds for the plain base, and for that and reading the GenieBlue's bytes."""
+    from transformers import AutoModelForCausalLM
+
+    start = time.perf_counter()
+    AutoModelForCausalLM.from_pretrained(folder / "base")
+    loaded = time.perf_counter() - start
+    buffer = bytearray(1 << 24)
+    for path in sorted((folder / "genieblue").rglob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return {"base_seconds": loaded, "seconds": time.perf_counter() - start}
+
+
+def measure_model(folder: Path) -> dict[str, float]:
+    """In this process: seconds and peak bytes of loading a GenieBlue, and of two requests after it."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
 
-    import modeling_genieblue  # noqa: F401 (registers the classes; imports are left out of the time)
+    import modeling_genieblue.quantized_parts_genieblue  # noqa: F401 (imports are left out of the time)
 
     torch.set_num_threads(2)
     imported = peak_bytes()
     start = time.perf_counter()
-    result = {}
-    if what == "base":
-        base = AutoModelForCausalLM.from_pretrained(folder / "base")
-        result["base_seconds"] = time.perf_counter() - start
-        buffer = bytearray(1 << 24)
-        for path in sorted((folder / "genieblue").rglob("*.safetensors")):
-            with open(path, "rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-        result["seconds"] = time.perf_counter() - start
-        del base
-    elif what == "genieblue":
-        model = AutoModel.from_pretrained(folder / "genieblue")
-        result["seconds"] = time.perf_counter() - start
-        result["loaded_bytes"] = peak_bytes() - imported
-        result |= run_requests(model)
-    result["peak_bytes"] = peak_bytes() - imported
-    return result
+    model = AutoModel.from_pretrained(folder)
+    seconds, loaded = time.perf_counter() - start, peak_bytes() - imported
+    requests = run_requests(model)
+    return {"seconds": seconds, "loaded_bytes": loaded, **requests, "peak_bytes": peak_bytes() - imported}
 
 
 def run_requests(model) -> dict:
@@ -116,56 +110,46 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Makes the models, runs the cases in turn, prints the table (or with `--json` the numbers)."""
+    """Makes the models, runs the cases in turn and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("full-size"))
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measure", choices=["base", "genieblue"], help=argparse.SUPPRESS)
-    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure-base", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.folder)))
+    if arguments.measure_base:
+        print(json.dumps(measure_base(arguments.measure_base)))
         return
-    if arguments.make:
-        make_models(arguments.folder)
+    if arguments.measure_model:
+        print(json.dumps(measure_model(arguments.measure_model)))
         return
-
-    def run(*options: str) -> str:
-        command = [sys.executable, __file__, "--folder", str(arguments.folder), *options]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-    run("--make")
-    cases: dict[str, list[dict]] = {"base": [], "genieblue": []}
+    folder = arguments.folder
+    make_models(folder)
+    bases, models = [], []
     for _ in range(arguments.runs):
-        for what, results in cases.items():
-            results.append(json.loads(run("--measure", what).splitlines()[-1]))
-    own_bytes, own_parameters = weight_bytes(arguments.folder / "genieblue")
-    base_bytes, base_parameters = weight_bytes(arguments.folder / "base")
+        bases.append(measured_apart("benchmarks.full_size", "--measure-base", str(folder)))
+        models.append(measured_apart("benchmarks.full_size", "--measure-model", str(folder / "genieblue")))
+    own_bytes, own_parameters = weight_bytes(folder / "genieblue")
+    base_bytes, base_parameters = weight_bytes(folder / "base")
 
-    def median(what: str, key: str) -> float:
-        return statistics.median(result[key] for result in cases[what])
+    def median(results: list[dict], key: str) -> float:
+        return statistics.median(result[key] for result in results)
 
-    pairs = zip(cases["genieblue"], cases["base"], strict=True)
-    rows = {
+    figures = {
         "parameters of the base": base_parameters,
         "parameters that GenieBlue adds": own_parameters,
         "our bytes / (parameters × 2)": own_bytes / (2 * own_parameters),
-        "plain base load, s": median("base", "base_seconds"),
-        "plain base load + reading our bytes, s": median("base", "seconds"),
-        "AutoModel load, s": median("genieblue", "seconds"),
-        "load ratio": statistics.median(ours["seconds"] / base["seconds"] for ours, base in pairs),
+        "plain base load, s": median(bases, "base_seconds"),
+        "plain base load + reading our bytes, s": median(bases, "seconds"),
+        "AutoModel load, s": median(models, "seconds"),
+        "load ratio": statistics.median(m["seconds"] / b["seconds"] for m, b in zip(models, bases, strict=True)),
         "bytes of all weights, GB": (own_bytes + base_bytes) / 1e9,
-        "peak after loading / bytes of weights": median("genieblue", "loaded_bytes") / (own_bytes + base_bytes),
-        "peak after both requests / bytes of weights": median("genieblue", "peak_bytes") / (own_bytes + base_bytes),
-        "text request, s": median("genieblue", "text_request_seconds"),
-        "image request, s": median("genieblue", "image_request_seconds"),
+        "peak after loading / bytes of weights": median(models, "loaded_bytes") / (own_bytes + base_bytes),
+        "peak after both requests / bytes of weights": median(models, "peak_bytes") / (own_bytes + base_bytes),
+        "text request, s": median(models, "text_request_seconds"),
+        "image request, s": median(models, "image_request_seconds"),
     }
-    if arguments.json:
-        print(json.dumps(rows))
-        return
-    for name, value in rows.items():
-        print(f"{name:46}{value:>16,}" if isinstance(value, int) else f"{name:46}{value:16.3f}")
+    print_table("Full size", {name: {"measured": value} for name, value in figures.items()})
 
 
 if __name__ == "__main__":

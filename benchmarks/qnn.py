@@ -1,6 +1,6 @@
 """QNN bundles: size against the ideal, export at full size, and accuracy on the demo's model.
 
-    python -m benchmarks.qnn [--demo demo-out] [--full-size full-size] [--parts 16] [--bundles qnn-bundles] [--json]
+    python -m benchmarks.qnn [--demo demo-out] [--full-size full-size] [--parts 16] [--bundles qnn-bundles]
 
 Bytes are those of random-weight models of 24 M and 138 M parameters in the matrices of the base, in one part and in
 four. Accuracy is that of the model which `make demo` left in `--demo`: PyTorch in 32 bits, the bundle's QDQ graphs on
@@ -25,11 +25,12 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.report import print_table
 from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
 from conversion.qnn.graphs.names import BASE_BITS, LORA_BITS, UNFINISHED
 from conversion.qnn.verify import verify_bundle
-from genieblue.cli.terminal import short_bytes
+from genieblue.serving.qnn_conversation import QnnChat
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
@@ -158,7 +159,7 @@ def export_measured(bundle: Path, source: Path, **options: Any) -> dict[str, flo
 def measure_agreement(bundle: Path) -> Rows:
     """What `genieblue verify` says about each graph: emulator against CPU-QDQ, and CPU-QDQ against float."""
     checks = [check for check in verify_bundle(bundle) if ":" in check.name]
-    return {check.name: {"passed" if check.ok else "FAILED": check.detail} for check in checks}
+    return {check.name: {"result": f"{'passed' if check.ok else 'FAILED'}: {check.detail}"} for check in checks}
 
 
 def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
@@ -177,8 +178,6 @@ def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **options: str) -> Rows:
     """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
-    from PIL import Image
-
     from genieblue.data.collation import ChatCollator
     from genieblue.demo.answers import read_scans
     from genieblue.demo.scans import NumberScans, split_scans
@@ -195,14 +194,13 @@ def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **opti
     lengths = {"chunk_length": 32, "context_length": 128}
     export_measured(bundle, demo / "genieblue", calibration=calibration, **lengths, **options)
 
-    def chat(line: dict[str, str]) -> list[dict[str, Any]]:
-        image = Image.open(demo / "held-out" / line["image"])
-        content = [{"type": "image", "image": image}, {"type": "text", "text": line["question"]}]
-        return [{"role": "user", "content": content}]
+    def answer(runner: QnnRunner, line: dict[str, str]) -> str:
+        image = demo / "held-out" / line["image"]
+        return QnnChat(runner).ask(line["question"], [image], max_new_tokens=8)["text"].strip()
 
     for name, backend, count in (("bundle, CPU-QDQ", "cpu", scans), ("bundle, emulator", "emulator", emulated)):
         runner = QnnRunner(bundle, backend=backend)
-        said[name] = [runner.chat(chat(line), max_new_tokens=8).text.strip() for line in lines[:count]]
+        said[name] = [answer(runner, line) for line in lines[:count]]
     reference, on_cpu = said["PyTorch, 32 bits"], said["bundle, CPU-QDQ"]
     rows = {}
     for name, answers in said.items():
@@ -237,7 +235,7 @@ def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> d
 
 
 def main() -> None:
-    """Prints the tables, or with `--json` the numbers."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, default=Path("demo-out"))
     parser.add_argument("--full-size", type=Path, default=Path("full-size"))
@@ -249,38 +247,23 @@ def main() -> None:
     parser.add_argument("--lora", choices=["constants", "inputs"], default="constants")
     parser.add_argument("--rounding", choices=["rtn", "seqmse"], default="rtn")
     parser.add_argument("--skip", nargs="*", default=[], choices=["sizes", "accuracy", "full-size"])
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(2)
     bundles = arguments.bundles
     bundles.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {}
     if "sizes" not in arguments.skip:
-        report["sizes"] = dict(measure_sizes(bundles))
+        print_table("Bytes of the shared binaries", dict(measure_sizes(bundles)))
     if "accuracy" not in arguments.skip and (arguments.demo / "held-out").is_dir():
         options = {"lora": arguments.lora, "rounding": arguments.rounding}
         bundle = bundles / "-".join(["demo", *options.values()])
-        report["accuracy"] = measure_accuracy(arguments.demo, bundle, arguments.scans, arguments.emulated, **options)
-        report["agreement"] = measure_agreement(bundle)
+        rows = measure_accuracy(arguments.demo, bundle, arguments.scans, arguments.emulated, **options)
+        print_table("Accuracy of the demo's model", rows)
+        print_table("Agreement of its graphs", measure_agreement(bundle))
     if "full-size" not in arguments.skip and (arguments.full_size / "genieblue").is_dir():
-        report["full-size"] = {"BlueLM-3B shape": measure_full_size(arguments.full_size, bundles, arguments.parts,
-                                                                    arguments.samples)}  # fmt: skip
-    if arguments.json:
-        print(json.dumps(report))
-        return
-    for title, rows in report.items():
-        print(f"\n{title}")
-        for name, row in rows.items():
-            print(f"  {name}")
-            for key, value in row.items():
-                if isinstance(value, str):
-                    print(f"    {key}: {value}")
-                    continue
-                large = isinstance(value, int) and value > 1e4 or key.endswith("bytes")
-                shown = short_bytes(int(value)) if large else f"{value:.4f}".rstrip("0").rstrip(".")
-                print(f"    {key:28}{shown:>14}")
+        figures = measure_full_size(arguments.full_size, bundles, arguments.parts, arguments.samples)
+        print_table("BlueLM-3B shape", {name: {"measured": value} for name, value in figures.items()})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Quantized GenieBlues compared with 16 bits: size, load time, decode speed and accuracy.
 
-    python -m benchmarks.quantization [--demo demo-out] [--full-size full-size] [--pairs 9] [--runs 3] [--json]
+    python -m benchmarks.quantization [--demo demo-out] [--full-size full-size] [--pairs 9] [--runs 3]
 
 Decode speed is that of a random-weight model of 278 M parameters in linears (16 blocks, hidden size 1280), bf16, batch
 1, in interleaved pairs. Accuracy is that of the model which `make demo` left in `--demo`, on its held-out scans and
@@ -11,17 +11,14 @@ each load in a process of its own and in turn. The last two are left out where t
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.full_size import peak_bytes, run_requests
+from benchmarks.report import measured_apart, print_table
 from benchmarks.views import compare, decode_seconds, make_model
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.quantize import CalibrationSamples, quantize_genieblue
@@ -29,7 +26,6 @@ from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProce
 
 W8 = {"llm": "w8a16"}
 W4 = {"llm": "w4a16"}
-PAPER_GB = {"without": 1.77, "with": 1.92}
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 512
 
 
@@ -130,22 +126,6 @@ def _base_sizes(base: Path, bits: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def measure_load(folder: str) -> dict[str, float]:
-    """In this process: seconds and peak memory of loading, and of two requests after it."""
-    from transformers import AutoModel
-
-    import modeling_genieblue.quantized_parts_genieblue  # noqa: F401 (imports are left out of the time)
-
-    torch.set_num_threads(2)
-    imported = peak_bytes()
-    start = time.perf_counter()
-    model = AutoModel.from_pretrained(folder)
-    seconds = time.perf_counter() - start
-    loaded = peak_bytes() - imported
-    requests = run_requests(model)
-    return {"seconds": seconds, "loaded_bytes": loaded, **requests, "peak_bytes": peak_bytes() - imported}
-
-
 def compare_loads(folder: Path, runs: int) -> dict[str, dict[str, float]]:
     """Load of the full-size model at 16, 8 and 4 bits, in turn; medians."""
     folders = {"bf16": folder / "genieblue", "W8A16": folder / "w8a16", "W4A16": folder / "w4a16"}
@@ -155,16 +135,14 @@ def compare_loads(folder: Path, runs: int) -> dict[str, dict[str, float]]:
     results: dict[str, list[dict]] = {name: [] for name in folders}
     for _ in range(runs):
         for name, path in folders.items():
-            command = [sys.executable, "-m", "benchmarks.quantization", "--measure-load", str(path)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results[name].append(json.loads(output.splitlines()[-1]))
+            results[name].append(measured_apart("benchmarks.full_size", "--measure-model", str(path)))
     return {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()
     }
 
 
 def main() -> None:
-    """Prints the tables, or with `--json` the numbers."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, default=Path("demo-out"))
     parser.add_argument("--full-size", type=Path, default=Path("full-size"))
@@ -172,49 +150,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--skip-speed", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measure-load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if arguments.measure_load:
-        print(json.dumps(measure_load(arguments.measure_load)))
-        return
     torch.set_num_threads(2)
-    report: dict[str, Any] = {}
     if not arguments.skip_speed:
-        report["speed"] = measure_speed(arguments.pairs, arguments.tokens)
+        print_table("Decode, per token", measure_speed(arguments.pairs, arguments.tokens))
     if (arguments.demo / "held-out").is_dir():
-        report["accuracy"] = measure_accuracy(arguments.demo)
+        print_table("Accuracy of the demo's model", measure_accuracy(arguments.demo))
     if (arguments.full_size / "genieblue").is_dir():
-        report["load"] = compare_loads(arguments.full_size, arguments.runs)
-        report["sizes"] = {name: stored_sizes(arguments.full_size / name) for name in ("w8a16", "w4a16")}
-    if arguments.json:
-        print(json.dumps(report))
-        return
-    for title, rows in _tables(report):
-        print(f"\n{title}")
-        columns = list(next(iter(rows.values())))
-        print(f"{'':32}" + "".join(f"{column:>18}" for column in columns))
-        for name, row in rows.items():
-            print(f"{name:32}" + "".join(_cell(row.get(column)) for column in columns))
-    if "sizes" in report:
-        total = sum(row["bytes"] for row in report["sizes"]["w4a16"].values()) / 1e9
-        paper = f"{PAPER_GB['with']} GB ({PAPER_GB['without']} without GenieBlue)"
-        print(f"\nW4A16 in all: {total:.2f} GB; the paper's: {paper}")
-
-
-def _tables(report: dict[str, Any]) -> list[tuple[str, dict]]:
-    titles = {"speed": "Decode, a token", "accuracy": "Accuracy on the demo's model",
-              "load": "Load of the full-size model"}  # fmt: skip
-    tables = [(titles[name], report[name]) for name in titles if name in report]
-    return tables + [(f"Stored bytes, {name}", rows) for name, rows in report.get("sizes", {}).items()]
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return " " * 18
-    return f"{value:18,.0f}" if value > 1e5 else f"{value:18.4f}"
+        print_table("Load of the full-size model", compare_loads(arguments.full_size, arguments.runs))
+        for name in ("w8a16", "w4a16"):
+            sizes = stored_sizes(arguments.full_size / name)
+            print_table(f"Stored bytes, {name}", sizes)
+            total = sum(row["bytes"] for row in sizes.values()) / 1e9
+            print(f"{total:.2f} GB in all; the paper's phone: 1.92 GB at W4A16 (1.77 without GenieBlue)")
 
 
 if __name__ == "__main__":

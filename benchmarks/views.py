@@ -1,6 +1,6 @@
 """Speed of the two views against the plain base and merged LoRA, interleaved, as one table.
 
-    python benchmarks/views.py [--pairs 9] [--tokens 24] [--blocks 12] [--compile] [--device cpu]
+    python -m benchmarks.views [--pairs 9] [--tokens 24] [--blocks 12] [--compile] [--device cpu]
 
 A random-weight Llama-style base of 12 blocks, hidden size 1024, bf16, 2 threads. Each pair times A and B one after the
 other, so that a drift of the machine's speed hits both; the ratio's median over the pairs is reported. `--compile`
@@ -9,7 +9,6 @@ adds decode steps that `torch.compile` made one graph of, with a static cache.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, StaticCache
 
+from benchmarks.report import print_table
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
@@ -45,18 +45,8 @@ def make_model(
     return model
 
 
-def merged_view(model: GenieBlueForConditionalGeneration) -> torch.nn.Module:
-    """A plain model with the adapter merged into its weights: what the multimodal view is measured against."""
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder + "/model")
-        adapted = PeftModel.from_pretrained(
-            copy.deepcopy(model.language_model), folder + "/model", subfolder="language_adapter"
-        )
-        return adapted.merge_and_unload().eval()
-
-
-def stock_view(model: GenieBlueForConditionalGeneration) -> torch.nn.Module:
-    """The same adapter in stock PEFT."""
+def stock_view(model: GenieBlueForConditionalGeneration) -> PeftModel:
+    """The adapter in stock PEFT; merged into the weights it is what the multimodal view is measured against."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder + "/model")
         return PeftModel.from_pretrained(
@@ -136,7 +126,7 @@ def compare(measure: Callable, first: Callable, second: Callable, ids: torch.Ten
 
 
 def main() -> None:
-    """Prints the table, or with `--json` the numbers."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=24)
@@ -144,13 +134,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = make_model(arguments.device, blocks=arguments.blocks)
     ids = torch.randint(3, 32000, (1, 64), device=arguments.device)
     base, multimodal = model.language_model, lambda **inputs: model(view="multimodal", **inputs)
-    merged, stock = merged_view(model), stock_view(model)
+    merged, stock = stock_view(model).merge_and_unload(), stock_view(model)
     plan = [
         ("text view / plain base, decode", decode_seconds, model, base),
         ("text view / plain base, prefill 64", prefill_seconds, model, base),
@@ -175,15 +164,7 @@ def main() -> None:
     for name, measure, first, second in plan:
         tokens = arguments.tokens if measure is decode_seconds else 1
         rows[name] = compare(measure, first, second, ids, tokens, arguments.pairs)
-    if arguments.json:
-        print(json.dumps(rows))
-        return
-    print(f"{'':44}{'ms':>8}{'against':>9}{'ratio':>8}{'lowest':>8}{'highest':>9}")
-    for name, row in rows.items():
-        print(
-            f"{name:44}{row['ms']:8.2f}{row['against_ms']:9.2f}{row['ratio']:8.3f}{row['lowest']:8.3f}"
-            f"{row['highest']:9.3f}"
-        )
+    print_table("The two views", rows)
 
 
 if __name__ == "__main__":

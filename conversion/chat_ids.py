@@ -192,15 +192,3 @@ def _squeezed(text: str) -> str:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
-
-
-__all__ = [
-    "IGNORED",
-    "NO_STOP_TOKEN",
-    "ChatRow",
-    "answer_frame",
-    "answer_text",
-    "chat_rows",
-    "decoded_frame",
-    "stop_token_ids",
-]

@@ -62,6 +62,3 @@ def _try(
             f"{name} drops {missing[0]!r} from {what}: expected a template that writes the content of each message, "
             "which is a string."
         )
-
-
-__all__ = ["NO_TEMPLATE", "UnusableTemplate", "check_processor_template", "check_chat_template"]

@@ -22,7 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 from conversion.chat_ids import NO_STOP_TOKEN, answer_frame, stop_token_ids
 from conversion.chat_template import QUESTION, check_chat_template
-from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue import (
+    GenieBlueConfig,
+    GenieBlueForConditionalGeneration,
+    GenieBlueImageProcessor,
+    GenieBlueProcessor,
+)
 from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
@@ -68,8 +73,7 @@ def create_genieblue(
     """Writes an untrained GenieBlue, whose two views give equal results, to the folder `output` and returns it.
 
     Args:
-        base: folder or Hub id of a decoder with at least four blocks. A Hub id is recorded with its commit, a folder
-            by its path relative to `output`.
+        base: folder or Hub id of a decoder with at least four blocks; recorded as a relative path, or with its commit.
         vision: folder or Hub id of a SigLIP: the complete model or its vision half.
         placement: which quarter of the blocks is replicated: `skip`, `pre` or `post`.
         max_tiles: square number; an image is cut into at most this many tiles, plus a thumbnail.
@@ -92,11 +96,10 @@ def create_genieblue(
     tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
     _check_chat_template(tokenizer, base, chat_template)
 
-    base_model = _load_base(base, dtype=dtype, **from_base)
-    vision_tower = _load_vision_tower(vision, vision_config, dtype=base_model.dtype, **from_vision)
+    base_model = _load_base(base, dtype=dtype, **from_base).to(device)
     model = GenieBlueForConditionalGeneration.from_base(
-        base_model.to(device) if device is not None else base_model,
-        vision_tower.to(device) if device is not None else vision_tower,
+        base_model,
+        _load_vision_tower(vision, vision_config, dtype=base_model.dtype, **from_vision).to(device),
         placement=placement,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
@@ -104,20 +107,26 @@ def create_genieblue(
         base_model_revision=base_revision,
         hub_kwargs=hub,
     )
-    processor = GenieBlueProcessor.from_base(
+    processor = _make_processor(tokenizer, model.config, max_tiles, chat_template)
+    _report_stop_tokens(processor, model.generation_config)
+
+    model.save_pretrained(output, processor=processor)
+    if foreign := sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER):
+        logger.warning("%s still contains %s, which are not part of the new model.", output, ", ".join(foreign))
+    return output
+
+
+def _make_processor(
+    tokenizer: PreTrainedTokenizerBase, config: GenieBlueConfig, max_tiles: int, chat_template: str | None
+) -> GenieBlueProcessor:
+    return GenieBlueProcessor.from_base(
         tokenizer,
-        image_token_id=model.config.image_token_id,
-        image_seq_length=model.config.image_seq_length,
-        tile_size=model.config.vision_config.image_size,
+        image_token_id=config.image_token_id,
+        image_seq_length=config.image_seq_length,
+        tile_size=config.vision_config.image_size,
         max_tiles=max_tiles,
         chat_template=chat_template,
     )
-    _report_stop_tokens(processor, model.generation_config)
-    model.save_pretrained(output, processor=processor)
-    foreign = sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER)
-    if foreign:
-        logger.warning("%s still contains %s, which are not part of the new model.", output, ", ".join(foreign))
-    return output
 
 
 def _report_stop_tokens(processor: GenieBlueProcessor, generation_config: GenerationConfig) -> None:
@@ -286,6 +295,3 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, *, dtype: torch.dt
         )
     _check_numbers("vision model", vision, model, **hub)
     return model
-
-
-__all__ = ["create_genieblue"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder, lock
+from modeling_genieblue.staging_genieblue import lock
 
 NOTHING_STAYS = "free some space, or use another disk. No incomplete files are left."
 
@@ -51,6 +51,3 @@ def explained_full_disk(*folders: Path | None, remedy: str = NOTHING_STAYS) -> I
             raise
         places = " and ".join(str(folder) for folder in folders if folder is not None)
         raise OSError(errno.ENOSPC, f"No space left on device while {places} was written: {remedy}") from error
-
-
-__all__ = ["NewFolder", "StagingFolder", "explained_full_disk", "lock_output"]

@@ -19,6 +19,3 @@ def stdout_to_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-__all__ = ["stdout_to_stderr"]

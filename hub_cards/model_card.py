@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from hub_cards.model_folder import BASE_PARTS, PartSize, count_parts, read_model
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
     MEASUREMENTS_NAME,
+    PROCESSOR_CONFIGS,
     RECIPE_NAME,
     is_hub_id,
     is_inner_folder,
@@ -188,13 +190,11 @@ def card_info_from_folder(
     vision_name = (config.get("vision_config") or {}).get("_name_or_path")
     on_hub = is_hub_id(base, folder)
     local_base = None if on_hub else base
-    base_card = _hub_metadata(base, revision) if on_hub else {}
-    if local_base is not None:
-        base_card = _local_metadata(folder / local_base)
+    base_card = _hub_metadata(base, revision) if on_hub else _local_metadata(folder / base) if base else {}
     images = _image_settings(folder)
     return ModelCardInfo(
         repo_name=repo_name or folder.name,
-        base_model=base if local_base is None else _path_beside(folder, local_base),
+        base_model=_path_beside(folder, local_base) if local_base else base,
         base_is_on_hub=on_hub,
         base_is_inside=is_inner_folder(base),
         base_revision=revision,
@@ -233,29 +233,43 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
 
 
 def _metadata(info: ModelCardInfo) -> ModelCardData:
-    licence, quantization = info.base_license, info.quantization
-    # The Hub accepts only Hub ids here.
+    quantization = info.quantization
     made_from, relation, tags = info.base_model if info.base_is_on_hub else None, "adapter", list(TAGS)
     if quantization is not None:
         made_from, relation = quantization.source or made_from, "quantized"
         precisions = [name for name in quantization.precisions.values() if name != "w16a16"]
         # Stock PEFT does not load it.
         tags = [tag for tag in tags if tag != "peft"] + ["quantized", "optimum-quanto", *precisions]
+    return card_metadata(
+        made_from, relation, info.base_license, info.languages, pipeline_tag="image-text-to-text", tags=tags
+    )
+
+
+def card_metadata(
+    base_model: str | None,
+    relation: str,
+    licence: License | None,
+    languages: list[str],
+    *,
+    pipeline_tag: str,
+    tags: Sequence[str],
+) -> ModelCardData:
+    """Front matter of a card; `base_model` must be a Hub id, since the Hub accepts nothing else."""
     return ModelCardData(
-        base_model=made_from,
-        base_model_relation=relation if made_from else None,
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
         license=licence.id if licence else None,
         license_name=licence.name if licence else None,
         license_link=licence.link if licence else None,
-        language=info.languages or None,
+        language=languages or None,
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=pipeline_tag,
         tags=list(dict.fromkeys(tags)),
     )
 
 
 def _image_settings(folder: Path) -> dict[str, Any]:
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    for name in PROCESSOR_CONFIGS:
         if (folder / name).is_file():
             settings = read_json(folder / name)
             settings = settings.get("image_processor", settings)
@@ -324,9 +338,7 @@ def _path_beside(folder: Path, base: str) -> str:
 
 
 def _as_list(value: Any) -> list[str]:
-    if not value:
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return [str(item) for item in (value if isinstance(value, list) else [value])] if value else []
 
 
 def _digest(text: str) -> str:

@@ -1,7 +1,7 @@
 """Reads a saved GenieBlue's folder without loading the model: configuration, weight headers, sizes."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,24 @@ def read_base_quantization(folder: Path) -> dict[str, Any] | None:
     return quantization if is_ours else None
 
 
-def own_weight_files(folder: Path) -> list[str]:
-    """Names of the model's own weight files; `OSError` if they or their index are incomplete."""
-    if files := weight_files(ModelFiles(folder).find):
+def check_is_quantized_base(folder: Path) -> dict[str, Any]:
+    """Quantization settings of a base that GenieBlue quantized; `ValueError` for any other folder."""
+    settings = read_base_quantization(folder)
+    if settings is None:
+        raise ValueError(
+            f"{folder} is not a base quantized by GenieBlue: give a folder written by `genieblue quantize`."
+        )
+    return settings
+
+
+def own_weight_files(model: str | os.PathLike, find: Callable[[str], Path | None] | None = None) -> list[str]:
+    """Names of a model's own weight files; `OSError` if they or their index are incomplete.
+
+    `find` gives the path of a file, or `None`; by default in the folder `model`.
+    """
+    if files := weight_files(find or ModelFiles(model).find):
         return list(files)
-    raise FileNotFoundError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: save the model again.")
+    raise FileNotFoundError(f"{model} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: save or download it again.")
 
 
 def read_tensor_sizes(path: Path) -> dict[str, PartSize]:
@@ -110,34 +123,32 @@ def stored_size(tensor: Any) -> PartSize:
 def are_zero(path: Path, names: list[str]) -> bool:
     """Whether these tensors in a safetensors file are all zero."""
     tensors = parse_local_safetensors_file_metadata(path).tensors
-    with path.open("rb") as file:
-        data = 8 + int.from_bytes(file.read(8), "little")
-        for start, end in (tensors[name].data_offsets for name in names):
-            file.seek(data + start)
-            if file.read(end - start).strip(b"\0"):
-                return False
-    return True
+    return not any(piece.any() for name in names for piece in _pieces(path, tensors[name], "u1"))
 
 
 def not_finite(path: Path) -> list[str]:
-    """Names of tensors in a safetensors file that contain NaN or infinity; the file is read in chunks."""
-    tensors = parse_local_safetensors_file_metadata(path).tensors
+    """Names of tensors in a safetensors file that contain NaN or infinity."""
     broken = []
-    with path.open("rb") as file:
-        data = 8 + int.from_bytes(file.read(8), "little")
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
-            if tensor.dtype not in EXPONENTS:
-                continue
+    for name, tensor in parse_local_safetensors_file_metadata(path).tensors.items():
+        if tensor.dtype in EXPONENTS:
             integers, exponent = EXPONENTS[tensor.dtype]
-            start, end = tensor.data_offsets
-            count = (end - start) // np.dtype(integers).itemsize
-            file.seek(data + start)
-            for done in range(0, count, NUMBERS_AT_A_TIME):
-                numbers = np.fromfile(file, integers, min(NUMBERS_AT_A_TIME, count - done))
-                if ((numbers & exponent) == exponent).any():  # all ones only in NaN and infinity
-                    broken.append(name)
-                    break
+            # All bits of the exponent are ones only in NaN and infinity.
+            if any(((piece & exponent) == exponent).any() for piece in _pieces(path, tensor, integers)):
+                broken.append(name)
     return sorted(broken)
+
+
+def _pieces(path: Path, tensor: Any, dtype: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor in a safetensors file, read as numbers of `dtype`, a piece at a time.
+
+    NumPy has no bfloat16, and torch is not needed for a look at bits.
+    """
+    start, end = tensor.data_offsets
+    count = (end - start) // np.dtype(dtype).itemsize
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little") + start)
+        for done in range(0, count, NUMBERS_AT_A_TIME):
+            yield np.fromfile(file, dtype, min(NUMBERS_AT_A_TIME, count - done))
 
 
 def adapter_weights(config: dict[str, Any]) -> str:

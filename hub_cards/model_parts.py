@@ -14,18 +14,16 @@ from hub_cards.model_folder import (
     adapter_weights,
     as_parameters,
     check_is_genieblue,
+    own_weight_files,
     parameter_sizes,
     stored_size,
     sum_by_part,
 )
 from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
-    INDEX_NAME,
-    WEIGHTS_NAME,
     ModelFiles,
     is_inner_folder,
     read_settings,
-    weight_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -86,7 +84,7 @@ def model_info(
         if not isinstance(config.get(name), kind | None):
             raise OSError(f"{config_path} has {config[name]!r} for {name}: it is damaged; fetch it again.")
 
-    own = map(files.tensor_sizes, files.weight_files())
+    own = map(files.tensor_sizes, own_weight_files(files.name, files.locate))
     parts: dict[str, PartSize | None] = dict.fromkeys(PART_NAMES)
     parts |= sum_by_part(own, files.tensor_sizes(adapter_weights(config)))
     parts[LANGUAGE_MODEL] = _base_size(files, config, None if base is None else os.fspath(base))
@@ -106,7 +104,8 @@ def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> Par
     try:
         hub = files.hub | {"revision": None if base is not None else revision}
         base_files = _Files(name, subfolder=subfolder, **hub)
-        sizes = [size for file in base_files.weight_files() for size in base_files.tensor_sizes(file).values()]
+        weights = own_weight_files(base_files.name, base_files.locate)
+        sizes = [size for file in weights for size in base_files.tensor_sizes(file).values()]
     except (OSError, ValueError, EntryNotFoundError) as error:
         logger.warning("The base's size is unknown: %s", " ".join(str(error).split()))
         return None
@@ -116,13 +115,7 @@ def _base_size(files: "_Files", config: dict[str, Any], base: str | None) -> Par
 class _Files(ModelFiles):
     """Files of a model in a folder or on the Hub; large ones are not downloaded."""
 
-    def weight_files(self) -> list[str]:
-        """The single weight file, or the shards named in the index."""
-        if files := weight_files(self._locate):
-            return list(files)
-        raise FileNotFoundError(f"{self.name} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: save or download it again.")
-
-    def _locate(self, file: str) -> Path | None:
+    def locate(self, file: str) -> Path | None:
         """Like `find`; for weights on the Hub, a placeholder path if they exist."""
         if self.folder is not None or not file.endswith(".safetensors"):
             return self.find(file)
@@ -143,6 +136,3 @@ class _Files(ModelFiles):
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             raise OSError(f"The header of {file} in {self.name} cannot be read: {error}") from error
         return {name: as_parameters(name, stored_size(tensor)) for name, tensor in metadata.tensors.items()}
-
-
-__all__ = ["ModelInfo", "model_info"]

@@ -20,6 +20,7 @@ class Upload:
 
     Attributes:
         files: path in the repository -> the file, or its content.
+        message: of the commit, unless the user gives one.
         card: text of the folder's own README, or `None`.
         render_card: renders the card for a repository's name.
         stale: patterns of files from earlier pushes to delete; a star does not match `/`.
@@ -27,6 +28,7 @@ class Upload:
     """
 
     files: dict[str, Path | bytes]
+    message: str
     card: str | None
     render_card: Callable[[str], str]
     stale: tuple[str, ...] = ()
@@ -37,12 +39,12 @@ def send(
     upload: Upload,
     repo_id: str,
     *,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    commit_message: str,
-    create_pr: bool,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
     commit_description: str | None = None,
+    create_pr: bool = False,
 ) -> CommitInfo:
     """Creates the commit, and the repository if needed; `ValueError` if it contains another model's weights.
 
@@ -77,7 +79,7 @@ def send(
     return api.create_commit(
         repo_id,
         operations=[*deletions, *additions],
-        commit_message=commit_message,
+        commit_message=commit_message or upload.message,
         commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
@@ -103,11 +105,14 @@ def matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(path.count("/") == pattern.count("/") and fnmatchcase(path, pattern) for pattern in patterns)
 
 
+def read_card(folder: Path) -> str | None:
+    """Text of the README in a folder, if it has one."""
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def check_no_problems(folder: Path, problems: list[str]) -> None:
     """`ValueError` that lists the problems, if any."""
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(f"{folder} cannot be published, nothing was uploaded:\n{listed}")
-
-
-__all__ = ["Upload", "matches", "check_no_problems", "send"]

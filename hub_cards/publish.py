@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from hub_cards.code_files import code_files, code_problems
+from hub_cards.code_files import code_files, code_problems, tokenizer_problems
 from hub_cards.model_card import card_info_from_folder, render_model_card, write_model_card
 from hub_cards.model_folder import (
     ADAPTER_CONFIG,
@@ -21,7 +21,7 @@ from hub_cards.model_folder import (
     read_model_config,
     read_tensor_sizes,
 )
-from hub_cards.one_commit import Upload, check_no_problems, matches, send
+from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
 from hub_cards.publish_base import base_files_to_publish, find_base_problems, map_problems, published_base
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
@@ -40,7 +40,6 @@ from modeling_genieblue.model_files_genieblue import (
     QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
     TOKENIZER_FILES,
-    VOCABULARIES,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
     file_sha256,
@@ -84,18 +83,7 @@ STALE_PATTERNS = (
 )
 
 
-def publish_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    create_pr: bool = False,
-    base: str | None = None,
-) -> CommitInfo:
+def publish_folder(folder: str | Path, repo_id: str, *, base: str | None = None, **commit: Any) -> CommitInfo:
     """Checks the folder of a saved GenieBlue and pushes it to the Hub as one commit; creates the repo if needed.
 
     A missing card is written into the folder. A generated, unedited card is rendered again for `repo_id`, but never
@@ -104,16 +92,13 @@ def publish_folder(
 
     `base` (`you/base` or `you/base@commit`) is the Hub repository of a base that the folder records as a local path;
     its weight files must have the recorded sha256. The upload records it at its commit; the folder does not change.
+    `commit` are options of `one_commit.send`, such as `token` and `private`.
 
     Raises `ValueError` with every problem found, before anything is uploaded; the Hub's own errors pass through.
     """
     folder = Path(folder)
-    config = _config_to_publish(folder, base, token)
+    config = _config_to_publish(folder, base, commit.get("token"))
     check_no_problems(folder, find_problems(folder, config))
-
-    def card(name: str) -> str:
-        return render_model_card(card_info_from_folder(folder, name, config))
-
     files: dict[str, Path | bytes] = {name: folder / name for name in files_to_publish(folder, config)}
     if config != read_model_config(folder):
         files[CONFIG_NAME] = _json_bytes(config)
@@ -123,23 +108,18 @@ def publish_folder(
         files[ADAPTER_CONFIG] = _json_bytes(adapter | names | {"revision": config["base_model_revision"]})
     elif not (folder / CARD_NAME).exists():
         write_model_card(folder, card_info_from_folder(folder, repo_id))
-    own_card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).exists() else None
-    return send(
-        Upload(files, own_card, card, stale=STALE_PATTERNS),
-        repo_id,
-        private=private,
-        token=token,
-        revision=revision,
-        commit_message=commit_message or "Upload GenieBlue",
-        commit_description=commit_description,
-        create_pr=create_pr,
+    upload = Upload(
+        files=files,
+        message="Upload GenieBlue",
+        card=read_card(folder),
+        render_card=lambda name: render_model_card(card_info_from_folder(folder, name, config)),
+        stale=STALE_PATTERNS,
     )
+    return send(upload, repo_id, **commit)
 
 
 def _config_to_publish(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
     """`config.json` in the form to publish."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give the folder of a saved GenieBlue.")
     config = read_model_config(folder)
     source = (config.get("quantization") or {}).get("source") or {}
     if isinstance(source.get("name"), str) and not (is_hub_id(source["name"], folder) and "/" in source["name"]):
@@ -163,15 +143,13 @@ def find_problems(folder: str | Path, config: dict[str, Any] | None = None) -> l
     Raises `OSError` or `ValueError` if the folder is not a GenieBlue.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give the folder of a saved GenieBlue.")
     recorded = read_model_config(folder)
     config = config or recorded
     return [
         *_base_problems(folder, config),
         *_weight_problems(folder, config),
         *_adapter_problems(folder, recorded),
-        *_code_problems(folder, config),
+        *code_problems(folder, ("AutoConfig", "AutoModel")),
         *_processor_problems(folder),
     ]
 
@@ -193,7 +171,7 @@ def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -
         chosen.add(INDEX_NAME)
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     chosen |= {name for name in names if matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
-    card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else ""
+    card = read_card(folder) or ""
     chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
     if left_out:
@@ -304,17 +282,7 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _code_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    auto_map = config.get("auto_map") or {}
-    for auto_class in ("AutoConfig", "AutoModel"):
-        if auto_class not in auto_map:
-            yield f"config.json has no auto_map entry for {auto_class}, so nobody could load it: save the model again."
-    yield from code_problems(folder)
-
-
 def _processor_problems(folder: Path) -> Iterator[str]:
-    names = [path.name for path in folder.iterdir()]
-    if not any(name in names for name in PROCESSOR_CONFIGS):
+    if not any((folder / name).is_file() for name in PROCESSOR_CONFIGS):
         yield f"The processor is missing ({' or '.join(PROCESSOR_CONFIGS)}): save the model with its processor."
-    if "tokenizer_config.json" not in names or not any(matches(name, VOCABULARIES) for name in names):
-        yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): save the model with its processor."
+    yield from tokenizer_problems(folder)

@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from hub_cards.code_files import code_files, code_problems
-from hub_cards.model_folder import read_base_quantization, read_tensor_sizes
-from hub_cards.one_commit import Upload, check_no_problems, matches, send
+from hub_cards.code_files import code_files, code_problems, tokenizer_problems
+from hub_cards.model_folder import check_is_quantized_base, read_tensor_sizes
+from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
 from hub_cards.quantized_base_card import render_quantized_base_card
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
@@ -21,7 +21,6 @@ from modeling_genieblue.model_files_genieblue import (
     QMAP_NAME,
     QUANTIZED_WEIGHTS_NAME,
     TOKENIZER_FILES,
-    VOCABULARIES,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
     file_sha256,
@@ -34,45 +33,28 @@ logger = logging.getLogger(__name__)
 CODE_CLASS = "AutoModelForCausalLM"
 # Files of a base that its users need in addition to weights, configuration and code.
 BASE_COMPANIONS = (GENERATION_CONFIG_NAME, "preprocessor_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
-PUBLISHED_NAMES = (
-    CONFIG_NAME, QUANTIZED_WEIGHTS_NAME, QMAP_NAME, CARD_NAME, *BASE_COMPANIONS
-)  # fmt: skip
+PUBLISHED_NAMES = (CONFIG_NAME, QUANTIZED_WEIGHTS_NAME, QMAP_NAME, CARD_NAME, *BASE_COMPANIONS)
 # transformers, and the base's fingerprint, prefer these files to the quantized ones.
 FOREIGN_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS)
 
 
-def publish_quantized_base(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
+def publish_quantized_base(folder: str | Path, repo_id: str, **commit: Any) -> CommitInfo:
     """Checks the folder of a quantized base and pushes it to the Hub as one commit; creates the repo if needed.
 
-    Raises `ValueError` with every problem found, before anything is uploaded; the Hub's own errors pass through.
+    `commit` are options of `one_commit.send`, such as `token` and `private`. Raises `ValueError` with every problem
+    found, before anything is uploaded; the Hub's own errors pass through.
     """
     folder = Path(folder)
     check_no_problems(folder, find_base_problems(folder))
     upload = Upload(
         files={name: folder / name for name in base_files_to_publish(folder)},
-        card=(folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else None,
+        message="Upload quantized base",
+        card=read_card(folder),
         render_card=lambda name: render_quantized_base_card(folder, name),
         stale=("*_genieblue.py",),
         foreign=FOREIGN_WEIGHTS,
     )
-    return send(
-        upload,
-        repo_id,
-        private=private,
-        token=token,
-        revision=revision,
-        commit_message=commit_message or "Upload quantized base",
-        create_pr=create_pr,
-    )
+    return send(upload, repo_id, **commit)
 
 
 def find_base_problems(folder: Path) -> list[str]:
@@ -80,12 +62,8 @@ def find_base_problems(folder: Path) -> list[str]:
 
     Raises `ValueError` if the folder is not a quantized base.
     """
-    settings = read_base_quantization(folder)
-    if settings is None:
-        raise ValueError(
-            f"{folder} is not a base quantized by GenieBlue: give a folder written by `genieblue quantize`."
-        )
-    return [*_weight_problems(folder), *_loading_problems(folder)]
+    check_is_quantized_base(folder)
+    return [*_weight_problems(folder), *code_problems(folder, (CODE_CLASS,)), *tokenizer_problems(folder)]
 
 
 def base_files_to_publish(folder: Path) -> list[str]:
@@ -129,15 +107,6 @@ def map_problems(path: Path, tensors: set[str], allowed_without_tensors: int = 0
     return []
 
 
-def _loading_problems(folder: Path) -> Iterator[str]:
-    if CODE_CLASS not in (read_json(folder / CONFIG_NAME).get("auto_map") or {}):
-        yield f"config.json has no auto_map entry for {CODE_CLASS}, so nobody could load it: quantize the model again."
-    yield from code_problems(folder)
-    names = [path.name for path in folder.iterdir()]
-    if "tokenizer_config.json" not in names or not any(matches(name, VOCABULARIES) for name in names):
-        yield "The tokenizer is missing (tokenizer_config.json and its vocabulary): copy the base's tokenizer files."
-
-
 def published_base(reference: str, recorded: dict[str, str] | None, token: str | bool | None) -> tuple[str, str]:
     """Hub id and commit of `you/base` or `you/base@commit`, if its weight files have the recorded sha256.
 
@@ -174,6 +143,3 @@ def _sha256(file: Any, info: Any, token: str | bool | None) -> str:
     if file.lfs is not None:
         return file.lfs.sha256
     return file_sha256(HfApi(token=token).hf_hub_download(info.id, file.rfilename, revision=info.sha))
-
-
-__all__ = ["base_files_to_publish", "find_base_problems", "publish_quantized_base", "published_base"]

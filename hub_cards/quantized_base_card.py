@@ -4,10 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
-from hub_cards.model_card import HUB, License, assemble_card, base_facts, card_environment, folder_facts
-from hub_cards.model_folder import BASE_PARTS, PartSize, parameter_sizes, read_base_quantization
+from hub_cards.model_card import (
+    HUB,
+    License,
+    assemble_card,
+    base_facts,
+    card_environment,
+    card_metadata,
+    folder_facts,
+)
+from hub_cards.model_folder import BASE_PARTS, PartSize, check_is_quantized_base, parameter_sizes
 from modeling_genieblue.model_files_genieblue import CARD_NAME, QUANTIZED_WEIGHTS_NAME, is_hub_id, read_json
 
 
@@ -26,11 +32,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         source: folder of the unquantized base. Its README gives licence and languages unless that base is on the Hub;
             without `source` they come from the folder's existing card.
     """
-    settings = read_base_quantization(folder)
-    if settings is None:
-        raise ValueError(
-            f"{folder} is not a base quantized by GenieBlue: give a folder written by `genieblue quantize`."
-        )
+    settings = check_is_quantized_base(folder)
     origin = settings["source"]
     on_hub = is_hub_id(origin["name"], folder) and "/" in origin["name"]
     licence, languages = _facts(folder, origin if on_hub else None, source)
@@ -49,16 +51,13 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "licence": licence,
     }
     precisions = [settings[part] for part in BASE_PARTS if settings[part] != "w16a16"]
-    metadata = ModelCardData(
-        base_model=origin["name"] if on_hub else None,
-        base_model_relation="quantized" if on_hub else None,
-        license=licence.id if licence else None,
-        license_name=licence.name if licence else None,
-        license_link=licence.link if licence else None,
-        language=languages or None,
-        library_name="transformers",
+    metadata = card_metadata(
+        origin["name"] if on_hub else None,
+        "quantized",
+        licence,
+        languages,
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys(["genieblue", "quantized", "optimum-quanto", *precisions])),
+        tags=["genieblue", "quantized", "optimum-quanto", *precisions],
     )
     body = card_environment().get_template("quantized_base_card_template.md").render(info=info)
     return assemble_card(metadata, body)
@@ -72,6 +71,3 @@ def _facts(folder: Path, origin: dict[str, Any] | None, source: Path | None) -> 
     if licence is not None and licence.link and "://" not in licence.link and not (folder / licence.link).is_file():
         licence = replace(licence, link=None)
     return licence, languages
-
-
-__all__ = ["render_quantized_base_card", "write_quantized_base_card"]

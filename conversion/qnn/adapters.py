@@ -1,8 +1,8 @@
 """Exports another LoRA for a bundle that takes it as inputs: one binary, several adapters.
 
-The replicated blocks, the vision tower and the projector are part of the binaries, so that adapters of one bundle
-differ in their LoRA alone. The scales of the inputs are the bundle's, since they are compiled; a file holds them too,
-which tells it from those of other bundles.
+The replicated blocks, the vision tower and the projector are part of the binaries, so adapters for one bundle differ
+only in their LoRA. The scales of these inputs are compiled, so they are the bundle's; an adapter file records them, so
+that it is not used with another bundle.
 """
 
 import logging
@@ -22,12 +22,12 @@ from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneratio
 from modeling_genieblue.model_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
-# Share of the LoRA values that may lie beyond the scales of the bundle, and are cut.
-LARGEST_CUT = 0.01
+# Share of the LoRA values that may exceed the range of the bundle's scales, and are clipped.
+LARGEST_CLIPPED = 0.01
 
 
 def adapter_entries(part: int, codes: Mapping[str, WeightCodes]) -> dict[str, np.ndarray]:
-    """The int8 arrays of a part's LoRA and their scales, by the names that they have in an adapter file."""
+    """The int8 arrays of a part's LoRA and their scales, by their names in an adapter file."""
     entries = {}
     for name, weight in codes.items():
         if is_lora(name):
@@ -39,15 +39,15 @@ def adapter_entries(part: int, codes: Mapping[str, WeightCodes]) -> dict[str, np
 def export_adapter(
     model_folder: str | os.PathLike, bundle_folder: str | os.PathLike, out: str | os.PathLike, **load_options: Any
 ) -> Path:
-    """Writes the LoRA of a saved GenieBlue as a file that the graphs of a bundle take; returns that file.
+    """Writes the LoRA of a saved GenieBlue as an adapter file for a bundle; returns that file.
 
     Args:
-        model_folder: folder or Hub id of a GenieBlue that differs in its LoRA alone from the one of the bundle.
+        model_folder: folder or Hub id of a GenieBlue that differs from the exported one only in its LoRA.
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
-    Raises `ValueError` for a bundle with LoRA as constants, for a quantized model, for one with another base, other
-    replicated blocks, vision tower, projector or LoRA, and when more than 1 % of its values lie beyond the scales of
-    the bundle; `OSError` if `out` is taken or its folder is missing.
+    Raises `ValueError` for a bundle with LoRA as constants, a quantized model, a model with a different base,
+    replicated blocks, vision tower, projector or shape of LoRA, and if more than 1 % of its values exceed the range of
+    the bundle's scales; `OSError` if `out` exists or its folder does not.
     """
     out, bundle = Path(out), Bundle(bundle_folder)
     facts = bundle.metadata
@@ -62,12 +62,12 @@ def export_adapter(
     if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(f"{model_folder} is quantized: give the GenieBlue in 16 bits that it was made from.")
     if config.base_model_fingerprint != facts["base"]["fingerprint"]:
-        raise ValueError(f"{model_folder} was made for another base than {bundle_folder}: its LoRA would not fit.")
+        raise ValueError(f"{model_folder} and {bundle_folder} were made from different bases: the LoRA would not fit.")
     model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
     if model.multimodal_language_model is None:
         raise ValueError(f"{model_folder} has no adapter: give a saved GenieBlue, with its base.")
     _check_binaries(facts["adapter"], trained_digests(model), str(model_folder))
-    entries, cut, total = {}, 0, 0
+    entries, clipped, total = {}, 0, 0
     for number, part in enumerate(facts["parts"]):
         inputs = bundle.lora_inputs(number, "multimodal")
         graph = DecoderGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"])
@@ -77,54 +77,54 @@ def export_adapter(
         }:
             raise ValueError(
                 f"{model_folder} has LoRA of rank {config.lora_rank} in {len(lora)} matrices of blocks "
-                f"{part['blocks'][0]} to {part['blocks'][1] - 1}; the bundle takes {len(inputs)} of rank "
-                f"{facts['adapter']['lora_rank']}, of other names or shapes: export a bundle of its own."
+                f"{part['blocks'][0]} to {part['blocks'][1] - 1}; the bundle takes {len(inputs)} matrices of rank "
+                f"{facts['adapter']['lora_rank']} with other names or shapes: export a separate bundle."
             )
         codes = {}
         for name, weight in lora.items():
             scale = np.float32(inputs[name]["scale"])
             codes[name] = round_with_scales(weight, scale, weight_bits(name), None)
-            cut += int((np.abs(weight) > 127.5 * scale).sum())
+            clipped += int((np.abs(weight) > 127.5 * scale).sum())
             total += weight.size
         entries |= adapter_entries(number, codes)
-    _check_cut(cut, total, str(model_folder))
+    _check_clipped(clipped, total, str(model_folder))
     _write(out, entries)
     return out
 
 
 def _check_output(out: Path, bundle: Bundle) -> None:
     if out.exists():
-        raise FileExistsError(f"{out} is taken: give the name of a new file.")
+        raise FileExistsError(f"{out} already exists: give the name of a new file.")
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"The folder {out.parent} is not there: make it, or give another place for the file.")
+        raise FileNotFoundError(f"The folder {out.parent} does not exist: create it, or give another output file.")
     if out.resolve().is_relative_to(bundle.folder.resolve()):
-        raise ValueError(f"{out} lies in the bundle, which must stay as it was exported: give a place outside of it.")
+        raise ValueError(f"{out} is inside the bundle, which must stay as it was exported: give a file outside.")
 
 
 def _check_binaries(expected: Mapping[str, Any], found: Mapping[str, str], name: str) -> None:
-    """`ValueError` if anything that the binaries hold is another model's."""
-    for key, title in (("copies_sha256", "replicated blocks"), ("vision_sha256", "vision tower or projector")):
+    """`ValueError` if anything in the binaries differs from the model's."""
+    for key, title in (("copies_sha256", "replicated blocks"), ("vision_sha256", "vision tower and projector")):
         if found[key] != expected[key]:
             raise ValueError(
-                f"{name} has other {title} than the bundle, and those are part of its binaries: export a bundle of "
-                "its own."
+                f"{name} does not have the bundle's {title}, which are part of its binaries: export a separate bundle."
             )
 
 
-def _check_cut(cut: int, total: int, name: str) -> None:
-    """`ValueError` if so many values were cut that the file would be another adapter; a warning for fewer."""
-    if not cut:
+def _check_clipped(clipped: int, total: int, name: str) -> None:
+    """`ValueError` if so many values were clipped that the file would be another adapter; a warning for fewer."""
+    if not clipped:
         return
-    told = f"{cut} of {total} LoRA values of {name} ({cut / total:.2%}) are larger than the bundle's scales can say"
-    if cut > LARGEST_CUT * total:
+    found = f"{clipped} of {total} LoRA values of {name} ({clipped / total:.2%}) exceed the bundle's scales"
+    if clipped > LARGEST_CLIPPED * total:
         raise ValueError(
-            f"{told}; at most {LARGEST_CUT:.0%} may be cut: export the bundle with the adapter of the largest values."
+            f"{found}; at most {LARGEST_CLIPPED:.0%} may be clipped: export the bundle with the adapter that has the "
+            "largest values."
         )
-    logger.warning("%s, and were cut: it was exported with an adapter of smaller ones.", told)
+    logger.warning("%s and were clipped: the bundle was exported with an adapter of smaller values.", found)
 
 
 def _write(out: Path, entries: Mapping[str, np.ndarray]) -> None:
-    """Writes an adapter file as a whole or not at all."""
+    """Writes an adapter file atomically."""
     unfinished = out.with_name(out.name + UNFINISHED)
     try:
         with unfinished.open("wb") as file:
@@ -132,6 +132,3 @@ def _write(out: Path, entries: Mapping[str, np.ndarray]) -> None:
         os.replace(unfinished, out)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-__all__ = ["adapter_entries", "export_adapter"]

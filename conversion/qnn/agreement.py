@@ -5,22 +5,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What the emulator must keep of the quantized graph's own numbers. A cosine alone would not do: an error that is the
-# same everywhere, or that sits in one number, hardly moves it.
+# How closely the emulator must match the quantized graph. The cosine alone is not enough: a constant error, or an
+# error in one number, hardly changes it.
 SMALLEST_COSINE = 0.9995
 LARGEST_ERROR = 0.02
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Cosine of the angle between found and expected, and the largest difference as a part of the expected's range."""
+    """Cosine of found and expected, and their largest difference relative to the range of the expected."""
 
     cosine: float
     largest_error: float
 
     @property
     def is_close(self) -> bool:
-        """Whether both gates are passed."""
+        """Whether both limits are met."""
         return self.cosine >= SMALLEST_COSINE and self.largest_error <= LARGEST_ERROR
 
     def __str__(self) -> str:
@@ -28,9 +28,7 @@ class Agreement:
 
 
 def agreement(found: np.ndarray, expected: np.ndarray) -> Agreement:
-    """Agreement of two arrays of one shape; what is not finite agrees with nothing."""
-    if found.shape != expected.shape:
-        raise ValueError(f"Arrays of shapes {found.shape} and {expected.shape} cannot be compared.")
+    """Agreement of two arrays of one shape; NaN and infinity agree with nothing."""
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Agreement(-1.0, float("inf"))
@@ -43,9 +41,6 @@ def agreement(found: np.ndarray, expected: np.ndarray) -> Agreement:
 
 
 def worst(agreements: Iterable[Agreement]) -> Agreement:
-    """The smallest cosine and the largest error of all of them."""
+    """The smallest cosine and the largest error of all."""
     found = list(agreements)
     return Agreement(min(one.cosine for one in found), max(one.largest_error for one in found))
-
-
-__all__ = ["Agreement", "agreement", "worst"]

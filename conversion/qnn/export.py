@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from conversion.chat_ids import stop_token_ids
 from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
 from conversion.qnn.bundle.export_state import UnfinishedExport, write_json
@@ -29,7 +29,7 @@ from conversion.qnn.qdq.aimet_rounding import check_aimet_installed
 from conversion.qnn.qdq.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range
 from conversion.qnn.qdq.files import describe_boundary
-from conversion.qnn.qdq.language import LanguageSettings, PartResult, codes_digest, quantize_part
+from conversion.qnn.qdq.language import LanguageSettings, Part, PartResult, codes_digest, quantize_part
 from conversion.qnn.qdq.quantize import CACHE_DTYPES
 from conversion.qnn.qdq.vision import quantize_vision
 from conversion.staging import explained_full_disk, lock_output
@@ -42,7 +42,7 @@ from modeling_genieblue import (
 from modeling_genieblue.model_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
-# Which versions of what decide over the bytes of a bundle, besides the compiler's.
+# Their versions, like the compiler's, determine the bytes of a bundle.
 PROGRAMS = ("genieblue", "torch", "transformers", "numpy", "onnx", "onnxscript")
 LONGEST_DEFAULT = 2048  # tokens of a context
 PROBE, STREAMS = "probe.npz", "streams.npz"
@@ -65,39 +65,36 @@ def export_bundle(
     on_step: Callable[[str, int, int], None] | None = None,
     **load_options: Any,
 ) -> Path:
-    """Writes the bundle of a saved GenieBlue into the new folder `out`; returns that folder.
+    """Writes the bundle of a saved GenieBlue (folder or Hub id) into the new folder `out`; returns that folder.
 
-    An export that was stopped goes on where it was, if it is started again with the same arguments: finished parts
-    lie in `<out>.unfinished`. With other arguments, or after an update, it is refused until that folder is removed.
+    A stopped export continues if it is started again with the same arguments: its finished parts are in
+    `<out>.unfinished`. With other arguments, or after an update, it is refused until that folder is removed.
 
     Args:
-        model_folder: folder or Hub id of a GenieBlue.
         soc: chip, such as `sm8750`.
-        calibration: requests as the model's processor encodes them, some of them with images. They are taken one by
-            one, when the model is loaded.
-        chunk_length: tokens that prefill takes at a time.
-        context_length: tokens that a conversation may have; by default 2048, or what the base was made for if less.
-        parts: context binaries that the blocks are divided among. More need less memory here.
+        calibration: requests as encoded by the model's processor, some with images; read when the model is loaded.
+        chunk_length: tokens per prefill call.
+        context_length: tokens per conversation; by default 2048, or the base's maximum if that is less.
+        parts: number of context binaries for the blocks; more parts need less memory here.
         lora: `constants`, or `inputs` of the graphs, so that one binary serves several adapters.
         cache_bits: 16, or 8 for half the cache.
         vision_tiles: image tiles per call of the vision graph.
         rounding: of the decoder's matrices: `rtn`, to nearest, or `seqmse` of the `aimet` extra.
-        encodings: write `qairt/` as well: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
-        on_step: called with what begins next, the number of steps done, and of all steps.
+        encodings: also writes `qairt/`: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
+        on_step: called with the next step's title, the number of finished steps, and the number of all steps.
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
-    Raises, before any weights are read, `ValueError` for settings that cannot be and for a quantized GenieBlue, and
-    `OSError` for an output that is taken or being written, and a computer on which the compiler does not run, and
-    `ModuleNotFoundError` for a library of the extra that is missing. Later `ValueError` for a model that the graphs do
-    not reproduce and for requests that do not calibrate them, and `CompileError`, an `OSError`, when the compiler
-    refuses a graph.
+    Raises, before any weights are read, `ValueError` for impossible settings or a quantized GenieBlue, `OSError` for
+    an output in use or a computer that cannot run the compiler, and `ModuleNotFoundError` for a missing library; later
+    `ValueError` for a model that the graphs do not reproduce or requests that cannot calibrate them, and
+    `CompileError` (an `OSError`) if the compiler refuses a graph.
     """
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
     settings = LanguageSettings(chunk_length, context_length or LONGEST_DEFAULT, cache_bits, lora, rounding, encodings)
     _check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     npu_devices()
-    check_libraries_installed()  # onnxscript is wanted late: torch imports it when it exports
+    check_libraries_installed()  # torch imports onnxscript late, in the export itself
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
     if context_length is None:
@@ -122,9 +119,9 @@ def export_bundle(
 
 def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
     if model.is_dir() and out.is_relative_to(model):
-        raise ValueError(f"{out} lies in the folder of the model, which would be published with it: give another one.")
+        raise ValueError(f"{out} is inside the model's folder, with which it would be published: give another folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is taken: give a new folder for the bundle.")
+        raise FileExistsError(f"{out} already exists: give a new folder for the bundle.")
     for name, allowed in (("lora", LORA_MODES), ("rounding", ROUNDINGS), ("cache_bits", CACHE_DTYPES)):
         if (value := getattr(settings, name)) not in allowed:
             raise ValueError(f"`{name}` is {value!r}: expected {' or '.join(map(str, allowed))}.")
@@ -136,18 +133,18 @@ def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: 
 
 
 def _check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
-    """`ValueError` for what a configuration tells of a model already, and its weights would tell much later."""
+    """`ValueError` for what the configuration shows at once, and the weights would only show much later."""
     if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(f"{name} is quantized: export the 16-bit GenieBlue that it was made from.")
     base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)
     check_lengths(base, settings.chunk_length, settings.context_length)
-    # A base with code of its own may call it otherwise: then the loaded one tells.
+    # A base with its own code may use another name: then the loaded base decides.
     if (count := getattr(base, "num_hidden_layers", None)) is not None:
         divide_blocks(count, parts)
 
 
 def _export_settings(soc: Soc, settings: LanguageSettings, parts: int, vision_tiles: int) -> dict[str, Any]:
-    """What an export must share with one that it goes on with, as far as it is known without the model."""
+    """The settings, without those of the model, in which an export must equal the one that it continues."""
     programs = (*PROGRAMS, "aimet-onnx") if settings.rounding == "seqmse" else PROGRAMS
     return {
         **asdict(settings),
@@ -168,15 +165,15 @@ def _version(package: str) -> str | None:
 
 
 def divide_blocks(count: int, parts: int) -> list[range]:
-    """`count` blocks in `parts` consecutive ranges, as even as can be; `ValueError` for more parts than blocks."""
+    """`count` blocks in `parts` consecutive ranges of nearly equal size; `ValueError` for more parts than blocks."""
     if parts > count:
-        raise ValueError(f"{parts} parts were asked for, but the base has {count} blocks only.")
+        raise ValueError(f"Cannot make {parts} parts of the base's {count} blocks: give at most {count}.")
     ends = [count * number // parts for number in range(parts + 1)]
     return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
 
 
 class _Export:
-    """One model with its settings, on the way into a bundle."""
+    """The export of one model with one set of settings."""
 
     def __init__(
         self,
@@ -206,10 +203,10 @@ class _Export:
         parts: Sequence[range],
         wanted: Mapping[str, Any],
     ) -> None:
-        """Does the steps that are left, and hands the bundle over; `wanted` are the settings, all but the model's."""
+        """Runs the remaining steps and hands the bundle over; `wanted` are the settings except the model's."""
         chunk, context = self.settings.chunk_length, self.settings.context_length
         calibration = prepare_calibration(self.model, encoded, chunk, context - context % chunk)
-        work.begin_or_go_on({**wanted, **self._model_settings(calibration)})
+        work.begin_or_continue({**wanted, **self._model_settings(calibration)})
         if not work.is_complete:
             self._make(work, calibration, parts)
         work.hand_over()
@@ -217,32 +214,34 @@ class _Export:
     def _make(self, work: UnfinishedExport, calibration: Calibration, parts: Sequence[range]) -> None:
         (work.bundle / "qdq").mkdir(exist_ok=True)
         steps = len(parts) + 2
-        self._tell("vision tower", 0, steps)
+        self._announce("vision tower", 0, steps)
         vision = self._vision(work, calibration.tiles)
         embeddings = Encoding.of(calibration.embedding_range)
         streams: Mapping[str, list[np.ndarray]] = calibration.requests
         ranges: dict[str, Range] = dict.fromkeys(VIEWS, calibration.embedding_range)
         records = []
         for number, blocks in enumerate(parts):
-            self._tell(f"blocks {blocks.start} to {blocks.stop - 1}", number + 1, steps)
+            self._announce(f"blocks {blocks.start} to {blocks.stop - 1}", number + 1, steps)
             record, streams, ranges = self._part(work, number, blocks, streams, ranges)
             records.append(record)
-        self._tell("embeddings", steps - 1, steps)
-        self._write_embeddings(work.bundle, embeddings)
+        self._announce("embeddings", steps - 1, steps)
+        with (work.bundle / "embeddings.raw").open("wb") as file:
+            for rows in embedding_rows(self.model):
+                file.write(embeddings.encode(rows).tobytes())
         _gather(work, [f"language_{number}" for number in range(len(parts))], calibration)
         sdk = read_context(work.bundle / vision["graph"]["context"])[1]
         metadata = {**self._metadata(records, vision, embeddings), "qairt": sdk}
         write_runtime_files(work.bundle, metadata, self.processor)
-        # Last: a bundle that has it is complete.
+        # Written last: a bundle with metadata is complete.
         write_json(work.bundle / METADATA, signed({**metadata, "files": list_files(work.bundle)}))
 
-    def _tell(self, title: str, done: int, steps: int) -> None:
+    def _announce(self, title: str, done: int, steps: int) -> None:
         logger.info("Exporting: %s (%d of %d).", title, done + 1, steps)
         if self._on_step is not None:
             self._on_step(title, done, steps)
 
     def _model_settings(self, calibration: Calibration) -> dict[str, Any]:
-        """What an export must share with one that it goes on with, of the model and the calibration."""
+        """The model and calibration of an export, which must equal those of the one that it continues."""
         model = self.model
         samples = _flatten({**calibration.requests, "tiles": calibration.tiles})
         return {
@@ -257,17 +256,15 @@ class _Export:
     def _vision(self, work: UnfinishedExport, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
         if (record := work.finished("vision")) is not None:
             return record
-        float_folder = work.bundle / "qairt" if self.settings.encodings else None
-        result = quantize_vision(self.model, list(tiles), self.vision_tiles, work.bundle / "qdq", float_folder)
-        folder = work.bundle / "vision"
-        shutil.rmtree(folder, ignore_errors=True)
-        compile_graphs({"vision": result.graph}, self.soc, folder, "vision.bin")
+        folders = work.bundle / "qdq", self._float_folder(work)
+        result = quantize_vision(self.model, list(tiles), self.vision_tiles, *folders)
+        compile_graphs({"vision": result.graph}, self.soc, work.bundle / "vision", "vision.bin")
         np.savez(work.step("vision") / PROBE, **result.probe)
         record = {
             "binary": "vision/vision.bin",
             "tiles": self.vision_tiles,
             "graph": {
-                "name_in_binary": read_context(folder / "vision_ctx.onnx")[0],
+                "name_in_binary": read_context(work.bundle / "vision/vision_ctx.onnx")[0],
                 "context": "vision/vision_ctx.onnx",
                 "qdq": "qdq/vision.onnx",
                 **describe_boundary(result.graph, result.boundary),
@@ -284,23 +281,20 @@ class _Export:
         streams: Mapping[str, list[np.ndarray]],
         ranges: Mapping[str, Range],
     ) -> tuple[dict[str, Any], Mapping[str, list[np.ndarray]], dict[str, Range]]:
-        """One part's record, and what the next part reads with its ranges."""
+        """The record of a part, and the next part's input with its ranges."""
         name = f"language_{number}"
         record = work.finished(name)
         if record is None:
             folder = work.bundle / name
             part = quantize_part(
                 self.views,
-                self.shape,
-                blocks,
-                self.settings,
+                Part(self.shape, blocks, self.settings),
                 streams=streams,
                 input_ranges=ranges,
                 name=name,
                 folder=work.bundle / "qdq",
-                float_folder=work.bundle / "qairt" if self.settings.encodings else None,
+                float_folder=self._float_folder(work),
             )
-            shutil.rmtree(folder, ignore_errors=True)
             compile_graphs(part.graphs, self.soc, folder, f"{name}.bin")
             step = work.step(name)
             np.savez(step / PROBE, **part.probe)
@@ -338,10 +332,8 @@ class _Export:
             "graphs": graphs,
         }
 
-    def _write_embeddings(self, folder: Path, encoding: Encoding) -> None:
-        with (folder / "embeddings.raw").open("wb") as file:
-            for rows in embedding_rows(self.model):
-                file.write(encoding.encode(rows).tobytes())
+    def _float_folder(self, work: UnfinishedExport) -> Path | None:
+        return work.bundle / "qairt" if self.settings.encodings else None
 
     def _metadata(self, records: list[dict], vision: dict[str, Any], embeddings: Encoding) -> dict[str, Any]:
         config = self.model.config
@@ -381,18 +373,15 @@ class _Export:
         }
 
     def _generation(self) -> dict[str, Any]:
-        """What begins a text, and what ends an answer."""
+        """The token at the start of a text, and those that end an answer."""
         config, tokenizer = self.model.generation_config, self.processor.tokenizer
         begin = tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id
-        ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
-        return {
-            "bos_token_id": begin,
-            "eos_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
-        }
+        ends = stop_token_ids(tokenizer if config.eos_token_id is None else config)
+        return {"bos_token_id": begin, "eos_token_ids": list(ends)}
 
 
 def _gather(work: UnfinishedExport, parts: Sequence[str], calibration: Calibration) -> None:
-    """Writes the probes and the adapters of all steps, and the requests that the probes are for, in a file each."""
+    """Gathers the probes of all steps, with their requests, in one file, and their adapters in another."""
     values = {f"request/{view}": calibration.requests[view][0] for view in VIEWS}
     adapter: dict[str, np.ndarray] = {}
     for name in ("vision", *parts):
@@ -415,6 +404,3 @@ def _unflatten(file: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
     for key in sorted(file, key=lambda key: int(key.rpartition("/")[2])):
         streams.setdefault(key.rpartition("/")[0], []).append(file[key])
     return streams
-
-
-__all__ = ["divide_blocks", "export_bundle"]

@@ -36,17 +36,17 @@ Measured = dict[tuple[str, str, str], list[Agreement]]  # (graph, tensor, what w
 def verify_bundle(
     path: str | os.PathLike, *, base: Any = None, on_check: Callable[[Check], None] | None = None
 ) -> list[Check]:
-    """Runs every check on a bundle; what raises is a failed check, and the others go on.
+    """Runs every check on a bundle; an exception fails its check, and the others go on.
 
-    The binaries are compiled again and compared byte by byte. The emulator runs the binary of the vision tower; one of
-    several graphs it cannot load, so there the numbers are those of each graph compiled by itself.
+    The binaries are compiled again and compared byte by byte. The emulator runs the binary of the vision tower; it
+    cannot load binaries of several graphs, so each language graph is compiled alone for it.
 
     Args:
-        base: the loaded base, to compare the text graphs' weights with what it alone gives; by default the one that
-            the bundle names, if it lies in the Hub's cache and needs no code of its own.
-        on_check: called with each check as it is done.
+        base: the loaded base, with which the text graphs' weights are compared; by default the one that the bundle
+            names, if it is in the Hub's cache and needs no code of its own.
+        on_check: called with each finished check.
 
-    Raises `OSError` or `ValueError` only if there is no bundle at `path` at all.
+    Raises `OSError` or `ValueError` only if `path` is not a bundle, or its metadata are damaged.
     """
     bundle = Bundle(path)
     checks = []
@@ -95,17 +95,17 @@ def _compile_again(bundle: Bundle, binary: str, graphs: Mapping[str, Mapping[str
         sizes = [path.stat().st_size for path in (bundle.path(binary), output / Path(binary).name)]
     if same:
         return Check(binary, True, "every node on the NPU; compiled again, the bytes are the same")
-    # The compiler does not always put things into the same order; the amount of them is always the same.
+    # The compiler does not always use the same order, but the size is always the same.
     ok = abs(sizes[0] - sizes[1]) <= SIZE_TOLERANCE * sizes[0]
     detail = (
-        f"not proven to hold its graphs: compiled again, they give other bytes ({sizes[0]} before, {sizes[1]} now), "
-        f"of which only the number was compared; every node on the NPU; made with {bundle.metadata['compiler']}"
+        f"only its size could be compared: compiled again, its graphs give other bytes ({sizes[0]} before, {sizes[1]} "
+        f"now); every node on the NPU; made with {bundle.metadata['compiler']}"
     )
     return Check(binary, ok, detail)
 
 
 def _report(measured: Measured) -> Iterator[Check]:
-    """One check by graph and comparison; that with the float model is told, not judged: it is the price of 4 bits."""
+    """One check per graph and comparison; the one with the float model never fails: it shows the cost of 4 bits."""
     for graph in dict.fromkeys(key[0] for key in measured):
         for kind in (EMULATOR, ACTIVATIONS, FLOAT):
             found = {key[1]: worst(values) for key, values in measured.items() if (key[0], key[2]) == (graph, kind)}
@@ -115,31 +115,31 @@ def _report(measured: Measured) -> Iterator[Check]:
             first = next(iter(found))
             detail = f"{first} {found[first]}; worst of {len(found)} tensors {worst(found.values())}"
             if failed and kind != FLOAT:
-                detail += f"; beyond the gates: {', '.join(failed)}"
+                detail += f"; beyond the limits: {', '.join(failed)}"
             yield Check(f"{graph}: {kind}", not failed or kind == FLOAT, detail)
 
 
 def _check_weights(bundle: Bundle, base: Any) -> Iterator[Check]:
-    """The text graphs and the table of embeddings hold what the base has, and nothing of the adapter."""
+    """The text graphs and the embedding table have the base's weights, and nothing of the adapter."""
     base = _find_base(bundle.metadata["base"]) if base is None else base
     problems = []
     for number, part in enumerate(bundle.metadata["parts"]):
         graphs = {stage: read_codes(bundle.path(part["graphs"][f"text_{stage}"]["qdq"])) for stage in STAGES}
         if any(is_lora(name) for codes in graphs.values() for name in codes):
-            problems.append(f"the text graphs of part {number} hold LoRA")
+            problems.append(f"the text graphs of part {number} contain LoRA")
         digests = {codes_digest(codes) for codes in graphs.values()}
         if digests != {part["base_weight_codes"]}:
-            problems.append(f"the text graphs of part {number} hold other weights than were exported")
+            problems.append(f"the text graphs of part {number} have other weights than were exported")
         if base is not None:
             by_calibration = bundle.metadata["rounding"] == "seqmse"
             scales = {name: found.scales for name, found in graphs["prefill"].items()} if by_calibration else None
             expected = base_codes(base, bundle.decoder, range(*part["blocks"]), scales)
             if codes_digest(expected) != part["base_weight_codes"]:
-                problems.append(f"the weights of part {number} are not those that the base alone gives")
+                problems.append(f"the weights of part {number} are not those of the base alone")
             problems += _other_constants(bundle, number, base)
     if base is not None:
         problems += _other_embeddings(bundle, base)
-    against = "what the base alone gives, norms, biases and embeddings too"
+    against = "the base alone, including norms, biases and embeddings"
     if base is None:
         against = "what was exported; not compared with a base: give --base"
     detail = "; ".join(problems) or f"equal, code by code, to {against}"
@@ -147,7 +147,7 @@ def _check_weights(bundle: Bundle, base: Any) -> Iterator[Check]:
 
 
 def _find_base(facts: Mapping[str, Any]) -> Any:
-    """The base that a bundle names, without network and without code of its own; `None` if that cannot be."""
+    """The base that a bundle names, loaded without network and without its own code; `None` if that is impossible."""
     if facts["name_or_path"] is None:
         return None
     from transformers import AutoModelForCausalLM
@@ -160,13 +160,13 @@ def _find_base(facts: Mapping[str, Any]) -> Any:
             local_files_only=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # the check says that nothing was compared
+    except Exception as error:  # the check reports that nothing was compared
         logger.debug("The base %s cannot be loaded here", facts["name_or_path"], exc_info=error)
         return None
 
 
 def _other_constants(bundle: Bundle, number: int, base: Any) -> list[str]:
-    """What in the text graphs of a part are not the base's norms and biases."""
+    """Norms and biases in the text graphs of a part that differ from the base's."""
     part = bundle.metadata["parts"][number]
     vectors = {
         name: value.cpu().numpy()
@@ -184,7 +184,7 @@ def _other_constants(bundle: Bundle, number: int, base: Any) -> list[str]:
 
 
 def _other_embeddings(bundle: Bundle, base: Any) -> list[str]:
-    """Whether the rows of the table are the base's embeddings."""
+    """Differences between the embedding table and the base's embeddings."""
     table, encoding = bundle.embeddings(), encoding_of(bundle.metadata["embeddings"])
     weights = base.get_input_embeddings().weight.detach()
     if tuple(weights.shape) != table.shape:
@@ -197,7 +197,7 @@ def _other_embeddings(bundle: Bundle, base: Any) -> list[str]:
 
 
 def _check_language(bundle: Bundle, _base: Any) -> Iterator[Check]:
-    """Part by part the four graphs, each fed with what the CPU's graphs give."""
+    """The four graphs of each part, fed with the outputs of the CPU's graphs."""
     with np.load(bundle.path("probe.npz")) as probe:
         streams = {view: probe[f"request/{view}"] for view in VIEWS}
         for number, part in enumerate(bundle.metadata["parts"]):
@@ -208,7 +208,7 @@ def _check_language(bundle: Bundle, _base: Any) -> Iterator[Check]:
             for key in part["graphs"]:
                 if not any(label == f"part {number} {key}" for label, _, _ in measured):
                     length = len(streams[key.partition("_")[0]])
-                    detail = f"the probe's request of {length} tokens never called it: calibrate on longer ones"
+                    detail = f"the probe's request of {length} tokens never called it: calibrate on longer requests"
                     yield Check(f"part {number} {key}: {EMULATOR}", False, detail)
             yield from _report(measured)
 
@@ -221,7 +221,7 @@ def _run_probe(
     probe: Mapping[str, np.ndarray],
     measured: Measured,
 ) -> np.ndarray:
-    """Reads a request in one part on the CPU, every call on the emulator too; returns what the next part reads."""
+    """Reads a request in one part, each call on CPU and emulator; returns the input of the next part."""
     facts = bundle.metadata
     part = facts["parts"][number]
     blocks = range(*part["blocks"])
@@ -262,6 +262,3 @@ def _run_probe(
             expected = probe[f"language_{number}/{view}/{prefix}/{name}"]
             measured[f"part {number} {view}", name, kind].append(agreement(value, expected))
     return found[first_output]
-
-
-__all__ = ["verify_bundle"]

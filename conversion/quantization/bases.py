@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 COMPANIONS = (*BASE_COMPANIONS, "*.py")
 BASE_CODE = "quantized_base_genieblue.py"
-# Relative, of one weight matrix: far above what any rounding costs.
+# Relative error of one weight matrix: far above that of any rounding.
 LARGEST_ROUNDING_ERROR = 0.5
-# Where nothing is recorded of what a base was made from: above what rounding costs most matrices, below what many
-# fine-tunes differ by.
+# For a quantized base whose source is not recorded: above the rounding error of most matrices, below the difference of
+# many fine-tunes.
 LARGEST_UNRECORDED_ERROR = {"qint4": 0.25, "qint8": 0.1}
 
 
@@ -155,8 +155,8 @@ def check_existing_base(
     if made_from and own and made_from != own:
         raise ValueError(
             f"{name} is not a quantized copy of this model's base, {config.base_model_name_or_path}: it was made from "
-            f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Leave it out, and one is "
-            "made."
+            f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Leave it out to make a "
+            "new one."
         )
     return settings
 
@@ -164,41 +164,40 @@ def check_existing_base(
 def use_existing_base(
     model: Any, name: str | os.PathLike, settings: dict[str, Any], access: dict[str, Any]
 ) -> dict[str, dict]:
-    """Points the model at a base that is quantized already, and gives its own base the values of that one.
+    """Points the model to an existing quantized base, and copies that base's values into the model's own.
 
-    `settings` are those that `check_existing_base` gave. Returns samples of its tensors; raises `ValueError` if it is
-    another base.
+    `settings` come from `check_existing_base`. Returns samples of its tensors; raises `ValueError` for another base.
     """
     is_recorded = bool((settings.get("source") or {}).get("fingerprint") and model.config.base_model_fingerprint)
     base = load_quantized_base(name, trust_remote_code=model.language_model.is_remote_code(), **access)
     _copy_rounded_values(base, model.language_model, name, is_recorded)
     model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else str(name)
-    # The one that was just loaded, which the cache knows.
+    # The commit that was just loaded, from the cache.
     model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **access)
     model.config.base_model_fingerprint = weight_file_hashes(name, model.config.base_model_revision, **access)
     return tensor_samples(quantized_values(base))
 
 
 def rounding_of(settings: dict[str, Any] | None, recipe: QuantizationRecipe) -> dict[str, str]:
-    """Parts of a quantized base, if there is one, that were rounded otherwise than `recipe` says, and how."""
+    """Parts of an existing quantized base, if any, with another rounding than `recipe`'s, and which."""
     if settings is None:
         return {}
     other = {}
     if settings.get("rounding") != recipe.rounding:
-        other = {part: f"{settings.get('rounding')}, as the base was rounded before"
-                 for part in BASE_PARTS if getattr(recipe, part) != "w16a16"}  # fmt: skip
+        how = f"{settings.get('rounding')}, as the base was rounded before"
+        other = {part: how for part in BASE_PARTS if getattr(recipe, part) != "w16a16"}
     return other | (settings.get("other_rounding") or {})
 
 
 @torch.no_grad()
 def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_recorded: bool) -> None:
-    """Gives `base` the values of the quantized one; `ValueError` if they are not roundings of its own."""
+    """Copies the values of the quantized base into `base`; `ValueError` if they are not roundings of its own."""
     others = dict(quantized.named_parameters(remove_duplicate=False))
     for parameter_name, parameter in base.named_parameters():
         other = others.get(parameter_name)
         if other is None or other.shape != parameter.shape:
             raise ValueError(
-                f"{name} is not a quantized copy of this model's base: it has no {parameter_name} like its."
+                f"{name} is not a quantized copy of this model's base: it has no matching {parameter_name}."
             )
         is_quantized = scales_of(other) is not None
         values = (other.dequantize() if is_quantized else other).float()
@@ -225,14 +224,14 @@ def write_quantized_base(
     tensors: dict[str, torch.Tensor],
     settings: dict[str, Any],
 ) -> None:
-    """Fills `folder` with a base that has `tensors` in place of the weights that `kinds` names.
+    """Fills `folder` with a base that has `tensors` in place of the weights named by `kinds`.
 
     Args:
-        base: gives all that is not quantized.
+        base: provides everything that is not quantized.
         source: folder of the unquantized base, whose configuration, tokenizer and code are copied.
         kinds: the quantization map, `{module: "qint4" | "qint8"}`.
-        tensors: quanto's state dict of those modules, but for their biases.
-        settings: what stands in `quantization_config` for a reader.
+        tensors: quanto's state dict of those modules, without their biases.
+        settings: recorded in `quantization_config`.
     """
     state = plain_state(base, kinds)
     for tied in _tied_copies(base):
@@ -243,7 +242,7 @@ def write_quantized_base(
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
             shutil.copyfile(path, folder / path.name)
             if path.suffix == ".py":
-                # transformers knows code by its content: classes of the same code would be taken for the base's own.
+                # transformers caches code by its content, and would confuse equal files with the base's own.
                 with (folder / path.name).open("a", encoding="utf-8") as file:
                     file.write("\n# Copied from the base by GenieBlue, which quantized it.\n")
     runtime = Path(modeling_genieblue.__file__).parent
@@ -255,10 +254,10 @@ def write_quantized_base(
     config["auto_map"]["AutoModelForCausalLM"] = f"{Path(BASE_CODE).stem}.QuantizedBaseForCausalLM"
     config.pop("torch_dtype", None)
     config["dtype"] = settings["activations"]
-    # Only a mark: of a method that it does not know transformers warns, and goes on. What keeps its own classes from
-    # making random weights is the name of the weight file.
+    # Only a mark: transformers warns of an unknown method and continues. The name of the weight file keeps its own
+    # classes from initializing random weights.
     config["quantization_config"] = {"quant_method": QUANT_METHOD, **settings}
-    # The base's own class is only needed where transformers has none.
+    # The base's own class is only needed if transformers has none.
     if base.is_remote_code():
         config["quantization_config"]["base_auto_map"] = own_map
     write_json(folder / CONFIG_NAME, config)
@@ -266,7 +265,7 @@ def write_quantized_base(
 
 
 def plain_state(tree: nn.Module, kinds: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The state dict of `tree` without the weights that `kinds` names."""
+    """The state dict of `tree` without the weights named by `kinds`."""
     quantized = {f"{name}.weight" for name in kinds}
     return {
         name: value.detach().cpu().contiguous() for name, value in tree.state_dict().items() if name not in quantized
@@ -274,10 +273,10 @@ def plain_state(tree: nn.Module, kinds: dict[str, str]) -> dict[str, torch.Tenso
 
 
 def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file whose codes lie where the 8-bit kernel can use them straight from the mapped file.
+    """Writes a safetensors file with aligned codes, so that the 8-bit kernel can use them in the mapped file.
 
-    safetensors puts wider numbers first, so that all codes follow the first one in multiples of 16 bytes, and its
-    header is only aligned to 8 bytes: blanks behind its one word of metadata move the rest.
+    safetensors puts wider numbers first, so all codes follow the first one in multiples of 16 bytes. But its header is
+    only aligned to 8 bytes: blanks after the one word of its metadata shift the rest.
     """
     for format_name in ("pt", "pt" + 8 * " "):
         metadata = {"format": format_name}
@@ -288,22 +287,11 @@ def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
         first = min((tensor.data_offsets[0] for tensor in header if tensor.dtype in ("I8", "U8")), default=0)
         if (data + first) % CODE_ALIGNMENT == 0:
             return
-    logger.debug("%s: codes are not aligned, they will be copied at load.", path)
+    logger.debug("The codes in %s are not aligned and will be copied at load.", path)
 
 
 def _tied_copies(base: nn.Module) -> list[str]:
-    """Names of an LM head that shares the embedding's weight: it is stored once."""
+    """Name of the LM head's weight if it is the embedding's, which is stored once."""
     names = {id(module): name for name, module in base.named_modules()}
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     return [f"{names[id(head)]}.weight"] if head is not None and head.weight is embedding.weight else []
-
-
-__all__ = [
-    "base_folder",
-    "check_existing_base",
-    "check_places",
-    "check_source",
-    "rounding_of",
-    "use_existing_base",
-    "write_quantized_base",
-]

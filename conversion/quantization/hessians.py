@@ -302,6 +302,3 @@ class _HessianCollector:
         else:
             total, number = self._sums[readers]
             self._sums[readers] = (total.addmm_(rows.t(), rows), number + len(rows))
-
-
-__all__ = ["linear_hessians", "read_paragraphs", "text_batches", "walk_blocks"]

@@ -64,12 +64,12 @@ class QuantizationRecipe:
 
     @property
     def dtype(self) -> torch.dtype:
-        """`activations` as torch has it."""
+        """`activations` as a torch dtype."""
         return getattr(torch, self.activations)
 
     @property
     def changes_base(self) -> bool:
-        """Whether a quantized copy of the base is needed at all."""
+        """Whether the base is quantized."""
         return any(part != "w16a16" for part in (self.llm, self.lm_head, self.embeddings))
 
 
@@ -104,9 +104,9 @@ class LayerPlan:
 
 
 def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linears of `tree` that are no more than that: a subclass (a router, attention's own) may be used otherwise.
+    """Plain linears of `tree`; a subclass (such as a router) may be used in other ways.
 
-    Those that are quantized count too, so that the plan of a quantized model can be made again.
+    Quantized ones count too, so that the plan of a quantized model can be reproduced.
     """
     return ((name, module) for name, module in tree.named_modules() if type(module) is nn.Linear or is_frozen(module))
 
@@ -114,7 +114,7 @@ def plain_linears(tree: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
     """Layers of the base by their names in its own tree.
 
-    Raises `ValueError` for an LM head and an embedding that share their weight and are to have different precisions.
+    Raises `ValueError` for an LM head and an embedding that share their weight but not their precision.
     """
     plan = LayerPlan()
     path, blocks = find_blocks(base)
@@ -175,6 +175,3 @@ def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, An
         "format": "optimum-quanto", **recipe.parts(), "rounding": recipe.rounding, "activations": recipe.activations,
         "other_precision": kept,
     }  # fmt: skip
-
-
-__all__ = ["LayerPlan", "QuantizationRecipe", "describe", "plan_adapter", "plan_base", "plan_own_parts"]

@@ -34,7 +34,7 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.quantization.rounding import round_weight
-from conversion.staging import NewFolder, StagingFolder, explained_full_disk
+from conversion.staging import explained_full_disk
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
@@ -58,6 +58,7 @@ from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_linears_genieblue import stored_tensors
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries, quantized_values
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
+from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 
 logger = logging.getLogger(__name__)
 
@@ -88,23 +89,22 @@ def quantize_genieblue(
     progress: Progress | None = None,
     **load_kwargs: Any,
 ) -> QuantizationReport:
-    """Quantizes the GenieBlue `source` into the folder `output`, and its base into a folder of its own.
+    """Quantizes the GenieBlue `source` (16 or 32 bits) into the folder `output`, and its base into another folder.
 
     Args:
-        source: folder or Hub id of a GenieBlue in 16 or 32 bits; it is only read.
         base_output: folder of the quantized base; by default `<name of the base>-<precision>` beside `output`.
-        quantized_base: folder or Hub id of a base that was quantized before, to be used again; none is written then.
-        self_contained: the quantized base goes into the sub-folder `base` of `output`.
+        quantized_base: folder or Hub id of a quantized base to reuse; none is written then.
+        self_contained: puts the quantized base into the subfolder `base` of `output`.
         samples: calibration data, which `gptq` needs.
         load_kwargs: how `source` is loaded (`token`, `revision`, `trust_remote_code`, …).
 
-    Raises `ValueError` or `OSError`, with nothing half-written, for a source that is quantized already, folders that
-    are taken, a recipe or a quantized base that does not fit, options without a meaning, and samples that are too few
-    or too long.
+    Raises `ValueError` or `OSError`, leaving nothing half-written, for an already quantized source, folders in use, a
+    recipe or quantized base that does not fit, contradicting options, and samples that are too few or too long.
     """
     recipe, samples = recipe or QuantizationRecipe(), samples or CalibrationSamples()
     where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     access = {key: where[key] for key in ACCESS_KEYS if key in where}
+    reload = {**access, "trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     _check_options(recipe, samples, base_output, quantized_base, self_contained)
     LoadRequest.from_arguments(source, where).check_layout()
     config = GenieBlueConfig.from_pretrained(source, **where)
@@ -112,18 +112,18 @@ def quantize_genieblue(
     _check_lengths(samples, config)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
     check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
-    existing = check_existing_base(quantized_base, recipe, config, access) if quantized_base is not None else None
+    existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
 
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    origin = _origin(source, places.output, load_kwargs.get("revision"), access)
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))
     before = view_logits(model)
-    origin = _origin(source, places.output, load_kwargs.get("revision"), access)
-    trust = {key: load_kwargs[key] for key in ("trust_remote_code",) if key in load_kwargs}
+
     with (
         explained_full_disk(places.output, places.new_base),
         StagingFolder(places.output, "quantizing") as staging,
-        # Entered last, so that nothing that can fail comes between the save of the GenieBlue and its end.
+        # Entered last: nothing that can fail may come between the save of the GenieBlue and the end of this one.
         NewFolder(places.new_base) if places.new_base is not None else nullcontext() as new_base,
     ):
         inner_base = new_base.staging if new_base is not None else staging / INNER_BASE
@@ -131,21 +131,21 @@ def quantize_genieblue(
         rounded.config.quantization["source"] = origin
         # Saved once in passing, to measure what a user will load.
         rounded.save_pretrained(staging / "trial")
-        quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **access, **trust)
-        errors, measurements = measured_errors(before, view_logits(quantized), recipe)
+        quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **reload)
+        errors, facts = measured_errors(before, view_logits(quantized), recipe)
         if new_base is not None:
-            # Before the GenieBlue, which never points at a base that is not there, and whose card reads the base's.
-            # Should the save fail, the context puts the old base back.
+            # Before the GenieBlue, which must never point at a missing base, and whose card reads the base's. If the
+            # save fails, the context puts the old base back.
             new_base.put_in_place()
             quantized.config.base_model_name_or_path = str(places.new_base)
-        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: measurements})
+        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: facts})
     other = quantized.config.quantization["other_precision"]
     return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors)
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where results go: the GenieBlue, and its base into a folder of its own, unless there is one already."""
+    """Folders of the results: the GenieBlue, and its new base unless an existing one is used."""
 
     output: Path
     new_base: Path | None
@@ -154,7 +154,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Plans:
-    """Precision by layer of what GenieBlue adds, and of its base."""
+    """Precision of each layer of GenieBlue's own parts, and of its base."""
 
     own_parts: LayerPlan
     base: LayerPlan
@@ -184,7 +184,7 @@ def _check_options(
 
 
 def _check_lengths(samples: CalibrationSamples, config: GenieBlueConfig) -> None:
-    """`ValueError` for rows of text that are longer than the base can take."""
+    """`ValueError` for rows of text that are too long for the base."""
     longest = max((ids.shape[1] for ids in samples.text), default=0)
     most = getattr(config.text_config, "max_position_embeddings", None)
     if isinstance(most, int) and longest > most:
@@ -210,7 +210,7 @@ def _places(
 
 
 def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:
-    """Where the unquantized GenieBlue is, for a reader and for `verify`."""
+    """The location of the unquantized GenieBlue, for readers and for `verify`."""
     if os.path.isdir(source):
         return {"name": os.path.relpath(os.path.realpath(source), output), "revision": None}
     return {"name": str(source), "revision": hub_commit(str(source), revision, **access)}
@@ -226,9 +226,9 @@ def _round(
     base_folder: Path,
     access: dict[str, Any],
 ) -> QuantizedGenieBlueForConditionalGeneration:
-    """Rounds all parts in the order in which a request runs through them, so that later ones see earlier errors.
+    """Rounds all parts in the order of a request, so that later ones can compensate for earlier errors.
 
-    Returns the model with the files of its parts, which lie in `staging`, those of a new base in `base_folder`.
+    Returns the model with the files of its parts in `staging`, and those of a new base in `base_folder`.
     """
     recipe = rounder.recipe
     files = _round_own_parts(model, plans.own_parts, rounder, staging)
@@ -267,7 +267,7 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Pat
         if name not in in_blocks:
             hessian = hessians.get(name.removeprefix(prefix))
             weight = model.get_submodule(name).weight
-            # The tower's pooling head, which GenieBlue does not run, is on its own: `vision_tower.head`.
+            # The tower's pooling head, which GenieBlue does not run, counts as a separate part: `vision_tower.head`.
             part = ".".join(name.split(".")[:2]) if name.startswith("vision_tower.") else "multi_modal_projector"
             tensors |= stored_tensors(name, **rounder.round(weight, kind, part, hessian))
     own = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": projector})
@@ -277,9 +277,9 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Pat
 def _round_base(
     model: Any, plan: LayerPlan, rounder: Rounder, folder: Path, access: dict[str, Any]
 ) -> dict[str, dict]:
-    """Writes the quantized base into `folder`; returns samples of its tensors, to know it by.
+    """Writes the quantized base into `folder`; returns samples of its tensors, which identify it.
 
-    The base in memory holds the rounded values afterwards, and the model's configuration the new base's hashes.
+    Afterwards the base in memory has the rounded values, and the model's configuration the new base's hashes.
     """
     config, base = model.config, model.language_model
     folder.mkdir(exist_ok=True)
@@ -300,7 +300,7 @@ def _round_base(
     stored: set[int] = set()
     for name, kind in outside.items():
         module = base.get_submodule(name)
-        if id(module.weight) not in stored:  # an LM head and an embedding that are one
+        if id(module.weight) not in stored:  # the LM head may be the embedding
             stored.add(id(module.weight))
             part = "embeddings" if module is embedding else "lm_head"
             tensors |= stored_tensors(name, **rounder.round(module.weight, kind, part))
@@ -316,12 +316,12 @@ def _round_base(
 def _round_adapter(
     model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: Rounder, staging: Path
 ) -> dict[str, Path]:
-    """LoRA and the copied blocks as files of the new folder; LoRA first, which the blocks after it run with."""
+    """LoRA and the copied blocks as files of the new folder; LoRA first, because later blocks run with it."""
     view = model.multimodal_language_model
     adapter = plan_adapter(view, recipe)
     plan.kept |= adapter.kept
     tensors: dict[str, torch.Tensor] = {}
-    copies: dict[str, str] = {}  # by their names in the view, which the blocks are walked by
+    copies: dict[str, str] = {}  # by their names in the view, whose blocks are walked
     for name, stock, weight in list(quantized_adapter_entries(view)):
         if stock not in adapter.kinds:
             continue
@@ -361,7 +361,7 @@ def _round_lora(
 
 @torch.no_grad()
 def _embedded(model: Any, rounder: Rounder) -> list[dict[str, torch.Tensor]]:
-    """Multimodal samples as the multimodal view is run on them; without any, the text ones."""
+    """Multimodal samples as inputs of the multimodal view; text samples if there are none."""
     if not rounder.uses_samples:
         return []
     samples = rounder.samples.multimodal
@@ -386,6 +386,3 @@ def _write(staging: Path, weights: str, qmap: str, tensors: dict, kinds: dict[st
 
 def _silent(steps: Iterable[Any], _title: str) -> Iterable[Any]:
     return steps
-
-
-__all__ = ["CalibrationSamples", "QuantizationReport", "quantize_genieblue"]

@@ -22,25 +22,25 @@ BLOCK_TITLES = {"vision_tower": "vision tower", "llm": "language model", "replic
 
 @dataclass(frozen=True)
 class CalibrationSamples:
-    """What `gptq` sees: rows of ids (1, length) for the base, requests with images for what GenieBlue adds."""
+    """Samples for `gptq`: rows of ids (1, length) for the base, requests with images for GenieBlue's own parts."""
 
     text: list[torch.Tensor] = field(default_factory=list)
     multimodal: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 class Rounder:
-    """Rounds linears one by one, and puts the rounded values in their place, for what comes after them to see."""
+    """Rounds linears one by one, in place, so that later ones are calibrated on the results."""
 
     def __init__(
         self, recipe: QuantizationRecipe, samples: CalibrationSamples, progress: Progress, of_existing: dict[str, str]
     ):
         self.recipe, self.samples, self.progress = recipe, samples, progress
         self.uses_samples = recipe.rounding == "gptq"
-        self.methods: dict[str, Counter[str]] = {}  # by part, how many layers were rounded by which method
+        self.methods: dict[str, Counter[str]] = {}  # by part, the number of layers rounded with each method
         self.of_existing_base = of_existing  # as `other_rounding`
 
     def other_rounding(self) -> dict[str, str]:
-        """Parts with layers that were rounded otherwise than the recipe says, and how."""
+        """Parts with layers that were not rounded with the recipe's method, and how they were."""
         other = dict(self.of_existing_base)
         for part, methods in self.methods.items():
             rest = [f"{method}: {count}" for method, count in methods.items() if method != self.recipe.rounding]
@@ -49,8 +49,8 @@ class Rounder:
         return other
 
     def warn_of_missing_samples(self) -> None:
-        """Names the parts that `gptq` was asked for and that no sample reached."""
-        # What lies outside of these is never run on samples, whatever they are.
+        """Warns of parts that `gptq` should have rounded but no sample reached."""
+        # Other parts are never run on samples.
         reached = (*BLOCK_TITLES, "multi_modal_projector")
         other = self.other_rounding()
         lacking = {part: other[part] for part in reached if part in other and part in self.methods}
@@ -62,12 +62,12 @@ class Rounder:
             )
 
     def note(self, part: str, method: str) -> None:
-        """Counts a layer of `part` that `method` rounded."""
+        """Counts a layer of `part` rounded with `method`."""
         self.methods.setdefault(part, Counter())[method] += 1
 
     @torch.no_grad()
     def round(self, weight: torch.Tensor, kind: str, part: str, hessian: torch.Tensor | None = None) -> dict[str, Any]:
-        """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which takes the rounded values."""
+        """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which gets the rounded values."""
         bits = BITS[kind]
         method = self.recipe.rounding
         if (method == "gptq" and hessian is None) or (method == "hqq" and bits == 8):
@@ -85,7 +85,7 @@ class Rounder:
     def round_blocks(
         self, tree: nn.Module, path: str, kinds: dict[str, str], batches: list[dict], part: str
     ) -> dict[str, torch.Tensor]:
-        """quanto's state dict of the linears `kinds` names, all of them in the blocks at `path` of `tree`."""
+        """quanto's state dict of the linears named by `kinds`, all of them in the blocks at `path` of `tree`."""
         title = BLOCK_TITLES[part]
         tensors: dict[str, torch.Tensor] = {}
         by_block: dict[int, dict[str, str]] = {}
@@ -110,12 +110,8 @@ class Rounder:
                 process(index, blocks[index], {})
         return tensors
 
-    @torch.no_grad()
     def image_batches(self, model: Any) -> list[torch.Tensor]:
-        """Tiles (num_tiles, 3, side, side) of each multimodal sample, as the vision tower wants them."""
+        """Tiles (num_tiles, 3, side, side) of each multimodal sample, in the vision tower's dtype."""
         tower = model.vision_tower
         tiles = [sample.get("pixel_values") for sample in self.samples.multimodal]
         return [pixels.to(tower.device, tower.dtype) for pixels in tiles if pixels is not None]
-
-
-__all__ = ["CalibrationSamples", "Progress", "Rounder"]

@@ -76,6 +76,3 @@ def _answers(input_ids: list[int], labels: list[int]) -> list[tuple[list[int], l
             positions = list(indices)
             found.append((input_ids[: positions[0]], [input_ids[index] for index in positions]))
     return found
-
-
-__all__ = ["check_answer_boundaries"]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import modeling_genieblue
 from hub_cards.model_folder import read_model_config
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.addresses_genieblue import refuse_address
@@ -49,6 +51,13 @@ def fail_on(problems: Iterable[str]) -> None:
     if problems:
         rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckFailed("; ".join(problems[:4]) + rest)
+
+
+def foreign_code(folder: Path) -> list[str]:
+    """Python files in a folder that are not byte for byte those of the installed package."""
+    own = Path(modeling_genieblue.__file__).parent
+    files = sorted(folder.glob("*.py"))
+    return [path.name for path in files if not (own / path.name).is_file() or not cmp(path, own / path.name, False)]
 
 
 def logits_of(model: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -139,7 +148,7 @@ class SavedModel:
         if self.base_quantization is not None:
             return load_quantized_base(name, dtype=dtype, device_map=self.device, **options)
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
-        return base.to(self.device) if self.device is not None else base
+        return base.to(self.device)
 
     @cached_property
     def model(self) -> GenieBlueForConditionalGeneration:
@@ -147,8 +156,7 @@ class SavedModel:
         options = {"trust_remote_code": self.trust, "dtype": self.dtype, "base_model": self.base_override}
         if self.is_quantized:  # packed for the device's kernels as they are read
             options["device_map"] = self.device
-        model = GenieBlueForConditionalGeneration.from_pretrained(self.name, **options, **self.source)
-        return model.to(self.device) if self.device is not None else model
+        return GenieBlueForConditionalGeneration.from_pretrained(self.name, **options, **self.source).to(self.device)
 
     @cached_property
     def base_tokenizer(self) -> Any:
@@ -183,6 +191,3 @@ class SavedModel:
 
 def _comparable(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple | set) else value
-
-
-__all__ = ["CheckFailed", "SavedModel", "fail_on", "logits_of"]

@@ -9,28 +9,24 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from filecmp import cmp
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 
-import modeling_genieblue
 from conversion.verification import clean_process
 from conversion.verification.answer_boundaries import check_answer_boundaries
-from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, logits_of
-from conversion.verification.verify_quantized import check_quantization, check_quantized_adapter, may_run_code_of_base
-from hub_cards.model_folder import not_finite, own_weight_files, read_model_config, read_tensor_sizes
+from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, foreign_code, logits_of
+from conversion.verification.verify_quantized import check_quantization, find_invalid_values, may_run_code_of_base
+from hub_cards.model_folder import adapter_weights, not_finite, own_weight_files, read_model_config, read_tensor_sizes
 from modeling_genieblue import GenieBlueProcessor
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
-from modeling_genieblue.language_adapter_genieblue import adapter_parameters, make_lora_config
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters, load_adapter, make_lora_config
 from modeling_genieblue.language_views_genieblue import build_multimodal_view
+from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
-    ADAPTER_WEIGHTS_NAME,
     BASE_FINGERPRINT_NAME,
     HUB_KEYS,
     OWN_MODULES,
@@ -41,7 +37,7 @@ from modeling_genieblue.model_files_genieblue import (
     some,
     weight_files,
 )
-from modeling_genieblue.quantized_parts_genieblue import quantized_values
+from modeling_genieblue.quantized_parts_genieblue import load_quantized_adapter, quantized_values
 
 logger = logging.getLogger(__name__)
 
@@ -167,31 +163,26 @@ def check_base_files(subject: SavedModel) -> str:
 
 
 def check_language_adapter(subject: SavedModel) -> str:
-    """Every tensor of the adapter is expected, finite and of the right shape, none is missing, its settings agree."""
+    """The loader accepts every tensor of the adapter, all numbers are valid, and its settings are config.json's."""
     lora_config = make_lora_config(subject.plain, subject.config)
-    view = build_multimodal_view(subject.plain, lora_config)
-    expected = {stock: list(parameter.shape) for _, stock, parameter in adapter_parameters(view)}
-    path = subject.folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS_NAME
+    path = subject.folder / adapter_weights(read_model_config(subject.folder))
     read_tensor_sizes(path)  # raises for a truncated file
+    view = build_multimodal_view(subject.plain, lora_config)
     problems = []
-    count = 0
-    with safe_open(path, framework="pt") as file:
-        found = set(file.keys())
-        problems += [f"missing: {some(names)}" for names in [sorted(expected.keys() - found)] if names]
-        problems += [f"unexpected: {some(names)}" for names in [sorted(found - expected.keys())] if names]
-        for name in sorted(found & expected.keys()):
-            tensor = file.get_tensor(name)
-            count += tensor.numel()
-            if list(tensor.shape) != expected[name]:
-                problems.append(f"{name} has shape {list(tensor.shape)}, expected {expected[name]}")
-            elif not tensor.isfinite().all():
-                problems.append(f"{name} contains NaN or infinity")
-    problems += subject.different_settings(lora_config)
+    try:
+        if subject.is_quantized:
+            load_quantized_adapter(view, LoadRequest.from_arguments(subject.folder, {}), subject.plain.dtype)
+        else:
+            load_adapter(view, path, subject.plain.dtype)
+    except ValueError as error:
+        problems.append(str(error))
+    problems += [*find_invalid_values(path), *subject.different_settings(lora_config)]
     fail_on(problems)
+    count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
     layers = ", ".join(map(str, subject.config.replicated_layers))
     return (
-        f"{len(expected)} tensors, {count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the "
-        f"blocks {layers}, as in config.json"
+        f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as in "
+        "config.json; every number is valid"
     )
 
 
@@ -290,7 +281,7 @@ def _relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 def check_remote_code(subject: SavedModel) -> str:
     """The repository's own code files load without the package, and answer about an image."""
     base_name, base_options = subject.base  # raises if the base's code is not allowed: here it would run
-    if not subject.is_local and not subject.trust and (foreign := _code_of_others(subject.folder)):
+    if not subject.is_local and not subject.trust and (foreign := foreign_code(subject.folder)):
         raise CheckFailed(
             f"{some(foreign)} differ from the installed package's files and were not run: read them, then allow them "
             "with trust_remote_code (--trust-remote-code)"
@@ -299,13 +290,13 @@ def check_remote_code(subject: SavedModel) -> str:
     subject.release()
     settings = {
         "model": str(subject.folder) if subject.is_local else subject.name,
-        "hub": _as_json(subject.source),
+        "hub": _for_clean_process(subject.source),
         "quantized_base": base_name if alone else None,
-        "base_hub": _as_json(base_options),
+        "base_hub": _for_clean_process(base_options),
         "base": {} if subject.base_override is None else {"base_model": os.path.abspath(base_name)
                                                   if os.path.isdir(base_name) else base_name},
         "dtype": subject.dtype if isinstance(subject.dtype, str) else _name(subject.dtype),
-        "device": None if subject.device is None else str(subject.device),
+        "device": subject.device,
         "prompt": QUESTION,
         "max_new_tokens": 4,
     }  # fmt: skip
@@ -318,7 +309,7 @@ def check_remote_code(subject: SavedModel) -> str:
             f"the base {base_name}, loaded with its own code files, gives different logits from the text view"
         )
     of_base = f"; its base alone, a {report['base_class']}, gives the text view's logits" if alone else ""
-    others = _code_of_others(subject.folder)
+    others = foreign_code(subject.folder)
     return (
         f"{', '.join(report['modules'])} run the repository's own files "
         f"({f'{some(others)} differ from' if others else 'byte for byte those of'} the installed package) in a clean "
@@ -327,17 +318,9 @@ def check_remote_code(subject: SavedModel) -> str:
     )
 
 
-def _as_json(options: dict[str, Any]) -> dict[str, Any]:
-    """Hub options for another process, which gets the token and its consent in other ways."""
-    kept = {key: value for key, value in options.items() if key not in ("token", "trust_remote_code")}
-    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in kept.items()}
-
-
-def _code_of_others(folder: Path) -> list[str]:
-    """Python files of a repository that are not byte for byte those of the installed package."""
-    own = Path(modeling_genieblue.__file__).parent
-    files = sorted(folder.glob("*.py"))
-    return [path.name for path in files if not (own / path.name).is_file() or not cmp(path, own / path.name, False)]
+def _for_clean_process(options: dict[str, Any]) -> dict[str, Any]:
+    """Hub options without the token and the permission for remote code, which the process gets in other ways."""
+    return {key: value for key, value in options.items() if key not in ("token", "trust_remote_code")}
 
 
 def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> dict[str, Any]:
@@ -349,7 +332,7 @@ def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> di
         try:
             process = subprocess.run(
                 [sys.executable, "-P", clean_process.__file__],
-                input=json.dumps(settings),
+                input=json.dumps(settings, default=str),  # paths and devices
                 cwd=folder,
                 env=environment,
                 capture_output=True,
@@ -378,7 +361,6 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
 }
 # Replacements of checks for a quantized GenieBlue.
 QUANTIZED_CHECKS = {
-    "language_adapter": ("language_adapter", check_quantized_adapter),
     "stock_peft": ("quantization", check_quantization),
 }
 
@@ -401,6 +383,3 @@ def _last_error(stderr: str) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-__all__ = ["Check", "verify_model"]

@@ -1,9 +1,8 @@
-"""Checks that are specific to a quantized GenieBlue: the adapter's codes, precisions and quantization error."""
+"""Checks that are specific to a quantized GenieBlue: codes, precisions and quantization error."""
 
 import logging
 import os
 from collections.abc import Iterator
-from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-import modeling_genieblue
 from conversion.quantization.error import ViewLogits, measured_errors, view_logits
 from conversion.quantization.precision import (
     LayerPlan,
@@ -22,17 +20,12 @@ from conversion.quantization.precision import (
     plan_own_parts,
 )
 from conversion.quantization.rounding import TOP_CODE
-from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on
-from hub_cards.model_folder import read_tensor_sizes
+from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, foreign_code
 from modeling_genieblue import GenieBlueForConditionalGeneration
-from modeling_genieblue.language_adapter_genieblue import adapter_parameters, make_lora_config
-from modeling_genieblue.language_views_genieblue import build_multimodal_view
-from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
     MEASUREMENTS_NAME,
     QMAP_NAME,
-    QUANTIZED_ADAPTER_NAME,
     WEIGHTS_NAME,
     is_hub_id,
     read_json,
@@ -40,7 +33,6 @@ from modeling_genieblue.model_files_genieblue import (
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
 from modeling_genieblue.quantized_linears_genieblue import is_frozen
-from modeling_genieblue.quantized_parts_genieblue import load_quantized_adapter
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)
@@ -48,28 +40,7 @@ logger = logging.getLogger(__name__)
 STOCK_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Unrelated logits have a larger relative L2 error than this.
 LARGEST_ERROR = 1.0
-UNSEEN = "no hashes of this repository's own files are recorded, so changed codes or scales go unnoticed"
-
-
-def check_quantized_adapter(subject: SavedModel) -> str:
-    """The loader can read the adapter, every number is in range, and its settings agree."""
-    lora_config = make_lora_config(subject.plain, subject.config)
-    path = subject.folder / ADAPTER_FOLDER / QUANTIZED_ADAPTER_NAME
-    read_tensor_sizes(path)  # raises for a truncated file
-    view = build_multimodal_view(subject.plain, lora_config)
-    problems = []
-    try:
-        load_quantized_adapter(view, LoadRequest.from_arguments(subject.folder, {}), subject.plain.dtype)
-    except ValueError as error:
-        problems.append(str(error))
-    problems += [*find_invalid_values(path), *subject.different_settings(lora_config)]
-    fail_on(problems)
-    count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
-    layers = ", ".join(map(str, subject.config.replicated_layers))
-    return (
-        f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as "
-        "in config.json; codes and zero points in range, scales positive and finite"
-    )
+UNSEEN = "hashes of this repository's own files are not recorded, so changed codes or scales go unnoticed"
 
 
 def may_run_code_of_base(subject: SavedModel) -> bool:
@@ -81,12 +52,11 @@ def may_run_code_of_base(subject: SavedModel) -> bool:
     hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
     # A folder is that of a self-contained model here, which was downloaded.
     folder = Path(name) if is_folder else Path(snapshot_download(name, allow_patterns="*.py", **hub))
-    own = Path(modeling_genieblue.__file__).parent
-    return all((own / path.name).is_file() and cmp(path, own / path.name, False) for path in folder.glob("*.py"))
+    return not foreign_code(folder)
 
 
 def find_invalid_values(path: Path) -> Iterator[str]:
-    """Tensors in a file of quantized weights with values that no rounding produces, one sentence each."""
+    """Tensors in a file of weights with NaN, infinity or codes that no rounding produces, one sentence each."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
@@ -159,12 +129,10 @@ def _kinds_in_memory(base: Any) -> dict[str, str]:
 
 def _other_precisions(place: str, meant: dict[str, str], found: dict[str, str]) -> list[str]:
     other = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
-    if not other:
-        return []
-    first = other[0]
     return [
         f"{place} differs in precision from config.json for {len(other)} layer(s): {first} is "
         f"{found.get(first, '16 bits')}, expected {meant.get(first, '16 bits')}"
+        for first in other[:1]
     ]
 
 
@@ -206,7 +174,7 @@ def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[
     model = GenieBlueForConditionalGeneration.from_pretrained(
         name, dtype=recipe.dtype, trust_remote_code=subject.trust, **where
     )
-    return name, view_logits(model.to(subject.device) if subject.device is not None else model)
+    return name, view_logits(model.to(subject.device))
 
 
 def _recorded_errors(subject: SavedModel, reason: Exception) -> str:
@@ -216,6 +184,3 @@ def _recorded_errors(subject: SavedModel, reason: Exception) -> str:
     if not rows:
         return f"quantization error neither recorded nor measured ({why})"
     return f"as recorded, not measured again ({why}): " + ", ".join(f"{row['name']} {row['value']}" for row in rows)
-
-
-__all__ = ["check_quantization", "check_quantized_adapter", "may_run_code_of_base"]

@@ -34,7 +34,7 @@ class QnnChat(Conversation):
         answer = []
         if streamer is not None:
             streamer.put(np.asarray(ids))
-        for token in self.runner.go_on(decoder, ids[cached:], new, max_new_tokens=max_new_tokens):
+        for token in self.runner.continue_from(decoder, ids[cached:], new, max_new_tokens=max_new_tokens):
             answer.append(token)
             if streamer is not None:
                 streamer.put(np.asarray([token]))

@@ -12,7 +12,7 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 def tensors_digest(tensors: NamedTensors) -> str:
-    """Hex digest of names, shapes and values in their order; the values are taken in 32 bits."""
+    """Hex digest of names, shapes and values (in float32) in their order."""
     digest = hashlib.sha256()
     for name, value in tensors:
         digest.update(f"{name} {tuple(value.shape)} ".encode())
@@ -21,10 +21,10 @@ def tensors_digest(tensors: NamedTensors) -> str:
 
 
 def trained_digests(model: Any) -> dict[str, str]:
-    """Hex digests of what training changes in a GenieBlue.
+    """Hex digests of what training changes in a GenieBlue: of everything (`sha256`), and of each set of constants.
 
-    `sha256` is of all of it, `copies_sha256` of the copied blocks and `vision_sha256` of vision tower and projector,
-    which compiled graphs hold as constants.
+    Compiled graphs have the replicated blocks (`copies_sha256`) and the vision tower and projector (`vision_sha256`)
+    as constants.
     """
     adapter = [(name, value) for _, name, value in adapter_parameters(model.multimodal_language_model)]
     return {
@@ -38,6 +38,3 @@ def _vision_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for title in ("vision_tower", "multi_modal_projector"):
         for name, value in getattr(model, title).state_dict().items():
             yield f"{title}.{name}", value
-
-
-__all__ = ["tensors_digest", "trained_digests"]

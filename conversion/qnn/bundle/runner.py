@@ -6,7 +6,7 @@ NumPy and ONNX Runtime only, besides the processor. It is the reference for whoe
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,11 @@ DEFAULT_NEW_TOKENS = 256
 OpenSession = Callable[[Mapping[str, Any]], onnxruntime.InferenceSession]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came of one request."""
-
-    text: str
-    view: str
-    prompt_tokens: int
-    generated_tokens: int
-
-
 class CodedGraph:
-    """A quantized graph that takes and gives float arrays, except for tensors that stay codes."""
+    """A quantized graph that accepts float arrays and codes, and returns codes."""
 
     def __init__(self, record: Mapping[str, Any], session: onnxruntime.InferenceSession, fixed: Mapping[str, Any]):
-        """`record` is a graph's entry in the metadata; `fixed` are inputs that are the same in every call."""
+        """`record` is the graph's entry in the metadata; `fixed` are inputs that are the same in every call."""
         self.session, self.fixed = session, fixed
         self.inputs = {tensor["name"]: encoding_of(tensor) for tensor in record["inputs"]}
         self.outputs = {tensor["name"]: encoding_of(tensor) for tensor in record["outputs"]}
@@ -56,9 +46,9 @@ class CodedGraph:
 
 
 class ViewGraphs:
-    """The graphs of one view, part behind part, for chunks and for single tokens; opened when first called.
+    """The graphs of one view, part by part, for chunks and for single tokens; opened at their first call.
 
-    LoRA that are inputs are read from the file `adapter` at once, by default from the bundle's own.
+    LoRA inputs are read at once from the file `adapter`, by default the bundle's own.
     """
 
     def __init__(self, bundle: Bundle, view: str, open_session: OpenSession, adapter: str | os.PathLike | None = None):
@@ -69,7 +59,7 @@ class ViewGraphs:
         self._graphs: dict[tuple[int, int], CodedGraph] = {}
 
     def open(self) -> None:
-        """Opens all graphs of the view now, instead of when they are called."""
+        """Opens all graphs of the view now."""
         for number in range(len(self.bundle.metadata["parts"])):
             for tokens in (self.bundle.metadata["chunk_length"], 1):
                 self.part(number, tokens)
@@ -98,7 +88,7 @@ class ViewGraphs:
         return {**outputs, "logits": graph.outputs["logits"].decode(hidden)}
 
     def empty_caches(self) -> dict[str, np.generic]:
-        """By cache name the code of zero."""
+        """The code of zero by cache name."""
         tensors = [
             tensor
             for part in self.bundle.metadata["parts"]
@@ -119,9 +109,9 @@ class QnnRunner:
     def __init__(self, path: str | os.PathLike, backend: str = "cpu", adapter: str | os.PathLike | None = None):
         """Opens a bundle; `backend` is `cpu` for the QDQ graphs, or `emulator` for the NPU's own arithmetic.
 
-        `adapter` is a file of `export_adapter`, for a bundle whose LoRA are inputs; by default its own. Raises
-        `ValueError` for a bundle with changed files or an adapter of another one, `OSError` for what is no bundle or
-        no adapter.
+        `adapter` is a file written by `export_adapter`, for a bundle with LoRA as inputs; by default its own. Raises
+        `ValueError` for a bundle with changed files or another bundle's adapter, `OSError` if there is no bundle or
+        adapter.
         """
         if backend not in BACKENDS:
             raise ValueError(f"Unknown backend {backend!r}: choose {' or '.join(BACKENDS)}.")
@@ -133,7 +123,6 @@ class QnnRunner:
         self.backend = backend
         self.views = {view: ViewGraphs(self.bundle, view, self._open, adapter) for view in VIEWS}
         self._vision: CodedGraph | None = None
-        self._processor = None
         self._table = self.bundle.embeddings()
 
     def _open(self, record: Mapping[str, Any]) -> onnxruntime.InferenceSession:
@@ -142,14 +131,12 @@ class QnnRunner:
             return cpu_session(path)
         return npu_session(path, find_soc(self.bundle.metadata["soc"]["name"]))
 
-    @property
+    @cached_property
     def processor(self) -> Any:
         """The model's processor, from the bundle."""
-        if self._processor is None:
-            from modeling_genieblue import GenieBlueProcessor
+        from modeling_genieblue import GenieBlueProcessor
 
-            self._processor = GenieBlueProcessor.from_pretrained(self.bundle.path("processor"))
-        return self._processor
+        return GenieBlueProcessor.from_pretrained(self.bundle.path("processor"))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
         """Tiles (num_tiles, 3, side, side) → (num_tiles, image_seq_length, hidden_size)."""
@@ -157,7 +144,7 @@ class QnnRunner:
         expected = tuple(record["graph"]["inputs"][0]["shape"][1:])
         if len(pixel_values) == 0 or pixel_values.shape[1:] != expected:
             raise ValueError(
-                f"`pixel_values` has the shape {pixel_values.shape}, expected one or more tiles of {expected}: take "
+                f"`pixel_values` has the shape {pixel_values.shape}, expected one or more tiles of {expected}: use "
                 "the bundle's own processor."
             )
         if self._vision is None:
@@ -166,7 +153,7 @@ class QnnRunner:
         features = []
         for start in range(0, len(pixel_values), size):
             batch = np.asarray(pixel_values[start : start + size], np.float32)
-            # Filled up with its last tile, as in calibration: any other filling could lie beyond the measured ranges.
+            # Padded with its last tile, as in calibration: any other padding might exceed the measured ranges.
             padding = np.repeat(batch[-1:], size - len(batch), axis=0)
             codes = self._vision.run({"pixel_values": np.concatenate([batch, padding])})["image_features"]
             features.append(self._vision.outputs["image_features"].decode(codes)[: len(batch)])
@@ -185,7 +172,7 @@ class QnnRunner:
         if (strange := ids[~is_image & ((ids < 0) | (ids >= len(self._table)))]).size:
             raise ValueError(
                 f"The id {strange[0]} is not in the table of embeddings, which has the ids 0 to "
-                f"{len(self._table) - 1}: take the bundle's own processor."
+                f"{len(self._table) - 1}: use the bundle's own processor."
             )
         embeddings = encoding_of(facts["embeddings"]).decode(self._table[np.where(is_image, 0, ids)])
         tiles = 0 if pixel_values is None else len(pixel_values)
@@ -199,7 +186,7 @@ class QnnRunner:
         return embeddings
 
     def logits(self, input_ids: Sequence[int], pixel_values: np.ndarray | None = None, view: str | None = None) -> Any:
-        """Logits (length, vocabulary) of a whole request, in the view that it runs or in the one that is named."""
+        """Logits (length, vocabulary) of a whole request, by default in the view that it runs."""
         return self.views[choose_view(view, pixel_values)].decoder().read(self.embed(input_ids, pixel_values))
 
     def generate(
@@ -210,11 +197,11 @@ class QnnRunner:
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         view: str | None = None,
     ) -> Iterator[int]:
-        """Greedy decoding: yields new ids until an end token (which is not given), the limit, or the context's end."""
+        """Greedy decoding: yields new ids up to an end token (not included), the limit, or the end of the context."""
         decoder = self.views[choose_view(view, pixel_values)].decoder()
-        return self.go_on(decoder, input_ids, pixel_values, max_new_tokens=max_new_tokens)
+        return self.continue_from(decoder, input_ids, pixel_values, max_new_tokens=max_new_tokens)
 
-    def go_on(
+    def continue_from(
         self,
         decoder: ChunkedDecoder,
         input_ids: Sequence[int],
@@ -222,10 +209,9 @@ class QnnRunner:
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
     ) -> Iterator[int]:
-        """As `generate`, behind what `decoder` has read already; ids and tiles are the new ones.
+        """Like `generate`, after what `decoder` has already read; ids and tiles are the new ones.
 
-        Afterwards it has read all of them, and every token that was given but the last; that one too if an end token
-        came behind it.
+        At the end `decoder` has read them and the generated tokens, except for a last one that no end token followed.
         """
         ends = set(self.bundle.metadata["generation"]["eos_token_ids"])
         (logits,) = decoder.read(self.embed(input_ids, pixel_values), last_only=True)
@@ -235,41 +221,19 @@ class QnnRunner:
                 return
             yield token
             if number == max_new_tokens:
-                return  # what comes behind the last one is not asked for
+                return  # nobody asks what follows the last one
             if decoder.length == decoder.context_length:
                 logger.warning("The answer is cut off: the graphs' context of %d tokens is full.", decoder.length)
                 return
             (logits,) = decoder.read(self.embed([token]))
 
-    def chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        images: Any = None,
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        view: str | None = None,
-    ) -> Answer:
-        """The answer to a conversation, formatted by the base's chat template; `view` is chosen by the images."""
-        inputs = self.processor.apply_chat_template(
-            messages, images=images, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
-        )
-        pixels = inputs.get("pixel_values")
-        ids = np.asarray(inputs["input_ids"]).reshape(-1)
-        view = choose_view(view, pixels)
-        answer = list(self.generate(ids, pixels, max_new_tokens=max_new_tokens, view=view))
-        text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
-        return Answer(text, view, len(ids), len(answer))
-
 
 def choose_view(view: str | None, pixel_values: Any) -> str:
-    """The view that a request runs; `ValueError` for one that is not there, or has no eyes for its images."""
+    """The view that a request runs; `ValueError` for an unknown view, or for images in the text view."""
     if view is None:
         return "text" if pixel_values is None else "multimodal"
     if view not in VIEWS:
         raise ValueError(f"Unknown view {view!r}: choose {' or '.join(VIEWS)}.")
     if view == "text" and pixel_values is not None:
-        raise ValueError("The text view reads no images: leave them out, or ask the multimodal view.")
+        raise ValueError("The text view reads no images: leave them out, or use the multimodal view.")
     return view
-
-
-__all__ = ["Answer", "CodedGraph", "QnnRunner", "ViewGraphs", "choose_view"]

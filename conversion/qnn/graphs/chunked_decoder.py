@@ -1,6 +1,6 @@
 """Runs a request through static graphs: prompt in chunks, answer token by token, with a right-aligned cache.
 
-NumPy only. This is the logic that an app on the phone has to repeat.
+NumPy only: this is the logic that an app on the phone has to repeat.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Added to the scores of tokens that must not be seen, if no score needs more: a larger number costs the scores some of
-# their 16-bit resolution.
+# Added to the scores of hidden tokens, unless some score needs more: a larger number costs the scores some of their
+# 16-bit resolution.
 MASKED = -100.0
 
-# (tokens per call, inputs by name) → outputs by name; caches in whatever type the graph has at its boundary.
+# (tokens per call, inputs by name) → outputs by name; caches have the dtype of the graph's inputs.
 RunGraph = Callable[[int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Everything about a decoder that a caller of its graphs has to know."""
+    """What a caller of a decoder's graphs must know about it."""
 
     num_blocks: int
     hidden_size: int
@@ -51,7 +51,7 @@ def boundary_names(shape: DecoderShape, blocks: range) -> tuple[str, str]:
 
 
 def causal_mask(tokens: int, cached: int, context_length: int, masked: float = MASKED) -> np.ndarray:
-    """(1, 1, tokens, context_length): each token sees the `cached` last slots of the cache, and itself and before."""
+    """(1, 1, tokens, context_length): tokens see the last `cached` slots, earlier tokens, themselves."""
     mask = np.full((1, 1, tokens, context_length), masked, np.float32)
     past = context_length - tokens
     mask[..., past - cached : past] = 0.0
@@ -60,10 +60,10 @@ def causal_mask(tokens: int, cached: int, context_length: int, masked: float = M
 
 
 class ChunkedDecoder:
-    """One view's conversation: what it has read so far, and how it reads on.
+    """A conversation in one view: its cache, and how it reads more tokens.
 
-    Two graphs of the same weights are called, one for `chunk_length` tokens and one for a single token. Both see the
-    newest tokens at the right end of the cache; slots on the left that hold nothing yet are masked.
+    It calls two graphs with the same weights, one for `chunk_length` tokens and one for a single token. The newest
+    tokens are at the right end of the cache; the empty slots on the left are masked.
     """
 
     def __init__(
@@ -79,45 +79,36 @@ class ChunkedDecoder:
         """Begins an empty conversation.
 
         Args:
-            empty: by cache name (`…_in`) the value that stands for zero, in the type of the cache.
-            blocks: those that `run` computes, by default all. Of other than the first ones the input is
-                `hidden_states_in`, of other than the last ones the output `hidden_states_out`.
+            empty: the value of zero by cache name (`…_in`), in the dtype of the cache.
+            blocks: those that `run` computes, by default all; see `boundary_names` for its input and output.
         """
         self.shape, self.run = shape, run
         self.blocks = range(shape.num_blocks) if blocks is None else blocks
         self._input_name, self._output_name = boundary_names(shape, self.blocks)
         self.chunk_length, self.context_length = chunk_length, context_length
-        self._empty = empty or {}
-        self.reset()
+        self.length = 0
+        heads, size = shape.num_key_value_heads, shape.head_dim
+        self._cache: dict[str, np.ndarray] = {}
+        for name in cache_names(self.blocks, "in"):
+            dims = (1, heads, size, context_length) if "_key_" in name else (1, heads, context_length, size)
+            zero = (empty or {}).get(name, np.float32(0.0))
+            self._cache[name] = np.full(dims, zero, zero.dtype)
 
     @property
     def cache(self) -> dict[str, np.ndarray]:
-        """By name the cached keys (1, heads, head_dim, length) and values (1, heads, length, head_dim)."""
+        """The cached keys (1, heads, head_dim, length) and values (1, heads, length, head_dim) by name."""
         start = self.context_length - self.length
         return {
             name: value[..., start:] if "_key_" in name else value[:, :, start:] for name, value in self._cache.items()
         }
 
-    def reset(self) -> None:
-        """Forgets everything that was read."""
-        heads, size = self.shape.num_key_value_heads, self.shape.head_dim
-        self.length = 0
-        self._cache = {}
-        for name in cache_names(self.blocks, "in"):
-            is_key = "_key_" in name
-            dims = (1, heads, size, self.context_length) if is_key else (1, heads, self.context_length, size)
-            zero = self._empty.get(name, np.float32(0.0))
-            self._cache[name] = np.full(dims, zero, zero.dtype)
-
     def read(self, embeddings: np.ndarray, *, only_chunks: bool = False, last_only: bool = False) -> np.ndarray:
-        """Reads embeddings (tokens, hidden_size) behind what is cached; returns logits (tokens, vocabulary).
+        """Reads embeddings (tokens, hidden_size) after the cached ones; returns logits (tokens, vocabulary).
 
-        Of other than the last blocks it returns hidden states. `only_chunks` never calls the graph for one token,
-        `last_only` returns the last row alone, (1, vocabulary), and keeps no other. Raises `ValueError`, before
-        anything is read, if they do not fit into the context.
+        Without the last block it returns hidden states. `only_chunks` never calls the graph for one token, `last_only`
+        returns (and keeps) only the last row, (1, vocabulary). Raises `ValueError`, before anything is read, if they
+        do not fit into the context.
         """
-        if len(embeddings) == 0:
-            raise ValueError("There is nothing to read: the request has no tokens.")
         if self.length + len(embeddings) > self.context_length:
             raise ValueError(
                 f"The request has {self.length + len(embeddings)} tokens, the graphs were compiled for a context of "
@@ -126,12 +117,12 @@ class ChunkedDecoder:
         padded = -(-len(embeddings) // self.chunk_length) * self.chunk_length
         if only_chunks and self.length + padded > self.context_length:
             raise ValueError(
-                f"{len(embeddings)} tokens behind {self.length} cached ones take {padded} places in chunks of "
+                f"{len(embeddings)} tokens after {self.length} cached ones take {padded} places in chunks of "
                 f"{self.chunk_length}, the context has {self.context_length}: read fewer, or without `only_chunks`."
             )
         logits, start = [], 0
         while start < len(embeddings):
-            # A chunk takes its whole length from the cache's slots, also where it is padding.
+            # A chunk needs slots for its whole length, including its padding.
             fits = self.length + self.chunk_length <= self.context_length
             tokens = self.chunk_length if only_chunks or (fits and len(embeddings) - start > 1) else 1
             found = self._call(tokens, embeddings[start : start + tokens])
@@ -152,7 +143,7 @@ class ChunkedDecoder:
         return np.asarray(outputs[self._output_name])[0, :count]
 
     def inputs(self, tokens: int, embeddings: np.ndarray) -> dict[str, np.ndarray]:
-        """What the graph for `tokens` at a time is given next; the last chunk is padded with zeros at its end."""
+        """The next inputs of the graph for `tokens` at a time; the last chunk is padded with zeros at its end."""
         padded = np.zeros((1, tokens, self.shape.hidden_size), np.float32)
         padded[0, : len(embeddings)] = embeddings
         cos, sin = self.shape.cosines_and_sines(np.arange(self.length, self.length + tokens))
@@ -166,6 +157,3 @@ class ChunkedDecoder:
             "position_ids_sin": sin,
             **{name: np.ascontiguousarray(value) for name, value in caches.items()},
         }
-
-
-__all__ = ["ChunkedDecoder", "DecoderShape", "boundary_names", "cache_names", "causal_mask"]

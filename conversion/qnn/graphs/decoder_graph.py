@@ -1,8 +1,8 @@
 """Decoder graphs in an NPU-friendly form, built from one view of a loaded GenieBlue.
 
-The arithmetic is that of a Llama-style decoder, written so that every operator runs on the NPU and stays exact there:
-normalisation is one operator, half-size cosines and sines and the additive mask come in from outside, keys are cached
-transposed, queries of a group of heads are folded into the token axis, and only the new keys and values go out.
+The arithmetic of a Llama-style decoder, written so that every operator runs on the NPU and stays exact there:
+normalisation is one operator, half-size cosines and sines and the additive mask are inputs, keys are cached
+transposed, the queries of a group of heads are folded into the token axis, and only new keys and values are outputs.
 """
 
 import torch
@@ -33,10 +33,10 @@ class Projection(nn.Module):
 
 
 class SharedLora(nn.Module):
-    """`x @ lora_a` of linears that read the same `x`: the first factors of their LoRA side by side.
+    """`x @ lora_a` for linears that read the same `x`: the first factors of their LoRA side by side.
 
-    The NPU fills up each matrix to 32 channels, so one product of rank 3·8 takes a third of the room of three of rank
-    8. The second factors are zero where the rank is another linear's.
+    The NPU pads each matrix to 32 channels, so one product of rank 3·8 takes a third of the space of three of rank 8.
+    The second factors are zero in the ranks of the other linears.
     """
 
     def __init__(self, linears: list[nn.Module]):
@@ -67,7 +67,7 @@ def _lora_pair(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 class Norm(nn.Module):
-    """RMSNorm as the single operator that the NPU has for it; taken apart, its reciprocal would saturate there."""
+    """RMSNorm as the NPU's single operator; split into several, its reciprocal would saturate there."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -116,34 +116,14 @@ class Block(nn.Module):
         past_key: torch.Tensor,
         past_value: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states (1, tokens, hidden_size), and this block's new keys and values in the layout of its cache."""
-        attended, key, value = self.attend(self.input_norm(x), mask, cos, sin, past_key, past_value)
-        x = x + attended
-        h = self.mlp_norm(x)
-        low_rank = self.gate_up_lora(h)
-        h = functional.silu(self.gate_proj(h, low_rank)) * self.up_proj(h, low_rank)
-        return x + self.down_proj(h, self.down_lora(h)), key, value
+        """Hidden states (1, tokens, hidden_size), and this block's new keys and values in the layout of its cache.
 
-    def attend(
-        self,
-        h: torch.Tensor,
-        mask: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        past_key: torch.Tensor,
-        past_value: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What attention adds to normalized hidden states (1, tokens, hidden_size), and the new keys and values.
-
-        Mask, turns and caches have the shapes of `DecoderGraph.forward`. New keys are (1, key-value heads, head_dim,
-        tokens), new values (1, key-value heads, tokens, head_dim).
+        Mask, cosines, sines and caches have the shapes of `DecoderGraph.forward`. New keys are (1, key-value heads,
+        head_dim, tokens), new values (1, key-value heads, tokens, head_dim).
         """
         heads, groups, size = self.shape.num_heads, self.shape.num_key_value_heads, self.shape.head_dim
-        tokens = h.shape[1]
-        low_rank = self.qkv_lora(h)
-        query = self.split_heads(self.q_proj(h, low_rank), heads, self.q_norm)
-        key = self.split_heads(self.k_proj(h, low_rank), groups, self.k_norm)
-        value = self.split_heads(self.v_proj(h, low_rank), groups, None)
+        tokens = x.shape[1]
+        query, key, value = self.queries_keys_values(x)
         query = rotate(query, cos, sin) * self.scale
         key = rotate(key, cos, sin).transpose(2, 3)  # (1, groups, head_dim, tokens)
         all_keys = torch.cat([past_key, key], dim=3)  # (1, groups, head_dim, context)
@@ -154,16 +134,26 @@ class Block(nn.Module):
         weights = scores.softmax(dim=-1).reshape(1, groups, heads // groups * tokens, -1)
         attended = (weights @ all_values).reshape(1, heads, tokens, size)
         attended = attended.transpose(1, 2).reshape(1, tokens, heads * size)
-        return self.o_proj(attended, self.o_lora(attended)), key, value
+        x = x + self.o_proj(attended, self.o_lora(attended))
+        h = self.mlp_norm(x)
+        low_rank = self.gate_up_lora(h)
+        h = functional.silu(self.gate_proj(h, low_rank)) * self.up_proj(h, low_rank)
+        return x + self.down_proj(h, self.down_lora(h)), key, value
 
     def largest_score(self, x: torch.Tensor) -> float:
-        """What no attention score of (1, tokens, hidden_size) can exceed, wherever the tokens stand."""
-        h = self.input_norm(x)
-        low_rank = self.qkv_lora(h)
-        query = self.split_heads(self.q_proj(h, low_rank), self.shape.num_heads, self.q_norm)
-        key = self.split_heads(self.k_proj(h, low_rank), self.shape.num_key_value_heads, self.k_norm)
+        """An upper bound of all attention scores of (1, tokens, hidden_size), whatever the positions of the tokens."""
+        query, key, _ = self.queries_keys_values(x)
         largest = query.norm(dim=-1).max() * key.norm(dim=-1).max() * self.scale
         return float(largest) * self.shape.rotary_scaling**2
+
+    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each (1, its heads, tokens, head_dim) from hidden states (1, tokens, hidden_size), not rotated yet."""
+        h = self.input_norm(x)
+        low_rank = self.qkv_lora(h)
+        groups = self.shape.num_key_value_heads
+        query = self.split_heads(self.q_proj(h, low_rank), self.shape.num_heads, self.q_norm)
+        key = self.split_heads(self.k_proj(h, low_rank), groups, self.k_norm)
+        return query, key, self.split_heads(self.v_proj(h, low_rank), groups, None)
 
     def split_heads(self, x: torch.Tensor, heads: int, norm: Norm | None) -> torch.Tensor:
         """(1, tokens, heads * head_dim) → (1, heads, tokens, head_dim)."""
@@ -172,7 +162,7 @@ class Block(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Blocks `first` to `last - 1` of one view, with the final norm and the LM head behind the last of them."""
+    """Blocks `first` to `last - 1` of one view, then the final norm and the LM head if the last is included."""
 
     def __init__(self, view: nn.Module, shape: DecoderShape, first: int = 0, last: int | None = None):
         super().__init__()
@@ -196,13 +186,13 @@ class DecoderGraph(nn.Module):
         """One chunk.
 
         Args:
-            hidden_states: (1, tokens, hidden_size), embeddings or what the part before this one gave.
+            hidden_states: (1, tokens, hidden_size), embeddings or the output of the part before this one.
             attention_mask: (1, 1, tokens, context_length), 0 or `shape.masked`.
             cos, sin: (1, 1, tokens, head_dim / 2).
-            past: by block the cached keys (1, key-value heads, head_dim, context_length - tokens) and values (1,
+            past: for each block the cached keys (1, key-value heads, head_dim, context_length - tokens) and values (1,
                 key-value heads, context_length - tokens, head_dim), the latest at the right end.
 
-        Returns logits (1, tokens, vocabulary), or hidden states, and by block the new keys and values.
+        Returns logits (1, tokens, vocabulary), or hidden states, and for each block the new keys and values.
         """
         new = []
         for index, block in enumerate(self.blocks):
@@ -234,7 +224,7 @@ class DecoderGraph(nn.Module):
         half = torch.zeros(1, 1, tokens, shape.head_dim // 2)
         hidden_states = torch.zeros(1, tokens, shape.hidden_size)
         mask = torch.zeros(1, 1, tokens, context_length)
-        caches = []  # each a tensor of its own: the exporter would take one and the same for one input
+        caches = []  # separate tensors: the exporter would merge inputs that are the same object
         for _ in self.blocks:
             caches.append(torch.zeros(1, shape.num_key_value_heads, shape.head_dim, past))
             caches.append(torch.zeros(1, shape.num_key_value_heads, past, shape.head_dim))
@@ -245,6 +235,3 @@ def _active_block(block: nn.Module) -> nn.Module:
     """The block itself, or its trained copy in the multimodal view."""
     copies = getattr(block, "modules_to_save", None)
     return block if copies is None else copies[block.active_adapters[0]]
-
-
-__all__ = ["Block", "DecoderGraph", "Projection"]

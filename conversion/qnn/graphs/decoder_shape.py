@@ -13,11 +13,11 @@ from conversion.qnn.graphs.decoder_graph import Block, DecoderGraph
 from conversion.qnn.graphs.supported_bases import check_structure, rotary_frequencies
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 
-TOKENS = 24  # that blocks are compared on
-MARGIN = 20.0  # of the exponent, by which what is masked shall lie below what is seen
-EMPTY_SLOTS = 8  # of a cache, which nothing may see
-# Of the largest number that a block adds, both in 32 bits; of the largest logit by the base's own bits; and of all
-# logits together, in which the noise of 16 bits is averaged.
+TOKENS = 24  # in each comparison of blocks
+MARGIN = 20.0  # masked scores are at least this far below visible ones, so that softmax makes them zero
+EMPTY_SLOTS = 8  # of the cache, which no token may see
+# Relative to the largest number that a block adds (both in 32 bits), to the largest logit (by the bits of the base),
+# and to the norm of all logits, in which the noise of 16 bits averages out.
 BLOCK_TOLERANCE, LOGITS_TOLERANCE, SCALE_TOLERANCE = 1e-3, {32: 1e-3, 16: 5e-2}, 5e-3
 ROTARY_TOLERANCE = 1e-2  # of cosines and sines in 16 bits
 
@@ -25,8 +25,8 @@ ROTARY_TOLERANCE = 1e-2  # of cosines and sines in 16 bits
 def make_decoder_shape(base: nn.Module, chunk_length: int, context_length: int) -> DecoderShape:
     """The shape of `base`'s graphs.
 
-    Whether they compute what the base computes is tried block by block, whatever the base calls itself. Raises
-    `ValueError` with what they cannot reproduce, and for lengths that cannot be.
+    Whatever the base's name, each block is compared with its graph. Raises `ValueError` that says what the graphs
+    cannot reproduce, and for impossible lengths.
     """
     config = base.config.get_text_config(decoder=True)
     check_lengths(config, chunk_length, context_length)
@@ -46,7 +46,7 @@ def make_decoder_shape(base: nn.Module, chunk_length: int, context_length: int) 
 
 
 def check_lengths(config: Any, chunk_length: int, context_length: int) -> None:
-    """`ValueError` for lengths in tokens that cannot be, or that are beyond what a base with `config` was made for."""
+    """`ValueError` for impossible lengths in tokens, or for ones that exceed the limit of the base with `config`."""
     if chunk_length < 2:
         raise ValueError(f"The chunk length is {chunk_length}: expected 2 tokens or more (128 is usual).")
     if context_length <= chunk_length:
@@ -56,17 +56,17 @@ def check_lengths(config: Any, chunk_length: int, context_length: int) -> None:
         )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and context_length > limit:
-        raise ValueError(f"The context length is {context_length}, but the base was made for at most {limit} tokens.")
+        raise ValueError(f"The context length is {context_length}, but the base supports at most {limit} tokens.")
 
 
 def compare_with_graphs(
     view: nn.Module, shape: DecoderShape, context_length: int, title: str | None = None
 ) -> DecoderShape:
-    """`ValueError` unless each block of a view, and what comes behind the last one, says what its graph says.
+    """`ValueError` unless each block of a view, and the head after the last, computes what its graph computes.
 
-    It is tried at the first and at the last positions of a context. The base itself is the text view; what PEFT has
-    put into the multimodal one counts as well. `title` names it. Returns `shape` with a mask that the scores of this
-    view cannot overcome either.
+    Compared at the first and the last positions of a context. The base itself is the text view; in the multimodal
+    view, PEFT's layers are compared too. `title` names the view. Returns `shape` with a mask large enough for the
+    scores of this view too.
     """
     title = title or type(view).__name__
     try:
@@ -74,7 +74,9 @@ def compare_with_graphs(
             if first >= 0:
                 shape = _compare_at(view, shape, first, title)
     except RuntimeError as error:  # matrices that do not fit together
-        raise ValueError(f"{title} cannot be exported to QNN: its blocks are of another form ({error}).") from error
+        raise ValueError(
+            f"{title} cannot be exported to QNN: its blocks have an unexpected form ({error})."
+        ) from error
     return shape
 
 
@@ -87,8 +89,8 @@ def _compare_at(view: nn.Module, shape: DecoderShape, first: int, title: str) ->
     arguments, options = calls[0]
     if not torch.equal(arguments[0] if arguments else options["hidden_states"], embeddings):
         raise ValueError(
-            f"{title} cannot be exported to QNN: it changes the embeddings that it is given before its "
-            "first block (it scales or normalizes them), which the graphs do not."
+            f"{title} cannot be exported to QNN: it changes the embeddings before its first block (it scales or "
+            "normalizes them), which the graphs do not."
         )
     for index, (block, (arguments, options)) in enumerate(zip(blocks, calls, strict=True)):
         arguments, options = _in_float32((arguments, options))
@@ -103,8 +105,8 @@ def _compare_at(view: nn.Module, shape: DecoderShape, first: int, title: str) ->
         if not error <= BLOCK_TOLERANCE * size:
             raise ValueError(
                 f"{title} cannot be exported to QNN: on {TOKENS} tokens from position {first} its block {index} "
-                f"({type(block).__name__}) computes something else than a Llama-style block with its weights does: "
-                f"it adds up to {size:.3g}, and they differ by up to {error:.3g}."
+                f"({type(block).__name__}) differs from a Llama-style block with its weights: it adds up to "
+                f"{size:.3g}, and the difference is up to {error:.3g}."
             )
     end = DecoderGraph(view, shape, shape.num_blocks).to(found.device)
     found = end.head(end.final_norm(own))
@@ -113,8 +115,8 @@ def _compare_at(view: nn.Module, shape: DecoderShape, first: int, title: str) ->
     factor = (found * logits).sum() / logits.square().sum()
     if not (error <= tolerance * size and abs(factor - 1) <= SCALE_TOLERANCE):
         raise ValueError(
-            f"{title} cannot be exported to QNN: behind its blocks it computes something else than a norm and an LM "
-            f"head: logits of up to {size:.3g} differ by up to {error:.3g}, in all by a factor of {factor:.3g}."
+            f"{title} cannot be exported to QNN: after its blocks it computes something else than a norm and an LM "
+            f"head: logits of up to {size:.3g} differ by up to {error:.3g}, overall by a factor of {factor:.3g}."
         )
     return shape
 
@@ -122,7 +124,7 @@ def _compare_at(view: nn.Module, shape: DecoderShape, first: int, title: str) ->
 def _watch_blocks(
     view: nn.Module, embeddings: torch.Tensor, first: int
 ) -> tuple[list[tuple[tuple, dict]], torch.Tensor]:
-    """What each block of `view` is called with for embeddings from position `first` on, and the logits."""
+    """The arguments of each block of `view` for embeddings from position `first` on, and the logits."""
     calls: list[tuple[tuple, dict]] = []
     _, blocks = find_blocks(view)
 
@@ -155,9 +157,9 @@ def _rotary_embedding(shape: DecoderShape, first: int) -> tuple[torch.Tensor, to
 
 
 def _with_exact_rotary(options: dict[str, Any], shape: DecoderShape, first: int) -> dict[str, Any]:
-    """What a block is called with, cosines and sines of the same angles as exact as the graph has them.
+    """Arguments of a block, with cosines and sines as exact as in the graph.
 
-    A base in 16 bits rounds them before its blocks, which is more than a block may differ by.
+    A 16-bit base rounds them before its blocks, which alone exceeds the tolerance for a block.
     """
     given = options.get("position_embeddings")
     if not isinstance(given, tuple) or len(given) != 2:
@@ -170,12 +172,9 @@ def _with_exact_rotary(options: dict[str, Any], shape: DecoderShape, first: int)
 
 
 def _run_block(block: Block, x: torch.Tensor, shape: DecoderShape, first: int) -> torch.Tensor:
-    """A graph's block on (1, `TOKENS`, hidden_size), behind a cache that holds nothing yet."""
+    """A graph's block on (1, `TOKENS`, hidden_size), after an empty cache."""
     groups, size = shape.num_key_value_heads, shape.head_dim
     mask = torch.from_numpy(causal_mask(TOKENS, 0, EMPTY_SLOTS + TOKENS, shape.masked))
     rotary = (part[None, None] for part in _rotary_embedding(shape, first))
     empty = x.new_zeros(1, groups, size, EMPTY_SLOTS), x.new_zeros(1, groups, EMPTY_SLOTS, size)
     return block(x, *(other.to(x.device) for other in (mask, *rotary)), *empty)[0]
-
-
-__all__ = ["check_lengths", "compare_with_graphs", "make_decoder_shape"]

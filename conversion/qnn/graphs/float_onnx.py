@@ -21,11 +21,11 @@ def to_float_onnx(
 ) -> onnx.ModelProto:
     """The ONNX of `graph` in the static shapes of `example_inputs`.
 
-    Inner tensors are named by their place, so that ranges measured on one graph fit another one of equal structure.
+    Inner tensors are named by their position, so ranges measured on one graph fit another one of equal structure.
     """
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
-    noisy.setLevel(logging.ERROR)  # says on every export that torchvision is not there
+    noisy.setLevel(logging.ERROR)  # warns at every export that torchvision is missing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ def to_float_onnx(
     finally:
         noisy.setLevel(level)
     model.ir_version = IR_VERSION
-    # What the exporter notes about itself holds paths of this computer.
+    # The exporter's notes contain paths of this computer.
     del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -68,8 +68,8 @@ def _rename_by_place(graph: onnx.GraphProto) -> None:
 def _give_each_its_constants(graph: onnx.GraphProto) -> None:
     """Each node gets its own copy of the exporter's small constants, named after it.
 
-    The exporter keeps equal ones once, and which are equal depends on the lengths of a graph. Weights have the path of
-    their module for a name.
+    The exporter stores equal constants once, and which are equal depends on the lengths of a graph. Weights are named
+    by the path of their module.
     """
     made = {tensor.name: tensor for tensor in graph.initializer if "." not in tensor.name}
     weights = [tensor for tensor in graph.initializer if "." in tensor.name]
@@ -89,6 +89,3 @@ def _give_each_its_constants(graph: onnx.GraphProto) -> None:
 def structure(model: onnx.ModelProto) -> list[tuple[str, ...]]:
     """Operators and their connections, without shapes: equal for graphs that may share ranges."""
     return [(node.op_type, *node.input, *node.output) for node in model.graph.node]
-
-
-__all__ = ["OPSET", "structure", "to_float_onnx"]

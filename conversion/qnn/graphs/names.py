@@ -5,9 +5,9 @@ LORA_MODES = ("constants", "inputs")
 ROUNDINGS = ("rtn", "seqmse")
 BASE_BITS, LORA_BITS = 4, 8
 STAGES = ("prefill", "decode")
-# In the names of what the float graph says: with its own weights, and with those that the codes stand for.
+# Outputs of the float graph: with its own weights, and with the values of their codes.
 EXACT, ROUNDED = "exact", "rounded"
-UNFINISHED = ".unfinished"  # ending of what is being written, and gets its name when it is whole
+UNFINISHED = ".unfinished"  # suffix of files and folders until they are complete
 
 
 def is_lora(name: str) -> bool:
@@ -18,9 +18,3 @@ def is_lora(name: str) -> bool:
 def weight_bits(name: str) -> int:
     """Bits of a matrix of a decoder graph by its name."""
     return LORA_BITS if is_lora(name) else BASE_BITS
-
-
-__all__ = [
-    "BASE_BITS", "EXACT", "LORA_BITS", "LORA_MODES", "ROUNDED", "ROUNDINGS", "STAGES", "UNFINISHED", "VIEWS",
-    "is_lora", "weight_bits",
-]  # fmt: skip

@@ -12,12 +12,12 @@ from modeling_genieblue.language_adapter_genieblue import find_blocks
 BLOCK_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# Kinds of rotary embedding whose frequencies depend on the length of the request, which a static graph cannot know.
+# Rotary embeddings whose frequencies depend on the length of the request, which a static graph cannot know.
 DYNAMIC_ROPE_TYPES = ("dynamic", "longrope")
 
 
 def check_structure(base: nn.Module, context_length: int) -> None:
-    """`ValueError` that names what the QNN graphs have no place for in `base`, for a context of `context_length`."""
+    """`ValueError` that names everything in `base` that QNN graphs with this context cannot have."""
     config = base.config.get_text_config(decoder=True)
     reasons = [*_structure_problems(base), *_config_problems(config, context_length)]
     if reasons:
@@ -30,7 +30,7 @@ def check_structure(base: nn.Module, context_length: int) -> None:
 def _structure_problems(base: nn.Module) -> Iterator[str]:
     experts = [name for name, _ in base.named_modules() if "expert" in name.rsplit(".", 1)[-1]]
     if experts:
-        yield f"it has per-token experts ({experts[0]}), and the NPU has no routing by token (no MoE)"
+        yield f"it is a mixture of experts ({experts[0]}), and the NPU cannot route tokens"
         return
     _, blocks = find_blocks(base)
     block = blocks[0]
@@ -57,8 +57,8 @@ def _config_problems(config: Any, context_length: int) -> Iterator[str]:
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     if window is not None and slides and window < context_length:
         yield (
-            f"it attends to a sliding window of {window} tokens only, shorter than the context of {context_length} "
-            "(a context no longer than the window would do)"
+            f"its sliding window of {window} tokens is shorter than the context of {context_length} (use a context "
+            "no longer than the window)"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
@@ -74,22 +74,17 @@ def rotary_frequencies(base: nn.Module) -> tuple[torch.Tensor, float]:
     if frequencies is None:
         raise ValueError(f"{type(base).__name__} has no rotary embedding with `inv_freq`, which a QNN export needs.")
     frequencies, scaling = frequencies.detach().float().cpu(), float(getattr(rotary, "attention_scaling", 1.0))
-    head_dim = _head_dim(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if len(frequencies) * 2 != head_dim:
         raise ValueError(
-            f"{type(base).__name__} turns {len(frequencies) * 2} of {head_dim} dimensions of a head only (partial "
-            "rotary embedding), which the QNN graphs do not do."
+            f"{type(base).__name__} rotates only {len(frequencies) * 2} of {head_dim} dimensions of a head (partial "
+            "rotary embedding), which QNN graphs cannot do."
         )
     return frequencies, scaling
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def norm_epsilon(norm: nn.Module) -> float:
-    """The epsilon of a norm; `ValueError` unless it is `x / rms(x) * weight`, which is found out by trying it."""
-    # Gemma's, for one, multiplies by 1 + weight.
+    """The epsilon of a norm; `ValueError` unless it computes `x / rms(x) * weight` (Gemma's has 1 + weight)."""
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if epsilon is not None and getattr(norm, "bias", None) is None:
         weight = norm.weight.detach().float()
@@ -100,7 +95,4 @@ def norm_epsilon(norm: nn.Module) -> float:
         tolerance = 1e-4 if norm.weight.dtype == torch.float32 else 5e-2
         if torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
             return epsilon
-    raise ValueError(f"{type(norm).__name__} is no plain RMSNorm: the base cannot be exported to QNN.")
-
-
-__all__ = ["norm_epsilon", "check_structure", "rotary_frequencies"]
+    raise ValueError(f"{type(norm).__name__} is not a plain RMSNorm: the base cannot be exported to QNN.")

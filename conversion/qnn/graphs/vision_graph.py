@@ -19,8 +19,8 @@ class LayerNorm(nn.Module):
         self.eps = norm.eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # In four dimensions: of exactly 16 tokens in three, the compiler gives the product behind it rows that are not
-        # its own (QAIRT 2.51).
+        # In four dimensions: with exactly 16 tokens in three, the compiler gives the following product the wrong rows
+        # (QAIRT 2.51).
         return functional.layer_norm(x[:, None], (x.shape[-1],), self.weight, self.bias, self.eps)[:, 0]
 
 
@@ -84,7 +84,7 @@ class VisionGraph(nn.Module):
         config, tower = model.config.vision_config, model.vision_tower
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"The vision tower has the activation {config.hidden_act!r}; QNN graphs know {', '.join(ACTIVATIONS)}."
+                f"The vision tower has the activation {config.hidden_act!r}, expected {' or '.join(ACTIVATIONS)}."
             )
         tower = getattr(tower, "vision_model", tower)
         self.image_size, self.factor = config.image_size, model.multi_modal_projector.downsample_factor
@@ -115,13 +115,10 @@ class VisionGraph(nn.Module):
             x = functional.pad(x.reshape(count, side, side, channels), (0, 0, 0, padding, 0, padding))
             side += padding
         rows = side // factor
-        # A row of patches holds `factor` neighbours side by side already: only the rows have to be brought together.
+        # `factor` neighbours in a row of patches are side by side already: only the rows must be joined.
         x = x.reshape(count * rows, factor, rows, factor * channels).transpose(1, 2)
         return x.reshape(count, rows * rows, factor * factor * channels)
 
     def example_inputs(self, tiles: int) -> tuple[torch.Tensor]:
         """Zeros in the static shape for `tiles` at a time."""
         return (torch.zeros(tiles, 3, self.image_size, self.image_size),)
-
-
-__all__ = ["VisionGraph"]

@@ -16,7 +16,7 @@ import conversion
 from conversion.qnn.npu.compile_worker import FAILED
 from conversion.qnn.npu.sessions import CompileError
 from conversion.qnn.npu.soc import Soc
-from conversion.staging import NewFolder
+from modeling_genieblue.staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 ENVIRONMENT_BYTES = 4096
@@ -26,27 +26,20 @@ NOT_WRITTEN = "Failed to write context cache file"  # the compiler's words
 def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: str) -> None:
     """Compiles `graphs` (QDQ files of one folder, by name) into one binary that holds the weights they share once.
 
-    The new folder `output` gets the file `binary` and for each graph `<name>_ctx.onnx`, with which ONNX Runtime runs
-    it from that binary. The compiler works in a process of its own, since what it has compiled before would change
-    the bytes, and its death would be ours.
+    The folder `output`, which is replaced if it exists, gets the file `binary` and for each graph `<name>_ctx.onnx`,
+    with which ONNX Runtime runs it from that binary. The compiler works in a process of its own: what it compiled
+    earlier would change the bytes, and a crash would end this process.
 
-    Raises `CompileError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails;
-    `ValueError` for a graph with a shape that is not fixed.
+    Raises `CompileError`, and leaves nothing behind, if a node cannot run on the NPU or the compiler fails.
     """
-    needed = {path.name for path in graphs.values()}
-    for name, path in graphs.items():
-        graph = onnx.load(path, load_external_data=False).graph
-        _check_fixed_shapes(name, graph)
-        needed |= {entry.value for tensor in graph.initializer for entry in tensor.external_data
-                   if entry.key == "location"}  # fmt: skip
-    if output.exists():
-        raise FileExistsError(f"{output} already exists: remove it, or give another folder.")
-    sources = {path.resolve().parent for path in graphs.values()}
-    if len(sources) != 1:
-        raise ValueError(f"The graphs lie in {len(sources)} folders: expected one, with their constants.")
-    source = sources.pop()
-    # The length of this folder's path decides where things lie in the compiler's memory, and so some of its choices;
-    # that is why it is not beside the output.
+    (source,) = {path.resolve().parent for path in graphs.values()}
+    tensors = [
+        tensor for path in graphs.values() for tensor in onnx.load(path, load_external_data=False).graph.initializer
+    ]
+    constants = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    needed = constants | {path.name for path in graphs.values()}
+    # The length of this folder's path influences the layout of the compiler's memory and so some of its choices, so
+    # the folder is not beside the output.
     with NewFolder(output, "compiling") as new, TemporaryDirectory(prefix="qnn-") as work:
         for name in sorted(needed):
             _link_or_copy(source / name, Path(work) / name)
@@ -77,43 +70,33 @@ def compile_graphs(graphs: Mapping[str, Path], soc: Soc, output: Path, binary: s
 
 
 def _worker_environment() -> dict[str, str]:
-    """What the compiler's process is told by its surroundings, always of one size.
+    """The environment of the compiler's process, always of the same size.
 
-    It lies at the top of the stack, so that a longer variable would move everything below, and change the bytes.
+    It is at the top of the stack: a longer variable would move everything below, and change the bytes.
     """
     roots = [os.fspath(Path(conversion.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, roots)), "PYTHONHASHSEED": "0"}
     if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    # The path of the program is there three times: as what is run, as its first argument, and for the loader.
+    # The path of Python is on the stack three times: as the program, as its first argument, and for the loader.
     taken = sum(len(os.fsencode(f"{name}={value}")) for name, value in environment.items())
     taken += 3 * len(os.fsencode(sys.executable))
     return {**environment, "PADDING": "x" * max(ENVIRONMENT_BYTES - taken, 0)}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Puts a file into another folder; not by a symbolic link, whose end's path would be as telling as its own."""
+    """Puts a file into another folder; not as a symbolic link, since the path of its target would matter as well."""
     try:
         os.link(source, target)
-    except OSError:  # another disk, or somebody else's file
+    except OSError:  # another disk, or another user's file
         shutil.copyfile(source, target)
-
-
-def _check_fixed_shapes(name: str, graph: onnx.GraphProto) -> None:
-    for value in (*graph.input, *graph.output):
-        dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
-        if not all(isinstance(dim, int) for dim in dims):
-            raise ValueError(
-                f"{value.name} of {name} has the shape ({', '.join(map(str, dims))}): the NPU takes fixed shapes "
-                "only, so export one graph for each length."
-            )
 
 
 def _reason(done: subprocess.CompletedProcess, names: list[str]) -> str:
     """Why a compilation ended without a result."""
-    told = [line.removeprefix(FAILED) for line in done.stdout.splitlines() if line.startswith(FAILED)]
-    if told:
-        return told[-1]
+    reasons = [line.removeprefix(FAILED) for line in done.stdout.splitlines() if line.startswith(FAILED)]
+    if reasons:
+        return reasons[-1]
     cause = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
     last = "\n".join(done.stderr.splitlines()[-3:])
     hint = " It was probably out of memory: divide the blocks into more parts." if done.returncode == -9 else ""
@@ -121,17 +104,17 @@ def _reason(done: subprocess.CompletedProcess, names: list[str]) -> str:
 
 
 def _check_contexts(folder: Path, names: list[str], binary: str) -> None:
-    """Each graph must be one node on the NPU, all of one binary; that file gets the name `binary`."""
+    """`CompileError` unless each graph is one node on the NPU, all from one binary, which is renamed to `binary`."""
     wrappers = {name: onnx.load(folder / f"{name}_ctx.onnx") for name in names}
     found = set()
     for name, wrapper in wrappers.items():
         kinds = [node.op_type for node in wrapper.graph.node]
         if kinds != ["EPContext"]:
             listed = ", ".join(sorted(set(kinds)))
-            raise CompileError(f"{name} was split in {len(kinds)} nodes ({listed}), expected one on the NPU.")
+            raise CompileError(f"{name} was split into {len(kinds)} nodes ({listed}), expected one on the NPU.")
         found.add(_cache_attribute(wrapper).s.decode())
     if len(found) != 1:
-        raise CompileError(f"The graphs lie in {len(found)} binaries ({', '.join(sorted(found))}), expected one.")
+        raise CompileError(f"The graphs are in {len(found)} binaries ({', '.join(sorted(found))}), expected one.")
     os.rename(folder / found.pop(), folder / binary)
     for name, wrapper in wrappers.items():
         _cache_attribute(wrapper).s = binary.encode()
@@ -147,10 +130,7 @@ def _cache_attribute(wrapper: onnx.ModelProto) -> onnx.AttributeProto:
 
 
 def read_context(path: Path) -> tuple[str, str]:
-    """The name that a graph has in its binary, and the version of Qualcomm's SDK that made it, of a `…_ctx.onnx`."""
+    """A graph's name in its binary, and the version of Qualcomm's SDK that made it, from a `…_ctx.onnx`."""
     (node,) = onnx.load(path).graph.node
     texts = {attribute.name: attribute.s.decode() for attribute in node.attribute}
     return texts["partition_name"], texts["ep_sdk_version"]
-
-
-__all__ = ["CompileError", "compile_graphs", "read_context"]

@@ -1,10 +1,9 @@
 """The compiler's process: reads a job as JSON from stdin, with graphs and context files in its working folder.
 
-Equal graphs shall become equal bytes. So files are named without a path (that would become part of the names in the
-binary), and it runs on one processor, at memory addresses that are always the same: the compiler goes through some of
-its tables in the order of addresses, and its threads race. Its environment is padded to one size for the same reason.
-What is left is the place where Python and this program are installed, and rarely chance: both change the order of
-things inside of a binary, and no more.
+Equal graphs should become equal bytes. So files are named without a path (which would become part of names in the
+binary), and the compiler runs on one processor at fixed memory addresses: it walks some of its tables in the order of
+addresses, and its threads race. Its environment is padded to one size for the same reason. What remains is the place
+where Python and this program are installed, and rarely chance: both only change the order inside a binary.
 """
 
 import ctypes
@@ -13,16 +12,14 @@ import os
 import sys
 from pathlib import Path
 
-FAILED = "FAILED: "  # begins the line that tells why there is no result
-
-
+FAILED = "FAILED: "  # starts the line with the reason for a failure
 ADDR_NO_RANDOMIZE = 0x0040000  # of Linux, personality(2)
 
 
 def fix_addresses() -> None:
-    """Starts this process anew without random addresses, unless it is without already, or that is forbidden.
+    """Restarts this process without address randomization, unless it is off already or must stay on.
 
-    Some containers forbid it. The binary is as good then, but less often the same.
+    Some containers forbid it. The binary is just as good then, but equal less often.
     """
     personality = ctypes.CDLL(None).personality
     current = personality(0xFFFFFFFF)
@@ -31,7 +28,7 @@ def fix_addresses() -> None:
 
 
 def main() -> int:
-    """Compiles the graphs of one job into one binary; 0 if all of them were."""
+    """Compiles the graphs of one job into one binary; 0 if that succeeds."""
     fix_addresses()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from conversion.qnn.npu.sessions import npu_session
@@ -41,13 +38,11 @@ def main() -> int:
     soc = find_soc(job["soc"])
     alive = []  # a session that ends takes its part of the shared binary with it
     names = list(job["graphs"])
+    shares = len(names) > 1
     for name, graph in job["graphs"].items():
-        shares = len(names) > 1
-        context = Path(f"{name}_ctx.onnx")
+        context, is_last = Path(f"{name}_ctx.onnx"), shares and name == names[-1]
         try:
-            alive.append(
-                npu_session(graph, soc, context=context, shares_weights=shares, is_last=shares and name == names[-1])
-            )
+            alive.append(npu_session(graph, soc, context=context, shares_weights=shares, is_last=is_last))
         except (RuntimeError, OSError) as error:
             print(FAILED + " ".join(str(error).split()), flush=True)
             return 1
@@ -55,7 +50,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Without the teardown of the plugin, which has nothing left to do.
+    # Skips the plugin's teardown, which has nothing left to do.
     status = main()
     sys.stdout.flush()
     os._exit(status)

@@ -1,6 +1,6 @@
 """Sessions on the NPU's compiler and emulator, both part of Qualcomm's plugin for ONNX Runtime.
 
-The libraries are imported where they are used, so that what is missing can be told where they are not installed.
+The libraries are imported where they are used, so that a missing one can be named.
 """
 
 import functools
@@ -18,34 +18,20 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PROVIDER = "QNNExecutionProvider"
-OLDEST_PYTHON = (3, 11)
-OLDEST_GLIBC = (2, 35)
 EXTRA = "pip install 'genieblue[qnn]'"
 LIBRARIES = ("onnxruntime", "onnxruntime_qnn", "onnx", "onnxscript")  # of that extra, by the names of their modules
 
 
 class CompileError(OSError):
-    """The compiler refuses a graph, or has died of it."""
+    """The compiler refuses a graph, or crashes."""
 
 
 def check_platform() -> None:
-    """`OSError` with the reason if Qualcomm's compiler cannot run here."""
-    if sys.version_info < OLDEST_PYTHON:
-        raise OSError(
-            f"Python {platform.python_version()} is too old for onnxruntime-qnn: {'.'.join(map(str, OLDEST_PYTHON))} "
-            "or newer is needed."
-        )
+    """`OSError` if Qualcomm's compiler cannot run here; pip has checked Python and glibc when it was installed."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise OSError(
-            f"This is {sys.platform} on {platform.machine()}; the compiler is checked on Linux on x86-64 only: export "
-            "there (a container does), and use the bundle anywhere."
-        )
-    name, version = platform.libc_ver()
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if name == "glibc" and numbers < OLDEST_GLIBC:
-        raise OSError(
-            f"glibc {version} is too old for onnxruntime-qnn: {'.'.join(map(str, OLDEST_GLIBC))} or newer is needed "
-            "(Debian 12, Ubuntu 22.04)."
+            f"This is {sys.platform} on {platform.machine()}, but the compiler runs on Linux on x86-64 only: export "
+            "there (a container will do), and use the bundle anywhere."
         )
 
 
@@ -66,7 +52,7 @@ def npu_devices() -> tuple:
     except ImportError as error:
         raise OSError(f"Qualcomm's compiler is not installed ({error}): {EXTRA}") from error
     devices = _listed_devices()
-    if not devices:  # else registered already in this process, by somebody else perhaps
+    if not devices:  # otherwise already registered in this process
         onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
         devices = _listed_devices()
     if not devices:
@@ -96,11 +82,11 @@ def npu_session(
     shares_weights: bool = False,
     is_last: bool = False,
 ) -> "onnxruntime.InferenceSession":
-    """A session with every node on the NPU (its emulator here); there is no way back to the CPU.
+    """A session with every node on the NPU (here its emulator), never on the CPU.
 
     Args:
-        context: where to write the compiled graph (`…_ctx.onnx`, and its binary beside it), which must not exist.
-        shares_weights: put the graph into one binary with those compiled before it in this way, whose sessions must
+        context: new file for the compiled graph (`…_ctx.onnx`, with its binary beside it).
+        shares_weights: adds the graph to one binary with those compiled before it in this way, whose sessions must
             still be alive; `is_last` closes the group and writes the binary.
 
     Raises `CompileError` if a node cannot run on the NPU, or the compiler fails otherwise.
@@ -134,12 +120,12 @@ def npu_session(
 
 
 def cpu_options() -> "onnxruntime.SessionOptions":
-    """Options of a session that computes what the graph says, no cheaper approximation of it."""
+    """Options of a session that computes the graph exactly, without approximations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Level "basic" folds weights and nothing else that changes a number.
+    # The level "basic" folds weights, and changes no numbers otherwise.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
 
@@ -149,9 +135,3 @@ def cpu_session(model: str | os.PathLike) -> "onnxruntime.InferenceSession":
     import onnxruntime
 
     return onnxruntime.InferenceSession(os.fspath(model), cpu_options(), providers=["CPUExecutionProvider"])
-
-
-__all__ = [
-    "CompileError", "check_platform", "compiler_version", "cpu_options", "cpu_session", "npu_devices", "npu_session",
-    "check_libraries_installed",
-]  # fmt: skip

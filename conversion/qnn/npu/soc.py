@@ -13,7 +13,7 @@ class Soc:
     title: str
 
 
-# Each compiles a 16-bit graph with int4 weights. The compiler itself takes any number without a word.
+# Each was seen to compile a 16-bit graph with int4 weights. The compiler itself accepts any number.
 SOCS = {
     soc.name: soc
     for soc in (
@@ -34,6 +34,3 @@ def find_soc(name: str) -> Soc:
         known = ", ".join(f"{soc.name} ({soc.title})" for soc in SOCS.values())
         raise ValueError(f"Unknown SoC {name!r}: choose one of {known}.")
     return soc
-
-
-__all__ = ["SOCS", "Soc", "find_soc"]

@@ -1,7 +1,7 @@
 """Writes float graphs with AIMET `.encodings`, for Qualcomm's own converter (QAIRT).
 
-`qairt-converter --input_network X.onnx --quantization_overrides X.encodings` makes of them what the QDQ graphs say;
-their matrices are those that the codes stand for. The layout is version 1.0.0 of AIMET's, in which
+`qairt-converter --input_network X.onnx --quantization_overrides X.encodings` turns them into the QDQ graphs'
+equivalent; their matrices have the values of the codes. The layout is AIMET's version 1.0.0, in which
 `value = (code + offset) * scale` for codes from zero upwards.
 """
 
@@ -30,7 +30,7 @@ def save_with_encodings(
     """Writes a float graph as `path` and its encodings as `<name>.encodings`; its weights go to `store`.
 
     Args:
-        model: which is changed: its weights move to the store, those with one scale become inputs of the graph.
+        model: is changed: its weights move to the store, and those with one scale become inputs of the graph.
         encodings, codes: as `quantize_graph` takes them.
     """
     parameters = []
@@ -55,7 +55,7 @@ def save_with_encodings(
 
 
 def _tensor_entry(name: str, encoding: Encoding) -> dict[str, Any]:
-    """One encoding for a whole tensor; signed codes are symmetric here and use one code less."""
+    """One encoding for a whole tensor; AIMET's signed codes are symmetric, with one code fewer."""
     limits = np.iinfo(encoding.dtype)
     offset = -limits.max if limits.min < 0 else -encoding.zero_point
     return _entry(name, "PER_TENSOR", limits.bits, limits.min < 0, [encoding.scale], int(offset))
@@ -79,6 +79,3 @@ def _pass_in_from_outside(graph: onnx.GraphProto, names: set[str]) -> None:
     for tensor in [tensor for tensor in graph.initializer if tensor.name in names]:
         graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         graph.initializer.remove(tensor)
-
-
-__all__ = ["save_with_encodings"]

@@ -1,7 +1,7 @@
 """SeqMSE from Qualcomm's AIMET: chooses the scale of a weight that minimizes the output error on real requests.
 
-Rounding to nearest with a scale from the largest weight wastes codes on outliers. SeqMSE tries smaller ones, matrix by
-matrix behind those that are rounded already, and keeps for each channel the one with the least squared error.
+Rounding to nearest with a scale from the largest weight wastes codes on outliers. SeqMSE tries smaller scales, matrix
+by matrix after those that are already rounded, and keeps the one with the smallest squared error for each channel.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import onnx
 from conversion.qnn.qdq.encoding import WeightCodes, round_to_nearest, round_with_scales
 from conversion.qnn.qdq.quantize import weights_of
 
-CANDIDATES = 20  # scales that are tried, from a twentieth of the usual one upwards
+CANDIDATES = 20  # scales to try, from a twentieth of the usual one upwards
 EXTRA = "pip install 'genieblue[aimet]'"
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def check_aimet_installed() -> None:
 
 
 class SeqMse:
-    """A `Rounding` of one part of the blocks; equal matrices, as both views share them, get equal codes.
+    """A `Rounding` for one part of the blocks; matrices that the views share get equal codes.
 
     Call `fit` with each float graph before its weights are rounded.
     """
@@ -43,7 +43,7 @@ class SeqMse:
     def fit(
         self, model: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]], bits_of: Callable[[str], int]
     ) -> None:
-        """Chooses scales for the matrices of `model` that no graph before had, on calls with `feeds`."""
+        """Chooses scales for the matrices of `model` that no earlier graph had, on calls with `feeds`."""
         weights = weights_of(model)
         known = {name for name, (values, _) in weights.items() if self._key(values, bits_of(name)) in self._codes}
         self._scales = seqmse_scales(model, feeds, bits_of, leave=known)
@@ -69,7 +69,7 @@ def seqmse_scales(
     *,
     leave: set[str] = frozenset(),
 ) -> dict[str, np.ndarray]:
-    """Scales (channels,) by name of the matrices of a float graph, but for those in `leave`."""
+    """Scales (channels,) by name for the matrices of a float graph, except those in `leave`."""
     check_aimet_installed()
     with _quietly():
         from aimet_onnx import QuantizationSimModel, apply_seq_mse, int4, int16
@@ -96,7 +96,7 @@ def seqmse_scales(
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """AIMET prints and logs at will, which is no output of ours."""
+    """Silences AIMET, which prints and logs a lot."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -104,6 +104,3 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-__all__ = ["SeqMse", "check_aimet_installed", "seqmse_scales"]

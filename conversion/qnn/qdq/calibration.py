@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 class Calibration:
     """What the graphs are calibrated on."""
 
-    requests: dict[str, list[np.ndarray]]  # by view, embeddings (tokens, hidden_size), the longest request first
+    requests: dict[str, list[np.ndarray]]  # by view, embeddings (tokens, hidden_size), longest first
     tiles: list[np.ndarray]  # each (3, image_size, image_size)
     embedding_range: Range  # of all embeddings there are, images included
 
@@ -31,10 +32,10 @@ def prepare_calibration(
 
     Args:
         encoded: each with `input_ids`, (length,) or (1, length), image tokens in their places, and `pixel_values`
-            (num_tiles, 3, image_size, image_size) where there are images. Whole conversations, answers included,
-            calibrate better than questions. What does not fit into the context is left out.
-        chunk_length: tokens per call. A request that is longer shows how graphs go on from their cache: a view without
-            such a one is warned of.
+            (num_tiles, 3, image_size, image_size) for images. Whole conversations with answers calibrate better than
+            questions alone. Requests are cut to the context.
+        chunk_length: tokens per call. Only longer requests calibrate how graphs continue from their cache; a warning
+            names a view that has none.
 
     Texts calibrate the text view; those with images calibrate the multimodal view and, without their images, the text
     view too. Raises `ValueError` if no request has an image, or none has a text.
@@ -56,20 +57,20 @@ def prepare_calibration(
         raise ValueError("The calibration has no requests with text: give some from your training data.")
     if not tiles:
         raise ValueError(
-            "The calibration has no images, so nothing is known about what the vision tower and the multimodal view "
-            "meet: give requests with images."
+            "The calibration has no images, so the vision tower and the multimodal view cannot be calibrated: give "
+            "requests with images."
         )
     for view, arrays in requests.items():
-        # The first one is what `verify` will read: only a long one shows all that the graphs do.
+        # `verify` reads the first one, and only a long one uses everything in the graphs.
         arrays.sort(key=len, reverse=True)
         if len(arrays[0]) <= chunk_length + 2:
             logger.warning(
-                "The longest %s request of the calibration has %d tokens, a chunk takes %d of them: how the graphs go "
-                "on from their cache is hardly calibrated, nor compared by `verify`. Give longer ones.",
+                "The longest %s request of the calibration has %d tokens, and a chunk has %d: how the graphs continue "
+                "from their cache is hardly calibrated, nor compared by `verify`. Give longer ones.",
                 view, len(arrays[0]), chunk_length,
             )  # fmt: skip
-    seen = [(float(array.min()), float(array.max())) for array in requests["multimodal"]]
-    return Calibration(requests, tiles, union(_table_range(model), *seen))
+    embeddings = chain(embedding_rows(model), requests["multimodal"])
+    return Calibration(requests, tiles, union(*((float(rows.min()), float(rows.max())) for rows in embeddings)))
 
 
 def _embed(model: Any, ids: torch.Tensor, pixels: torch.Tensor | None) -> np.ndarray:
@@ -78,16 +79,9 @@ def _embed(model: Any, ids: torch.Tensor, pixels: torch.Tensor | None) -> np.nda
     return model.embed_request(ids.to(device), pixels)[0].float().cpu().numpy()
 
 
+@torch.no_grad()
 def embedding_rows(model: Any, batch: int = 4096) -> Iterable[np.ndarray]:
     """The base's embeddings in the order of their ids, `batch` rows at a time, (rows, hidden_size)."""
     count = model.get_input_embeddings().weight.shape[0]
     for start in range(0, count, batch):
         yield _embed(model, torch.arange(start, min(start + batch, count))[None], None)
-
-
-def _table_range(model: Any) -> Range:
-    with torch.no_grad():
-        return union(*((float(rows.min()), float(rows.max())) for rows in embedding_rows(model)))
-
-
-__all__ = ["Calibration", "embedding_rows", "prepare_calibration"]

@@ -85,9 +85,3 @@ def round_with_scales(weight: np.ndarray, scales: np.ndarray, bits: int, axis: i
 def constant_encoding(values: np.ndarray) -> Encoding:
     """The 16-bit encoding of a bias, a norm's weight or a single number."""
     return Encoding.of((float(values.min()), float(values.max())))
-
-
-__all__ = [
-    "LEVELS", "Encoding", "Range", "Rounding", "WeightCodes", "constant_encoding", "round_to_nearest",
-    "round_with_scales",
-]  # fmt: skip

@@ -6,16 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import helper, numpy_helper
 
 from conversion.qnn.qdq.encoding import Encoding, WeightCodes
-
-DTYPES = {
-    TensorProto.UINT16: "uint16",
-    TensorProto.INT16: "int16",
-    TensorProto.UINT8: "uint8",
-    TensorProto.INT8: "int8",
-}
 
 
 def describe_boundary(
@@ -34,7 +27,7 @@ def describe_boundary(
         return {
             "name": value.name,
             "shape": [dim.dim_value for dim in kind.shape.dim],
-            "dtype": DTYPES[kind.elem_type],
+            "dtype": helper.tensor_dtype_to_np_dtype(kind.elem_type).name,
             "scale": scale,
             "offset": offset,
         }
@@ -46,7 +39,7 @@ def describe_boundary(
 
 
 def read_codes(path: Path) -> dict[str, WeightCodes]:
-    """Codes by name of the matrices of a QDQ graph that are constants."""
+    """Codes of the constant matrices of a QDQ graph, by name."""
     model = onnx.load(path)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     found = {}
@@ -62,7 +55,7 @@ def read_codes(path: Path) -> dict[str, WeightCodes]:
 
 
 def read_constants(path: Path) -> dict[str, np.ndarray]:
-    """Values by name of the biases, norm weights and single numbers of a QDQ graph, which have 16 bits."""
+    """Values of the 16-bit constants of a QDQ graph (biases, norm weights, single numbers), by name."""
     tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
     found = {}
     for name, tensor in tensors.items():
@@ -71,6 +64,3 @@ def read_constants(path: Path) -> dict[str, np.ndarray]:
             scale, zero_point = (numpy_helper.to_array(tensors[f"{title}/{kind}"]) for kind in ("scale", "zero_point"))
             found[title] = Encoding(scale.item(), zero_point.item()).decode(numpy_helper.to_array(tensor))
     return found
-
-
-__all__ = ["describe_boundary", "read_codes", "read_constants"]

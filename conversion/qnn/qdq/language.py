@@ -1,13 +1,13 @@
 """Quantizes some blocks of both views: four QDQ graphs over one store of weights, for one context binary.
 
 The four are prefill and decode of the text view and of the multimodal view. They are calibrated and quantized part by
-part, so that only the blocks of one part are ever in memory in full precision.
+part, so only one part's blocks are in memory in full precision.
 """
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, DecoderShape, boundary_names, cache_names
+from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, DecoderShape, RunGraph, boundary_names, cache_names
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
 from conversion.qnn.graphs.float_onnx import structure, to_float_onnx
 from conversion.qnn.graphs.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora, weight_bits
@@ -48,30 +48,60 @@ class LanguageSettings:
         return self.chunk_length if stage == "prefill" else 1
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some blocks, and how their graphs read a request."""
+
+    shape: DecoderShape
+    blocks: range
+    settings: LanguageSettings
+
+    @property
+    def input_name(self) -> str:
+        """What a graph reads: embeddings, or hidden states of the part before."""
+        return boundary_names(self.shape, self.blocks)[0]
+
+    @property
+    def output_name(self) -> str:
+        """What a graph gives: hidden states, or logits."""
+        return boundary_names(self.shape, self.blocks)[1]
+
+    def read(self, run: RunGraph, stream: np.ndarray) -> dict[str, np.ndarray]:
+        """The output (tokens, hidden_size or vocabulary) and the caches of one request, read in chunks by `run`."""
+        settings = self.settings
+        lengths = settings.chunk_length, settings.context_length
+        decoder = ChunkedDecoder(self.shape, run, *lengths, blocks=self.blocks)
+        return {self.output_name: decoder.read(stream, only_chunks=True), **decoder.cache}
+
+    def probe(self, requests: list[np.ndarray]) -> np.ndarray:
+        """The start of the first request, which verification compares number by number."""
+        return requests[0][: sum(probe_lengths(self.settings.chunk_length, len(requests[0])))]
+
+
 @dataclass
 class PartResult:
-    """What came out of one part of the blocks."""
+    """The result for one part of the blocks."""
 
     graphs: dict[str, Path]  # `text_prefill`, … → QDQ file
     boundary: dict[str, dict[str, Encoding]]  # by view, encodings of inputs and outputs
     codes: dict[str, dict[str, WeightCodes]]  # by view
-    streams: dict[str, list[np.ndarray]]  # by view, what the next part reads
+    streams: dict[str, list[np.ndarray]]  # by view, input of the next part
     probe: dict[str, np.ndarray]  # float outputs for the first request of each view, the longest
 
 
 @dataclass
 class _ViewResult:
-    """What came out of one view of a part."""
+    """The result for one view of a part."""
 
     graphs: dict[str, Path]  # by stage, QDQ file
     boundary: dict[str, Encoding]
     codes: dict[str, WeightCodes]
-    stream: list[np.ndarray]  # by request, what the next part reads
+    stream: list[np.ndarray]  # by request, input of the next part
     values: dict[str, dict[str, np.ndarray]]  # of the probe: `EXACT` and `ROUNDED`, by tensor
 
 
 class _PartFiles:
-    """Where the graphs of a part are written: QDQ files, and float files with encodings if there is a folder for them.
+    """The files of a part: QDQ graphs, and float graphs with encodings if there is a folder for them.
 
     Graphs of one kind share one store of constants, open until `stack` ends.
     """
@@ -92,7 +122,7 @@ class _PartFiles:
     ) -> Path:
         """Quantizes a float graph; returns the QDQ file `<name>_<key>.onnx`.
 
-        The float graph is of no use afterwards: if it is written too, its weights are moved to its store.
+        The float graph is useless afterwards: if it is written too, its weights move to its store.
         """
         title = f"{self.name}_{key}"
         quantized = quantize_graph(model, encodings, codes, name=title)
@@ -104,9 +134,7 @@ class _PartFiles:
 
 def quantize_part(
     views: Mapping[str, Any],
-    shape: DecoderShape,
-    blocks: range,
-    settings: LanguageSettings,
+    part: Part,
     *,
     streams: Mapping[str, list[np.ndarray]],
     input_ranges: Mapping[str, Range],
@@ -114,27 +142,25 @@ def quantize_part(
     folder: Path,
     float_folder: Path | None = None,
 ) -> PartResult:
-    """Writes the four QDQ graphs of `blocks` as `<name>_<view>_<stage>.onnx` and `<name>.data` into `folder`.
+    """Writes the four QDQ graphs of a part as `<name>_<view>_<stage>.onnx` and `<name>.data` into `folder`.
 
     Args:
         views: the modules of the text and the multimodal view.
-        streams: by view what the blocks read in each request, (tokens, hidden_size).
-        input_ranges: by view the range of that, as the part before encodes it.
-        float_folder: where the float graphs with their encodings go, if they are wanted.
+        streams: by view, the input of the blocks in each request, (tokens, hidden_size).
+        input_ranges: by view, the range of that input as the previous part encodes it.
+        float_folder: for the float graphs with their encodings, if wanted.
     """
     result = PartResult({}, {}, {}, {}, {})
-    seqmse = SeqMse() if settings.rounding == "seqmse" else None
+    seqmse = SeqMse() if part.settings.rounding == "seqmse" else None
     with ExitStack() as stack:
         files = _PartFiles(stack, name, folder, float_folder)
         for view in VIEWS:
             found = _quantize_view(
                 view,
                 views[view],
-                shape,
-                blocks,
-                settings,
+                part,
                 requests=streams[view],
-                exact=streams.get(f"{view}/{EXACT}", [_probe_of(streams[view], settings)])[0],
+                exact=streams.get(f"{view}/{EXACT}", [part.probe(streams[view])])[0],
                 input_range=input_ranges[view],
                 seqmse=seqmse,
                 files=files,
@@ -142,19 +168,17 @@ def quantize_part(
             result.graphs.update({f"{view}_{stage}": path for stage, path in found.graphs.items()})
             result.boundary[view], result.codes[view] = found.boundary, found.codes
             result.streams[view] = found.stream
-            result.streams[f"{view}/{EXACT}"] = [found.values[EXACT][boundary_names(shape, blocks)[1]]]
+            result.streams[f"{view}/{EXACT}"] = [found.values[EXACT][part.output_name]]
             for kind, values in found.values.items():
                 result.probe.update({f"{view}/{kind}/{tensor}": value for tensor, value in values.items()})
-            logger.info("Quantized blocks %d to %d of the %s view.", blocks.start, blocks.stop - 1, view)
+            logger.info("Quantized blocks %d to %d of the %s view.", part.blocks.start, part.blocks.stop - 1, view)
     return result
 
 
 def _quantize_view(
     view: str,
     module: Any,
-    shape: DecoderShape,
-    blocks: range,
-    settings: LanguageSettings,
+    part: Part,
     *,
     requests: list[np.ndarray],
     exact: np.ndarray,
@@ -165,27 +189,29 @@ def _quantize_view(
     """Calibrates and writes the two graphs of one view.
 
     Args:
-        requests: what its blocks read in each request, (tokens, hidden_size), with all weights before them rounded.
-        exact: the same of the probe, with no weight rounded.
-        input_range: of the requests, as the part before encodes it.
+        requests: the input of its blocks in each request, (tokens, hidden_size), after blocks with rounded weights.
+        exact: the same for the probe, after blocks with their own weights.
+        input_range: of the requests, as the previous part encodes it.
     """
-    graph = DecoderGraph(module, shape, blocks.start, blocks.stop)
+    blocks, settings = part.blocks, part.settings
+    graph = DecoderGraph(module, part.shape, blocks.start, blocks.stop)
     models = {stage: make_float_graph(graph, settings, stage) for stage in STAGES}
     if structure(models["prefill"]) != structure(models["decode"]):
         raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
     del graph
-    _drop_matrices(models["decode"])  # which are those of the other, and come back as codes
+    _drop_matrices(models["decode"])  # the other graph has the same, and they return as codes
     as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
     if seqmse is not None:
-        feeds = collect_calls(models["prefill"], shape, blocks, requests[:SEQMSE_REQUESTS], settings)
+        feeds = collect_calls(models["prefill"], part, requests[:SEQMSE_REQUESTS])
         seqmse.fit(models["prefill"], feeds, weight_bits)
     codes = round_weights(models["prefill"], weight_bits, rounding=seqmse or round_to_nearest, as_inputs=as_inputs)
-    exact_values = _read_float(models["prefill"], shape, blocks, exact, settings)
-    # Measured with the weights rounded: those are the numbers that the quantized graph will meet.
+    with _float_run(models["prefill"]) as run:
+        exact_values = part.read(run, exact)
+    # Ranges are measured with rounded weights: the quantized graph will have these values.
     for stage in STAGES if settings.encodings else STAGES[:1]:
         apply_codes(models[stage], codes)
-    ranges, outputs, rounded_values = _calibrate(models["prefill"], shape, blocks, requests, settings)
-    ranges |= _fixed_ranges(shape, blocks, input_range)
+    ranges, outputs, rounded_values = _calibrate(models["prefill"], part, requests)
+    ranges |= _fixed_ranges(part, input_range)
     tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
     encodings = encodings_of(models["prefill"], ranges, tied, cache_bits=settings.cache_bits)
     boundary = [value.name for value in (*models["decode"].graph.input, *models["decode"].graph.output)]
@@ -200,7 +226,7 @@ def _quantize_view(
 
 
 def _drop_matrices(model: onnx.ModelProto) -> None:
-    """Empties the matrices of a float graph, of which only the codes are wanted."""
+    """Empties the matrices of a float graph, of which only the codes are needed."""
     names = weights_of(model).keys()
     for tensor in model.graph.initializer:
         if tensor.name in names:
@@ -213,89 +239,64 @@ def make_float_graph(graph: DecoderGraph, settings: LanguageSettings, stage: str
     return to_float_onnx(graph, inputs, graph.input_names, graph.output_names)
 
 
-def _fixed_ranges(shape: DecoderShape, blocks: range, input_range: Range) -> dict[str, Range]:
-    """Ranges that are the same in every graph, so that a caller encodes such an input once for all parts."""
-    turned = (-abs(shape.rotary_scaling), abs(shape.rotary_scaling))
+def _fixed_ranges(part: Part, input_range: Range) -> dict[str, Range]:
+    """Ranges that are equal in all graphs, so that a caller encodes such an input once for all parts."""
+    rotary = (-abs(part.shape.rotary_scaling), abs(part.shape.rotary_scaling))
     return {
-        boundary_names(shape, blocks)[0]: input_range,
-        "attention_mask": (shape.masked, 0.0),
-        "position_ids_cos": turned,
-        "position_ids_sin": turned,
+        part.input_name: input_range,
+        "attention_mask": (part.shape.masked, 0.0),
+        "position_ids_cos": rotary,
+        "position_ids_sin": rotary,
     }
 
 
 def probe_lengths(chunk_length: int, available: int) -> tuple[int, int]:
-    """Of the request that is compared number by number: tokens of its prompt, and tokens decoded behind it."""
+    """Of the request that is compared number by number: tokens of its prompt, and tokens decoded after it."""
     decoded = 2 if available > 3 else 0
     return min(2 * chunk_length + chunk_length // 2, available - decoded), decoded
 
 
-def _probe_of(requests: list[np.ndarray], settings: LanguageSettings) -> np.ndarray:
-    return requests[0][: sum(probe_lengths(settings.chunk_length, len(requests[0])))]
-
-
-def _read_float(
-    model: onnx.ModelProto, shape: DecoderShape, blocks: range, stream: np.ndarray, settings: LanguageSettings
-) -> dict[str, np.ndarray]:
-    """What a float graph gives for one request: its first output, and the caches."""
+@contextmanager
+def _float_run(model: onnx.ModelProto) -> Iterator[RunGraph]:
+    """Runs a float graph, as `ChunkedDecoder` calls it."""
     with TemporaryDirectory() as folder:
         session = cpu_session(save_copy(model, Path(folder) / "float.onnx"))
         names = [value.name for value in session.get_outputs()]
-
-        def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-        decoder = ChunkedDecoder(shape, run, settings.chunk_length, settings.context_length, blocks=blocks)
-        return {boundary_names(shape, blocks)[1]: decoder.read(stream, only_chunks=True), **decoder.cache}
+        yield lambda _tokens, feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
-def collect_calls(
-    model: onnx.ModelProto, shape: DecoderShape, blocks: range, requests: list[np.ndarray], settings: LanguageSettings
-) -> list[dict[str, np.ndarray]]:
-    """The inputs of every call that a float graph for chunks gets in some requests."""
-    with TemporaryDirectory() as folder:
-        session = cpu_session(save_copy(model, Path(folder) / "float.onnx"))
-        names = [value.name for value in session.get_outputs()]
-        calls: list[dict[str, np.ndarray]] = []
+def collect_calls(model: onnx.ModelProto, part: Part, requests: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The inputs of every call of a float graph for chunks, over some requests."""
+    calls: list[dict[str, np.ndarray]] = []
+    with _float_run(model) as run:
 
-        def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def run_and_note(tokens: int, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             calls.append(dict(feeds))
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            return run(tokens, feeds)
 
         for request in requests:
-            decoder = ChunkedDecoder(shape, run, settings.chunk_length, settings.context_length, blocks=blocks)
-            decoder.read(request, only_chunks=True)
+            part.read(run_and_note, request)
     return calls
 
 
 def _calibrate(
-    model: onnx.ModelProto,
-    shape: DecoderShape,
-    blocks: range,
-    requests: list[np.ndarray],
-    settings: LanguageSettings,
+    model: onnx.ModelProto, part: Part, requests: list[np.ndarray]
 ) -> tuple[dict[str, Range], list[np.ndarray], dict[str, np.ndarray]]:
-    """Ranges, what comes out for each request, and the float numbers of the probe."""
+    """Ranges, what the next part reads in each request, and the float numbers of the probe."""
     with TemporaryDirectory() as folder:
         meter = RangeMeter(model, Path(folder))
-        chunk, context = settings.chunk_length, settings.context_length
 
         def run(_tokens: int, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return meter.run(feeds)
 
-        outputs = []
-        for request in requests:
-            decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
-            outputs.append(decoder.read(request, only_chunks=True))
-        probe = _probe_of(requests, settings)
-        decoder = ChunkedDecoder(shape, run, chunk, context, blocks=blocks)
-        values = {boundary_names(shape, blocks)[1]: decoder.read(probe, only_chunks=True), **decoder.cache}
-    is_last = blocks.stop == shape.num_blocks
+        outputs = [part.read(run, request)[part.output_name] for request in requests]
+        values = part.read(run, part.probe(requests))
+    is_last = part.blocks.stop == part.shape.num_blocks
     return meter.ranges, [] if is_last else outputs, values
 
 
 def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
-    """Hex digest of the base's matrices in a graph: their names, codes and scales, LoRA left out."""
+    """Hex digest of the base's matrices in a graph: names, codes and scales, without LoRA."""
     digest = hashlib.sha256()
     for name in sorted(codes):
         if not is_lora(name):
@@ -308,22 +309,16 @@ def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
 def base_codes(
     base: Any, shape: DecoderShape, blocks: range, scales: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, WeightCodes]:
-    """The codes that the base alone gives for the matrices of a part: no graph, no calibration, no adapter.
+    """Codes of a part's matrices from the base alone: without graph, calibration or adapter.
 
-    With `scales` by name, as SeqMSE has chosen them, else with those of rounding to nearest.
+    Rounded with `scales` by name where given (as SeqMSE chose them), otherwise to nearest.
     """
     codes = {}
     for name, value in DecoderGraph(base, shape, blocks.start, blocks.stop).named_buffers():
         if value.ndim == 2:
             weight, bits = value.cpu().numpy(), weight_bits(name)
-            chosen = scales is not None and name in scales
-            codes[name] = (
-                round_with_scales(weight, scales[name], bits, 1) if chosen else round_to_nearest(name, weight, bits, 1)
-            )
+            if scales is not None and name in scales:
+                codes[name] = round_with_scales(weight, scales[name], bits, 1)
+            else:
+                codes[name] = round_to_nearest(name, weight, bits, 1)
     return codes
-
-
-__all__ = [
-    "LanguageSettings", "PartResult", "base_codes", "codes_digest", "collect_calls", "make_float_graph",
-    "probe_lengths", "quantize_part",
-]  # fmt: skip

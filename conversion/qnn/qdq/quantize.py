@@ -1,13 +1,13 @@
 """Float graph + ranges → QDQ graph: 16-bit activations, symmetric int4 or int8 weights with a scale per channel.
 
-The inputs and outputs of the graph are quantized too (uint16), including caches, so that nothing is converted between
-calls.
+Inputs and outputs of the graph, including caches, are quantized too, so nothing is converted between calls.
 """
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
+from ml_dtypes import int4  # which onnx needs too
 from onnx import TensorProto, helper, numpy_helper
 
 from conversion.qnn.qdq.encoding import (
@@ -21,7 +21,6 @@ from conversion.qnn.qdq.encoding import (
 )
 from conversion.qnn.qdq.ranges import union
 
-KINDS = {"uint16": TensorProto.UINT16, "int16": TensorProto.INT16, "uint8": TensorProto.UINT8}
 # These move values without changing them. Both sides share an encoding, so the NPU moves codes and never rescales.
 MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Pad")
 # The NPU prescribes the encoding of these outputs.
@@ -68,8 +67,6 @@ def encodings_of(
         tied: additional pairs that must share an encoding: caches that go in and come out.
         cache_bits: 16, or 8 for half the cache: for keys and values, the second factors of attention's products.
     """
-    if cache_bits not in CACHE_DTYPES:
-        raise ValueError(f"`cache_bits` is {cache_bits!r}: expected 16 or 8.")
     groups = tensor_groups(model, tied or {})
     if missing := [name for name in groups if name not in ranges]:
         raise ValueError(
@@ -125,10 +122,10 @@ def round_weights(
         as_inputs: which weights will be inputs of the graph instead of constants. They get a single scale, because the
             NPU supports a scale per channel only for constants.
     """
-    codes = {}
-    for name, (weight, axis) in weights_of(model).items():
-        codes[name] = rounding(name, weight, bits_of(name), None if as_inputs(name) else axis)
-    return codes
+    return {
+        name: rounding(name, weight, bits_of(name), None if as_inputs(name) else axis)
+        for name, (weight, axis) in weights_of(model).items()
+    }
 
 
 def weights_of(model: onnx.ModelProto) -> dict[str, tuple[np.ndarray, int]]:
@@ -175,6 +172,7 @@ class _Quantizer:
         self.graph.name = name
         self.constants = {tensor.name: tensor for tensor in self.source.initializer}
         self.decoded: dict[str, str] = {}  # float tensor → name of the DequantizeLinear output that replaces it
+        self.scales: dict[str, list[str]] = {}  # activation → names of its scale and zero point
 
     def run(self) -> onnx.ModelProto:
         outputs = {value.name for value in self.source.output}
@@ -199,7 +197,8 @@ class _Quantizer:
 
     def _coded(self, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
         dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        return helper.make_tensor_value_info(value.name, KINDS[self.encodings[value.name].dtype], dims)
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.encodings[value.name].dtype))
+        return helper.make_tensor_value_info(value.name, kind, dims)
 
     def _append(self, operator: str, inputs: list[str], output: str, **attributes: int) -> None:
         self.graph.node.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
@@ -208,32 +207,38 @@ class _Quantizer:
         self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
+    def _scale(self, name: str, scale: np.ndarray | np.generic, zero_point: np.ndarray | np.generic) -> list[str]:
+        return [self._constant(f"{name}/scale", scale), self._constant(f"{name}/zero_point", zero_point)]
+
     def _encoding_of(self, name: str) -> list[str]:
-        encoding = self.encodings[name]
-        key = f"{name}/scale"
-        if key not in self.decoded:
-            self._constant(key, np.float32(encoding.scale))
-            self._constant(f"{name}/zero_point", encoding.zero)
-            self.decoded[key] = key
-        return [key, f"{name}/zero_point"]
+        """Names of the scale and zero point of an activation, which all of its conversions share."""
+        if name not in self.scales:
+            encoding = self.encodings[name]
+            self.scales[name] = self._scale(name, np.float32(encoding.scale), encoding.zero)
+        return self.scales[name]
+
+    def _decode(self, name: str, inputs: list[str], **attributes: int) -> None:
+        self.decoded[name] = f"{name}/decoded"
+        self._append("DequantizeLinear", inputs, f"{name}/decoded", **attributes)
 
     def _decode_activation(self, name: str, codes: str) -> None:
-        self.decoded[name] = f"{name}/decoded"
-        self._append("DequantizeLinear", [codes, *self._encoding_of(name)], f"{name}/decoded")
+        self._decode(name, [codes, *self._encoding_of(name)])
 
     def _encode_result(self, node: onnx.NodeProto, name: str, codes: str) -> None:
         encoding = self.encodings[name]
+        # A cache and its new entries share an encoding (`MOVES`), so their codes can be joined as they are.
         joins = node.op_type == "Concat" and all(self.encodings[part].dtype == encoding.dtype for part in node.input)
         value = self._float(name)
         if encoding.dtype != "uint16" and not joins:
-            # Operators have unsigned 16-bit outputs; any other type needs a separate conversion.
+            # Operators have unsigned 16-bit outputs; any other type needs a conversion of its own, from an encoding of
+            # the same range.
             wide = f"{name}/wide"
             limits = np.iinfo(encoding.dtype)
             ends = [(limit - encoding.zero_point) * encoding.scale for limit in (limits.min, limits.max)]
             self.encodings[wide] = Encoding.of((ends[0], ends[1]))
             self._append("QuantizeLinear", [value, *self._encoding_of(wide)], f"{wide}/codes")
-            self._append("DequantizeLinear", [f"{wide}/codes", *self._encoding_of(wide)], f"{wide}/decoded")
-            value = f"{wide}/decoded"
+            self._decode_activation(wide, f"{wide}/codes")
+            value = self.decoded[wide]
         self._append("QuantizeLinear", [value, *self._encoding_of(name)], codes)
         self._decode_activation(name, codes)
 
@@ -253,32 +258,25 @@ class _Quantizer:
         return self.decoded[name]
 
     def _decode_weight(self, name: str, weight: WeightCodes) -> None:
-        kind = TensorProto.INT4 if weight.bits == 4 else TensorProto.INT8
+        """A matrix with symmetric codes: a constant, or an input of the graph if it has a single scale."""
+        dtype = np.dtype(int4 if weight.bits == 4 else np.int8)
         if weight.axis is None:
+            kind = helper.np_dtype_to_tensor_dtype(dtype)
             self.graph.input.append(helper.make_tensor_value_info(name, kind, weight.codes.shape))
         else:
-            raw = pack_int4(weight.codes) if weight.bits == 4 else np.ascontiguousarray(weight.codes).tobytes()
-            self.graph.initializer.append(helper.make_tensor(name, kind, weight.codes.shape, raw, raw=True))
-        self._constant(f"{name}/scale", weight.scales)
-        zeros = np.zeros(weight.scales.shape, np.int8)
-        raw = pack_int4(zeros) if weight.bits == 4 else zeros.tobytes()
-        self.graph.initializer.append(helper.make_tensor(f"{name}/zero_point", kind, zeros.shape, raw, raw=True))
-        self.decoded[name] = f"{name}/decoded"
+            self._constant(name, weight.codes.astype(dtype))
         attributes = {} if weight.axis is None else {"axis": weight.axis}
-        inputs = [name, f"{name}/scale", f"{name}/zero_point"]
-        self._append("DequantizeLinear", inputs, f"{name}/decoded", **attributes)
+        scale = self._scale(name, weight.scales, np.zeros(weight.scales.shape, dtype))
+        self._decode(name, [name, *scale], **attributes)
 
     def _decode_constant(self, name: str, values: np.ndarray) -> None:
         """Biases, norm weights and single numbers: 16 bits."""
         encoding = constant_encoding(values)
-        self._constant(f"{name}/codes", encoding.encode(values))
-        self._constant(f"{name}/scale", np.float32(encoding.scale))
-        self._constant(f"{name}/zero_point", encoding.zero)
-        self.decoded[name] = f"{name}/decoded"
-        inputs = [f"{name}/codes", f"{name}/scale", f"{name}/zero_point"]
-        self._append("DequantizeLinear", inputs, f"{name}/decoded")
+        codes = self._constant(f"{name}/codes", encoding.encode(values))
+        self._decode(name, [codes, *self._scale(name, np.float32(encoding.scale), encoding.zero)])
 
     def _drop_unused_decoders(self) -> None:
+        """Drops the decoders of outputs that no operator reads."""
         used = {name for node in self.graph.node for name in node.input}
         kept = [node for node in self.graph.node if node.op_type != "DequantizeLinear" or node.output[0] in used]
         del self.graph.node[:]
@@ -290,16 +288,3 @@ def apply_codes(model: onnx.ModelProto, codes: Mapping[str, WeightCodes]) -> Non
     for tensor in model.graph.initializer:
         if tensor.name in codes:
             tensor.CopyFrom(numpy_helper.from_array(codes[tensor.name].decode().astype(np.float32), tensor.name))
-
-
-def pack_int4(codes: np.ndarray) -> bytes:
-    """Packs two codes per byte, the first in the low half, as ONNX stores them."""
-    flat = codes.astype(np.int8).reshape(-1).view(np.uint8) & 15
-    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
-    return (flat[0::2] | (flat[1::2] << 4)).tobytes()
-
-
-__all__ = [
-    "CACHE_DTYPES", "apply_codes", "encodings_of", "pack_int4", "quantize_graph", "round_weights", "tensor_groups",
-    "weights_of",
-]  # fmt: skip

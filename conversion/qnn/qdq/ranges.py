@@ -21,11 +21,11 @@ def union(*ranges: Range) -> Range:
 class RangeMeter:
     """Runs a float graph and records the minimum and maximum of each tensor.
 
-    The reductions are part of the graph, so that no tensor has to be returned from it.
+    The reductions are part of the graph, so the tensors themselves are never outputs.
     """
 
     def __init__(self, model: onnx.ModelProto, folder: Path):
-        """`folder` is for the graph with reductions, which ONNX Runtime reads from disk."""
+        """`folder` gets the graph with reductions, which ONNX Runtime reads from disk."""
         self.output_names = [value.name for value in model.graph.output]
         self.ranges: dict[str, Range] = {}
         path = folder / "watched.onnx"
@@ -84,6 +84,3 @@ def measure_ranges(
     if not meter.ranges:
         raise ValueError("The calibration has no samples: give at least one request.")
     return meter.ranges
-
-
-__all__ = ["RangeMeter", "measure_ranges", "union"]

@@ -6,15 +6,15 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-SMALLEST = 1024  # bytes of a constant that is worth a place in the store
+SMALLEST = 1024  # bytes; smaller constants stay in the graph
 ALIGNMENT = 64
 
 
 class ConstantStore:
-    """A file of constants, each distinct one written once; several graphs point into it."""
+    """A file of constants for several graphs; equal ones are written once."""
 
     def __init__(self, path: Path):
-        """Begins an empty store at `path`, replacing what is there."""
+        """Starts an empty store at `path`, replacing an existing file."""
         self.path = path
         self._places: dict[bytes, tuple[int, int]] = {}
         self._file = path.open("wb")
@@ -26,7 +26,7 @@ class ConstantStore:
         self._file.close()
 
     def save(self, model: onnx.ModelProto, path: Path) -> Path:
-        """Writes `model`, whose large constants it moves to the store, to `path` in the folder of the store."""
+        """Moves the large constants of `model` to the store and writes the rest to `path`, in the same folder."""
         for tensor in model.graph.initializer:
             if _is_large(tensor):
                 self._point(tensor, tensor.raw_data)
@@ -36,7 +36,7 @@ class ConstantStore:
         return path
 
     def copy(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """A copy of `model` with its large constants in the store; `model` keeps its own, of which none is doubled."""
+        """A copy of `model` with its large constants in the store instead of in memory; `model` keeps its own."""
         copied = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
         graph, source = copied.graph, model.graph
         graph.name = source.name
@@ -68,7 +68,7 @@ class ConstantStore:
 
 
 def save_copy(model: onnx.ModelProto, path: Path) -> Path:
-    """Writes a copy of `model` to `path` with its large constants beside it, which are not doubled in memory."""
+    """Writes `model` to `path` and its large constants beside it, without a second copy in memory."""
     with ConstantStore(path.with_suffix(".data")) as store:
         path.write_bytes(store.copy(model).SerializeToString(deterministic=True))
     return path
@@ -76,6 +76,3 @@ def save_copy(model: onnx.ModelProto, path: Path) -> Path:
 
 def _is_large(tensor: TensorProto) -> bool:
     return tensor.HasField("raw_data") and len(tensor.raw_data) >= SMALLEST
-
-
-__all__ = ["ConstantStore", "save_copy"]

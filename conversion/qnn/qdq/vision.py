@@ -18,21 +18,21 @@ from conversion.qnn.qdq.ranges import measure_ranges
 from conversion.qnn.qdq.stored_graphs import ConstantStore, save_copy
 
 VISION_BITS = 8
-# Of the length of all features: how far those of the graph, in 32 bits, may be from the model's, in 32 or in 16 bits.
+# Largest difference of the graph's features (float32) from the model's (32 or 16 bits), relative to their norm.
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 1e-1
 
 
 @dataclass
 class VisionResult:
-    """What came out of the vision tower."""
+    """The result for the vision tower."""
 
     graph: Path
     boundary: dict[str, Encoding]
-    probe: dict[str, np.ndarray]  # pixels of one batch of tiles, and the float features of them
+    probe: dict[str, np.ndarray]  # one batch of tiles, and its float features
 
 
 def batches_of(tiles: list[np.ndarray], size: int) -> list[np.ndarray]:
-    """Tiles (3, side, side) in arrays (size, 3, side, side), the last one filled up with its last tile."""
+    """Tiles (3, side, side) in arrays (size, 3, side, side), the last one padded with its last tile."""
     batches = [tiles[start : start + size] for start in range(0, len(tiles), size)]
     return [np.stack([*batch, *[batch[-1]] * (size - len(batch))]).astype(np.float32) for batch in batches]
 
@@ -43,7 +43,7 @@ def quantize_vision(
     """Writes `vision.onnx`, for `batch` tiles at a time, and `vision.data` into `folder`.
 
     The float graph with its encodings goes into `float_folder`, if there is one. Raises `ValueError` if the float
-    graph says something else than the model to the first batch.
+    graph does not give the model's features for the first batch.
     """
     graph = VisionGraph(model)
     float_graph = to_float_onnx(graph, graph.example_inputs(batch), graph.input_names, graph.output_names)
@@ -54,7 +54,7 @@ def quantize_vision(
         session = cpu_session(save_copy(float_graph, Path(work) / "vision.onnx"))
         features = session.run(["image_features"], {"pixel_values": batches[0]})[0]
         del session
-        _refuse_other_features(model, batches[0], features)
+        _check_features(model, batches[0], features)
         apply_codes(float_graph, codes)
         ranges = measure_ranges(float_graph, ({"pixel_values": pixels} for pixels in batches), Path(work))
     probe = {"pixel_values": batches[0], "image_features": features}
@@ -71,7 +71,7 @@ def quantize_vision(
 
 
 @torch.no_grad()
-def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
+def _check_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
     """`ValueError` unless the features `found` for `pixels` are the model's own."""
     own = model.get_image_features(torch.from_numpy(pixels)).pooler_output.float().cpu().numpy()
     dtypes = {parameter.dtype for part in (model.vision_tower, model.multi_modal_projector)
@@ -80,10 +80,7 @@ def _refuse_other_features(model: Any, pixels: np.ndarray, found: np.ndarray) ->
     error = float(np.linalg.norm(found - own) / np.linalg.norm(own)) if found.shape == own.shape else float("inf")
     if not error <= tolerance:
         raise ValueError(
-            f"The vision tower and the projector cannot be exported to QNN: for {len(pixels)} tiles their graph says "
-            f"{found.shape}, the model {own.shape}, and the difference is {error:.2g} of what the model says (at most "
-            f"{tolerance:g}): they compute something else than a SigLIP with their weights does."
+            f"The vision tower and the projector cannot be exported to QNN: for {len(pixels)} tiles their graph gives "
+            f"features of shape {found.shape}, the model {own.shape}, with a relative difference of {error:.2g} (at "
+            f"most {tolerance:g}): they compute something else than a SigLIP with their weights."
         )
-
-
-__all__ = ["quantize_vision"]

@@ -23,7 +23,7 @@ from conversion.qnn.npu.sessions import cpu_session
 from conversion.qnn.qdq.aimet_encodings import save_with_encodings
 from conversion.qnn.qdq.aimet_rounding import SeqMse, check_aimet_installed, seqmse_scales
 from conversion.qnn.qdq.files import read_codes
-from conversion.qnn.qdq.language import LanguageSettings, collect_calls, make_float_graph
+from conversion.qnn.qdq.language import LanguageSettings, Part, collect_calls, make_float_graph
 from conversion.qnn.qdq.quantize import apply_codes, encodings_of, quantize_graph, round_weights
 from conversion.qnn.qdq.ranges import measure_ranges
 from conversion.qnn.qdq.stored_graphs import ConstantStore, save_copy
@@ -46,7 +46,7 @@ class Float:
         self.requests = [embeddings_and_logits(model, view, 2 * CHUNK + 3, seed=seed)[0] for seed in range(4)]
 
     def calls(self, requests):
-        return collect_calls(self.model, self.shape, range(self.shape.num_blocks), requests, SETTINGS)
+        return collect_calls(self.model, Part(self.shape, range(self.shape.num_blocks), SETTINGS), requests)
 
 
 def outliers(model, seed=3):

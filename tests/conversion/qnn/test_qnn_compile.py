@@ -64,8 +64,7 @@ def test_a_compiler_that_dies_leaves_nothing_and_says_of_what(graph, tmp_path, m
     (tmp_path / ".out.compiling-x").mkdir()  # of a process that was killed outright
     compile_graphs(*arguments)
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["out.bin", "product_ctx.onnx"]
-    with pytest.raises(FileExistsError, match="already exists"):
-        compile_graphs(*arguments)
+    compile_graphs(*arguments)  # again: replaces it
 
 
 def test_bytes_depend_neither_on_the_environment_nor_on_the_place(graph, tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def test_a_folder_of_somebody_else_is_left_alone(pair, tmp_path):
     theirs = tmp_path / "bundle.unfinished"
     theirs.mkdir()
     (theirs / "letter.txt").write_text("dear")
-    with pytest.raises(FileExistsError, match="no export of this program: move it"):
+    with pytest.raises(FileExistsError, match="is not an unfinished export: move it"):
         export_bundle(pair, tmp_path / "bundle", calibration=requests(1), **SETTINGS)
     assert (theirs / "letter.txt").read_text() == "dear"
     (theirs / "export.json").write_text("no JSON")
@@ -173,7 +173,7 @@ def test_two_exports_to_one_place_are_kept_apart(pair, tmp_path, dies_at_the_vis
         ({"soc": "sm9999"}, "Unknown SoC 'sm9999'.*sm8750"),
         ({"context_length": CHUNK}, "longer than a chunk"),
         ({"context_length": 4096}, "at most 1024"),
-        ({"parts": 3}, "3 parts were asked for, but the base has 2 blocks"),
+        ({"parts": 3}, "Cannot make 3 parts of the base's 2 blocks"),
         ({"parts": 0}, "`parts` is 0"),
         ({"lora": "merged"}, "`lora` is 'merged'"),
         ({"cache_bits": 4}, "`cache_bits` is 4"),
@@ -211,19 +211,13 @@ def test_a_quantized_genieblue_is_refused_by_its_configuration(pair, tmp_path):
 def test_a_taken_output_is_refused(pair, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    with pytest.raises(FileExistsError, match="is taken"):
+    with pytest.raises(FileExistsError, match="already exists"):
         export_bundle(pair, tmp_path / "out", calibration=requests(1), **SETTINGS)
 
 
 def test_a_computer_on_which_the_compiler_does_not_run_is_told_why(monkeypatch):
-    monkeypatch.setattr(npu.platform, "libc_ver", lambda: ("glibc", "2.31"))
-    with pytest.raises(OSError, match="glibc 2.31 is too old.*2.35"):
-        npu.check_platform()
     monkeypatch.setattr(npu.platform, "machine", lambda: "aarch64")
     with pytest.raises(OSError, match="Linux on x86-64 only"):
-        npu.check_platform()
-    monkeypatch.setattr(npu.sys, "version_info", (3, 10, 1))
-    with pytest.raises(OSError, match="too old for onnxruntime-qnn: 3.11"):
         npu.check_platform()
 
 
@@ -382,7 +376,7 @@ def test_the_command_refuses_before_it_reads_an_image(pair, chats, tmp_path, mon
     monkeypatch.setattr("genieblue.data.collation.ChatCollator.encode", None)
     common = ("--soc", "sm8750", "--calibration", chats, "--out")
     result = invoke(pair, *common, chats)
-    assert result.exit_code == 1 and "is taken" in result.stderr and "looked up on the Hub" not in result.stderr
+    assert result.exit_code == 1 and "already exists" in result.stderr and "looked up on the Hub" not in result.stderr
     result = invoke(pair, *common, tmp_path / "out", "--context-length", "4096")
     assert result.exit_code == 1 and "at most 1024" in result.stderr
 
@@ -397,7 +391,7 @@ def test_a_bug_is_not_taken_for_the_compiler_s(pair, chats, tmp_path, monkeypatc
 
 
 def test_a_bundle_in_the_model_s_own_folder_is_refused(pair):
-    with pytest.raises(ValueError, match="lies in the folder of the model"):
+    with pytest.raises(ValueError, match="is inside the model's folder"):
         export_bundle(pair, pair / "bundle", soc="sm8750", calibration=requests())
     assert not list(pair.glob("*bundle*"))
 

@@ -29,11 +29,12 @@ from typer.testing import CliRunner
 from conversion.quantization import quantize as quantize_module
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.quantize import quantize_genieblue
-from conversion.staging import NewFolder, StagingFolder, explained_full_disk
+from conversion.staging import explained_full_disk
 from conversion.verification.saved_model import SavedModel
 from conversion.verification.verify_quantized import check_quantization
 from genieblue.cli.app import app
 from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 
 W8 = {"llm": "w8a16", "rounding": "rtn"}
 LEFT_AT_16_BITS = {"llm": "w16a16", "replicated_blocks": "w8a16"}
@@ -178,7 +179,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 
-from conversion.staging import NewFolder, StagingFolder
+from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 target = Path(sys.argv[1])
 with StagingFolder(target, "quantizing") as folder, NewFolder(target) as new:
     (folder / "half").write_text("half")

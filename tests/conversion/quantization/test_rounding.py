@@ -238,24 +238,6 @@ def test_weights_that_are_not_finite_are_refused(method, value):
         round_weight(weight, 4, 16, method=method, hessian=torch.eye(16))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"bits": 3}, "to 3 bits"),
-        ({"method": "awq"}, "Unknown rounding method 'awq': use one of rtn, hqq, gptq"),
-        ({"group_size": 5}, "Groups of 5 do not divide 16 input features"),
-        ({"bits": 8, "group_size": 8}, "one scale per row"),
-        ({"bits": 8, "group_size": 16, "method": "hqq"}, "use rtn or gptq"),
-        ({"dtype": torch.int8}, "Scales cannot be in torch.int8"),
-        ({"weight": torch.zeros(16)}, r"shape \(16,\)"),
-        ({"weight": torch.zeros(4, 16, dtype=torch.int8)}, "already quantized"),
-        ({"weight": torch.zeros(0, 16)}, r"shape \(0, 16\)"),
-        ({"method": "gptq"}, "give calibration samples"),
-        ({"method": "gptq", "hessian": torch.eye(8)}, r"shape \(8, 8\).*expected a Hessian of \(16, 16\)"),
-        ({"method": "gptq", "hessian": torch.full((16, 16), torch.nan)}, "Hessian contains NaN"),
-    ],
-)
-def test_requests_that_make_no_sense_are_refused(arguments, message):
-    request = {"weight": torch.randn(4, 16), "bits": 4, "group_size": 16, **arguments}
-    with pytest.raises(ValueError, match=message):
-        round_weight(**request)
+def test_a_hessian_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="Hessian contains NaN"):
+        round_weight(torch.randn(4, 16), 4, 16, method="gptq", hessian=torch.full((16, 16), torch.nan))

@@ -158,13 +158,13 @@ def test_a_missing_adapter_tensor_is_found(folder, run):
     change_tensors(folder / ADAPTER, lambda tensors: tensors.pop(sorted(tensors)[0]))
     failed, details = run(folder, f"{FILES} {RUNS}")
     assert failed == ["language_adapter", "text_view", "stock_peft"]
-    assert "missing: base_model.model.model.layers.0" in details
+    assert "1 tensors are missing (base_model.model.model.layers.0" in details
 
 
 def test_an_unexpected_adapter_tensor_is_found(folder, run):
     change_tensors(folder / ADAPTER, lambda tensors: tensors.update({"base_model.model.lm_head.x": torch.ones(2)}))
     failed, details = run(folder, f"{FILES} {RUNS}")
-    assert "language_adapter" in failed and "unexpected: base_model.model.lm_head.x" in details
+    assert "language_adapter" in failed and "1 tensors are not expected (base_model.model.lm_head.x)" in details
 
 
 def test_an_adapter_tensor_of_another_shape_is_found(folder, run):
