@@ -376,10 +376,11 @@ def test_a_folder_that_is_no_bundle_and_a_strange_backend_are_refused(tmp_path):
 
 def test_a_bundle_is_evaluated_like_a_model(bundle):
     runner = QnnRunner(bundle)
-    content = [{"type": "image", "image": Image.new("RGB", (24, 24), "red")}, {"type": "text", "text": "What is it?"}]
+    red = Image.new("RGB", (24, 24), "red")
+    content = [{"type": "image", "image": red}, {"type": "text", "text": "What is it?"}]
     texts = [{"role": "user", "content": "What is it?"}]
     chats = [texts, [{"role": "user", "content": content}]]
-    said = [runner.chat(chat, max_new_tokens=4).text.strip() for chat in chats]
+    said = [QnnChat(runner).ask("What is it?", images, max_new_tokens=4)["text"].strip() for images in ([], [red])]
     samples = [{"messages": chat, "answers": answer} for chat, answer in zip(chats, said, strict=True)]
     samples.append({"messages": texts, "choices": ["It is red.", "a"], "answers": "a"})
     answerer = BundleAnswerer(runner)
