@@ -74,6 +74,3 @@ def _without_secrets(text: str) -> str:
     if "@" not in authority and port and ("@" in rest or not port.isdecimal()):
         return f"{scheme}{separator}…"  # a password that contains a slash: its beginning looks like a port
     return f"{scheme}{separator}{host}{slash}{path}"
-
-
-__all__ = ["redacted", "redacted_logs", "refuse_address", "shown"]

@@ -154,6 +154,3 @@ def weight_dtype(dtype: Any) -> torch.dtype:
 
 def _described(value: Any) -> str:
     return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
-
-
-__all__ = ["check_base_model", "check_load_arguments", "check_vision_tower", "check_not_offloaded", "weight_dtype"]

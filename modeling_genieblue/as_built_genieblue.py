@@ -74,6 +74,3 @@ def _settings(config: Any) -> dict[str, Any]:
         of_part = {} if described is None else deciding_settings(described)
         settings |= {f"{part}.{name}": value for name, value in of_part.items()}
     return settings
-
-
-__all__ = ["AsBuilt"]

@@ -91,6 +91,3 @@ def _decoder(view: PreTrainedModel) -> nn.Module:
     if view.base_model is view:
         raise ValueError(f"{type(view).__name__} has no `base_model`, so it cannot be run without its LM head.")
     return view.base_model
-
-
-__all__ = ["GenieBlueBackbone"]

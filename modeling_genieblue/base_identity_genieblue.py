@@ -230,6 +230,3 @@ def _published_hashes(name: str, revision: str | None, token: str | bool | None)
         if single in hashes:
             return {single: hashes[single]}
     return {name: sha256 for name, sha256 in hashes.items() if fnmatchcase(name, WEIGHT_SHARDS)}
-
-
-__all__ = ["compare_with_samples", "different_settings", "plain_values", "tensor_samples", "weight_file_hashes"]

@@ -183,6 +183,3 @@ def record_location(config: Any, request: LoadRequest, base: PreTrainedModel, gi
         name = os.fspath(given) if isinstance(given, str | os.PathLike) else None
         location, config.base_model_revision = resolve_base(base, name, None, request.access())
     config.base_model_name_or_path = location
-
-
-__all__ = ["check_identity", "load_base", "record_location", "resolve_base"]

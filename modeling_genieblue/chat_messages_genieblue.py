@@ -131,6 +131,3 @@ def _check_keys(what: str, holder: dict[str, Any], keys: list[Any]) -> None:
             f"{what} with keys {sorted(map(shown, holder))} has {lost}, which would be lost; "
             f"expected parts of a message's content such as {EXPECTED}. Remove it, or move it into the text."
         )
-
-
-__all__ = ["conversations_of", "image_sources", "text_for_template", "with_string_contents"]

@@ -118,9 +118,3 @@ def _rename_cache(name: str, _view: Any, args: tuple, kwargs: dict[str, Any]) ->
     """Forward pre-hook: the cache comes as `name`."""
     cache = take_cache(kwargs)
     return args, kwargs if cache is None else {**kwargs, name: cache}
-
-
-__all__ = [
-    "CACHE", "CACHE_NAMES", "adapt_to_cache_of_generate", "cache_argument", "cache_field", "require_peft",
-    "require_transformers", "take_cache", "takes_cache_of_generate",
-]  # fmt: skip

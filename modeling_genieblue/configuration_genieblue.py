@@ -234,5 +234,3 @@ def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int
 
 GenieBlueConfig.register_for_auto_class()
 name_model_class(GenieBlueConfig.model_type, "GenieBlueForConditionalGeneration")
-
-__all__ = ["GenieBlueConfig"]

@@ -315,5 +315,3 @@ def _check_registration(container: nn.Module, name: str, module: Any) -> None:
 
 
 register_module_module_registration_hook(_check_registration)
-
-__all__ = ["REFUSALS", "FrozenBaseModel", "OfTheWholeModel", "TensorGuard", "refusal"]

@@ -129,6 +129,3 @@ def _merge_apart(layer: Any, *args: Any, **kwargs: Any) -> None:
         if type(parameter) is nn.Parameter:
             setattr(linear, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     type(layer).merge(layer, *args, **kwargs)
-
-
-__all__ = ["guard_view"]

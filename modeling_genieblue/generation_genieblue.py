@@ -237,6 +237,3 @@ class _StreamerOfText:
 
     def end(self) -> None:
         self._streamer.end()
-
-
-__all__ = ["GenieBlueGenerationMixin"]

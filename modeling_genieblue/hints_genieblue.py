@@ -22,6 +22,3 @@ class BaseNotFoundError(HintedError, OSError):
 
 class WrongBaseError(HintedError, ValueError):
     """No base is recorded, or the base is not the recorded one."""
-
-
-__all__ = ["BaseNotFoundError", "HintedError", "WrongBaseError"]

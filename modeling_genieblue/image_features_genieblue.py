@@ -85,6 +85,3 @@ class ImageFeaturesMixin:
         weight = self.get_input_embeddings().weight
         firsts = [each.flatten()[0].to(weight.device, weight.dtype) for each in trained if each.requires_grad]
         return sum(firsts, weight.new_zeros(())) * 0
-
-
-__all__ = ["ImageFeaturesMixin"]

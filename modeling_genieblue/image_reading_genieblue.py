@@ -244,6 +244,3 @@ def _unreadable(name: str, error: Exception) -> OSError:
         f"{name} cannot be read as an image ({type(error).__name__}: {error}); it is damaged, truncated or not "
         "an image. Replace the file or convert it to PNG or JPEG."
     )
-
-
-__all__ = ["flatten_images", "read_image", "rgb_pixels"]

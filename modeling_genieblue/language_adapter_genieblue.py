@@ -235,6 +235,3 @@ def save_adapter_config(lora_config: LoraConfig, folder: str | os.PathLike) -> N
     written = json.loads(config_file.read_text(encoding="utf-8"))
     written["target_modules"] = sorted(written["target_modules"])  # a set: otherwise no two saves are alike
     config_file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-__all__ = ["adapter_parameters", "find_blocks", "load_adapter", "make_lora_config", "save_adapter"]

@@ -153,6 +153,3 @@ class TextEmbedder:
         finally:
             handle.remove()
         raise ValueError(f"{type(self._view).__name__} never ran its first block.")
-
-
-__all__ = ["TextEmbedder", "build_multimodal_view"]

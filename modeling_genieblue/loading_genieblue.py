@@ -283,6 +283,3 @@ def _split_device_map(device_map: Any) -> tuple[Any, Any]:
         if f"{name}.".startswith(prefix)
     }
     return own, base or None
-
-
-__all__ = ["LoadRequest", "Provenance"]

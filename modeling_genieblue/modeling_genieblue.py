@@ -33,10 +33,10 @@ from .configuration_genieblue import RUNTIME_SETTINGS, GenieBlueConfig
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .image_features_genieblue import ImageFeaturesMixin
-from .labelled_head_genieblue import labelled_loss
 from .language_adapter_genieblue import check_adapter_settings, initialize_adapter, load_adapter, make_lora_config
 from .language_views_genieblue import TextEmbedder, build_multimodal_view
 from .loading_genieblue import LoadRequest, Provenance
+from .loss_genieblue import loss_of, run_with_loss
 from .model_files_genieblue import RECIPE_NAME
 from .own_state_genieblue import keep_own_state
 from .projector_genieblue import GenieBlueMultiModalProjector
@@ -394,7 +394,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         if all(is_multimodal):
             outputs = self._multimodal_forward(pixel_values, inputs, keep_logits)
         elif not any(is_multimodal):
-            outputs = self._with_loss(self.language_model, inputs)
+            outputs = run_with_loss(self.language_model, inputs)
         else:
             outputs = self._mixed_forward(is_multimodal, pixel_values, inputs)
         return outputs.to_tuple() if as_tuple else outputs
@@ -402,27 +402,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
     def _multimodal_forward(
         self, pixel_values: torch.Tensor | None, inputs: dict[str, Any], keep_logits: bool = True
     ) -> CausalLMOutputWithPast:
-        return self._with_loss(self.multimodal_language_model, self._embedded(pixel_values, inputs), keep_logits)
-
-    def _with_loss(
-        self, view: PreTrainedModel, inputs: dict[str, Any], keep_logits: bool = True
-    ) -> CausalLMOutputWithPast:
-        inputs = dict(inputs)
-        labels, num_items = inputs.pop("labels", None), inputs.pop("num_items_in_batch", None)
-        if labels is None:
-            return view(**inputs, return_dict=True)
-        if keep_logits:
-            outputs = view(**inputs, return_dict=True)
-            loss = self._loss(outputs.logits, labels, num_items_in_batch=num_items)
-        else:
-            loss, outputs = labelled_loss(view, inputs, labels, num_items)
-        dropped = ("loss",) if keep_logits else ("loss", "logits")
-        return CausalLMOutputWithPast(
-            loss=loss, **{name: value for name, value in outputs.items() if name not in dropped}
-        )
-
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return run_with_loss(self.multimodal_language_model, self._embedded(pixel_values, inputs), keep_logits)
 
     def _mixed_forward(
         self, is_multimodal: list[bool], pixel_values: torch.Tensor | None, inputs: dict[str, Any]
@@ -442,7 +422,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             cache[view] = getattr(outputs, cache_field(outputs))
         merged = merge_rows(text, multimodal, rows)
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(merged["logits"], labels, num_items_in_batch=num_items),
+            loss=None if labels is None else loss_of(self.language_model, merged["logits"], labels, num_items),
             **{CACHE: cache if cache[TEXT] is not None else None},
             **merged,
         )
@@ -460,5 +440,3 @@ def _asked_by(config: Any) -> dict[str, Any]:
 
 
 GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")
-
-__all__ = ["GenieBlueForConditionalGeneration"]

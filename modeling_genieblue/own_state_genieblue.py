@@ -66,6 +66,3 @@ def _forget_base(model: Any, incompatible: Any) -> None:
     prefix = model.__dict__.pop("_prefix_of_load")
     trees = tuple(prefix + tree for tree in BASE_TREES)
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith(trees)]
-
-
-__all__ = ["check_own_state", "keep_own_state"]

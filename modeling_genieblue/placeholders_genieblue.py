@@ -167,6 +167,3 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     parts = [str(getattr(backend, part, None)) for part in BACKEND_PARTS]
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return tokenizer, len(tokenizer), settings, copy.deepcopy(tokenizer.chat_template), special, parts
-
-
-__all__ = ["MarkingTokenizer", "TextWithImages", "text_pieces"]

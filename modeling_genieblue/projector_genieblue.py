@@ -35,6 +35,3 @@ class GenieBlueMultiModalProjector(nn.Module):
         grid = grid.view(num_tiles, side, factor, side, factor, channels).transpose(2, 3)
         concatenated = grid.reshape(num_tiles, side * side, factor * factor * channels)
         return self.linear_2(self.act(self.linear_1(self.norm(concatenated))))
-
-
-__all__ = ["GenieBlueMultiModalProjector"]

@@ -204,6 +204,3 @@ class QuantizedBaseForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *_args: Any, **kwargs: Any) -> Any:
         """See `load_quantized_base`."""
         return load_quantized_base(pretrained_model_name_or_path, **kwargs)
-
-
-__all__ = ["QuantizedBaseForCausalLM", "load_quantized_base", "read_base_quantization"]

@@ -29,5 +29,3 @@ class QuantizedGenieBlueConfig(GenieBlueConfig):
 QuantizedGenieBlueConfig.register_for_auto_class()
 # The model type is the same, and the table has one class for each: the class's name is what matters.
 name_model_class(f"quantized_{QuantizedGenieBlueConfig.model_type}", "QuantizedGenieBlueForConditionalGeneration")
-
-__all__ = ["QuantizedGenieBlueConfig"]

@@ -173,6 +173,3 @@ def _assign(tree: nn.Module, name: str, value: torch.Tensor, *, is_buffer: bool)
         module._buffers[leaf] = value
     else:
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-
-
-__all__ = ["QuantizedFile", "fill_from_quantized_file", "read_qmap"]

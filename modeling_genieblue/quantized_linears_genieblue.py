@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .quantized_precision_guard_genieblue import PrecisionGuard, is_frozen
+from .quantized_precision_guard_genieblue import PrecisionGuard
 
 try:
     from optimum.quanto import QLinear, qint4, qint8
@@ -278,6 +278,3 @@ def quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: Sequence[int
     scale_shift = torch.cat([scale, middle], 1).view(out_features, -1, 2).transpose(0, 1).contiguous()
     codes = TinyGemmPackedTensor.pack(grouped.view(shape))
     return TinyGemmWeightQBitsTensor(qint4, 0, group_size, size, stride, codes, scale_shift)
-
-
-__all__ = ["FrozenLinear", "FrozenWeight", "is_frozen", "quanto_weight", "check_quanto_installed"]

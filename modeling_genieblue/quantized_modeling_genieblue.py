@@ -107,5 +107,3 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
 
 
 QuantizedGenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")
-
-__all__ = ["QuantizedGenieBlueForConditionalGeneration"]

@@ -29,8 +29,8 @@ from .quantized_base_genieblue import (
 )
 from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
 from .quantized_files_genieblue import FLOATING, QuantizedFile, fill_from_quantized_file, stored_layout
-from .quantized_linears_genieblue import FrozenLinear, is_frozen, sampled_codes, scales_of
-from .quantized_precision_guard_genieblue import guard_tree
+from .quantized_linears_genieblue import FrozenLinear, sampled_codes, scales_of
+from .quantized_precision_guard_genieblue import guard_tree, is_frozen
 from .quantized_settings_genieblue import BASE_PARTS
 
 STORED_FILES = (
@@ -163,6 +163,3 @@ def stored_files(request: LoadRequest, config: QuantizedGenieBlueConfig) -> dict
         folder = Path(str(request.base_location(config)))
         files |= {f"{folder.name}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
     return files
-
-
-__all__ = ["load_quantized_adapter", "load_quantized_parts"]

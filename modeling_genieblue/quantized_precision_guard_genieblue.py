@@ -81,6 +81,3 @@ def guard_tree(tree: nn.Module, precision: torch.dtype, guard: type = PrecisionG
         if not is_plain_linear and not isinstance(module, PrecisionGuard):
             module.quantized_precision = precision  # pyright: ignore[reportArgumentType]: a mark, no module
             guard_precision(module, guard if module is tree else PrecisionGuard)
-
-
-__all__ = ["PrecisionGuard", "guard_precision", "guard_tree"]

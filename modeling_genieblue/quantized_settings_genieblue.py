@@ -27,6 +27,3 @@ def check_quantization(
                 f"{where} has {quantization.get(name)!r} for {name}: expected one of {', '.join(allowed)}. The file "
                 "is damaged; fetch it again."
             )
-
-
-__all__ = ["check_quantization", "is_our_quantization"]

@@ -153,19 +153,3 @@ def take(options: dict[str, Any], names: Any) -> dict[str, Any]:
 
 def _count_error(where: str, tokens: int, images: int, hint: str) -> ValueError:
     return ValueError(f"{where} needs one image for each placeholder (tokens: {tokens}, images: {images}). {hint}")
-
-
-__all__ = [
-    "PADDING_OPTIONS",
-    "chat_encoder",
-    "encode_and_pad",
-    "flat_images",
-    "images_by_part",
-    "images_by_row",
-    "pad_rows",
-    "refuse_other_media",
-    "take",
-    "text_encoder",
-    "tokenize_chats",
-    "zeros_like",
-]

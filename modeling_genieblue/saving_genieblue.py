@@ -383,6 +383,3 @@ def _is_stale(name: str) -> bool:
     """Whether a file of a repository is of an earlier push, and wrong beside a new one."""
     folder, _, file = name.rpartition("/")
     return folder in ("", ADAPTER_FOLDER) and any(fnmatchcase(file, pattern) for pattern in STALE_NAMES)
-
-
-__all__ = ["check_replaceable", "code_files", "push_model", "save_model", "write_trained_weights"]

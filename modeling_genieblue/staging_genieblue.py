@@ -152,6 +152,3 @@ def _remove_leftovers(folders: list[Path]) -> None:
         else:
             shutil.rmtree(folder, ignore_errors=True)
         os.close(held)
-
-
-__all__ = ["NewFolder", "StagingFolder", "lock"]

@@ -210,6 +210,3 @@ def join_sequences(
         places = [row * per_row + number for row in chosen for number in range(per_row)]
         merged[places, : part.shape[1]] = part.to(merged.device)
     return merged
-
-
-__all__ = ["MixedViewsCache", "cache_view", "choose_view"]

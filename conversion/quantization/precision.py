@@ -9,8 +9,9 @@ from torch import nn
 
 from conversion.quantization.rounding import ROUNDING_METHODS
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, find_blocks
-from modeling_genieblue.quantized_linears_genieblue import is_frozen, reason_against
+from modeling_genieblue.quantized_linears_genieblue import reason_against
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
+from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.quantized_settings_genieblue import ACTIVATIONS, PRECISIONS
 
 KINDS = {"w4a16": "qint4", "w8a16": "qint8"}

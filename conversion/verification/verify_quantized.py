@@ -32,7 +32,7 @@ from modeling_genieblue.model_files_genieblue import (
     some,
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
-from modeling_genieblue.quantized_linears_genieblue import is_frozen
+from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 
 logger = logging.getLogger(__name__)

@@ -109,6 +109,3 @@ def load_chat(
             compile=compile_decoding,
             trust_remote_code=trust_remote_code,
         )
-
-
-__all__ = ["chat", "load_chat"]

@@ -29,6 +29,3 @@ def demo(
         typer.echo(format_report(report, out))
     if not text_is_unchanged(report):
         raise typer.Exit(1)
-
-
-__all__ = ["demo"]

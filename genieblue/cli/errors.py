@@ -115,6 +115,3 @@ def is_for_users(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-__all__ = ["command_line_message", "is_for_users", "message_for_user", "text_of", "with_hints", "without_secrets"]

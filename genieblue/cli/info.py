@@ -50,6 +50,3 @@ def info(model: Model, json_output: Json = False, base: Base = None, revision: R
     with stdout_for_json(True), looking_for(model):
         found = model_info(model, base=base, revision=revision)
     print_json(found.as_json())
-
-
-__all__ = ["info", "print_info"]

@@ -61,6 +61,3 @@ def read_template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise OSError(f"--chat-template {path} cannot be read ({reason}): expected a Jinja text file.") from error
-
-
-__all__ = ["init"]

@@ -27,6 +27,3 @@ def params(
     parts = {**counted["parts"], "trainable": counted["trainable_parameters"]}
     rows = [(name, f"{number:,}") for name, number in parts.items()]
     print_table((f"{preset}, {structure}", "parameters"), rows)
-
-
-__all__ = ["params"]

@@ -51,6 +51,3 @@ def _close(bar: Any) -> None:
 
 def _do_nothing(bar: Any, *args: Any, **options: Any) -> None:
     """Lines are not redrawn."""
-
-
-__all__ = ["log_progress_without_terminal"]

@@ -40,6 +40,3 @@ def push(
     else:
         raise typer.BadParameter(f"{folder} is a base itself: leave out --base.", param_hint="--base")
     typer.echo(commit.pr_url or commit.commit_url)
-
-
-__all__ = ["push"]

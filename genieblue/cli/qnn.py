@@ -176,6 +176,3 @@ def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
     from genieblue.serving.qnn_conversation import QnnChat
 
     return QnnChat(QnnRunner(bundle, backend=backend, adapter=adapter))
-
-
-__all__ = ["export_app", "is_bundle", "open_bundle", "check_unused_options", "verify_qnn_bundle"]

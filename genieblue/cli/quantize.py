@@ -174,6 +174,3 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _bits(size: Any) -> float:
     """Bits per parameter on disk, including scales and weights kept at 16 bits."""
     return 8 * size.bytes / size.parameters
-
-
-__all__ = ["quantize"]

@@ -165,6 +165,3 @@ def data_source(data: Path) -> Any:
         splits = ", ".join(str(data / name) for name in dataset)
         raise ValueError(f"{data} has several splits: give the folder of one of them ({splits}).")
     return dataset
-
-
-__all__ = ["data_source", "train"]

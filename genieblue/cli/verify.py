@@ -70,6 +70,3 @@ def verify(
         typer.echo(f"{passed} of {len(checks)} checks passed.")
     if passed < len(checks):
         raise typer.Exit(1)
-
-
-__all__ = ["verify"]

@@ -58,6 +58,3 @@ def read_calibration(
 
 def _request(row: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([row["input_ids"]]), "pixel_values": row["pixel_values"]}
-
-
-__all__ = ["read_calibration", "read_chats"]

@@ -414,6 +414,3 @@ def _check_exists(image: Any) -> None:
 
 def _without_prefix(error: Exception, where: str) -> str:
     return str(error).removeprefix(where).removeprefix(": ").removeprefix(", ")
-
-
-__all__ = ["ChatDataset", "ChatSample", "parse_chat", "texts_of"]

@@ -182,6 +182,3 @@ class EncodedChats(torch.utils.data.Dataset):
         if not rows:
             raise ValueError(f"{self.chats.where(index)}: no image, so the projector learns nothing from it.")
         return rows
-
-
-__all__ = ["ChatCollator", "EncodedChats"]

@@ -66,6 +66,3 @@ def _is_json(content: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-__all__ = ["parse_line", "check_is_jsonl"]

@@ -103,6 +103,3 @@ def shortened(value: Any) -> str:
     """A value shortened for a message."""
     text = " ".join(redacted(repr(value)).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-__all__ = ["is_missing", "check_unread_keys", "shortened"]

@@ -295,6 +295,3 @@ class _TextPieces(TextStreamer):
         self._held = self._held[len(ready) :]
         if ready:
             self._on_text(ready)
-
-
-__all__ = ["Chat", "Conversation"]

@@ -43,6 +43,3 @@ class QnnChat(Conversation):
         self._cache, self._cached_view = decoder, view
         self._cached_ids = [*ids, *answer][: decoder.length]
         return answer
-
-
-__all__ = ["QnnChat"]

@@ -40,6 +40,3 @@ def check_base_unchanged(before: dict[str, str], after: dict[str, str]) -> None:
             f"Training changed the base: {', '.join(changed[:3])} ({len(changed)} of {len(before)} tensors). Nothing "
             "was saved. Remove the callback or hook that wrote to it, and load the base again."
         )
-
-
-__all__ = ["check_base_unchanged", "tensor_digests"]

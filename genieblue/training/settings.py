@@ -106,6 +106,3 @@ class TrainingSettings:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed` is {self.seed}: expected at least 0 and less than 2**32.")
-
-
-__all__ = ["FREE_SETTINGS", "TrainingSettings"]

@@ -388,6 +388,3 @@ def check_finite_weights(structure: GenieBlueStructure, groups: Sequence[str]) -
                 f"{name} contains NaN or infinity after the last step, so nothing is saved. Lower the learning rate "
                 "or resume from an earlier checkpoint."
             )
-
-
-__all__ = ["TrainingResult", "TrainingSettings", "train"]

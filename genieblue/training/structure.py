@@ -127,6 +127,3 @@ class GenieBlueStructure:
         stages = {**provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}), stage: facts}
         self.model.save_pretrained(output, processor=processor, facts={RECIPE_NAME: stages})
         provenance.training_recipe = stages
-
-
-__all__ = ["GenieBlueStructure", "StageRecipe"]

@@ -342,6 +342,3 @@ def is_finished(checkpoint: Path) -> bool:
     """Whether a checkpoint was written after the last step of its run."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
-
-
-__all__ = ["StageTrainer", "TrainingProgress", "exclusive_run", "find_checkpoint", "is_finished"]
