@@ -8,7 +8,7 @@ PACKAGES = ["modeling_genieblue", "hub_cards", "conversion", "conversion.*", "ge
 OPTIMUM_COMMANDS = "optimum.commands.register"
 QNN_COMPILER = "onnxruntime-qnn>=2.7; platform_system == 'Linux' and platform_machine == 'x86_64'"
 EXTRAS = {
-    "train": ["datasets>=5.0", "accelerate>=1.15"],
+    "train": ["datasets>=5.0", "accelerate>=1.15", "matplotlib>=3.11", "rapidfuzz>=3.14"],
     "eval": ["datasets>=5.0", "rapidfuzz>=3.14"],
     "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model

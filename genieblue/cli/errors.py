@@ -15,6 +15,7 @@ EXTRAS = {
     "datasets": "train",
     "accelerate": "train",
     "rapidfuzz": "eval",
+    "matplotlib": "train",
     "sklearn": "demo",
     "scipy": "demo",
     "sentencepiece": "sentencepiece",
