@@ -6,7 +6,19 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Metric, NpuBackend, Revision, View
+from genieblue.cli.options import (
+    Base,
+    BaseCode,
+    Device,
+    Dtype,
+    FollowLinks,
+    ImageRoots,
+    Json,
+    Metric,
+    NpuBackend,
+    Revision,
+    View,
+)
 from genieblue.cli.qnn import check_unused_options, is_bundle, open_bundle
 from genieblue.cli.terminal import choose_device, note, print_json, print_table, quiet_transformers, stdout_for_json
 
@@ -14,7 +26,7 @@ from genieblue.cli.terminal import choose_device, note, print_json, print_table,
 def evaluate(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GenieBlue, or a bundle from `export qnn`.")],
-    data: Annotated[Path, typer.Option(help="JSONL file of chats, or a folder saved by `datasets`.")],
+    data: Annotated[str, typer.Option(help="Chats: a file, folder, glob or hf:you/set[test], as for `train`.")],
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for all answers, wrong ones as a sheet, and scores."),
@@ -30,6 +42,8 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder that image paths are relative to; default: the file's folder."),
     ] = None,
+    image_root: ImageRoots = None,
+    follow_links: FollowLinks = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples answered together.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 64,
@@ -51,7 +65,7 @@ def evaluate(
     _check_options(ctx, model, compare, out, record)
     with stdout_for_json(json_output):
         quiet_transformers()
-        from genieblue.cli.train import data_source
+        from genieblue.data.image_folders import read_image_roots
         from genieblue.evaluation.evaluate import compare as differences_of
         from genieblue.evaluation.evaluate import evaluate as run
         from genieblue.evaluation.report import check_report_folder, record_in_model, write_report
@@ -60,8 +74,15 @@ def evaluate(
         if out is not None:
             out = out.expanduser()
             check_report_folder(out)
-        dataset = EvaluationDataset(data_source(data), metric=metric, image_folder=image_folder, skip_bad=skip_bad)
-        dataset = dataset.first(limit)
+        dataset = EvaluationDataset(
+            data,
+            metric=metric,
+            image_folder=image_folder,
+            image_roots=read_image_roots(image_root or ()),
+            follow_links=follow_links,
+            skip_bad=skip_bad,
+        ).first(limit)
+        name = Path(data).stem
 
         def answers_of(name: str) -> tuple[Any, Any]:
             answerer = _open(name, base, revision, dtype, device, trust_remote_code, npu, batch_size, view)
@@ -72,11 +93,11 @@ def evaluate(
         settings = {
             "model": Path(model).name, "compared with": None if compare is None else Path(compare).name,
             "max_new_tokens": max_new_tokens, "batch_size": answerer.batch_size, "precision": answerer.precision,
-            "view of texts": view or "text", "dataset_id": dataset_id or data.stem,
+            "view of texts": view or "text", "dataset_id": dataset_id or name,
         }  # fmt: skip
         if out is not None:
             write_report(
-                out, evaluation, dataset, answerer.processor.image_processor, name=data.stem, settings=settings,
+                out, evaluation, dataset, answerer.processor.image_processor, name=name, settings=settings,
                 differences=differences,
             )  # fmt: skip
         if record and out is not None:

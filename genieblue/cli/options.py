@@ -31,6 +31,13 @@ UnquantizedModel = Annotated[str, typer.Argument(metavar="MODEL", help="Folder o
 CalibrationImages = Annotated[
     Path | None, typer.Option("--image-folder", help="Folder that image paths in the JSONL are relative to.")
 ]
+ImageRoots = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FOLDER", help="Folder of image paths that start with NAME/; may be repeated."),
+]
+FollowLinks = Annotated[
+    bool, typer.Option("--follow-links", help="Allow symbolic links that lead out of the image folders.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a single JSON document.")]
 Base = Annotated[
     str | None, typer.Option(help="Folder or Hub id of the base, if not the recorded one.", callback=_check_not_empty)

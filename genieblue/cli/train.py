@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype, Json, Seed
+from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageRoots, Json, Seed
 from genieblue.cli.terminal import counted, is_main_process, note, print_json, quiet_transformers, stdout_for_json
 
 
@@ -18,8 +18,11 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of the GenieBlue to train.")] = None,
     data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="JSONL file of chats, or a folder saved by `datasets`."),
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE[:WEIGHT]",
+            help="Chats: JSONL, Parquet, .tar, a folder or glob of these, or hf:you/set[train]; may be repeated.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the trained GenieBlue.")] = None,
     config: Annotated[
@@ -27,7 +30,11 @@ def train(
         typer.Option(help="YAML file with any of these options; those given here win."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what the run will take, and stop.")] = False,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out chats, as for `genieblue eval`.")] = None,
+    text_share: Annotated[
+        float | None,
+        typer.Option(help="Share of samples without an image; default: as in the data."),
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out chats, as for `genieblue eval`.")] = None,
     eval_steps: Annotated[int | None, typer.Option(min=1, help="Steps between validations; default: a tenth.")] = None,
     eval_answers: Annotated[int, typer.Option(min=0, help="Validation samples that are also answered.")] = 32,
     patience: Annotated[
@@ -36,8 +43,10 @@ def train(
     ] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Folder that image paths are relative to; default: the JSONL file's folder."),
+        typer.Option(help="Folder that image paths are relative to; default: the data file's folder."),
     ] = None,
+    image_root: ImageRoots = None,
+    follow_links: FollowLinks = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
@@ -106,7 +115,8 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     """Trains, or plans; returns what is printed."""
     from dataclasses import asdict
 
-    from genieblue.data.chats import ChatDataset
+    from genieblue.data.image_folders import read_image_roots
+    from genieblue.data.mixture import open_mixture
     from genieblue.evaluation.samples import EvaluationDataset
     from genieblue.training import stages
     from genieblue.training.plan import format_plan
@@ -114,16 +124,18 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
 
     settings = settings_of(values)
     out = Path(values["out"]).expanduser()  # shells do not expand `--out=~/x`
-    data = values["data"]
-    if len(data) > 1:
-        raise ValueError(f"Only one data source is supported, got {len(data)}: merge them.")
     if "eval_data" not in values and (unused := [name for name in ("eval_steps", "patience") if values.get(name)]):
         raise ValueError(f"`{unused[0]}` is set, but there is nothing to validate on: give --eval-data.")
     stages.check_output(out.absolute())
-    options = {"image_folder": values.get("image_folder"), "skip_bad": values.get("skip_bad", False)}
-    chats = ChatDataset(data_source(Path(data[0])), **options)
+    options = {
+        "image_folder": values.get("image_folder"),
+        "image_roots": read_image_roots(values.get("image_root") or ()),
+        "follow_links": values.get("follow_links", False),
+        "skip_bad": values.get("skip_bad", False),
+    }
+    chats = open_mixture(values["data"], text_share=values.get("text_share"), **options)
     held_out = values.get("eval_data")
-    validation = None if held_out is None else EvaluationDataset(data_source(Path(held_out)), **options)
+    validation = None if held_out is None else EvaluationDataset(held_out, **options)
     trust_remote_code = values.get("trust_remote_code", False)
     chat = load_chat(
         values["model"], values.get("base"), None, values.get("dtype", "auto"), "cpu", trust_remote_code
@@ -152,16 +164,4 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     return {**asdict(result), "output": str(out), "lines": lines}
 
 
-def data_source(data: Path) -> Any:
-    """The input for `ChatDataset`: the path of a JSONL file, or the dataset that `datasets` saved in a folder."""
-    if not data.is_dir():
-        return data
-    if not any((data / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ValueError(f"{data} was not saved by `datasets`: give a JSONL file or a folder from `save_to_disk`.")
-    from datasets import DatasetDict, load_from_disk
-
-    dataset = load_from_disk(str(data))
-    if isinstance(dataset, DatasetDict):
-        splits = ", ".join(str(data / name) for name in dataset)
-        raise ValueError(f"{data} has several splits: give the folder of one of them ({splits}).")
-    return dataset
+__all__ = ["train"]

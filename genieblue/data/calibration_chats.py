@@ -7,7 +7,8 @@ import torch
 
 from conversion.quantization.hessians import read_paragraphs, text_batches
 from conversion.quantization.quantize import CalibrationSamples
-from genieblue.data.chats import ChatDataset, ChatSample, texts_of
+from genieblue.data.chat_samples import ChatSample, texts_of
+from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator
 
 

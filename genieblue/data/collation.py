@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 
 from conversion.chat_ids import IGNORED, ChatRow, chat_rows
 from conversion.chat_template import NO_TEMPLATE, UnusableTemplate
-from genieblue.data.chats import BAD_SAMPLE, CORRECT_OR_SKIP, ChatDataset, ChatSample, parse_chat
+from genieblue.data.chat_samples import BAD_SAMPLE, ChatSample, parse_chat
+from genieblue.data.chats import CORRECT_OR_SKIP, ChatDataset
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from genieblue.data.chats import BAD_SAMPLE
+from genieblue.data.chat_samples import BAD_SAMPLE
 from genieblue.evaluation.answering import Answerer
 from genieblue.evaluation.metrics import CHOICE, METRICS, standard_error
 from genieblue.evaluation.samples import NO_TASK, EvaluationDataset, EvaluationSample

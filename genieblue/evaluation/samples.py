@@ -3,11 +3,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from genieblue.data.chats import ChatDataset, ChatSample, parse_chat
+from genieblue.data.chat_samples import ChatSample, parse_chat
+from genieblue.data.chats import ChatDataset
+from genieblue.data.image_folders import ImageFolders
 from genieblue.data.sample_keys import is_missing, shortened
+from genieblue.data.sources import Location
 from genieblue.evaluation.metrics import CHOICE, check_metric
 
 KEYS = ("answers", "choices", "metric", "task")
@@ -52,17 +54,16 @@ class EvaluationDataset(ChatDataset):
 
     def __init__(
         self,
-        source: str | os.PathLike | Sequence[dict[str, Any]],
+        source: str | os.PathLike | Location | Sequence[dict[str, Any]],
         *,
         metric: str | None = None,
-        image_folder: str | os.PathLike | None = None,
-        skip_bad: bool | None = False,
+        **options: Any,
     ):
-        """`ValueError` for an unknown metric, or one that does not fit a sample."""
+        """`options` are those of `ChatDataset`; `ValueError` for a metric that is unknown or does not fit a sample."""
         if metric is not None:
             check_metric(metric)
         self.metric = metric
-        super().__init__(source, image_folder=image_folder, skip_bad=skip_bad)
+        super().__init__(source, **options)
         if len(self) == 0:
             raise ValueError("There is nothing to evaluate: the data has no good samples.")
 
@@ -71,11 +72,13 @@ class EvaluationDataset(ChatDataset):
         assert isinstance(sample, EvaluationSample)
         return sample
 
-    def _sample(self, raw: Any, where: str) -> EvaluationSample:
-        return parse_sample(raw, where, self._folder, self.metric)
+    def _sample(self, raw: Any, where: str, image_folders: ImageFolders) -> EvaluationSample:
+        return parse_sample(raw, where, image_folders, self.metric)
 
 
-def parse_sample(raw: Any, where: str, image_folder: Path | None, metric: str | None = None) -> EvaluationSample:
+def parse_sample(
+    raw: Any, where: str, image_folders: ImageFolders | None, metric: str | None = None
+) -> EvaluationSample:
     """A sample for evaluation from its dictionary; `ValueError` for a bad one."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: the sample is {shortened(raw)}, expected an object with messages.")
@@ -84,7 +87,7 @@ def parse_sample(raw: Any, where: str, image_folder: Path | None, metric: str | 
     choices = _strings(raw.get("choices"), "choices", where)
     if answers:
         rest = _with_answer(rest, answers[0])
-    chat = parse_chat(rest, where, image_folder)
+    chat = parse_chat(rest, where, image_folders)
     references = answers or (_text(chat.messages[-1]),)
     chosen = _metric(raw.get("metric"), metric, choices, where)
     if chosen == CHOICE:

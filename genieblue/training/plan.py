@@ -29,6 +29,7 @@ class TrainingPlan:
         parameters: by part; `language_model` is frozen.
         memory: by use; `activations (estimate)` is for one batch of samples of mean length.
         checkpoint: bytes of one checkpoint; `kept` of all that are on disk at the same time, with the final model.
+        samples: in an epoch, in which those of a mixture may repeat; `shares` are those of its parts.
         tokens_per_sample: mean of the first samples, image tokens included; `labelled` is the share that is learned.
     """
 
@@ -42,6 +43,7 @@ class TrainingPlan:
     labelled: float
     tokens_per_step: float
     steps: int
+    shares: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`, with sums."""
@@ -88,6 +90,7 @@ def plan_training(
         labelled=labelled,
         tokens_per_step=mean * per_step,
         steps=steps,
+        shares=data.chats.shares(),
     )
 
 
@@ -107,6 +110,7 @@ def format_plan(plan: TrainingPlan) -> list[str]:
     """The plan as lines of text."""
     parts = ", ".join(f"{name} {_millions(number)}" for name, number in plan.trained.items())
     memory = ", ".join(f"{name} {_gigabytes(size)}" for name, size in plan.memory.items())
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.shares.items())
     return [
         f"Trained parameters: {_millions(sum(plan.trained.values()))} ({parts}); the base's "
         f"{_millions(plan.parameters['language_model'])} stay frozen.",
@@ -114,6 +118,7 @@ def format_plan(plan: TrainingPlan) -> list[str]:
         f"Disk: {_gigabytes(plan.checkpoint)} a checkpoint, at most {_gigabytes(plan.kept)} at a time with the model.",
         f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({plan.samples:,} samples of "
         f"{plan.tokens_per_sample:,.0f} tokens in the mean, {plan.labelled:.0%} of them learned).",
+        *([f"Data: {shares} of the samples drawn; an epoch has {plan.samples:,}."] if shares else []),
     ]
 
 

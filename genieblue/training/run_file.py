@@ -17,12 +17,16 @@ INPUTS: dict[str, Any] = {
     "data": list[str],
     "out": str,
     "eval_data": str,
+    "text_share": float,
     "image_folder": str,
+    "image_root": list[str],
+    "follow_links": bool,
     "base": str,
     "dtype": str,
     "trust_remote_code": bool,
     "skip_bad": bool,
 }
+NAMED = ("data", "image_root")  # may also be mappings, from names
 REQUIRED = ("stage", "model", "data", "out")
 _TYPES = {**INPUTS, **get_type_hints(TrainingSettings)}
 
@@ -63,6 +67,8 @@ def _checked(name: str, value: Any, path: Path) -> Any:
         close = difflib.get_close_matches(name, _TYPES, n=1)
         hint = f" Did you mean `{close[0]}`?" if close else f" Known are: {', '.join(sorted(_TYPES))}."
         raise ValueError(f"{path}: `{name}` is no setting of a run.{hint}")
+    if name in NAMED and isinstance(value, dict):
+        value = [f"{key}={item}" for key, item in value.items()]  # as on the command line
     try:
         return _as_type(value, _TYPES[name])
     except (TypeError, ValueError) as error:

@@ -104,7 +104,7 @@ def train(
         if int(os.environ.get("RANK", 0)) == 0:
             write_run_file(checkpoints / RUN_FILE, run_values or asdict(settings))
         trainer = run.train(checkpoints, checkpoint, callbacks, scheduler)
-        result = _result(trainer, output, len(run.chats))
+        result = _result(trainer, output, run.chats.num_samples)
         if trainer.is_world_process_zero():
             structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
         trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is saved

@@ -10,9 +10,9 @@ from PIL import Image
 from tiny_models import EOS_ID, VOCABULARY, tiny_tokenizer
 
 from conversion.chat_template import UnusableTemplate
-from genieblue.cli.train import data_source
 from genieblue.data.calibration_chats import read_chats
-from genieblue.data.chats import ChatDataset, parse_chat
+from genieblue.data.chat_samples import parse_chat
+from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import IGNORED, ChatCollator, EncodedChats
 from modeling_genieblue import GenieBlueProcessor
 
@@ -450,8 +450,8 @@ def test_samples_that_are_made_when_asked_for_are_not_made_before():
 def test_what_is_no_data_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a file"):
         ChatDataset(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="was not saved by `datasets`: give a JSONL file"):
-        data_source(tmp_path)
+    with pytest.raises(ValueError, match="was not saved by `datasets` and contains no data"):
+        ChatDataset(tmp_path)
     with pytest.raises(ValueError, match="give one split"):
         ChatDataset({"train": [good_line()]})
     with pytest.raises(OSError, match="is not a folder"):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genieblue.data.chats import ChatDataset, parse_chat
+from genieblue.data.chat_samples import parse_chat
+from genieblue.data.chats import ChatDataset
 
 QUESTION, ANSWER = "Which colour is it?", "It is blue."
 
@@ -162,7 +163,6 @@ OTHER_FORMS = {
     "UTF-16": (LINES.encode("utf-16"), "UTF-16"),
     "UTF-16 without a mark": (LINES.encode("utf-16-le"), "UTF-16"),
     "gzip": (b"\x1f\x8b\x08\x00rest", "compressed with gzip"),
-    "Parquet": (b"PAR1\x15\x04", "a Parquet file"),
     "zip": (b"PK\x03\x04rest", "a zip archive"),
 }
 
