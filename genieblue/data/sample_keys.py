@@ -16,7 +16,7 @@ DESCRIBING = _words(
     "id ids idx index uid uuid hash sha256 md5 source sources origin dataset subset split config task type kind "
     "category categories topic subject domain difficulty level tag tags lang language locale title url urls uri link "
     "links license licence licenses copyright author authors creator attribution date time timestamp created updated "
-    "at version revision metadata meta info extra stats width height size sizes length lengths count counts num "
+    "exif at version revision metadata meta info extra stats width height size sizes length lengths count counts num "
     "number tokens score scores rating ratings quality views likes model generator annotator"
 )
 # Words that make a key meaningful, whatever other words it has.

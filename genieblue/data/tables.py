@@ -100,6 +100,8 @@ def open_hub(name: str) -> Table:
                 raise ValueError(f"it has several splits: give one, such as {name}[{splits[0]}] ({', '.join(splits)})")
             split = splits[0]
         dataset = datasets.load_dataset(found["id"], found["config"], split=split, **options)
+        if "__key__" in dataset.column_names:
+            raise ValueError("it is a WebDataset: download its .tar files, and give their folder")
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
         raise OSError(f"{name} cannot be read from the Hub ({type(error).__name__}: {reason}).") from error
