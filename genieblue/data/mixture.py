@@ -138,7 +138,9 @@ class MixedChats(ChatDataset):
         parts = {name: chats.with_images() for name, chats in self._parts.items()}
         for name, chats in parts.items():
             if len(chats) == 0:
-                raise ValueError(f"The part {name!r} has no sample with an image, which is what is needed here.")
+                raise ValueError(
+                    f"The part {name!r} has no sample with an image, and others are of no use here: leave it out."
+                )
         return MixedChats(parts, self._weights)
 
     def sample_hashes(self) -> set[int]:

@@ -56,10 +56,9 @@ class Source(Protocol):
 class Samples:
     """The samples of any sequence. Only a list or tuple is read before its samples are asked for."""
 
-    sha256: str | None = None
-
     def __init__(self, samples: Sequence[Any]):
         self._samples = samples
+        self.sha256: str | None = getattr(samples, "_fingerprint", None)  # of a table that makes its samples
 
     def __len__(self) -> int:
         return len(self._samples)

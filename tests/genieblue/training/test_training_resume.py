@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 from training_setup import RUN, AtStep, losses, make_base, make_data, make_model, make_settings
 
+from genieblue.data.chats import ChatDataset
+from genieblue.data.mixture import MixedChats
 from genieblue.training.stages import train
 
 ROOT = Path(__file__).parents[3]
@@ -205,3 +208,17 @@ def test_resuming_a_finished_run_trains_no_further_step(steps, base, tmp_path):
     model, result = start(base, tmp_path / "out", resume=True, epochs=None, steps=steps)
     assert result.steps == first.steps == steps and losses(result) == losses(first)
     assert same_weights(model, first_model)
+
+
+def test_a_mixture_resumes_to_the_same_losses(base, tmp_path):
+    def start_mixture(output, **options):
+        model, processor = make_model(base)
+        parts = {"pictures": ChatDataset(make_data()[:8]), "texts": ChatDataset(make_data()[8:])}
+        chats = MixedChats(parts, {"pictures": Fraction(1), "texts": Fraction(1)})
+        return train(model, processor, chats, output, make_settings(epochs=1, save_steps=2), **options)
+
+    whole = start_mixture(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        start_mixture(tmp_path / "cut", callbacks=[AtStep(5, interrupt)])
+    assert losses(start_mixture(tmp_path / "cut", resume=True)) == losses(whole)
+    assert whole.steps == 8 and whole.num_samples == 11  # sixteen drawn
