@@ -73,11 +73,12 @@ class TarShards:
 
     def _read_headers(self, path: Path, digest: Any, bar: tqdm) -> None:
         ids = {name: number for number, name in enumerate(self._ending_names)}
-        size, key, found = path.stat().st_size, None, set()
+        size, read, key, found = path.stat().st_size, 0, None, set()
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # where it keeps every header
-                bar.update(member.size)
+                bar.update(tar.offset - read)
+                read = tar.offset
                 name = PurePosixPath(member.name)
                 stem, _, ending = name.name.partition(".")
                 if member.isdir() or not stem or not ending:  # of a folder's own files, such as `._a.jpg` or `README`
