@@ -126,6 +126,3 @@ def _print_report(report: Any, longer: int | None, max_length: int) -> None:
         typer.echo(f"  {number} × {reason}")
     for where, reason in report.bad:
         typer.echo(f"  {where}: {reason}")
-
-
-__all__ = ["data_app"]

@@ -162,6 +162,3 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
             else f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}"
         )
     return {**asdict(result), "output": str(out), "lines": lines}
-
-
-__all__ = ["train"]

@@ -187,6 +187,3 @@ def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
         )
     if not any(text.strip() for text in texts_of([message for message in messages if message["role"] == "assistant"])):
         raise ValueError(f"{where}: all answers are empty; expected text to learn.")
-
-
-__all__ = ["ChatSample", "parse_chat", "texts_of"]

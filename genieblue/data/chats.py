@@ -194,6 +194,3 @@ def _texts_and_paths(sample: ChatSample) -> bytes:
 def without_prefix(error: Exception, where: str) -> str:
     """A message about a sample without the sample's name."""
     return str(error).removeprefix(where).removeprefix(": ").removeprefix(", ")
-
-
-__all__ = ["ChatDataset", "without_prefix"]

@@ -98,6 +98,3 @@ def check_exists(image: Any) -> None:
     """`FileNotFoundError` if a resolved image is the path of no file."""
     if isinstance(image, str) and image[:5].lower() != "data:" and not os.path.isfile(image):
         raise FileNotFoundError(f"the image file {shown(image)} does not exist.")
-
-
-__all__ = ["ImageFolders", "check_exists", "read_image_roots"]

@@ -134,6 +134,3 @@ def _is_json(content: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-__all__ = ["JsonlFiles", "check_is_jsonl", "parse_json", "parse_line"]

@@ -228,6 +228,3 @@ def _interleaved(draws: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     streams = np.repeat(np.arange(len(draws), dtype=np.uint16), draws)[order]
     turns = np.concatenate([np.arange(number, dtype=np.uint32) for number in draws])[order]
     return streams, turns
-
-
-__all__ = ["MixedChats", "MixturePart", "open_mixture", "read_parts"]

@@ -201,6 +201,3 @@ def draw_histograms(report: DataReport, path: Path) -> None:
         axis.set_ylabel("images" if is_count else "samples")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110, format="png")
-
-
-__all__ = ["DataReport", "check_data", "draw_histograms", "summary"]

@@ -161,6 +161,3 @@ def _form(path: Path) -> Literal["jsonl", "parquet", "tar"]:
         return "tar"
     check_is_jsonl(path)
     return "jsonl"
-
-
-__all__ = ["Location", "Source", "exists", "locate", "open_source"]

@@ -118,6 +118,3 @@ def _datasets() -> Any:
     except ImportError as error:
         raise ValueError("This data needs the package datasets: pip install 'genieblue[train]'.") from error
     return datasets
-
-
-__all__ = ["HUB", "HUB_NAME", "Table", "check_hub_name", "open_hub", "open_parquet", "open_saved"]

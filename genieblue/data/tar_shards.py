@@ -189,6 +189,3 @@ def _turn_with_images(turn: Any, member: Callable[[Any], Any]) -> Any:
         for part in turn["content"]
     ]  # fmt: skip
     return {**turn, "content": parts}
-
-
-__all__ = ["MAGIC", "MAGIC_AT", "TarShards"]
