@@ -111,6 +111,8 @@ def exists(text: str) -> bool:
 def locate(text: str | os.PathLike) -> Location:
     """Finds the data that a text means, and its format; `FileNotFoundError` or `ValueError` if it is none."""
     text = os.fspath(text)
+    if not text.strip():  # an unset variable of the shell, which must not mean the current folder
+        raise ValueError(f"The name of the data is empty: {EXPECTED}.")
     path = Path(text).expanduser()
     if not path.exists() and text.startswith(HUB):
         check_hub_name(text)

@@ -9,6 +9,7 @@ from typing import Any
 
 from genieblue.data.chat_samples import IMAGE_KEYS, IN_A_COLUMN
 
+TEXTS = ("string", "large_string", "string_view")  # dtypes of columns with paths
 BATCH = 1000  # rows that are checked at a time
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # of `save_to_disk`
 HUB = "hf:"
@@ -49,7 +50,7 @@ class Table:
 
     def _has_images(self, name: str) -> bool:
         feature = self._dataset.features[name]
-        return name in IMAGE_KEYS and getattr(getattr(feature, "feature", feature), "dtype", None) != "string"
+        return name in IMAGE_KEYS and getattr(getattr(feature, "feature", feature), "dtype", None) not in TEXTS
 
 
 def _joined(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

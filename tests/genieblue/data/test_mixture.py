@@ -127,6 +127,7 @@ REFUSED = {
     "same name": (["x=a.jsonl", "x=b.jsonl"], "'x' is there twice"),
     "some weights": (["a.jsonl:1", "b.jsonl"], "'b.jsonl' has no weight"),
     "no name on the Hub": (["hf:set"], "names no data set on the Hub"),
+    "an unset variable": ([""], "The name of the data is empty"),
     "nothing": ([], "There is no data"),
 }
 
