@@ -28,7 +28,7 @@ def _data() -> None:
 def check(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]FILE...", help="Chats, as for `genieblue train --data`."),
+        typer.Argument(metavar="FILE...", help="Chats, as for `genieblue train --data`: [NAME=]FILE."),
     ],
     model: Annotated[
         str | None,

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from conversion.chat_ids import chat_rows
 from genieblue.data.chat_samples import BAD_SAMPLE, ChatSample, texts_of
 from genieblue.data.chats import ChatDataset, without_prefix
+from genieblue.data.image_folders import check_exists
 from genieblue.data.jsonl_files import SECONDS_WITHOUT_BAR
 from modeling_genieblue.image_reading_genieblue import read_image
 
@@ -126,6 +127,8 @@ def _look(chats: ChatDataset) -> Callable[[int], _Looked]:
         except BAD_SAMPLE as error:
             return _Looked(where, error=error)
         try:
+            for image in sample.images:
+                check_exists(image)
             images = [read_image(image) for image in sample.images]
         except BAD_SAMPLE as error:
             return _Looked(where, error=error, is_unreadable=True)
