@@ -121,6 +121,17 @@ def test_plan_of_a_packed_run_is_what_the_run_takes(base, tmp_path, options):
     assert sum(int((positions == 0).sum()) for positions in seen) == 11 * settings.epochs
 
 
+def test_packs_joined_in_one_row_for_flash_attention_give_the_same_losses(base, tmp_path, monkeypatch):
+    settings = make_settings(**PACKED | {"batch_size": 2}, epochs=1)
+    apart = train(*make_model(base, lora_dropout=0.0), make_data(), tmp_path / "apart", settings)
+    monkeypatch.setattr("genieblue.training.stages.uses_flash_attention", lambda model: True)
+    model, processor = make_model(base, lora_dropout=0.0)
+    seen = seen_arguments(model, "position_ids")
+    joined = train(model, processor, make_data(), tmp_path / "joined", settings)
+    assert losses(joined) == pytest.approx(losses(apart), rel=1e-4) and len(losses(apart)) == 2
+    assert {len(positions) for positions in seen} == {1}
+
+
 def test_log_counts_samples_and_tokens_without_padding(base, tmp_path):
     model, processor = make_model(base)
     settings = make_settings(**PACKED | {"batch_size": 99, "steps": 1})
