@@ -63,7 +63,8 @@ def image_size(image: Any, index: int = 0) -> tuple[int, int]:
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     with contextlib.suppress(Exception):  # a damaged EXIF block, which `_decode` does not apply either
         # The method of the base class, for a PNG file's own reads all pixels to look for EXIF behind them.
-        if Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        if turned and image.format != "TIFF":  # for which Pillow gives the upright size from the start
             return image.height, image.width
     return image.width, image.height
 

@@ -99,10 +99,6 @@ class ChatCollator:
             count = self.processor.image_processor.get_number_of_image_patches
             return self._chat_rows(sample, [count(height, width, options) for width, height in sizes])
 
-    def shows_image(self, row: ChatRow) -> bool:
-        """Whether a row has image tokens."""
-        return self.processor.image_token_id in row.input_ids
-
     @contextlib.contextmanager
     def _read(self, sample: ChatSample | dict[str, Any]) -> Iterator[ChatSample]:
         """The parsed sample; errors inside are raised as `rows` promises."""
@@ -217,8 +213,9 @@ class EncodedChats(torch.utils.data.Dataset):
         return [row for row in rows if not self.need_images or "pixel_values" in row]
 
     def _outline(self, index: int) -> list[ChatRow]:
+        image = self.collator.processor.image_token_id
         rows = self.collator.outlines(self.chats[index])
-        return [row for row in rows if not self.need_images or self.collator.shows_image(row)]
+        return [row for row in rows if not self.need_images or image in row.input_ids]
 
 
 @contextlib.contextmanager
