@@ -149,7 +149,7 @@ def main() -> None:
     command = commands.add_parser("packing", help="padded, grouped and packed batches")
     command.add_argument("--base", type=Path, required=True)
     command.add_argument("--texts", type=Path, required=True)
-    command.add_argument("--blocks", type=int, default=4)
+    command.add_argument("--blocks", type=int, default=30)
     command.add_argument("--samples", type=int, default=120)
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--packs", type=int, default=2)
