@@ -267,7 +267,7 @@ class _Run:
         facts = {
             "trained": ", ".join(rates),
             "steps": result.steps,
-            "batch size": f"{rows} packs of samples" if settings.pack else rows,
+            "batch size": f"{rows} × {settings.max_length} tokens, packed" if settings.pack else rows,
             "samples in the data": result.num_samples,
             "sequence length": settings.max_length,
             "tiles per image": 1 if self.max_tiles == 1 else f"up to {self.max_tiles}",
