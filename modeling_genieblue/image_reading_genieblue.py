@@ -1,6 +1,7 @@
 """Reads images from any common source, checks them and converts them to upright 8-bit RGB pixels."""
 
 import base64
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .addresses_genieblue import redacted, redacted_logs, shown
 
@@ -41,6 +42,31 @@ def read_image(image: Any, index: int = 0, input_data_format: str | None = None)
     size; OSError for one that cannot be read.
     """
     return Image.fromarray(rgb_pixels(image, index, True, input_data_format))
+
+
+def image_size(image: Any, index: int = 0) -> tuple[int, int]:
+    """
+    Return the (width, height) that `read_image` gives `image`, without reading the pixels of a file.
+
+    ValueError or OSError as from `read_image`, but for damage that only the pixels show.
+    """
+    if isinstance(image, (str, bytes, os.PathLike)):
+        image, _ = _open(image if isinstance(image, bytes) else os.fspath(image), f"Image {index}")
+        with image:
+            return _upright_size(image)
+    if isinstance(image, Image.Image):
+        return _upright_size(image)
+    height, width, _ = rgb_pixels(image, index, True, None).shape
+    return width, height
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    with contextlib.suppress(Exception):  # a damaged EXIF block, which `_decode` does not apply either
+        # The method of the base class, for a PNG file's own reads all pixels to look for EXIF behind them.
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        if turned and image.format != "TIFF":  # for which Pillow gives the upright size from the start
+            return image.height, image.width
+    return image.width, image.height
 
 
 def rgb_pixels(image: Any, index: int, convert: bool, input_data_format: str | None) -> np.ndarray:

@@ -53,6 +53,13 @@ def train(
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the paper's.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per sample, including image tokens.")] = 4096,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack/--no-pack", help="Rows of many samples, up to --max-length; --batch-size counts rows."),
+    ] = False,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Batches of samples of similar length.")
+    ] = False,
     max_tiles: Annotated[
         int | None,
         typer.Option(help="Maximum tiles per image; default: 1 in stage 1, the model's own in stage 2."),

@@ -1,8 +1,10 @@
 """Turns chats into batches: token ids, labels for the answers only, and image tiles."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -11,8 +13,13 @@ from conversion.chat_ids import IGNORED, ChatRow, chat_rows
 from conversion.chat_template import NO_TEMPLATE, UnusableTemplate
 from genieblue.data.chat_samples import BAD_SAMPLE, ChatSample, parse_chat
 from genieblue.data.chats import CORRECT_OR_SKIP, ChatDataset
+from modeling_genieblue.image_reading_genieblue import image_size
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+# A data loader includes the traceback of its worker process in the error message.
+WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:\w+\.)*\1: ", re.DOTALL)
 
 
 class ChatCollator:
@@ -28,10 +35,12 @@ class ChatCollator:
         stop_ids: Sequence[int] | None = None,
         max_length: int = 4096,
         max_tiles: int | None = None,
+        joins_packs: bool = False,
     ):
         """`max_length` is in tokens, including image tokens; `max_tiles` is per image, by default the processor's.
 
-        `stop_ids` are the tokens that stop generation, by default the tokenizer's end-of-sequence token.
+        `stop_ids` are the tokens that stop generation, by default the tokenizer's end-of-sequence token. With
+        `joins_packs`, all packs of a batch become one row, in which flash attention knows the samples apart.
         """
         if max_length < 2:
             raise ValueError(
@@ -40,6 +49,7 @@ class ChatCollator:
         self.processor = processor
         self.max_length = max_length
         self.max_tiles = max_tiles
+        self.joins_packs = joins_packs
         tokenizer = processor.tokenizer
         own_stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_ids = tuple(own_stop if stop_ids is None else stop_ids)
@@ -50,25 +60,22 @@ class ChatCollator:
     def __call__(self, samples: Sequence[ChatSample | dict[str, Any] | list]) -> dict[str, torch.Tensor]:
         """Samples, encoded or not → `input_ids`, `attention_mask`, `labels` (rows, length).
 
-        With images also `pixel_values` (total_tiles, 3, tile_size, tile_size) and `num_tiles` (num_images,).
+        With images also `pixel_values` (total_tiles, 3, tile_size, tile_size) and `num_tiles` (num_images,). Packs
+        (see `joined`) have `position_ids` instead of `attention_mask`, with 0 for padding: every position 0 begins
+        another sequence.
         """
         rows = [row for sample in samples for row in (sample if isinstance(sample, list) else self.rows(sample))]
+        packed = "position_ids" in rows[0]
+        if packed and self.joins_packs:
+            rows = [joined(rows)]
         length = max(len(row["input_ids"]) for row in rows)
-        shape = (len(rows), length)
-        batch = {
-            "input_ids": torch.full(shape, self._pad_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED),
-        }
+        padding = {"input_ids": self._pad_id, "labels": IGNORED, "position_ids" if packed else "attention_mask": 0}
+        batch = {name: torch.full((len(rows), length), value) for name, value in padding.items()}
         for index, row in enumerate(rows):
-            size = len(row["input_ids"])
-            batch["input_ids"][index, :size] = torch.tensor(row["input_ids"])
-            batch["attention_mask"][index, :size] = 1
-            batch["labels"][index, :size] = torch.tensor(row["labels"])
-        with_images = [row for row in rows if "pixel_values" in row]
-        for name in ("pixel_values", "num_tiles") if with_images else ():
-            batch[name] = torch.cat([row[name] for row in with_images])
-        return batch
+            for name, values in batch.items():
+                size = len(row["input_ids"])
+                values[index, :size] = 1 if name == "attention_mask" else torch.tensor(row[name])
+        return batch | tiles_of(rows)
 
     def encode(self, sample: ChatSample | dict[str, Any]) -> dict[str, Any]:
         """The row of a sample's last answer, which for most templates is the only one in `rows`."""
@@ -80,14 +87,28 @@ class ChatCollator:
         Raises `ValueError` naming the sample for an unreadable image, an unsuitable template or a sample that is too
         long, and `UnusableTemplate` for a missing or broken template.
         """
+        with self._read(sample) as sample:
+            pixels = self._tiles(sample.images)
+            rows = self._chat_rows(sample, pixels["num_tiles"].tolist() if pixels else [])
+        return [{"input_ids": row.input_ids, "labels": row.labels, **self._shown(row, pixels)} for row in rows]
+
+    def outlines(self, sample: ChatSample | dict[str, Any]) -> list[ChatRow]:
+        """The ids and labels of `rows`, from the sizes of images, whose pixels are not read."""
+        options = {} if self.max_tiles is None else {"max_tiles": self.max_tiles}
+        with self._read(sample) as sample:
+            sizes = [image_size(image, index) for index, image in enumerate(sample.images)]
+            count = self.processor.image_processor.get_number_of_image_patches
+            return self._chat_rows(sample, [count(height, width, options) for width, height in sizes])
+
+    @contextlib.contextmanager
+    def _read(self, sample: ChatSample | dict[str, Any]) -> Iterator[ChatSample]:
+        """The parsed sample; errors inside are raised as `rows` promises."""
         if not isinstance(sample, ChatSample):
             sample = parse_chat(sample, "a sample", None)
         if self.processor.chat_template is None:
             raise UnusableTemplate(NO_TEMPLATE)
         try:
-            pixels = self._tiles(sample.images)
-            num_tiles = pixels["num_tiles"].tolist() if pixels else []
-            rows = self._fitting(chat_rows(self.processor, sample.messages, num_tiles, self.stop_ids))
+            yield sample
         except BAD_SAMPLE as error:
             raise ValueError(f"{sample.where}: {error}") from error
         except TemplateError as error:
@@ -97,7 +118,9 @@ class ChatCollator:
                 f"The model's chat template fails ({type(error).__name__}: {error}), for example for "
                 f"{sample.where}: correct the template."
             ) from error
-        return [{"input_ids": row.input_ids, "labels": row.labels, **self._shown(row, pixels)} for row in rows]
+
+    def _chat_rows(self, sample: ChatSample, num_tiles: list[int]) -> list[ChatRow]:
+        return self._fitting(chat_rows(self.processor, sample.messages, num_tiles, self.stop_ids))
 
     def _tiles(self, images: list[Any]) -> dict[str, torch.Tensor]:
         if not images:
@@ -156,30 +179,66 @@ class EncodedChats(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            try:
-                return self._encode(candidate)
-            except UnusableTemplate:
-                raise
-            except BAD_SAMPLE as error:
-                if not self.chats.skip_bad:
-                    raise ValueError(f"{error} {CORRECT_OR_SKIP}") from error
-                if candidate not in self._skipped:
-                    self._skipped.add(candidate)
-                    logger.warning("Skipped %s (%d so far)", error, len(self._skipped))
+            rows = self.rows((index + step) % len(self))
+            if rows is not None:
+                return rows
         raise ValueError(f"All {len(self)} samples are bad; see the log for the reasons.")
 
-    def _encode(self, index: int) -> list[dict[str, Any]]:
+    def rows(self, index: int) -> list[dict[str, Any]] | None:
+        """The rows of one sample; `None` for a bad one if those are skipped."""
+        return self._unless_bad(index, self._encode)
+
+    def outlines(self, index: int) -> list[ChatRow] | None:
+        """The ids and labels of `rows`, without reading pixels; an image whose pixels are damaged passes."""
+        return self._unless_bad(index, self._outline)
+
+    def _unless_bad(self, index: int, encode: Callable[[int], list[Result]]) -> list[Result] | None:
         try:
-            rows = self.collator.rows(self.chats[index])
+            if rows := encode(index):
+                return rows
+            raise ValueError("no image, so the projector learns nothing from it.")
         except UnusableTemplate:
             raise
         except BAD_SAMPLE as error:
             where = self.chats.where(index)
-            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
-        if not self.need_images:
-            return rows
-        rows = [row for row in rows if "pixel_values" in row]
-        if not rows:
-            raise ValueError(f"{self.chats.where(index)}: no image, so the projector learns nothing from it.")
-        return rows
+            reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            if not self.chats.skip_bad:
+                raise ValueError(f"{reason} {CORRECT_OR_SKIP}") from error
+            if index not in self._skipped:
+                self._skipped.add(index)
+                logger.warning("Skipped %s (%d so far)", reason, len(self._skipped))
+        return None
+
+    def _encode(self, index: int) -> list[dict[str, Any]]:
+        rows = self.collator.rows(self.chats[index])
+        return [row for row in rows if not self.need_images or "pixel_values" in row]
+
+    def _outline(self, index: int) -> list[ChatRow]:
+        image = self.collator.processor.image_token_id
+        rows = self.collator.outlines(self.chats[index])
+        return [row for row in rows if not self.need_images or image in row.input_ids]
+
+
+@contextlib.contextmanager
+def plain_worker_errors() -> Iterator[None]:
+    """Inside, a `ValueError` of a data loader's worker process keeps its original message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(WORKER_ERROR.sub("", str(error))) from error
+
+
+def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as one row, a pack, with `position_ids` that begin at 0 for each of them; packs may be joined too."""
+    pack: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        pack["input_ids"] += row["input_ids"]
+        pack["labels"] += [IGNORED, *row["labels"][1:]]  # the first token does not follow the row before
+        pack["position_ids"] += row.get("position_ids", range(len(row["input_ids"])))
+    return pack | tiles_of(rows)
+
+
+def tiles_of(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """`pixel_values` and `num_tiles` of rows in order; empty without images."""
+    shown = [row for row in rows if "pixel_values" in row]
+    return {name: torch.cat([row[name] for row in shown]) for name in ("pixel_values", "num_tiles") if shown}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from genieblue.data.collation import EncodedChats
+from genieblue.data.packing import PackedChats
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.structure import GenieBlueStructure
 
@@ -27,7 +28,7 @@ class TrainingPlan:
 
     Attributes:
         parameters: by part; `language_model` is frozen.
-        memory: by use; `activations (estimate)` is for one batch of samples of mean length.
+        memory: by use; `activations (estimate)` is for one batch of samples of mean length, or of mean packs.
         checkpoint: bytes of one checkpoint; `kept` of all that are on disk at the same time, with the final model.
         samples: in an epoch, in which those of a mixture may repeat; `shares` are those of its parts.
         tokens_per_sample: mean of the first samples, image tokens included; `labelled` is the share that is learned.
@@ -39,6 +40,7 @@ class TrainingPlan:
     checkpoint: int
     kept: int
     samples: int
+    packs: int | None  # that the samples are in
     tokens_per_sample: float
     labelled: float
     tokens_per_step: float
@@ -53,7 +55,7 @@ class TrainingPlan:
 def plan_training(
     structure: GenieBlueStructure,
     groups: tuple[str, ...],
-    data: EncodedChats,
+    data: EncodedChats | PackedChats,
     settings: TrainingSettings,
     *,
     validates: bool = False,
@@ -62,8 +64,10 @@ def plan_training(
     parameters, trained = _count_parameters(structure, groups)
     count = sum(trained.values())
     world = int(os.environ.get("WORLD_SIZE", 1))
-    lengths, labelled, tiles = _probe(data)
+    chats = data.chats if isinstance(data, PackedChats) else data
+    lengths, labelled, tiles = _probe(chats)
     mean = sum(lengths) / len(lengths)
+    tokens = data.num_tokens / len(data) if isinstance(data, PackedChats) else mean  # in a row of a batch
     per_step = settings.batch_size * settings.gradient_accumulation * world
     steps = settings.steps or math.ceil(math.ceil(len(data) / per_step) * (settings.epochs or 1.0))
     tower = sum(parameter.numel() for parameter in structure.model.vision_tower.parameters())
@@ -73,7 +77,7 @@ def plan_training(
         "untrained parts": (tower if "vision_tower" not in trained else 0) * structure.frozen.dtype.itemsize,
         "gradients (float32)": count * FLOAT32,
         "optimizer (AdamW, float32)": count * MOMENTS * FLOAT32,
-        "activations (estimate)": _activations(structure, settings, mean, tiles / len(lengths), labelled),
+        "activations (estimate)": _activations(structure, settings, tokens, tiles * tokens / sum(lengths), labelled),
     }
     checkpoint = count * (1 + MOMENTS) * FLOAT32
     checkpoints = (settings.keep_checkpoints + 1) * checkpoint if settings.save_steps else 0  # one while it is written
@@ -85,10 +89,11 @@ def plan_training(
         memory={name: value for name, value in memory.items() if value},
         checkpoint=checkpoint,
         kept=checkpoints + best + own * structure.frozen.dtype.itemsize,
-        samples=len(data),
+        samples=len(chats),
+        packs=len(data) if isinstance(data, PackedChats) else None,
         tokens_per_sample=mean,
         labelled=labelled,
-        tokens_per_step=mean * per_step,
+        tokens_per_step=tokens * per_step,
         steps=steps,
         shares=data.chats.shares(),
     )
@@ -111,13 +116,14 @@ def format_plan(plan: TrainingPlan) -> list[str]:
     parts = ", ".join(f"{name} {_millions(number)}" for name, number in plan.trained.items())
     memory = ", ".join(f"{name} {_gigabytes(size)}" for name, size in plan.memory.items())
     shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.shares.items())
+    packs = "" if plan.packs is None else f", in {plan.packs:,} packs"
     return [
         f"Trained parameters: {_millions(sum(plan.trained.values()))} ({parts}); the base's "
         f"{_millions(plan.parameters['language_model'])} stay frozen.",
         f"Memory by device: about {_gigabytes(sum(plan.memory.values()))} ({memory}).",
         f"Disk: {_gigabytes(plan.checkpoint)} a checkpoint, at most {_gigabytes(plan.kept)} at a time with the model.",
         f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({plan.samples:,} samples of "
-        f"{plan.tokens_per_sample:,.0f} tokens in the mean, {plan.labelled:.0%} of them learned).",
+        f"{plan.tokens_per_sample:,.0f} tokens in the mean, {plan.labelled:.0%} of them learned{packs}).",
         *([f"Data: {shares} of the samples drawn; an epoch has {plan.samples:,}."] if shares else []),
     ]
 

@@ -31,6 +31,10 @@ class TrainingSettings:
         max_grad_norm: gradient clipping; our choice, as the paper does not specify it.
         bf16: bfloat16 autocast over float32 copies of the trained weights; by default if the base is in bfloat16.
         max_length: tokens per sample, including image tokens.
+        pack: several samples in a row of at most `max_length` tokens, each with attention and positions of its own;
+            `batch_size` then counts rows. The paper's stage 2 packs. Off by default, because the number of samples in
+            a step then depends on their lengths.
+        group_by_length: batches of samples of similar length, which have less padding.
         max_tiles: per image, a square number; by default the recipe's (stage 1: one, stage 2: the processor's own).
         save_steps: steps between checkpoints; 0 writes none.
         eval_steps: steps between validations, if there is validation data; by default a tenth of the run.
@@ -58,6 +62,8 @@ class TrainingSettings:
     bf16: bool | None = None
     gradient_checkpointing: bool = False
     max_length: int = 4096
+    pack: bool = False
+    group_by_length: bool = False
     max_tiles: int | None = None
     save_steps: int = 500
     keep_checkpoints: int = 2
@@ -77,6 +83,11 @@ class TrainingSettings:
     def __post_init__(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"Got {self.steps} steps and {self.epochs} epochs: give only one of them.")
+        if self.group_by_length and (self.pack or not self.shuffle):
+            reason = (
+                "packed samples have no padding" if self.pack else "it sets the order, which `shuffle=False` keeps"
+            )
+            raise ValueError(f"`group_by_length` is on, but {reason}: leave out one of them.")
         sizes = (
             "steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps", "eval_steps",
             "eval_max_new_tokens", "patience", "price_per_hour",

@@ -20,8 +20,10 @@ from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.chat_template import check_processor_template
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats
+from genieblue.data.packing import PackedChats, row_lengths
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
+from genieblue.training.packed_attention import check_packing, uses_flash_attention
 from genieblue.training.plan import TrainingPlan, check_disk, format_plan, plan_training
 from genieblue.training.run_file import write_run_file
 from genieblue.training.run_log import RunLog
@@ -80,8 +82,9 @@ def train(
         run_values: what is saved as `run.yaml` with the run, by default the settings.
         scheduler: makes the learning rate schedule, by default warm-up and cosine.
 
-    Raises `ValueError` for empty or bad data, a missing or failing chat template, a base whose generation never stops,
-    a loss that is not finite, a checkpoint from a different run, or a changed base.
+    Raises `ValueError` for empty or bad data, a missing or failing chat template, a base whose generation never stops
+    or that cannot be trained on packs (with `pack`), a loss that is not finite, a checkpoint from a different run, or
+    a changed base.
     """
     output = Path(os.path.abspath(output))
     check_output(output)
@@ -159,9 +162,21 @@ class _Run:
         self.autocast_dtype = choose_autocast(self.structure.frozen, self.settings.bf16)
 
     @cached_property
-    def data(self) -> EncodedChats:
-        """The trainer's dataset."""
-        return EncodedChats(self.chats, self._collator, need_images=self.recipe.needs_images)
+    def data(self) -> EncodedChats | PackedChats:
+        """The trainer's dataset; `ValueError` for packs of a base that cannot be trained on them."""
+        chats = EncodedChats(self.chats, self._collator, need_images=self.recipe.needs_images)
+        if not self.settings.pack:
+            return chats
+        if not self._checks_packing_late:
+            check_packing(self.structure.model, self._collator)
+        settings = self.settings
+        return PackedChats(chats, shuffle=settings.shuffle, seed=settings.seed, num_workers=settings.num_workers)
+
+    @cached_property
+    def _checks_packing_late(self) -> bool:
+        """Flash attention runs on a GPU alone, where Trainer puts the model."""
+        model = self.structure.model
+        return self.settings.pack and uses_flash_attention(model) and model.device.type == "cpu"
 
     @cached_property
     def _collator(self) -> ChatCollator:
@@ -170,6 +185,7 @@ class _Run:
             stop_ids=stop_token_ids(self.structure.model.generation_config),
             max_length=self.settings.max_length,
             max_tiles=self.max_tiles,
+            joins_packs=self.settings.pack and uses_flash_attention(self.structure.model),
         )
 
     def plan(self) -> TrainingPlan:
@@ -204,7 +220,11 @@ class _Run:
                 autocast_dtype=self.autocast_dtype,
                 settings_record=self.record(),
                 keep_checkpoints=settings.keep_checkpoints,
+                lengths=self._lengths_to_group_by(),
             )
+            if self._checks_packing_late:
+                with trainer.compute_loss_context_manager():
+                    check_packing(structure.model, self._collator)
             if self.validation is not None and settings.eval_answers:
                 answered = self.validation.first(settings.eval_answers)
                 trainer.add_callback(
@@ -219,6 +239,11 @@ class _Run:
         check_finite_weights(structure, self.recipe.groups)
         check_base_unchanged(before, tensor_digests(structure.frozen, "Hashing the base after training"))
         return trainer
+
+    def _lengths_to_group_by(self) -> list[int] | None:
+        if not self.settings.group_by_length:
+            return None
+        return [max(lengths, default=0) for lengths in row_lengths(self.data, self.settings.num_workers)]
 
     def _callbacks(self) -> list[TrainerCallback]:
         settings = self.settings
@@ -238,10 +263,11 @@ class _Run:
         """Facts about the stage for the model card."""
         settings, rates = self.settings, self.learning_rates
         warmup = settings.warmup_steps
+        rows = settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
         facts = {
             "trained": ", ".join(rates),
             "steps": result.steps,
-            "batch size": settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1)),
+            "batch size": f"{rows} × {settings.max_length} tokens, packed" if settings.pack else rows,
             "samples in the data": result.num_samples,
             "sequence length": settings.max_length,
             "tiles per image": 1 if self.max_tiles == 1 else f"up to {self.max_tiles}",

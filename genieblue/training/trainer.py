@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -20,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from conversion.staging import lock_output
+from genieblue.data.collation import plain_worker_errors
 from genieblue.training.plan import remaining
 from genieblue.training.validation import BEST, best_record, replaced_best
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL
@@ -37,8 +38,6 @@ UNFINISHED = "unfinished"
 STEPS_TO_TIME = 5  # after which a run says how long it will take
 # Raised by `torch.save` on a full disk, as a RuntimeError.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
-# A data loader includes the traceback of its worker process in the error message.
-WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:\w+\.)*\1: ", re.DOTALL)
 
 
 class LastLoss(TrainerCallback):
@@ -103,25 +102,38 @@ class StageTrainer(Trainer):
         autocast_dtype: torch.dtype | None,
         settings_record: dict[str, Any],
         keep_checkpoints: int,
+        lengths: list[int] | None = None,
         **kwargs: Any,
     ):
-        """`settings_record` is stored in checkpoints and compared with that of a resumed run."""
+        """`settings_record` is stored in checkpoints and compared with that of a resumed run.
+
+        With the `lengths` of all samples, those of similar length share a batch.
+        """
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(LastLoss)
         self._autocast_dtype = autocast_dtype
         self._settings_record = settings_record
         self._keep_checkpoints = keep_checkpoints
+        self._lengths = lengths
         self._writing_checkpoint = False
         self._samples_since_log = self._tokens_since_log = 0
         self._last_log_time: float | None = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The batches of the next step; an error in a worker process keeps its original message."""
-        try:
+        with plain_worker_errors():
             return super().get_batch_samples(*args, **kwargs)
-        except ValueError as error:
-            raise ValueError(WORKER_ERROR.sub("", str(error))) from error
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """With lengths, the sampler of transformers whose order is a function of the epoch, so that a run resumes."""
+        if self._lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        # One replica: accelerate gives each process its batches.
+        return DistributedLengthGroupedSampler(
+            step, num_replicas=1, rank=0, seed=self.args.seed, lengths=self._lengths
+        )
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast. Trainer would patch the model's `forward`, which would have to be undone."""
@@ -132,8 +144,9 @@ class StageTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one batch; `ValueError` for a loss that is not finite."""
         self._last_log_time = self._last_log_time or time.perf_counter()
-        self._samples_since_log += len(inputs["input_ids"]) * self.args.world_size
-        self._tokens_since_log += int(inputs["attention_mask"].sum()) * self.args.world_size
+        samples, tokens = _samples_and_tokens(inputs)
+        self._samples_since_log += samples * self.args.world_size
+        self._tokens_since_log += tokens * self.args.world_size
         loss = super().training_step(model, {**inputs, "keep_logits": False}, *args, **kwargs)
         if not torch.isfinite(loss):
             self._stop_at("loss", loss)
@@ -284,6 +297,16 @@ class StageTrainer(Trainer):
 
     def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+
+def _samples_and_tokens(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """How many samples and tokens a batch has, without padding."""
+    if "attention_mask" in inputs:
+        return len(inputs["input_ids"]), int(inputs["attention_mask"].sum())
+    # A sample has two tokens at least, and padding is all at position 0.
+    positions = inputs["position_ids"]
+    samples = int((positions == 1).sum())
+    return samples, samples + int((positions > 0).sum())
 
 
 def _peak_memory() -> int:

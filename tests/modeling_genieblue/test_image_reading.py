@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 from plain_images import BLACK, BLUE, GREEN, RED, SIZE, WHITE, colour_of, colours, flat_image, png_file, processor
 
-from modeling_genieblue.image_reading_genieblue import read_image
+from modeling_genieblue.image_reading_genieblue import image_size, read_image
 
 
 def as_chw(array):
@@ -151,6 +151,26 @@ def test_exif_orientation_is_applied(tmp_path):
     upright = read_image(png_file(tmp_path, image, exif=exif))
     assert upright.size == (SIZE, 2 * SIZE)
     assert upright.getpixel((0, 0)) == RED and upright.getpixel((0, 2 * SIZE - 1)) == BLUE
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_of_a_file_is_that_of_its_upright_image_and_read_without_pixels(
+    tmp_path, suffix, orientation, monkeypatch
+):
+    file = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(file, exif=exif)
+    expected = read_image(file).size
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert image_size(file) == image_size(file.read_bytes()) == image_size(Image.open(file)) == expected
+    assert expected == ((20, 30) if orientation == 6 else (30, 20))
+
+
+@pytest.mark.parametrize("image", [np.zeros((20, 30, 3), np.uint8), torch.zeros(3, 20, 30)], ids=["array", "tensor"])
+def test_the_size_of_an_array_is_that_of_its_image(image):
+    assert image_size(image) == read_image(image).size == (30, 20)
 
 
 def test_a_damaged_exif_block_does_not_cost_the_image(tmp_path, caplog, monkeypatch):
