@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from genieblue.data.chats import SECONDS_WITHOUT_BAR
 from genieblue.data.collation import EncodedChats, joined, plain_worker_errors
+from genieblue.data.jsonl_files import SECONDS_WITHOUT_BAR
 
 WINDOW = 1024  # rows that are packed together: more leave less room, fewer mix long and short ones better
 

@@ -95,7 +95,7 @@ def plan_training(
         labelled=labelled,
         tokens_per_step=tokens * per_step,
         steps=steps,
-        shares=data.chats.shares(),
+        shares=chats.chats.shares(),
     )
 
 

@@ -1,5 +1,7 @@
 """Packing: which samples share a row, and what such a row holds."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from PIL import Image
@@ -7,6 +9,7 @@ from training_setup import chat, make_base, make_data, make_model
 
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats, joined
+from genieblue.data.mixture import MixedChats
 from genieblue.data.packing import PackedChats, best_fit, row_lengths
 
 LENGTH = 128
@@ -123,3 +126,10 @@ def test_worker_processes_measure_the_same_and_name_a_bad_sample(processor):
     data = [*make_data()[-2:], chat("What?", "Stop at </s> now.")]
     with pytest.raises(ValueError, match="^sample 2: the answer contains"):
         row_lengths(encoded(processor, data), 1)
+
+
+def test_samples_that_a_mixture_repeats_are_packed_as_often(processor):
+    parts = {"many": ChatDataset(make_data()), "few": ChatDataset(make_data()[-2:])}
+    mixed = EncodedChats(MixedChats(parts, dict.fromkeys(parts, Fraction(1))), ChatCollator(processor))
+    expected = [tuple(row["input_ids"]) for index in range(len(mixed)) for row in mixed[index]]
+    assert sorted(rows_of(PackedChats(mixed))) == sorted(expected) and len(expected) == 22
