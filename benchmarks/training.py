@@ -7,6 +7,8 @@ random weights). `--texts` is a JSONL file with `question` and `answer`, such as
 
 packing: one epoch over the same samples, padded, grouped by length and packed, in turn. CPU time of the steps, data
 loading included, on one thread; medians of the runs.
+
+step: see `training_step`.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from transformers import (
     TrainerState,
 )
 
+from benchmarks import training_step
 from benchmarks.report import print_table
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator
@@ -156,6 +159,7 @@ def main() -> None:
     command.add_argument("--max-length", type=int, default=1024)
     command.add_argument("--runs", type=int, default=3)
     command.set_defaults(run=packing)
+    training_step.add_options(commands.add_parser("step", help="a step against stock PEFT and full fine-tuning"))
     options = parser.parse_args()
     options.run(options)
 

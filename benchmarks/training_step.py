@@ -1,6 +1,6 @@
 """Time and peak memory of a stage-2 step: ours, stock PEFT with the same trained parts, and full fine-tuning.
 
-    python -m benchmarks.training_step [--pairs 7] [--blocks 12] [--batch 4] [--device cpu] [--json]
+    python -m benchmarks.training step [--pairs 7] [--blocks 12] [--batch 4] [--device cpu] [--json]
 
 All three run the same batch through the same SigLIP-like tower and projector, over a random-weight Llama of 12 blocks
 with the hidden size and vocabulary of SmolLM2-135M, in bf16 autocast over float32 trained weights, with AdamW. About
@@ -203,9 +203,8 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> dict[str, float]
     return {"bytes": 1024 * int(peak.split()[1])}
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the sub-command `step`."""
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--blocks", type=int, help="instead of the shape's own number")
     parser.add_argument("--batch", type=int, default=4)
@@ -214,23 +213,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.set_defaults(run=step)
+
+
+def step(arguments: argparse.Namespace) -> None:
+    """Prints the table, or in a process of its own the peak memory of one contender."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         print(json.dumps(measure_memory(arguments.memory_of, arguments)))
         return
-    given = ["--shape", arguments.shape, "--batch", str(arguments.batch), "--device", arguments.device]
+    given = ["step", "--shape", arguments.shape, "--batch", str(arguments.batch), "--device", arguments.device]
     given += ["--blocks", str(arguments.blocks)] if arguments.blocks else []
     rows = measure_times(arguments)
     for name in NAMES:
-        peak = measured_apart("benchmarks.training_step", *given, "--memory-of", name)["bytes"]
+        peak = measured_apart("benchmarks.training", *given, "--memory-of", name)["bytes"]
         rows[name]["peak memory, GB"] = peak / 1e9
     if arguments.json:
         print(json.dumps(rows))
     else:
         print_table(f"stage 2, {arguments.shape}, batch {arguments.batch}", rows)
-
-
-if __name__ == "__main__":
-    main()
