@@ -79,9 +79,15 @@ class ImageFeaturesMixin:
     def _nothing_of_the_image_path(self) -> torch.Tensor:
         """Zero, with a gradient of zero for each parameter that a batch without images leaves out.
 
-        `DistributedDataParallel` waits for a gradient of every parameter, whatever the other processes have seen.
+        `DistributedDataParallel` waits for a gradient of every parameter, whatever the other processes have seen. FSDP
+        gathers parameters as they are used, which all processes must do at once: here, for a black tile.
         """
         trained = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+        if any(hasattr(each, "full_tensor") for each in trained):
+            vision = self.config.vision_config
+            tile = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=trained[0].device)
+            features: Any = self.get_image_features(tile, return_dict=True)
+            return features.pooler_output.sum().to(self.get_input_embeddings().weight.dtype) * 0
         weight = self.get_input_embeddings().weight
         firsts = [each.flatten()[0].to(weight.device, weight.dtype) for each in trained if each.requires_grad]
         return sum(firsts, weight.new_zeros(())) * 0

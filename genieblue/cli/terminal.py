@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from genieblue.cli.errors import (
 )
 
 OUR_PACKAGES = ("genieblue", "conversion", "hub_cards", "modeling_genieblue")
+# The launcher ends all processes once one fails, so an error that all have is printed once, by the main one.
+SECONDS_TO_FAIL_FIRST = 5
 _debug = False
 
 
@@ -43,6 +46,8 @@ class ReportingGroup(TyperGroup):
             message = None if _debug else message_for_user(error)
             if message is None:
                 raise
+            if not is_main_process():
+                time.sleep(SECONDS_TO_FAIL_FIRST)
             typer.secho("Error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
             typer.echo(message, err=True)
             raise typer.Exit(1) from error
@@ -69,7 +74,9 @@ def configure_logging(debug: bool = False) -> None:
     warnings.simplefilter("ignore")
     if not is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
-    for package in OUR_PACKAGES if is_main_process() else ():
+        logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python prints warnings
+        return
+    for package in OUR_PACKAGES:
         _log_to_stderr(package, logging.INFO if package == "genieblue" else logging.WARNING)
     logging.getLogger("conversion.create").setLevel(logging.INFO)  # where generation stops
 

@@ -71,6 +71,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Use less memory, about a third more time.")
     ] = False,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Several GPUs share what is trained instead of each having all of it.")
+    ] = False,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: no checkpoints.")] = 500,
     keep_checkpoints: Annotated[int, typer.Option(min=1, help="How many of the last checkpoints to keep.")] = 2,
     logging_steps: Annotated[int, typer.Option(min=1, help="Steps between records in the log.")] = 10,

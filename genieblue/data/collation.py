@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # A data loader includes the traceback of its worker process in the error message.
 WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:\w+\.)*\1: ", re.DOTALL)
+SAMPLES = "samples"  # in batches of `EncodedChats`: where the samples are from, to name them in errors
 
 
 class ChatCollator:
@@ -75,7 +76,8 @@ class ChatCollator:
             for name, values in batch.items():
                 size = len(row["input_ids"])
                 values[index, :size] = 1 if name == "attention_mask" else torch.tensor(row[name])
-        return batch | tiles_of(rows)
+        named: dict[str, Any] = {SAMPLES: names_of(rows)} if SAMPLES in rows[0] else {}
+        return batch | tiles_of(rows) | named
 
     def encode(self, sample: ChatSample | dict[str, Any]) -> dict[str, Any]:
         """The row of a sample's last answer, which for most templates is the only one in `rows`."""
@@ -210,7 +212,7 @@ class EncodedChats(torch.utils.data.Dataset):
         return None
 
     def _encode(self, index: int) -> list[dict[str, Any]]:
-        rows = self.collator.rows(self.chats[index])
+        rows = [{**row, SAMPLES: [self.chats.where(index)]} for row in self.collator.rows(self.chats[index])]
         return [row for row in rows if not self.need_images or "pixel_values" in row]
 
     def _outline(self, index: int) -> list[ChatRow]:
@@ -235,7 +237,12 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         pack["input_ids"] += row["input_ids"]
         pack["labels"] += [IGNORED, *row["labels"][1:]]  # the first token does not follow the row before
         pack["position_ids"] += row.get("position_ids", range(len(row["input_ids"])))
-    return pack | tiles_of(rows)
+    return pack | tiles_of(rows) | {SAMPLES: names_of(rows)}
+
+
+def names_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the samples of rows are from, as far as it is known."""
+    return [name for row in rows for name in row.get(SAMPLES, ())]
 
 
 def tiles_of(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

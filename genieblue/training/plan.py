@@ -12,10 +12,12 @@ import torch
 from genieblue.data.collation import EncodedChats
 from genieblue.data.packing import PackedChats
 from genieblue.training.settings import TrainingSettings
+from genieblue.training.sharding import trained_blocks
 from genieblue.training.structure import GenieBlueStructure
 
 FLOAT32 = 4  # bytes
 MOMENTS = 2  # of Adam, by parameter
+GATHERED = 3  # with FSDP at the same time: the weights of a block and of the next one, and gradients of one
 PROBED = 64  # samples whose length is measured
 # Activations that a block keeps for its backward pass, in values by token and hidden unit, without the attention
 # matrix, which fused attention never stores (arXiv 2205.05198, equation 1: 34 bytes in 16 bits).
@@ -71,12 +73,16 @@ def plan_training(
     per_step = settings.batch_size * settings.gradient_accumulation * world
     steps = settings.steps or math.ceil(math.ceil(len(data) / per_step) * (settings.epochs or 1.0))
     tower = sum(parameter.numel() for parameter in structure.model.vision_tower.parameters())
+    share = math.ceil(count / world) if settings.fsdp else count
+    gathered = _largest_group(structure, groups) if settings.fsdp else 0
     memory = {
         "base": sum(tensor.numel() * tensor.element_size() for tensor in structure.frozen.parameters()),
-        "trained weights (float32)": count * FLOAT32,
+        "trained weights (float32)": share * FLOAT32,
         "untrained parts": (tower if "vision_tower" not in trained else 0) * structure.frozen.dtype.itemsize,
-        "gradients (float32)": count * FLOAT32,
-        "optimizer (AdamW, float32)": count * MOMENTS * FLOAT32,
+        "gradients (float32)": share * FLOAT32,
+        "optimizer (AdamW, float32)": share * MOMENTS * FLOAT32,
+        "gradients being exchanged": count * FLOAT32 if world > 1 and not settings.fsdp else 0,
+        "blocks being gathered": gathered * GATHERED * FLOAT32,
         "activations (estimate)": _activations(structure, settings, tokens, tiles * tokens / sum(lengths), labelled),
     }
     checkpoint = count * (1 + MOMENTS) * FLOAT32
@@ -152,6 +158,15 @@ def _count_parameters(structure: GenieBlueStructure, groups: tuple[str, ...]) ->
         if group in trained and id(parameter) not in frozen:
             trained[group] += parameter.numel()
     return parts, trained
+
+
+def _largest_group(structure: GenieBlueStructure, groups: tuple[str, ...]) -> int:
+    """Parameters of the largest part that FSDP gathers at once: a block, or all that is in none."""
+    trained = {id(each): each.numel() for name, each in structure.model.named_parameters()
+               if structure.group_of(name) in groups}  # fmt: skip
+    blocks = [sum(trained.get(id(each), 0) for each in block.parameters())
+              for block in trained_blocks(structure.model, lambda each: id(each) in trained)]  # fmt: skip
+    return max([*blocks, sum(trained.values()) - sum(blocks)])
 
 
 def _probe(data: EncodedChats) -> tuple[list[int], float, int]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 # Settings that may change when a run is resumed, because the result does not depend on them.
 FREE_SETTINGS = (
     "save_steps", "keep_checkpoints", "logging_steps", "eval_steps", "eval_answers", "eval_max_new_tokens", "patience",
-    "num_workers", "gradient_checkpointing", "show_progress", "report_to", "price_per_hour",
+    "num_workers", "gradient_checkpointing", "fsdp", "show_progress", "report_to", "price_per_hour",
+    "batch_size", "gradient_accumulation",  # but for the samples per step
 )  # fmt: skip
 
 SCHEDULES = (
@@ -30,6 +31,8 @@ class TrainingSettings:
         weight_decay: for matrices; vectors (biases, norms) are not decayed, which is our choice.
         max_grad_norm: gradient clipping; our choice, as the paper does not specify it.
         bf16: bfloat16 autocast over float32 copies of the trained weights; by default if the base is in bfloat16.
+        fsdp: several processes share the trained parameters, gradients and optimizer states instead of each having all
+            of them (FSDP2); the frozen base is whole in each.
         max_length: tokens per sample, including image tokens.
         pack: several samples in a row of at most `max_length` tokens, each with attention and positions of its own;
             `batch_size` then counts rows. The paper's stage 2 packs. Off by default, because the number of samples in
@@ -61,6 +64,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     bf16: bool | None = None
     gradient_checkpointing: bool = False
+    fsdp: bool = False
     max_length: int = 4096
     pack: bool = False
     group_by_length: bool = False

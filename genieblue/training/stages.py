@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,16 @@ from genieblue.training.plan import TrainingPlan, check_disk, format_plan, plan_
 from genieblue.training.run_file import write_run_file
 from genieblue.training.run_log import RunLog
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
+from genieblue.training.sharding import sharded_parameters, wants_fsdp
 from genieblue.training.structure import GenieBlueStructure, StageRecipe
-from genieblue.training.trainer import StageTrainer, TrainingProgress, exclusive_run, find_checkpoint, is_finished
+from genieblue.training.trainer import (
+    SAMPLES_PER_STEP,
+    StageTrainer,
+    TrainingProgress,
+    exclusive_run,
+    find_checkpoint,
+    is_finished,
+)
 from genieblue.training.validation import ValidationAnswers, best_record, warn_of_training_data
 from modeling_genieblue.saving_genieblue import check_replaceable
 
@@ -91,6 +99,12 @@ def train(
     if not is_accelerate_available():
         raise ValueError("Training needs the package accelerate: pip install 'genieblue[train]'.")
     check_trackers(settings.report_to)
+    settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
+    if settings.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError(
+            "`fsdp` (--fsdp) shares what is trained among several processes, but there is one: start `torchrun "
+            "--nproc-per-node 2 -m genieblue train …` with as many as there are GPUs, or leave it out."
+        )
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     check_processor_template(processor)
     if not stop_token_ids(structure.model.generation_config):
@@ -121,6 +135,7 @@ def plan(
     """What `train` with these arguments will take; nothing is trained or written."""
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     check_processor_template(processor)
+    settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
     recipe = structure.recipe(settings.stage)
     return _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation).plan()
 
@@ -203,15 +218,21 @@ class _Run:
         """Trains, or loads the weights if `checkpoint` is the end of its run; `ValueError` if the base changed."""
         structure, settings = self.structure, self.settings
         before = tensor_digests(structure.frozen, "Hashing the base before training")
-        with prepared_for_training(structure, self.recipe.groups, settings.gradient_checkpointing):
+        validated = None if self.validation is None else EncodedChats(self.validation, self._collator)
+        arguments = training_arguments(settings, self.recipe, checkpoints, validates=validated is not None)
+        sharded = sharded_parameters(structure.model, arguments.device) if settings.fsdp else contextlib.nullcontext()
+        with (
+            prepared_for_training(structure, self.recipe.groups, settings.gradient_checkpointing),
+            _naming_memory_settings(settings, self.max_tiles),
+            sharded,
+        ):
             groups = structure.parameter_groups(
                 self.learning_rates, settings.vision_layer_decay, settings.weight_decay
             )
             optimizer = torch.optim.AdamW(groups, betas=settings.adam_betas, eps=settings.adam_epsilon)
-            validated = None if self.validation is None else EncodedChats(self.validation, self._collator)
             trainer = StageTrainer(
                 structure.model,
-                training_arguments(settings, self.recipe, checkpoints, validates=validated is not None),
+                arguments,
                 data_collator=self._collator,
                 train_dataset=self.data,
                 eval_dataset=validated,
@@ -221,6 +242,7 @@ class _Run:
                 settings_record=self.record(),
                 keep_checkpoints=settings.keep_checkpoints,
                 lengths=self._lengths_to_group_by(),
+                is_sharded=settings.fsdp,
             )
             if self._checks_packing_late:
                 with trainer.compute_loss_context_manager():
@@ -252,9 +274,16 @@ class _Run:
             found.append(EarlyStoppingCallback(settings.patience))
         return found
 
+    @property
+    def samples_per_step(self) -> int:
+        """Of all processes together."""
+        settings = self.settings
+        return settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+
     def record(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that wrote its checkpoint."""
         record = {key: value for key, value in asdict(self.settings).items() if key not in FREE_SETTINGS}
+        record[SAMPLES_PER_STEP] = self.samples_per_step
         record |= {"max_tiles": self.max_tiles, "bf16": self.autocast_dtype is not None}
         record |= {"num_samples": len(self.chats), "sha256 of the data": self.chats.sha256}
         return json.loads(json.dumps(record))
@@ -331,7 +360,8 @@ def training_arguments(
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        ddp_find_unused_parameters=True,  # a batch without images leaves the vision tower out
+        ddp_find_unused_parameters=False,  # the model gives a gradient to all, also without images
+        ddp_broadcast_buffers=False,  # the same in all processes
         use_cpu=not torch.cuda.is_available(),
     )
     # Several devices in one process would split `pixel_values` by rows; torchrun starts one process per device.
@@ -344,10 +374,15 @@ def choose_autocast(base: nn.Module, bf16: bool | None) -> torch.dtype | None:
 
     The base's blocks pass activations in the base's dtype to trained blocks in float32, which requires autocast.
     """
-    if base.dtype not in (torch.float32, torch.bfloat16) or (bf16 is False and base.dtype != torch.float32):
+    if bf16 is False and base.dtype != torch.float32:
         raise ValueError(
-            f"The base is in {base.dtype}{' and bf16 is off' if bf16 is False else ''}: load it in bfloat16 "
-            "(--dtype bfloat16) to train with bfloat16 autocast, or in float32."
+            f"The base is in {base.dtype} and bf16 is off (--no-bf16): load it in float32 (--dtype float32), or leave "
+            "bf16 on."
+        )
+    if base.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"The base is in {base.dtype}: load it in bfloat16 (--dtype bfloat16) to train with bfloat16 autocast, or "
+            "in float32."
         )
     wanted = base.dtype == torch.bfloat16 if bf16 is None else bf16
     return torch.bfloat16 if wanted else None
@@ -383,6 +418,24 @@ def prepared_for_training(
         if not had_use_cache and "use_cache" in vars(model.config):
             del model.config.use_cache  # set by Trainer
         model.eval()
+
+
+@contextlib.contextmanager
+def _naming_memory_settings(settings: TrainingSettings, max_tiles: int) -> Iterator[None]:
+    """Turns a GPU's lack of memory into a `ValueError` that names the settings to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedies = [f"lower `batch_size` ({settings.batch_size}) and raise `gradient_accumulation` by as much"]
+        if not settings.gradient_checkpointing:
+            remedies.append("turn on `gradient_checkpointing` (--gradient-checkpointing)")
+        remedies.append(f"lower `max_length` ({settings.max_length}) or `max_tiles` ({max_tiles})")
+        if not settings.fsdp:
+            remedies.append("with several GPUs use `fsdp` (--fsdp)")
+        raise ValueError(
+            f"The GPU is out of memory ({str(error).partition(chr(10))[0].rstrip('.')}): {'; or '.join(remedies)}. "
+            "The first two can be changed with `resume` (--resume); --plan says what takes how much."
+        ) from error
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from conversion.staging import lock_output
-from genieblue.data.collation import plain_worker_errors
+from genieblue.data.collation import SAMPLES, plain_worker_errors
 from genieblue.training.plan import remaining
+from genieblue.training.sharding import gathered, share_like, whole
 from genieblue.training.validation import BEST, best_record, replaced_best
+from modeling_genieblue.model_files_genieblue import some
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ SETTINGS = "training_settings.json"
 # In the order in which Trainer writes them: the last one proves completeness.
 CHECKPOINT_FILES = (TRAINED, SETTINGS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 UNFINISHED = "unfinished"
+SAMPLES_PER_STEP = "samples per step"  # in the settings record
+NAMED_SAMPLES = 8  # in an error message
 STEPS_TO_TIME = 5  # after which a run says how long it will take
 # Raised by `torch.save` on a full disk, as a RuntimeError.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "inline_container")
@@ -103,13 +107,16 @@ class StageTrainer(Trainer):
         settings_record: dict[str, Any],
         keep_checkpoints: int,
         lengths: list[int] | None = None,
+        is_sharded: bool = False,
         **kwargs: Any,
     ):
         """`settings_record` is stored in checkpoints and compared with that of a resumed run.
 
         With the `lengths` of all samples, those of similar length share a batch.
+        `is_sharded`: the model is under `sharded_parameters`, which reduces its gradients.
         """
         super().__init__(*args, **kwargs)
+        self.is_distributed_loading_by_transformers = is_sharded  # keeps accelerate from wrapping it in DDP
         self.remove_callback(PrinterCallback)
         self.add_callback(LastLoss)
         self._autocast_dtype = autocast_dtype
@@ -119,6 +126,7 @@ class StageTrainer(Trainer):
         self._writing_checkpoint = False
         self._samples_since_log = self._tokens_since_log = 0
         self._last_log_time: float | None = None
+        self._step_samples: list[str] = []
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The batches of the next step; an error in a worker process keeps its original message."""
@@ -147,22 +155,40 @@ class StageTrainer(Trainer):
         samples, tokens = _samples_and_tokens(inputs)
         self._samples_since_log += samples * self.args.world_size
         self._tokens_since_log += tokens * self.args.world_size
-        loss = super().training_step(model, {**inputs, "keep_logits": False}, *args, **kwargs)
-        if not torch.isfinite(loss):
-            self._stop_at("loss", loss)
+        inputs = {**inputs, "keep_logits": False}
+        names = inputs.pop(SAMPLES, [])
+        self._step_samples += names
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        is_finite = torch.isfinite(loss)
+        # All processes stop together, with the names of the samples of those whose loss it is.
+        if not bool(self.accelerator.gather(is_finite.reshape(1)).all()):
+            self._stop_at("loss", loss, [] if is_finite else names)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         if norm is not None and not math.isfinite(float(norm)):
-            self._stop_at("norm of the gradients", norm)
+            self._stop_at("norm of the gradients", norm, self._step_samples)
+        self._step_samples = []
         return norm
 
-    def _stop_at(self, what: str, value: Any) -> None:
+    def _stop_at(self, what: str, value: Any, samples: list[str]) -> None:
+        from accelerate.utils import gather_object
+
+        values = gather_object([(float(value), samples)])
+        names = [name for _, found in values for name in found]
+        worst = next(value for value, _ in values if not math.isfinite(value))
+        where = f" (samples: {some(names, NAMED_SAMPLES)})" if names else ""
         raise ValueError(
-            f"The {what} is {float(value)} at step {self.state.global_step + 1}: training stops before it damages the "
-            "weights. Lower the learning rate or lengthen the warm-up; an earlier checkpoint can be resumed."
+            f"The {what} is {worst} at step {self.state.global_step + 1}{where}: training stops before it damages the "
+            "weights. Lower the learning rate, lengthen the warm-up, or look at these samples; an earlier checkpoint "
+            "can be resumed."
         )
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Reduces the gradients of each batch at once: whole ones until the step's end would take memory again."""
+        yield
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds speed since the last log, the learning rate of each part and the memory in use."""
@@ -183,22 +209,26 @@ class StageTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """A batch's validation loss, in the view that is trained."""
+        inputs = {name: value for name, value in inputs.items() if name != SAMPLES}
         return super().prediction_step(model, {**inputs, "view": MULTIMODAL, "keep_logits": False}, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's validation; the time it takes is not training time."""
         started = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        with gathered(self.model):
+            metrics = super().evaluate(*args, **kwargs)
         if self._last_log_time is not None:
             self._last_log_time += time.perf_counter() - started
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and self.is_world_process_zero():
+        if is_best:
+            tensors = self._whole_parameters()
             record = {"step": self.state.global_step, "eval_loss": metrics["eval_loss"]}
-            with replaced_best(Path(self.args.output_dir), record) as folder:
-                self._save(str(folder))
+            if self.is_world_process_zero():
+                with replaced_best(Path(self.args.output_dir), record) as folder:
+                    self._save(str(folder), tensors)
         self.accelerator.wait_for_everyone()
         return is_best
 
@@ -260,19 +290,70 @@ class StageTrainer(Trainer):
             rotate_checkpoints(str(folder), self._keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained weights, which all processes gather."""
+        tensors = self._whole_parameters()
+        if self.args.should_save:
+            self._save(output_dir, tensors)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir)
+        folder, tensors = Path(str(output_dir)), dict(state_dict or {})
         folder.mkdir(parents=True, exist_ok=True)
-        # Cloned, because stacked LoRA matrices share memory, which safetensors refuses.
-        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in self._trained_parameters()}
+        if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(
+                f"{broken[0]} contains NaN or infinity after step {self.state.global_step}: no checkpoint is written. "
+                "Lower the learning rate and resume from the last one."
+            )
         save_file(tensors, folder / TRAINED)
         (folder / SETTINGS).write_text(json.dumps(self._settings_record, indent=2) + "\n", encoding="utf-8")
+
+    def _whole_parameters(self) -> dict[str, torch.Tensor]:
+        """The trained parameters, in the process that saves; one sharded over the processes is gathered by all."""
+        tensors = ((name, whole(parameter.detach())) for name, parameter in self._trained_parameters())
+        # Cloned, because stacked LoRA matrices share memory, which safetensors refuses.
+        return {name: tensor.cpu().clone().contiguous() for name, tensor in tensors if self.args.should_save}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Writes whole states, which any number of processes can resume from."""
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            index: {name: self._kept(whole(value)) for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _kept(self, value: Any) -> Any:
+        """A gathered state, in the process that saves."""
+        return (value.cpu() if isinstance(value, torch.Tensor) else value) if self.args.should_save else None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, values in state["state"].items():
+            state["state"][index] = {name: share_like(value, parameters[index]) for name, value in values.items()}
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        count = len(list(Path(str(checkpoint)).glob("rng_state*.pth")))
+        if count != self.args.world_size:
+            set_seed(self.args.seed + self.state.global_step + self.args.process_index)
+            logger.info(
+                "The checkpoint is of %d processes, now there are %d: the data goes on where it was, dropout with new "
+                "random numbers.",
+                count, self.args.world_size,
+            )  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint)
         recorded = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        self._check_samples_per_step(recorded)
         if other := sorted(key for key in self._settings_record if recorded.get(key) != self._settings_record[key]):
             changes = "; ".join(
                 f"{key} was {recorded.get(key)!r}, now {self._settings_record[key]!r}" for key in other
@@ -293,7 +374,22 @@ class StageTrainer(Trainer):
             )
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+                parameter.copy_(share_like(saved[name], parameter))
+
+    def _check_samples_per_step(self, recorded: Mapping[str, Any]) -> None:
+        """`ValueError` unless a step has as many samples as in the run that wrote the checkpoint."""
+        was, now = recorded.get(SAMPLES_PER_STEP), self._settings_record[SAMPLES_PER_STEP]
+        if was == now:
+            return
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        fits = isinstance(was, int) and was % batch == 0
+        remedy = f"Set `gradient_accumulation` (--gradient-accumulation) to {was // batch}" if fits else "Set these"
+        raise ValueError(
+            f"The checkpoint is of a run with {was} samples per step, now there are {now}: `batch_size` "
+            f"{self.args.per_device_train_batch_size} × `gradient_accumulation` "
+            f"{self.args.gradient_accumulation_steps} × {self.args.world_size} processes. {remedy} so that they make "
+            f"{was} again."
+        )
 
     def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)

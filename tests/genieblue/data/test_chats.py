@@ -13,7 +13,7 @@ from conversion.chat_template import UnusableTemplate
 from genieblue.data.calibration_chats import read_chats
 from genieblue.data.chat_samples import parse_chat
 from genieblue.data.chats import ChatDataset
-from genieblue.data.collation import IGNORED, ChatCollator, EncodedChats
+from genieblue.data.collation import IGNORED, SAMPLES, ChatCollator, EncodedChats
 from modeling_genieblue import GenieBlueProcessor
 
 IMAGE_TOKENS = 4
@@ -369,7 +369,8 @@ def test_broken_image_is_an_error_or_replaced_by_the_next_sample(tmp_path, caplo
         EncodedChats(ChatDataset(path), collator)[1]
     rows = EncodedChats(ChatDataset(path, skip_bad=True), collator)
     with caplog.at_level(logging.WARNING):
-        assert rows[1] == rows[2] == collator.rows(good_line())
+        expected = [{**row, SAMPLES: [f"{path}:3"]} for row in collator.rows(good_line())]
+        assert rows[1] == rows[2] == expected
     assert "chats.jsonl:2" in caplog.text and "1 so far" in caplog.text
 
 

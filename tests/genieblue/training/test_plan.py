@@ -53,6 +53,17 @@ def test_a_checkpoint_has_the_size_that_was_planned(pair, base, tmp_path):
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == planned.checkpoint
 
 
+def test_with_fsdp_a_device_has_its_share_of_what_is_trained_and_all_of_the_base(pair, monkeypatch):
+    alone = of(pair)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    replicated, shared = of(pair), of(pair, fsdp=True)
+    name = "optimizer (AdamW, float32)"
+    assert shared.memory[name] == pytest.approx(alone.memory[name] / 4, abs=32)
+    assert replicated.memory[name] == alone.memory[name] and shared.memory["base"] == alone.memory["base"]
+    assert shared.checkpoint == alone.checkpoint
+    assert sum(shared.memory.values()) < sum(replicated.memory.values())
+
+
 @pytest.mark.parametrize("options", [{"epochs": 3}, {"steps": 5}, {"epochs": 2, "gradient_accumulation": 2}], ids=str)
 def test_the_steps_are_those_of_the_run(base, tmp_path, options):
     model, processor = make_model(base)

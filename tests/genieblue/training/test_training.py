@@ -229,7 +229,7 @@ def test_bfloat16_trains_float32_weights_and_gives_back_the_models_precision(
 
 def test_precisions_that_cannot_be_trained_are_refused(base, bfloat16_base, tmp_path):
     model, processor = make_model(bfloat16_base)
-    with pytest.raises(ValueError, match="torch.bfloat16 and bf16 is off"):
+    with pytest.raises(ValueError, match="torch.bfloat16 and bf16 is off.*--dtype float32"):
         train(model, processor, make_data(), tmp_path / "out", make_settings(steps=1, bf16=False))
     model.language_model.half()
     with pytest.raises(ValueError, match="torch.float16"):
@@ -273,14 +273,42 @@ def test_loss_that_is_not_finite_stops_before_a_weight_is_spoiled(base, tmp_path
     model, processor = make_model(base)
     before = values(model)
     rows = make_data()[:8]
-    with pytest.raises(ValueError, match="loss is nan at step 2"):
-        train(model, processor, rows, tmp_path / "out", make_settings(steps=5), callbacks=[AtStep(1, spoil)])
+    options = {"steps": 5, "save_steps": 1, "shuffle": False}
+    with pytest.raises(ValueError, match=r"loss is nan at step 2 \(samples: sample 2, sample 3\)"):
+        train(model, processor, rows, tmp_path / "out", make_settings(**options), callbacks=[AtStep(1, spoil)])
     assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out-run").glob("checkpoint-*")] == ["checkpoint-1"]
     weights = values(model)
     assert all(value.isfinite().all() for name, value in weights.items() if "linear_1.weight" not in name)
     assert not model.training and {name: value.dtype for name, value in weights.items()} == {
         name: value.dtype for name, value in before.items()
     }
+
+
+def test_checkpoint_with_a_weight_that_is_not_finite_is_not_written(base, tmp_path, monkeypatch):
+    """The step before, whose loss was still finite, left it."""
+    model, processor = make_model(base)
+    step = torch.optim.AdamW.step
+
+    def spoiling_step(optimizer, *args):
+        step(optimizer, *args)
+        if next(iter(optimizer.state.values()))["step"] == 2:
+            spoil(model)
+
+    monkeypatch.setattr("torch.optim.AdamW.step", spoiling_step)
+    with pytest.raises(ValueError, match="linear_1.weight contains NaN or infinity after step 2"):
+        train(model, processor, make_data(), tmp_path / "out", make_settings(steps=5, save_steps=1))
+    assert [path.name for path in (tmp_path / "out-run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_lack_of_gpu_memory_names_the_settings_to_change(base, tmp_path):
+    model, processor = make_model(base)
+
+    def fail(_model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    with pytest.raises(ValueError, match=r"Tried.*GiB\): lower `batch_size` \(2\).*gradient_checkp.*max_length.*fsdp"):
+        train(model, processor, make_data(), tmp_path / "out", make_settings(steps=2), callbacks=[AtStep(1, fail)])
 
 
 def test_base_that_changes_during_training_is_noticed_and_nothing_is_saved(base, tmp_path):
