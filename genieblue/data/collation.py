@@ -58,7 +58,7 @@ class ChatCollator:
         self._pad_id = next(token for token in pad_ids if token is not None)
         self._said: set[str] = set()
 
-    def __call__(self, samples: Sequence[ChatSample | dict[str, Any] | list]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[ChatSample | dict[str, Any] | list]) -> dict[str, Any]:
         """Samples, encoded or not → `input_ids`, `attention_mask`, `labels` (rows, length).
 
         With images also `pixel_values` (total_tiles, 3, tile_size, tile_size) and `num_tiles` (num_images,). Packs
@@ -76,8 +76,7 @@ class ChatCollator:
             for name, values in batch.items():
                 size = len(row["input_ids"])
                 values[index, :size] = 1 if name == "attention_mask" else torch.tensor(row[name])
-        named: dict[str, Any] = {SAMPLES: names_of(rows)} if SAMPLES in rows[0] else {}
-        return batch | tiles_of(rows) | named
+        return batch | tiles_of(rows) | names_of(rows)
 
     def encode(self, sample: ChatSample | dict[str, Any]) -> dict[str, Any]:
         """The row of a sample's last answer, which for most templates is the only one in `rows`."""
@@ -237,12 +236,13 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         pack["input_ids"] += row["input_ids"]
         pack["labels"] += [IGNORED, *row["labels"][1:]]  # the first token does not follow the row before
         pack["position_ids"] += row.get("position_ids", range(len(row["input_ids"])))
-    return pack | tiles_of(rows) | {SAMPLES: names_of(rows)}
+    return pack | tiles_of(rows) | names_of(rows)
 
 
-def names_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Where the samples of rows are from, as far as it is known."""
-    return [name for row in rows for name in row.get(SAMPLES, ())]
+def names_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Where the samples of rows are from; empty if that is unknown."""
+    names = [name for row in rows for name in row.get(SAMPLES, ())]
+    return {SAMPLES: names} if names else {}
 
 
 def tiles_of(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

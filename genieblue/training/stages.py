@@ -292,7 +292,7 @@ class _Run:
         """Facts about the stage for the model card."""
         settings, rates = self.settings, self.learning_rates
         warmup = settings.warmup_steps
-        rows = settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+        rows = self.samples_per_step
         facts = {
             "trained": ", ".join(rates),
             "steps": result.steps,
