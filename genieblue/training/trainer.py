@@ -353,14 +353,13 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint)
         recorded = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        self._check_samples_per_step(recorded)
-        if other := sorted(key for key in self._settings_record if recorded.get(key) != self._settings_record[key]):
-            changes = "; ".join(
-                f"{key} was {recorded.get(key)!r}, now {self._settings_record[key]!r}" for key in other
-            )
+        now = self._settings_record
+        if other := sorted(key for key in now.keys() - {SAMPLES_PER_STEP} if recorded.get(key) != now[key]):
+            changes = "; ".join(f"{key} was {recorded.get(key)!r}, now {now[key]!r}" for key in other)
             raise ValueError(
                 f"{path} belongs to a run with other settings: {changes}. Resume with the original settings."
             )
+        self._check_samples_per_step(recorded)
         try:
             saved = load_file(path / TRAINED)
         except SafetensorError as error:
