@@ -28,8 +28,9 @@ def wants_fsdp(setting: bool) -> bool:
     asked = {name: value.lower() for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
     if asked.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "DeepSpeed is not supported: it would take over the base's weights, and write checkpoints that need the "
-            "same number of processes. Use `accelerate launch --use_fsdp --fsdp_version 2`, or `fsdp` (--fsdp)."
+            "DeepSpeed is not supported: ZeRO-3 would split up the base's weights, and its checkpoints could not be "
+            "resumed with another number of processes. Use `accelerate launch --use_fsdp --fsdp_version 2`, or `fsdp` "
+            "(--fsdp)."
         )
     if asked.get("ACCELERATE_USE_FSDP") != "true":
         return setting
