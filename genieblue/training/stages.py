@@ -4,14 +4,13 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_accelerate_available
@@ -22,22 +21,17 @@ from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats
 from genieblue.data.packing import PackedChats, row_lengths
 from genieblue.evaluation.samples import EvaluationDataset
+from genieblue.training.checkpoints import exclusive_run, find_checkpoint, is_finished
 from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
 from genieblue.training.packed_attention import check_packing, uses_flash_attention
 from genieblue.training.plan import TrainingPlan, check_disk, format_plan, plan_training
+from genieblue.training.precision import choose_autocast, naming_memory_settings, prepared_for_training
 from genieblue.training.run_file import write_run_file
 from genieblue.training.run_log import RunLog
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
 from genieblue.training.sharding import sharded_parameters, wants_fsdp
 from genieblue.training.structure import GenieBlueStructure, StageRecipe
-from genieblue.training.trainer import (
-    SAMPLES_PER_STEP,
-    StageTrainer,
-    TrainingProgress,
-    exclusive_run,
-    find_checkpoint,
-    is_finished,
-)
+from genieblue.training.trainer import SAMPLES_PER_STEP, StageTrainer, TrainingProgress
 from genieblue.training.validation import ValidationAnswers, best_record, warn_of_training_data
 from modeling_genieblue.saving_genieblue import check_replaceable
 
@@ -223,7 +217,7 @@ class _Run:
         sharded = sharded_parameters(structure.model, arguments.device) if settings.fsdp else contextlib.nullcontext()
         with (
             prepared_for_training(structure, self.recipe.groups, settings.gradient_checkpointing),
-            _naming_memory_settings(settings, self.max_tiles),
+            naming_memory_settings(settings, self.max_tiles),
             sharded,
         ):
             groups = structure.parameter_groups(
@@ -367,75 +361,6 @@ def training_arguments(
     # Several devices in one process would split `pixel_values` by rows; torchrun starts one process per device.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
-
-
-def choose_autocast(base: nn.Module, bf16: bool | None) -> torch.dtype | None:
-    """bfloat16 if requested or if the base uses it, `None` for plain float32; `ValueError` for other dtypes.
-
-    The base's blocks pass activations in the base's dtype to trained blocks in float32, which requires autocast.
-    """
-    if bf16 is False and base.dtype != torch.float32:
-        raise ValueError(
-            f"The base is in {base.dtype} and bf16 is off (--no-bf16): load it in float32 (--dtype float32), or leave "
-            "bf16 on."
-        )
-    if base.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"The base is in {base.dtype}: load it in bfloat16 (--dtype bfloat16) to train with bfloat16 autocast, or "
-            "in float32."
-        )
-    wanted = base.dtype == torch.bfloat16 if bf16 is None else bf16
-    return torch.bfloat16 if wanted else None
-
-
-@contextlib.contextmanager
-def prepared_for_training(
-    structure: GenieBlueStructure, groups: Sequence[str], gradient_checkpointing: bool
-) -> Iterator[None]:
-    """Inside, only these `groups` require gradients, in float32; on exit everything is restored, in eval mode."""
-    model, frozen = structure.model, {id(parameter) for parameter in structure.frozen.parameters()}
-    parameters = dict(model.named_parameters())
-    before = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in parameters.items()}
-    had_use_cache = "use_cache" in vars(model.config)
-    try:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(structure.group_of(name) in groups)
-            if parameter.requires_grad:
-                # In 16 bits, the steps of a small learning rate would be rounded away.
-                parameter.data = parameter.data.float()
-        if gradient_checkpointing:
-            model.activation_checkpointing_enable()
-        yield
-    finally:
-        if gradient_checkpointing:
-            model.activation_checkpointing_disable()
-        for name, parameter in parameters.items():
-            requires_grad, dtype = before[name]
-            parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
-            parameter.grad = None
-            if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
-        if not had_use_cache and "use_cache" in vars(model.config):
-            del model.config.use_cache  # set by Trainer
-        model.eval()
-
-
-@contextlib.contextmanager
-def _naming_memory_settings(settings: TrainingSettings, max_tiles: int) -> Iterator[None]:
-    """Turns a GPU's lack of memory into a `ValueError` that names the settings to change."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        remedies = [f"lower `batch_size` ({settings.batch_size}) and raise `gradient_accumulation` by as much"]
-        if not settings.gradient_checkpointing:
-            remedies.append("turn on `gradient_checkpointing` (--gradient-checkpointing)")
-        remedies.append(f"lower `max_length` ({settings.max_length}) or `max_tiles` ({max_tiles})")
-        if not settings.fsdp:
-            remedies.append("with several GPUs use `fsdp` (--fsdp)")
-        raise ValueError(
-            f"The GPU is out of memory ({str(error).partition(chr(10))[0].rstrip('.')}): {'; or '.join(remedies)}. "
-            "The first two can be changed with `resume` (--resume); --plan says what takes how much."
-        ) from error
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -20,10 +20,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from conversion.staging import lock_output
 from genieblue.data.collation import SAMPLES, plain_worker_errors
+from genieblue.training.checkpoints import SETTINGS, TRAINED, UNFINISHED
 from genieblue.training.plan import remaining
 from genieblue.training.sharding import gathered, share_like, whole
 from genieblue.training.validation import BEST, best_record, replaced_best
@@ -32,11 +32,6 @@ from modeling_genieblue.view_routing_genieblue import MULTIMODAL
 
 logger = logging.getLogger(__name__)
 
-TRAINED = "trained_parameters.safetensors"
-SETTINGS = "training_settings.json"
-# In the order in which Trainer writes them: the last one proves completeness.
-CHECKPOINT_FILES = (TRAINED, SETTINGS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
-UNFINISHED = "unfinished"
 SAMPLES_PER_STEP = "samples per step"  # in the settings record
 NAMED_SAMPLES = 8  # in an error message
 STEPS_TO_TIME = 5  # after which a run says how long it will take
@@ -409,54 +404,3 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextlib.contextmanager
-def exclusive_run(folder: Path) -> Iterator[None]:
-    """Locks the checkpoint folder against a second run; the system releases the lock if the process dies.
-
-    Raises `OSError` at once if another run holds the lock. An empty folder is removed at the end.
-    """
-    if int(os.environ.get("RANK", 0)) > 0:  # the first process locks for all processes of a run
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_output(folder, "training"):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # not empty: it has checkpoints
-                folder.rmdir()
-
-
-def find_checkpoint(folder: Path, resume: bool | str | os.PathLike) -> Path | None:
-    """The checkpoint to resume from: a given one, or the last one in `folder`; `None` to start from the beginning.
-
-    Raises `ValueError` for an invalid checkpoint, and if a new run would start where an earlier one left checkpoints,
-    so that two runs never mix.
-    """
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # left by a run that was killed while writing
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume is False or resume is None:
-        if last is not None:
-            raise ValueError(
-                f"An earlier run left checkpoints in {folder}: continue with `resume` (--resume), remove the folder, "
-                "or give another output."
-            )
-        return None
-    if resume is True:
-        if last is None:
-            logger.warning("No checkpoint in %s to resume from: training starts from the beginning.", folder)
-            return None
-        resume = last
-    path = Path(resume)
-    missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
-    if missing:
-        raise ValueError(f"{path} is not a complete checkpoint: it has no {', '.join(missing)}. Give another one.")
-    return path
-
-
-def is_finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written after the last step of its run."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] >= state["max_steps"]

@@ -10,7 +10,8 @@ from training_setup import AtStep, chat, losses, make_base, make_data, make_mode
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats, joined
 from genieblue.training.packed_attention import check_packing
-from genieblue.training.stages import plan, prepared_for_training, train
+from genieblue.training.precision import prepared_for_training
+from genieblue.training.stages import plan, train
 from genieblue.training.structure import GenieBlueStructure
 from modeling_genieblue import GenieBlueProcessor
 

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from genieblue.data.chats import ChatDataset
 from genieblue.training import stages as training
 from genieblue.training.frozen_weights import tensor_digests
-from genieblue.training.stages import TrainingSettings, prepared_for_training, train
+from genieblue.training.precision import prepared_for_training
+from genieblue.training.stages import TrainingSettings, train
 from genieblue.training.structure import GenieBlueStructure
 from hub_cards.model_card import card_info_from_folder
 from modeling_genieblue import GenieBlueForConditionalGeneration
