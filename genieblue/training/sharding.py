@@ -144,6 +144,3 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
                 del vars(module)[name]
 
     return restore
-
-
-__all__ = ["gathered", "share_like", "sharded_parameters", "trained_blocks", "wants_fsdp", "whole"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_setup import COLOURS, chat, make_base, make_data, make_model, make_settings
+from training_setup import COLOURS, AtStep, chat, make_base, make_data, make_model, make_settings
 
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training.run_log import read_log
@@ -26,9 +26,16 @@ def held_out():
     return EvaluationDataset([{**row, "task": "colours"} for row in rows] + [chat("What is 9?", "A number, 9.")])
 
 
-def run(base, output, **options):
+def run(base, output, callbacks=(), **options):
     model, processor = make_model(base)
-    return train(model, processor, make_data(), output, make_settings(**options), validation=held_out()), model
+    settings = make_settings(**options)
+    return train(model, processor, make_data(), output, settings, validation=held_out(), callbacks=callbacks), model
+
+
+@torch.no_grad()
+def spoil(model):
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+        parameter.mul_(-3)
 
 
 def test_the_validation_loss_is_that_of_the_trained_view(base, tmp_path):
@@ -65,11 +72,9 @@ def test_answers_are_scored_by_task(base, tmp_path):
 
 
 def test_the_best_weights_are_saved_not_the_last(base, tmp_path):
-    # A rate at which the loss explodes after it has fallen.
-    result, model = run(base, tmp_path / "out", steps=40, eval_steps=2, learning_rate=0.1, schedule="constant")
+    result, model = run(base, tmp_path / "out", callbacks=[AtStep(8, spoil)], steps=12, eval_steps=2)
     losses = {record["step"]: record["eval_loss"] for record in result.log_history if "eval_loss" in record}
-    best = min(losses, key=losses.get)
-    assert best < 40 and result.best == {"step": best, "eval_loss": losses[best]}
+    assert min(losses, key=losses.get) == 8 and result.best == {"step": 8, "eval_loss": losses[8]}
     trained = load_file(tmp_path / "out-run/best/trained_parameters.safetensors")
     saved = GenieBlueForConditionalGeneration.from_pretrained(tmp_path / "out")
     for parameters in (dict(saved.named_parameters()), dict(model.named_parameters())):
@@ -77,8 +82,8 @@ def test_the_best_weights_are_saved_not_the_last(base, tmp_path):
 
 
 def test_training_stops_when_the_loss_no_longer_falls(base, tmp_path):
-    result, _ = run(base, tmp_path / "out", steps=60, eval_steps=1, learning_rate=0.1, schedule="constant", patience=3)
-    assert result.steps < 60
+    result, _ = run(base, tmp_path / "out", callbacks=[AtStep(4, spoil)], steps=30, eval_steps=1, patience=3)
+    assert result.steps == 7 and result.best["step"] == 4
     validations = [record for record in result.log_history if "eval_loss" in record]
     assert len(validations) == result.best["step"] + 3
 
