@@ -31,6 +31,7 @@ from modeling_genieblue.model_files_genieblue import (
     CODE_FILES,
     COMMIT_SHA,
     CONFIG_NAME,
+    EVAL_RESULTS,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
     LICENSE_FILES,
@@ -79,6 +80,7 @@ STALE_PATTERNS = (
     ADAPTER_CONFIG_NAME,
     RECIPE_NAME,
     MEASUREMENTS_NAME,
+    f"{EVAL_RESULTS}/*.yaml",
     "base/*",  # quantized base of a self-contained model
 )
 
@@ -171,6 +173,7 @@ def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -
         chosen.add(INDEX_NAME)
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     chosen |= {name for name in names if matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
+    chosen |= {path.relative_to(folder).as_posix() for path in folder.glob(f"{EVAL_RESULTS}/*.yaml")}
     card = read_card(folder) or ""
     chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})

@@ -14,11 +14,10 @@ from genieblue.evaluation.answer_sheet import SheetEntry, draw_answer_sheet
 from genieblue.evaluation.evaluate import Difference, Evaluation, Score
 from genieblue.evaluation.samples import NO_TASK, EvaluationDataset
 from hub_cards.model_card import card_info_from_folder, is_as_generated, write_model_card
-from modeling_genieblue.model_files_genieblue import CARD_NAME, MEASUREMENTS_NAME
+from modeling_genieblue.model_files_genieblue import CARD_NAME, EVAL_RESULTS, MEASUREMENTS_NAME
 from modeling_genieblue.staging_genieblue import NewFolder
 
 SUMMARY, ANSWERS, WRONG, SHEET = "evaluation.json", "answers.jsonl", "wrong.jsonl", "wrong.png"
-EVAL_RESULTS = ".eval_results"  # the Hub's folder for results, see huggingface.co/docs/hub/eval-results
 OURS = (SUMMARY, ANSWERS, WRONG, SHEET, EVAL_RESULTS, MEASUREMENTS_NAME)
 SHOWN = 48  # wrong answers on the sheet
 

@@ -78,6 +78,14 @@ def test_a_generated_card_on_the_hub_is_brought_up_to_date(hub, folder):
     assert is_as_generated(published_card(hub))
 
 
+def test_results_in_the_hubs_form_are_published(hub, folder):
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results/held-out.yaml").write_text("- value: 1\n")
+    (folder / ".eval_results/notes.txt").write_text("mine")
+    publish_folder(folder, REPO)
+    assert [name for name in hub.files(REPO) if name.startswith(".eval")] == [".eval_results/held-out.yaml"]
+
+
 def test_stale_files_of_ours_go_and_other_files_stay(hub, folder):
     stale = {
         "model-00001-of-00002.safetensors": b"old",
@@ -87,6 +95,7 @@ def test_stale_files_of_ours_go_and_other_files_stay(hub, folder):
         "old_genieblue.py": b"",
         "quanto_qmap.json": b"{}",
         "measurements.json": b"[]",
+        ".eval_results/old.yaml": b"[]",
         "base/quantized_model.safetensors": b"old",
     }
     kept = {

@@ -259,9 +259,10 @@ def test_training_into_a_folder_in_use_keeps_its_readme_and_drops_old_measuremen
     model.save_pretrained(tmp_path / "out", processor=processor)
     (tmp_path / "out" / "README.md").write_text("mine")
     (tmp_path / "out" / "measurements.json").write_text("[]")
+    (tmp_path / "out" / ".eval_results").mkdir()
     train(model, processor, make_data(), tmp_path / "out", make_settings(steps=1))
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
-    assert not (tmp_path / "out" / "measurements.json").exists()
+    assert not {"measurements.json", ".eval_results"} & {path.name for path in (tmp_path / "out").iterdir()}
     assert json.loads((tmp_path / "out" / "training_recipe.json").read_text())["stage 2"]["steps"] == 1
 
 
