@@ -13,7 +13,9 @@ from genieblue.demo.run import format_report, run_demo, text_is_unchanged
 def test_a_shortened_demo_leaves_all_of_its_parts(tmp_path):
     out = tmp_path / "demo"
     report = run_demo(out, scale=0.01)
-    assert {path.name for path in out.iterdir()} == {"base", "genieblue", "held-out", "contact-sheet.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "base", "genieblue", "genieblue-run", "held-out", "contact-sheet.png"
+    }  # fmt: skip
     lines = [json.loads(line) for line in (out / "held-out" / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == report["count"] == 8
     assert all((out / "held-out" / line["image"]).is_file() and line["question"] for line in lines)
