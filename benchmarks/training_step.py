@@ -13,6 +13,7 @@ import copy
 import json
 import statistics
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,20 +38,20 @@ SHAPES = {
 NAMES = ("genieblue", "stock PEFT", "full fine-tuning")
 
 
-class Contender:
+class Contender(ABC):
     """One way to train: a loss of a batch, and an optimizer over what it trains."""
 
     def __init__(self, model: GenieBlueForConditionalGeneration, device: str):
         self.model, self.device = model, device
         self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-5)
 
+    @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """The parameters that train, in float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch."""
-        raise NotImplementedError
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         """Forward, backward and the optimizer."""

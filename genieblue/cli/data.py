@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from genieblue.cli.options import BaseCode, FollowLinks, ImageRoots, Json, Revision
+from genieblue.cli.options import BaseCode, FollowLinks, ImageFolder, ImageRoots, Json, Revision
 from genieblue.cli.terminal import (
     counted,
     looking_for,
@@ -35,10 +35,7 @@ def check(
         typer.Option(help="Folder or Hub id of a GenieBlue, to count tokens and tiles; default: characters."),
     ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="With --model: tokens of a sample in training.")] = 4096,
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(help="Folder that image paths are relative to; default: the data file's folder."),
-    ] = None,
+    image_folder: ImageFolder = None,
     image_root: ImageRoots = None,
     follow_links: FollowLinks = False,
     out: Annotated[Path | None, typer.Option(help="PNG file for histograms of lengths and tiles.")] = None,

@@ -48,3 +48,6 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if available.")]
 BaseCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the base's repository to run.")]
 PlacementOption = Annotated[Placement, typer.Option(help="Which quarter of the blocks to replicate.")]
+ImageFolder = Annotated[
+    Path | None, typer.Option(help="Folder that image paths are relative to; default: the data file's folder.")
+]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageRoots, Json, Seed
+from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed
 from genieblue.cli.terminal import counted, is_main_process, note, print_json, quiet_transformers, stdout_for_json
 
 
@@ -41,10 +41,7 @@ def train(
         int | None,
         typer.Option(min=1, help="Stop after so many validations without a lower loss."),
     ] = None,
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(help="Folder that image paths are relative to; default: the data file's folder."),
-    ] = None,
+    image_folder: ImageFolder = None,
     image_root: ImageRoots = None,
     follow_links: FollowLinks = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
