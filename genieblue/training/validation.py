@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from genieblue.data.chats import ChatDataset
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import evaluate
 from genieblue.evaluation.samples import EvaluationDataset
+from modeling_genieblue.staging_genieblue import NewFolder
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,8 @@ def best_record(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def replaced_best(folder: Path, record: dict[str, Any]) -> Iterator[Path]:
-    """A new folder for the best weights, which takes the place of the old one at the end."""
-    unfinished = folder / f".{BEST}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        (unfinished / BEST_RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-        shutil.rmtree(folder / BEST, ignore_errors=True)
-        unfinished.rename(folder / BEST)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    """A new folder for the best weights, which takes the place of the old one at the end, or not at all."""
+    with NewFolder(folder / BEST, "validation") as new:
+        yield new.staging
+        (new.staging / BEST_RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        new.put_in_place()
