@@ -1,14 +1,14 @@
 """Real handwriting for the demo: numbers composed of scikit-learn's scanned digits."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
+
+from genieblue.demo.readings import Reading
 
 QUESTION = "Which number?"
 TILE_SIZE = 32
@@ -102,14 +102,13 @@ class NumberScans(Dataset):
     first `curriculum` of the samples; with 0, all lengths occur from the start.
     """
 
-    def __init__(self, scans: Scans, samples: int, seed: int = 0, curriculum: float = 0.37, question: str = QUESTION):
+    def __init__(self, scans: Scans, samples: int, seed: int = 0, curriculum: float = 0.37):
         if samples < 1 or not 0 <= curriculum <= 1:
             raise ValueError(
                 f"Got {samples} samples and a curriculum over {curriculum} of them: expected at least one sample "
                 "and a fraction between 0 and 1."
             )
-        self.scans, self.samples, self.seed = scans, samples, seed
-        self.curriculum, self.question = curriculum, question
+        self.scans, self.samples, self.seed, self.curriculum = scans, samples, seed, curriculum
 
     def __len__(self) -> int:
         return self.samples
@@ -131,38 +130,15 @@ class NumberScans(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, answer = self.draw(index)
-        return {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": image}, {"type": "text", "text": self.question}],
-                },
-                {"role": "assistant", "content": answer},
-            ]
-        }
+        return Reading(image, QUESTION, answer, task="number").chat()
 
 
-def draw_held_out(scans: Scans, per_length: int, seed: int = 1) -> list[tuple[Image.Image, str]]:
+def draw_held_out(scans: Scans, per_length: int, seed: int = 1) -> list[Reading]:
     """`per_length` numbers of each length 1..4 from held-out scans, not augmented, in the order 1, 2, 3, 4, 1, …"""
-    drawn = []
+    readings = []
     for index in range(per_length * LONGEST_NUMBER):
+        length = 1 + index % LONGEST_NUMBER
         rng = np.random.default_rng([seed, index])
-        drawn.append(draw_number(scans, 1 + index % LONGEST_NUMBER, rng, augment=False))
-    return drawn
-
-
-def write_held_out(out: str | Path, scans: Scans, per_length: int, seed: int = 1) -> list[dict[str, str]]:
-    """Writes `0000.png`, … and `answers.jsonl` into a folder and returns the lines: image, question, answer.
-
-    `image` is a file name relative to the folder, which does not reveal the answer.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, (image, answer) in enumerate(draw_held_out(scans, per_length, seed)):
-        name = f"{index:04d}.png"
-        image.save(out / name)
-        lines.append({"image": name, "question": QUESTION, "answer": answer})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (out / "answers.jsonl").write_text(text, encoding="utf-8")
-    return lines
+        image, answer = draw_number(scans, length, rng, augment=False)
+        readings.append(Reading(image, QUESTION, answer, f"{length} digit{'s' if length > 1 else ''}"))
+    return readings

@@ -79,8 +79,8 @@ class TrainingProgress(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            speed = f"{logs.get('samples_per_second', math.nan):.3g} samples/s"
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {speed}")
+            speed = f", {logs['samples_per_second']:.3g} samples/s" if "samples_per_second" in logs else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}{speed}")
         shown = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_answers")}
         shown |= {"loss": logs["eval_loss"]} if "eval_loss" in logs else {}
         if shown:

@@ -1,6 +1,5 @@
-"""The demo's vision tower: a small SigLIP trained to classify digits, instead of a public one."""
+"""The quick demo's vision tower: a small SigLIP trained to classify digits, instead of a public one."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import SiglipConfig, SiglipForImageClassification, SiglipVisionConfig, SiglipVisionModel, set_seed
 
-from genieblue.demo.budget import TrainingBudget, run_training
+from genieblue.demo.pretraining import pretrain
 from genieblue.demo.scans import TILE_SIZE, Scans, compose, digit_cells
-
-logger = logging.getLogger(__name__)
 
 
 def vision_config() -> SiglipVisionConfig:
@@ -50,38 +47,15 @@ class DigitTiles(Dataset):
         return {"pixel_values": pixels, "labels": torch.tensor(int(self.scans.labels[picks[1]]))}
 
 
-@torch.no_grad()
-def digit_accuracy(model: torch.nn.Module, tiles: DigitTiles) -> float:
-    """Fraction of the tiles whose central digit is classified correctly."""
-    model.eval()
-    samples = [tiles[index] for index in range(len(tiles))]
-    logits = model(pixel_values=torch.stack([sample["pixel_values"] for sample in samples])).logits
-    labels = torch.stack([sample["labels"] for sample in samples])
-    return (logits.argmax(-1) == labels).float().mean().item()
-
-
-def make_vision_tower(
-    out: str | Path, train: Scans, held_out: Scans, *, max_steps: int = 700, max_seconds: float = 40.0, seed: int = 0
-) -> dict[str, float]:
-    """Trains the tower as a digit classifier and saves it, without the classifier, as a SiglipVisionModel folder.
-
-    Returns `parameters`, `steps`, `seconds` and `accuracy` (on tiles of held-out digits).
-    """
+def make_digit_tower(out: Path, train: Scans, *, steps: int, seed: int = 0) -> None:
+    """Trains the tower as a digit classifier and saves it, without the classifier, as a SiglipVisionModel folder."""
     set_seed(seed)
     config = vision_config()
     classifier = SiglipForImageClassification(SiglipConfig(vision_config=config.to_dict(), num_labels=10))
     # Small batches: here the number of steps matters more than the number of tiles.
     batch_size = 32
-    budget = TrainingBudget("Vision tower", max_steps, max_seconds, samples_per_step=batch_size)
-    run_training(
-        classifier,
-        DigitTiles(train, max_steps * batch_size, seed),
-        budget,
-        output_dir=str(out),
-        batch_size=batch_size,
-        learning_rate=2e-3,
-        seed=seed,
-    )
+    tiles = DigitTiles(train, steps * batch_size, seed)
+    pretrain(classifier, tiles, batch_size=batch_size, learning_rate=2e-3, seed=seed)
     # The classifier has no pooling head, but public checkpoints do, so add one to the tower.
     tower = SiglipVisionModel(config)
     trained = classifier.vision_model.state_dict()
@@ -89,14 +63,3 @@ def make_vision_tower(
     if unexpected or any("head" not in name for name in missing):
         raise ValueError(f"The trained tower does not fit SiglipVisionModel: missing {missing}, extra {unexpected}.")
     tower.eval().save_pretrained(out)
-    result = {
-        "parameters": sum(parameter.numel() for parameter in tower.parameters()),
-        "steps": budget.steps_done,
-        "seconds": budget.elapsed(),
-        "accuracy": digit_accuracy(classifier, DigitTiles(held_out, 1000, seed + 1, augment=False)),
-    }
-    logger.info(
-        "%s parameters, %d of %d steps, %.1f %% of held-out digits.",
-        f"{result['parameters']:,}", result["steps"], max_steps, 100 * result["accuracy"],
-    )  # fmt: skip
-    return result

