@@ -19,7 +19,7 @@ _BEFORE = (
 class AsBuilt:
     """A model as it was when its base was attached.
 
-    That is its settings and the names of its own tensors; and of the base its modules, and some numbers of each tensor.
+    That is its settings, the names of its own tensors, the modules of the base, and some numbers of its tensors.
 
     Attributes: `names`, those of `state_dict()`.
     """
@@ -33,8 +33,8 @@ class AsBuilt:
         modules = list(base.named_modules())
         self._parts = [(path, each._modules, list(each._modules.values())) for path, each in modules if each._modules]
         self._by_module = [each._parameters for _, each in modules if each._parameters]
-        self._parameters = self._parameters_now()
-        self._state = _state_of(self._parameters)
+        self._known = self._parameters_now()
+        self._state = _state_of(self._known)
 
     def _parameters_now(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter, with its name within its module."""
@@ -51,7 +51,7 @@ class AsBuilt:
             self._check_parameters(parameters)
             self._check_precision(parameters)
             self._check_values(base)  # equal ones were moved, or written again
-            self._parameters, self._state = parameters, state
+            self._known, self._state = parameters, state
         if is_training and any(parameter.requires_grad for _, parameter in parameters):
             raise ValueError(
                 "Parameters of the base have `requires_grad`, so training would change its answers. Turn that off by "
@@ -90,12 +90,12 @@ class AsBuilt:
             )
 
     def _check_parameters(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
-        if [name for name, _ in parameters] != [name for name, _ in self._parameters]:
+        if [name for name, _ in parameters] != [name for name, _ in self._known]:
             raise ValueError(
                 "Parameters of the base are missing, added or renamed: it was pruned or reparametrized, and its "
                 f"answers would be others. {_BEFORE}"
             )
-        for (name, now), (_, old) in zip(parameters, self._parameters, strict=True):
+        for (name, now), (_, old) in zip(parameters, self._known, strict=True):
             # A DTensor is a shard of the same values.
             if type(old) is nn.Parameter is not type(now) and not hasattr(now, "device_mesh"):
                 raise ValueError(
@@ -108,9 +108,9 @@ class AsBuilt:
             if parameter.dtype != dtype:
                 raise ValueError(
                     f"The base was in {dtype}, and at least a part of it was cast to {parameter.dtype} since, which "
-                    f"changes its answers. Load the model again with `dtype={parameter.dtype}` to have it in that, and "
-                    "leave out what casts it, such as `prepare_model_for_kbit_training` of PEFT: nothing of the base "
-                    "trains."
+                    f"changes its answers. Load the model again with `dtype={parameter.dtype}` to have it in that, "
+                    "and leave out what casts it, such as `prepare_model_for_kbit_training` of PEFT: nothing of the "
+                    "base trains."
                 )
 
     def _check_values(self, base: nn.Module) -> None:

@@ -241,9 +241,9 @@ def _check_tensors(model: Any, state: Mapping[str, torch.Tensor]) -> None:
     # What was loaded in another form is copied from its files.
     if not model.provenance.files and (changed := sorted(state.keys() ^ model._as_built.names)):
         raise ValueError(
-            f"{changed[0]} ({len(changed)} tensors in all) is not what this GenieBlue was built with: a part of it was "
-            "replaced, quantized perhaps, and its folder could not be loaded. Save the model as it was in 16 or 32 "
-            "bits; `genieblue quantize` quantizes the folder."
+            f"{changed[0]} ({len(changed)} tensors in all) is not what this GenieBlue was built with: a part of it "
+            "was replaced, quantized perhaps, and its folder could not be loaded. Save the model as it was in 16 or "
+            "32 bits; `genieblue quantize` quantizes the folder."
         )
 
 
