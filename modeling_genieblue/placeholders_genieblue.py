@@ -166,4 +166,6 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [str(getattr(backend, part, None)) for part in BACKEND_PARTS]
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return tokenizer, len(tokenizer), settings, copy.deepcopy(tokenizer.chat_template), special, parts
+    # A token of the vocabulary that is added again, perhaps with other flags, changes no length.
+    added = backend.get_added_tokens_decoder() if hasattr(backend, "get_added_tokens_decoder") else {}
+    return tokenizer, len(tokenizer), settings, copy.deepcopy(tokenizer.chat_template), special, parts, added
