@@ -17,7 +17,7 @@ demo: $(STAMP)  ## train a small GenieBlue from scratch and show that it reads (
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp  ## the tests marked slow, with the extras aimet and clients, and lmms-eval
+test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp  ## the tests marked slow, with the extras aimet and clients and with lmms-eval
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments
@@ -53,5 +53,6 @@ $(VENV)/slow.stamp: $(STAMP)
 $(LMMS_EVAL)/installed.stamp: $(VENV)/slow.stamp tests/clients/lmms_eval.txt
 	$(BIN)/python -m venv --clear $(LMMS_EVAL)
 	$(LMMS_EVAL)/bin/python -m pip install --quiet --no-deps -r tests/clients/lmms_eval.txt
-	ours=$$(realpath $(VENV)/lib/python3*/site-packages) && echo $$ours > $$(echo $(LMMS_EVAL)/lib/python3*/site-packages)/shared.pth
+	realpath $(VENV)/lib/python3*/site-packages > $(LMMS_EVAL)/shared.pth
+	mv $(LMMS_EVAL)/shared.pth $(LMMS_EVAL)/lib/python3*/site-packages/
 	touch $@

@@ -37,7 +37,7 @@ def run(command, folder, env):
 
 def test_the_printed_command_gives_image_scores_of_genieblue_eval(harness, env):
     folder, answers = harness
-    run(printed_command("lmms-eval "), folder, env)
+    run(printed_command("lmms-eval --model huggingface "), folder, env)
     score, samples = scores_and_samples(folder / "results", "signs")
     assert {sample["input"]: sample["filtered_resps"] for sample in samples} == answers
     assert score == 0.5

@@ -37,7 +37,7 @@ GENERATION = {
 
 
 def make_harness_folder(folder: Path) -> dict[str, str]:
-    """Writes the model, its base, the samples and both harnesses' tasks; the answer of the model by question.
+    """Writes the model, its base, samples and both harnesses' tasks; returns the model's answers by question.
 
     The reference of the first sample is the model's own answer, so that half of the answers are right. The weights
     are bfloat16, in which lmms-eval loads every model.
@@ -81,4 +81,5 @@ def scores_and_samples(results: Path, task: str) -> tuple[float, list[dict]]:
     """The score of a task and its samples, of the one run that left its results under the folder."""
     (scores,) = [json.loads(path.read_text()) for path in results.rglob("*results*.json")]
     (samples,) = [path.read_text().splitlines() for path in results.rglob(f"*samples_{task}*.jsonl")]
-    return scores["results"][task]["exact_match,none"], sorted(map(json.loads, samples), key=lambda each: each["doc_id"])
+    rows = sorted(map(json.loads, samples), key=lambda row: row["doc_id"])
+    return scores["results"][task]["exact_match,none"], rows
