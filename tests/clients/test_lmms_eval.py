@@ -44,6 +44,7 @@ def test_the_printed_command_gives_image_scores_of_genieblue_eval(harness, env):
 
 
 def test_a_server_gives_text_scores_of_the_base(harness, env, tmp_path):
+    pytest.importorskip("fastapi", reason="the extra `clients` installs it")
     folder, _ = harness
     found = []
     with serving(folder, env) as address:
