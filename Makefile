@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
+LMMS_EVAL := .venvs/lmms-eval
 DEMO_OUT ?= demo-out
 
 .PHONY: help demo test test-slow test-versions lint clean
@@ -16,7 +17,7 @@ demo: $(STAMP)  ## train a small GenieBlue from scratch and show that it reads (
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/slow.stamp  ## the tests marked slow, with the extras aimet and clients
+test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp  ## the tests marked slow, with the extras aimet and clients and with lmms-eval
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments
@@ -45,4 +46,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 $(VENV)/slow.stamp: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[aimet,clients]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+# lmms-eval requires torchvision and much else that the models used here do not import. It gets an environment of its
+# own, without its requirements, which finds everything else behind its own packages.
+$(LMMS_EVAL)/installed.stamp: $(VENV)/slow.stamp tests/clients/lmms_eval.txt
+	$(BIN)/python -m venv --clear $(LMMS_EVAL)
+	$(LMMS_EVAL)/bin/python -m pip install --quiet --no-deps -r tests/clients/lmms_eval.txt
+	realpath $(VENV)/lib/python3*/site-packages > $(LMMS_EVAL)/shared.pth
+	mv $(LMMS_EVAL)/shared.pth $(LMMS_EVAL)/lib/python3*/site-packages/
 	touch $@

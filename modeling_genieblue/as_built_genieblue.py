@@ -10,33 +10,49 @@ BUILT_FROM = (
     "placement", "replicated_layers", "lora_rank", "lora_alpha", "lora_dropout", "image_token_id", "image_seq_length",
     "downsample_factor",
 )  # fmt: skip
+_BEFORE = (
+    "Load the GenieBlue again. What changes a base comes first: quantize, resize or merge it, and then make a "
+    "GenieBlue from it (`from_base`); a GenieBlue itself is quantized by `genieblue quantize`."
+)
 
 
 class AsBuilt:
-    """The settings of a model, and some numbers of each of its base's tensors, when the base was attached."""
+    """A model as it was when its base was attached.
 
-    def __init__(self, config: Any, base: nn.Module):
-        self._settings = _settings(config)
+    That is its settings, the names of its own tensors, the modules of the base, and some numbers of its tensors.
+
+    Attributes: `names`, those of `state_dict()`.
+    """
+
+    def __init__(self, model: Any):
+        base = model.language_model
+        self.names = set(model.state_dict())
+        self._settings = _settings(model.config)
         self._samples = tensor_samples(base)
-        # Not the modules, which take time to walk through, nor the parameters, which FSDP replaces.
-        self._by_module = [module._parameters for module in base.modules() if module._parameters]
-        self._precision = [parameter.dtype for parameter in self._base_parameters()]
+        # Not the modules, which take time to walk through, but what they hold their parts in.
+        modules = list(base.named_modules())
+        self._parts = [(path, each._modules, list(each._modules.values())) for path, each in modules if each._modules]
+        self._by_module = [each._parameters for _, each in modules if each._parameters]
+        self._known = self._parameters_now()
+        self._state = _state_of(self._known)
 
-    def _base_parameters(self) -> list[nn.Parameter]:
-        return [value for parameters in self._by_module for value in parameters.values() if value is not None]
+    def _parameters_now(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter, with its name within its module."""
+        return [item for held in self._by_module for item in held.items() if item[1] is not None]
 
-    def check_request(self, is_training: bool) -> None:
-        """`ValueError` if a part of the base was cast, and so answers otherwise, or is about to be trained."""
-        parameters = self._base_parameters()
-        precision = [parameter.dtype for parameter in parameters]
-        if precision != self._precision:
-            was, now = next(both for both in zip(self._precision, precision, strict=False) if both[0] != both[1])
-            raise ValueError(
-                f"The base was in {was}, and at least a part of it was cast to {now} since, which changes its "
-                f"answers. Load the model again with `dtype={now}` to have it in that, and leave out what casts it, "
-                "such as `prepare_model_for_kbit_training` of PEFT: nothing of the base trains."
-            )
-        if is_training and any(parameter.requires_grad for parameter in parameters):
+    def check_request(self, base: nn.Module, is_training: bool) -> None:
+        """`ValueError` if the base was changed, and so answers otherwise, or is about to be trained.
+
+        A change of values is noticed unless it goes by way of `.data`, which leaves no trace; `check` compares values.
+        """
+        self._check_modules()
+        parameters = self._parameters_now()
+        if (state := _state_of(parameters)) != self._state:
+            self._check_parameters(parameters)
+            self._check_precision(parameters)
+            self._check_values(base)  # equal ones were moved, or written again
+            self._known, self._state = parameters, state
+        if is_training and any(parameter.requires_grad for _, parameter in parameters):
             raise ValueError(
                 "Parameters of the base have `requires_grad`, so training would change its answers. Turn that off by "
                 "`model.language_model.requires_grad_(False)`; `model.requires_grad_(True)` turns on all others."
@@ -56,15 +72,67 @@ class AsBuilt:
                 f"The configuration is not the one that this model was built from: {'; '.join(changed[:3])}. Set it "
                 "back, or make a new GenieBlue with `from_base`: its weights would not fit."
             )
-        # A base that is sharded has other tensors, and one that PEFT has put layers into other names.
+        self._check_modules()
+        self._check_parameters(self._parameters_now())
+        self._check_values(base)
+
+    def _check_modules(self) -> None:
+        for path, parts, were in self._parts:
+            if list(parts.values()) == were:
+                continue
+            changed = [(name, part) for name, part in parts.items() if part not in were] or [("", None)]
+            name, part = changed[0]
+            kind = type(part)
+            now = "lacks a module" if part is None else f"is a {kind.__module__}.{kind.__name__}"
+            raise ValueError(
+                f"{'.'.join(filter(None, (path, name))) or 'The base'} {now} by now: a part of the base was replaced, "
+                f"and its answers would be others, in both views. {_BEFORE}"
+            )
+
+    def _check_parameters(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
+        if [name for name, _ in parameters] != [name for name, _ in self._known]:
+            raise ValueError(
+                "Parameters of the base are missing, added or renamed: it was pruned or reparametrized, and its "
+                f"answers would be others. {_BEFORE}"
+            )
+        for (name, now), (_, old) in zip(parameters, self._known, strict=True):
+            # A DTensor is a shard of the same values.
+            if type(old) is nn.Parameter is not type(now) and not hasattr(now, "device_mesh"):
+                raise ValueError(
+                    f"A {name} of the base is a {type(now).__name__} by now: it was quantized, and its answers would "
+                    f"be others. {_BEFORE}"
+                )
+
+    def _check_precision(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
+        for (_, _, dtype, *_), (_, parameter) in zip(self._state, parameters, strict=True):
+            if parameter.dtype != dtype:
+                raise ValueError(
+                    f"The base was in {dtype}, and at least a part of it was cast to {parameter.dtype} since, which "
+                    f"changes its answers. Load the model again with `dtype={parameter.dtype}` to have it in that, "
+                    "and leave out what casts it, such as `prepare_model_for_kbit_training` of PEFT: nothing of the "
+                    "base trains."
+                )
+
+    def _check_values(self, base: nn.Module) -> None:
+        # A base that is sharded has other tensors.
         values = {name: value for name, value in plain_values(base).items() if name in self._samples}
         samples = {name: self._samples[name] for name in values}
         if differences := compare_with_samples(base, samples, values):
             raise ValueError(
-                f"The base is not as it was when this GenieBlue was put onto it: {'; '.join(differences[:3])}. A save "
-                "would be of another base than the one that it names. Load the GenieBlue again, and give it what was "
-                "trained: `load_state_dict(model.state_dict())`."
+                f"The base is not as it was when this GenieBlue was put onto it: {'; '.join(differences[:3])}. It "
+                f"would answer, and be saved, as the base that it names, which it is not. {_BEFORE} What was trained "
+                "goes along with `load_state_dict(model.state_dict())`."
             )
+
+
+def _state_of(parameters: list[tuple[str, nn.Parameter]]) -> list[tuple]:
+    """What changes in a parameter that is renamed, replaced, cast, moved, or written in place."""
+    return [
+        (name, id(each), each.dtype, each.data_ptr(), each.is_inference() or each._version)
+        if type(each) is nn.Parameter
+        else (name, id(each), each.dtype)
+        for name, each in parameters
+    ]
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -171,16 +171,16 @@ class GenieBlueConfig(PreTrainedConfig):
         Raises `ValueError` for another kind of model (such as a plain base) or settings out of range, and `OSError`
         for settings of the wrong type.
         """
+        where = f"config.json of {kwargs['name_or_path']}" if kwargs.get("name_or_path") else "config.json"
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is the configuration of a {model_type!r} model, expected {cls.model_type!r}. A "
+                f"{where} is the configuration of a {model_type!r} model, expected {cls.model_type!r}. A "
                 "GenieBlue is loaded from its own folder or repository, which names its base; `from_base` (`genieblue "
                 "init`) makes one."
             )
         if (kind := cls.kind_of(config_dict)) is not cls:
             return kind.from_dict(config_dict, **kwargs)
-        where = f"config.json of {kwargs['name_or_path']}" if kwargs.get("name_or_path") else "config.json"
         check_config_kinds(config_dict, where)
         try:
             return super().from_dict(config_dict, **kwargs)

@@ -45,6 +45,7 @@ from .view_routing_genieblue import (
     MULTIMODAL,
     TEXT,
     as_mixed_cache,
+    cache_view,
     check_inputs,
     choose_views,
     mark_given_cache,
@@ -233,7 +234,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         if (head := getattr(self.vision_tower, "head", None)) is not None:
             head.requires_grad_(False)  # it pools patches into one vector, which no image token is made of
         self._lora_config = lora_config
-        self._as_built = AsBuilt(self.config, base)
+        self._as_built = AsBuilt(self)
         self._cache_argument = cache_argument(base.forward)
         self._embed_text = TextEmbedder(view)
 
@@ -332,7 +333,9 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             # One of each part: to look at all of them would be felt in a step of decoding.
             firsts = (islice(part.parameters(), 1) for part in self.children())
             check_not_offloaded(chain.from_iterable(firsts), "this GenieBlue")
-            self._as_built.check_request(self.training and torch.is_grad_enabled())
+            is_training = self.training and torch.is_grad_enabled()
+            if is_training or cache_view(cache) is None:  # once a request, not with each token
+                self._as_built.check_request(self.language_model, is_training)
         if input_ids is None:
             if pixel_values is not None:
                 raise ValueError("`pixel_values` need `input_ids` that say where the images are.")

@@ -163,7 +163,9 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     """What of a tokenizer can be changed by its user, compared by value."""
     plain = (str, int, float, bool, type(None))
     settings = {name: value for name, value in vars(tokenizer).items() if isinstance(value, plain)}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     parts = [str(getattr(backend, part, None)) for part in BACKEND_PARTS]
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return tokenizer, len(tokenizer), settings, copy.deepcopy(tokenizer.chat_template), special, parts
+    # A token of the vocabulary that is added again, perhaps with other flags, changes no length.
+    added = backend.get_added_tokens_decoder() if hasattr(backend, "get_added_tokens_decoder") else {}
+    return tokenizer, len(tokenizer), settings, copy.deepcopy(tokenizer.chat_template), special, parts, added

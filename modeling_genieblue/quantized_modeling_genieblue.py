@@ -61,7 +61,7 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
         model.provenance.files = files
         if base_samples is not None:
             model.provenance.base_samples = base_samples
-        model._as_built = AsBuilt(model.config, model.language_model)
+        model._as_built = AsBuilt(model)
         quantized: Any = model.requires_grad_(False)
         return quantized
 

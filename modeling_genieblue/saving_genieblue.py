@@ -89,7 +89,7 @@ def save_model(
     if state_dict is not None:
         check_own_state(model, state_dict)
     state = model.state_dict() if state_dict is None else state_dict
-    _check_additions(state)
+    _check_tensors(model, state)
     if (
         max_shard_size is not None
         and split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size).is_sharded
@@ -231,12 +231,19 @@ def write_trained_weights(
     save_adapter(model.multimodal_language_model, of_view, folder / ADAPTER_FOLDER, dtype)
 
 
-def _check_additions(state: Mapping[str, torch.Tensor]) -> None:
-    """`ValueError` for tensors that somebody added to the model: they would be lost in silence."""
+def _check_tensors(model: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """`ValueError` for tensors that somebody added to the model, or put in the place of its own."""
     if others := [name for name in state if name.partition(".")[0] not in (*OWN_MODULES, MULTIMODAL_TREE)]:
         raise ValueError(
             f"A saved GenieBlue has no place for {', '.join(others[:3])} ({len(others)} tensors in all): it holds a "
             "vision tower, a projector and an adapter. Keep and save what you add outside of the model."
+        )
+    # What was loaded in another form is copied from its files.
+    if not model.provenance.files and (changed := sorted(state.keys() ^ model._as_built.names)):
+        raise ValueError(
+            f"{changed[0]} ({len(changed)} tensors in all) is not what this GenieBlue was built with: a part of it "
+            "was replaced, quantized perhaps, and its folder could not be loaded. Save the model as it was in 16 or "
+            "32 bits; `genieblue quantize` quantizes the folder."
         )
 
 

@@ -1,15 +1,16 @@
-"""lm-eval on the folder of a GenieBlue: `hf` gives the base's own scores, `hf-multimodal` sees."""
+"""lm-eval on the folder of a GenieBlue: text scores are the base's own, image scores those of `genieblue eval`."""
 
+import functools
 import json
+import sys
 
 import pytest
-from datasets import Dataset
-from PIL import Image
+from harness_folder import MODEL, make_harness_folder, printed_command, scores_and_samples
 from tiny_genieblue import save_tiny_pair
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `clients` installs it")
-pytestmark = pytest.mark.slow
+tasks, command_line = (pytest.importorskip(f"lm_eval.{name}") for name in ("tasks", "__main__"))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("settings_of_the_process_are_restored")]
 
 ROWS = [
     {"question": "What does the sign say?", "choices": [" closed", " open"], "answer": 0},
@@ -31,68 +32,80 @@ doc_to_target: "{{choices[answer]}}"
 generation_kwargs: {until: ["e"], max_gen_toks: 8, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
+    "tiny_rolling": """output_type: loglikelihood_rolling
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+""",
 }
 
-IMAGE_TASK = """task: tiny_image
-dataset_path: parquet
-test_split: test
-output_type: generate_until
-doc_to_image: [images]
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["never"], max_gen_toks: 8, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
 
-
-def test_scores_and_answers_are_the_bases(tmp_path):
-    folder = save_tiny_pair(tmp_path)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    (tmp_path / "tasks").mkdir()
+@pytest.fixture(scope="module")
+def evaluate(tmp_path_factory):
+    """Scores and answers of `genieblue` or `base` in one of lm-eval's models, as prompts or as chats."""
+    folder = tmp_path_factory.mktemp("texts")
+    save_tiny_pair(folder)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "tasks").mkdir()
     for name, text in TASKS.items():
-        files = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{COMMON}{files}{text}")
+        files = f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
+        (folder / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{COMMON}{files}{text}")
+    task_manager = tasks.TaskManager(include_path=str(folder / "tasks"))
 
-    def evaluate(model, **options):
+    @functools.cache
+    def evaluate(model, name, chats):
+        options = {"trust_remote_code": True} if name == "genieblue" else {}
+        options |= {"image_string": "<image>"} if model == "hf-multimodal" else {}
         results = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(model), "dtype": "float32", **options},
+            model=model,
+            model_args={"pretrained": str(folder / name), "dtype": "float32", **options},
             tasks=list(TASKS),
-            task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path / "tasks")),
+            task_manager=task_manager,
             device="cpu",
             batch_size=2,
             bootstrap_iters=0,
+            apply_chat_template=chats,
         )
         answers = {task: [sample["resps"] for sample in samples] for task, samples in results["samples"].items()}
         return results["results"], answers
 
-    scores, answers = evaluate(folder, trust_remote_code=True)
-    assert len(answers["tiny_choice"]) == len(answers["tiny_answer"]) == len(ROWS)
-    assert (scores, answers) == evaluate(tmp_path / "base")
+    return evaluate
 
 
-def test_images_are_answered_as_by_the_model(tmp_path):
-    folder = save_tiny_pair(tmp_path)
-    images = [Image.new("RGB", (50, 30), "red"), Image.new("RGB", (90, 30), "blue")]
-    questions = ["<image> What is it?", "<image> What does the sign on the door say?"]
-    rows = [{"question": q, "answer": "red", "images": i} for q, i in zip(questions, images, strict=True)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "tasks").mkdir()
-    files = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.parquet'}}}}}\n"
-    (tmp_path / "tasks" / "tiny_image.yaml").write_text(IMAGE_TASK + files)
-    options = {"pretrained": str(folder), "dtype": "float32", "trust_remote_code": True, "max_images": 1}
-    results = lm_eval.simple_evaluate(
-        model="hf-multimodal",
-        # By itself it looks the image token up in the base's tokenizer, which has none.
-        model_args={**options, "image_string": "<image>"},
-        tasks=["tiny_image"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path / "tasks")),
-        device="cpu",
-        batch_size=2,
-        bootstrap_iters=0,
-    )
-    model, processor = (kind.from_pretrained(folder) for kind in (AutoModelForImageTextToText, AutoProcessor))
-    for sample, question, image in zip(results["samples"]["tiny_image"], questions, images, strict=True):
-        inputs = processor(text=question, images=image, return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        assert sample["resps"] == [processor.batch_decode(ids, skip_special_tokens=True)]
+@pytest.mark.parametrize("chats", [False, True], ids=["prompts", "chats"])
+@pytest.mark.parametrize("model", ["hf", "hf-multimodal"])
+def test_text_scores_and_answers_are_the_bases(model, chats, evaluate):
+    scores, answers = evaluate(model, "genieblue", chats)
+    assert {task: len(found) for task, found in answers.items()} == dict.fromkeys(TASKS, len(ROWS))
+    assert (scores, answers) == evaluate("hf", "base", chats)
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    return folder, make_harness_folder(folder)
+
+
+def run(command, folder, monkeypatch):
+    """Runs a command of lm-eval in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", command)
+    command_line.cli_evaluate()
+
+
+def test_the_printed_command_gives_text_scores_of_the_base(harness, tmp_path, monkeypatch):
+    found = []
+    for model in (MODEL, "base"):
+        command = [word.replace(MODEL, model) for word in printed_command("lm_eval --model hf ")]
+        command[command.index("results")] = str(tmp_path / model)
+        run(command, harness[0], monkeypatch)
+        score, samples = scores_and_samples(tmp_path / model, "facts")
+        found.append((score, [sample["resps"] for sample in samples]))
+    assert found[0] == found[1]
+
+
+def test_the_printed_command_gives_image_scores_of_genieblue_eval(harness, monkeypatch):
+    folder, answers = harness
+    run(printed_command("lm_eval --model hf-multimodal "), folder, monkeypatch)
+    score, samples = scores_and_samples(folder / "results", "signs")
+    assert {sample["doc"]["question"]: sample["resps"][0][0] for sample in samples} == answers
+    assert score == 0.5

@@ -3,22 +3,18 @@
 import base64
 import io
 import os
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 from tiny_genieblue import save_tiny_pair
+from transformers_server import COMMAND, serving
 
 openai = pytest.importorskip("openai", reason="the extra `clients` installs it")
 pytest.importorskip("fastapi", reason="the extra `clients` installs it")
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-m", "transformers.cli.transformers"]
 TEXT = [{"role": "user", "content": "What does the sign say?"}]
 
 
@@ -48,27 +44,8 @@ def env(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(env, tmp_path_factory):
-    """Of a server that has no model yet, and no package of ours either: it runs the repository's code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--trust-remote-code"]
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    with open(elsewhere / "log", "w") as log:
-        server = subprocess.Popen([*COMMAND, "serve", *options], cwd=elsewhere, env=env, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, (elsewhere / "log").read_text()
-                time.sleep(0.2)
+    with serving(tmp_path_factory.mktemp("elsewhere"), env) as address:
         yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
 
 
 @pytest.fixture

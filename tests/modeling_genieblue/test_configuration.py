@@ -70,3 +70,9 @@ def test_settings_that_contradict_each_other_are_refused_at_load(tmp_path, file,
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         GenieBlueForConditionalGeneration.from_pretrained(folder)
+
+
+def test_folder_of_another_model_is_named(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json of {tmp_path} is the configuration of a 'llama' model"):
+        GenieBlueConfig.from_pretrained(tmp_path)

@@ -368,3 +368,21 @@ def test_settings_that_are_changed_afterwards_hold_for_rows_with_images_too(kind
     assert processor.apply_chat_template(chat, **call)["input_ids"] == [reference(tokenizer, chat)]
     tokenizer.add_eos_token = True
     assert processor(text="<image>", images=picture())["input_ids"][0][-1] == tokenizer("yes")["input_ids"][-1]
+
+
+@pytest.mark.parametrize(
+    "token",
+    [AddedToken("<|user|>", rstrip=True, special=True), "ct"],
+    ids=["other flags", "a word of the vocabulary"],
+)
+def test_known_token_that_is_added_again_counts_beside_an_image_too(token):
+    tokenizer = make_tokenizer()
+    processor = make_processor(tokenizer)
+    chat = [user(image(), "a picture?")]
+    before = processor.apply_chat_template(chat, tokenize=True)
+    length = len(tokenizer)
+    tokenizer.add_tokens([token])
+    assert len(tokenizer) == length
+    expected = reference(tokenizer, chat)
+    assert [expected] != before
+    assert processor.apply_chat_template(chat, tokenize=True) == [expected]
