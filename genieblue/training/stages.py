@@ -17,6 +17,7 @@ from transformers.utils import is_accelerate_available
 
 from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.chat_template import check_processor_template
+from conversion.cpu_threads import warn_of_threads
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats
 from genieblue.data.packing import PackedChats, row_lengths
@@ -112,6 +113,8 @@ def train(
         for line in format_plan(plan):
             logger.info(line)
         check_disk(plan, checkpoints)
+        if not torch.cuda.is_available():
+            warn_of_threads()
         if int(os.environ.get("RANK", 0)) == 0:
             write_run_file(checkpoints / RUN_FILE, run_values or asdict(settings))
         trainer = run.train(checkpoints, checkpoint, callbacks, scheduler)
@@ -223,7 +226,7 @@ class _Run:
             groups = structure.parameter_groups(
                 self.learning_rates, settings.vision_layer_decay, settings.weight_decay
             )
-            optimizer = torch.optim.AdamW(groups, betas=settings.adam_betas, eps=settings.adam_epsilon)
+            optimizer = torch.optim.AdamW(groups, betas=settings.adam_betas, eps=settings.adam_epsilon, fused=True)
             trainer = StageTrainer(
                 structure.model,
                 arguments,
