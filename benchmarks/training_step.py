@@ -35,6 +35,7 @@ from transformers import (
 
 from benchmarks.report import measured_apart, print_table
 from benchmarks.views import seconds, synchronize
+from genieblue.training.run_log import RunLog
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.stages import training_arguments
 from genieblue.training.structure import GenieBlueStructure
@@ -170,8 +171,8 @@ def train_steps(name: str, contender: Any, samples: list[dict[str, torch.Tensor]
             )
             trainer: Trainer = StageTrainer(
                 contender, training_arguments(settings, recipe, Path(folder)), data_collator=collate,
-                train_dataset=samples, callbacks=[times], autocast_dtype=torch.bfloat16, settings_record={},
-                keep_checkpoints=1, optimizers=(torch.optim.AdamW(groups, fused=True), None),
+                train_dataset=samples, callbacks=[times, RunLog(Path(folder))], autocast_dtype=torch.bfloat16,
+                settings_record={}, keep_checkpoints=1, optimizers=(torch.optim.AdamW(groups, fused=True), None),
             )  # fmt: skip
         else:
             arguments = TrainingArguments(
