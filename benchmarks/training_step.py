@@ -111,12 +111,13 @@ def make_model(shape: str, blocks: int | None, device: str) -> GenieBlueForCondi
     sizes = dict(SHAPES[shape])
     sizes["num_hidden_layers"] = blocks or sizes["num_hidden_layers"]
     config = LlamaConfig(**sizes, tie_word_embeddings=True)
-    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
     vision = SiglipVisionConfig(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, image_size=192,
         patch_size=16,
     )  # fmt: skip
-    tower = SiglipVisionModel(vision).to(device, torch.bfloat16)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        tower = SiglipVisionModel(vision).to(torch.bfloat16)
     return GenieBlueForConditionalGeneration.from_base(base, tower)
 
 
