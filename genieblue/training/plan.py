@@ -1,5 +1,6 @@
 """What a run will take, before it starts: parameters, memory, disk, tokens and steps."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -123,7 +124,7 @@ def check_disk(plan: TrainingPlan, folder: Path) -> None:
     """`OSError` if the disk cannot hold all that the run will write."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    missing = plan.kept - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a resumed run
+    missing = plan.kept - _bytes_in(folder)  # a resumed run has some of it
     features = f", image features of {_gigabytes(plan.image_features)}" if plan.image_features else ""
     if missing > free:
         raise OSError(
@@ -132,6 +133,15 @@ def check_disk(plan: TrainingPlan, folder: Path) -> None:
             "(`keep_checkpoints`, --keep-checkpoints), or write none (`save_steps=0`, --save-steps 0)"
             f"{'; or leave out `cache_image_features` (--cache-image-features)' if features else ''}."
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another process of the run cleans up
+                size += os.path.getsize(os.path.join(parent, name))
+    return size
 
 
 def format_plan(plan: TrainingPlan) -> list[str]:
