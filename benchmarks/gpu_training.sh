@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT="${OUT:-.}"
-timeout 420 python3 -m benchmarks.training step --shape bluelm-3b --batch 8 --pairs 9 --device cuda --json \
+timeout 420 python3 -m benchmarks.training step --shape bluelm-3b --batch 8 --length 512 --rounds 3 --device cuda --json \
   | tail -1 > "$OUT/gpu_training.json"
 python3 - "$OUT/gpu_training.json" <<'PY'
 import json, sys

@@ -8,7 +8,7 @@ random weights). `--texts` is a JSONL file with `question` and `answer`, such as
 packing: one epoch over the same samples, padded, grouped by length and packed, in turn. CPU time of the steps, data
 loading included, on one thread; medians of the runs.
 
-step: see `training_step`.
+step: see `training_step`. processes: see `training_processes`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from transformers import (
     TrainerState,
 )
 
-from benchmarks import training_step
+from benchmarks import training_processes, training_step
 from benchmarks.report import print_table
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator
@@ -160,6 +160,7 @@ def main() -> None:
     command.add_argument("--runs", type=int, default=3)
     command.set_defaults(run=packing)
     training_step.add_options(commands.add_parser("step", help="a step against stock PEFT and full fine-tuning"))
+    training_processes.add_options(commands.add_parser("processes", help="two processes against one"))
     options = parser.parse_args()
     options.run(options)
 

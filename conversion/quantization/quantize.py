@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from conversion.cpu_threads import warn_of_threads
 from conversion.quantization.bases import (
     base_folder,
     check_existing_base,
@@ -115,6 +116,8 @@ def quantize_genieblue(
     existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
 
     model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    if model.device.type == "cpu":
+        warn_of_threads()
     origin = _origin(source, places.output, load_kwargs.get("revision"), access)
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))

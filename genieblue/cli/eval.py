@@ -129,9 +129,12 @@ def _open(
         from genieblue.evaluation.qnn_answering import BundleAnswerer
 
         return BundleAnswerer(open_bundle(name, npu, None).runner)
+    from conversion.cpu_threads import warn_of_threads
     from genieblue.evaluation.answering import ModelAnswerer
 
     chat = load_chat(name, base, revision, dtype, choose_device(device), trust_remote_code)
+    if chat.model.device.type == "cpu":
+        warn_of_threads()
     return ModelAnswerer(chat.model, chat.processor, batch_size=batch_size, view=view)
 
 

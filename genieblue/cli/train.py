@@ -68,6 +68,10 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Use less memory, about a third more time.")
     ] = False,
+    cache_image_features: Annotated[
+        bool,
+        typer.Option("--cache-image-features", help="Compute each tile once, if the vision tower is frozen."),
+    ] = False,
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Several GPUs share what is trained instead of each having all of it.")
     ] = False,

@@ -1,5 +1,6 @@
 """What a run will take, before it starts: parameters, memory, disk, tokens and steps."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ import torch
 
 from genieblue.data.collation import EncodedChats
 from genieblue.data.packing import PackedChats
+from genieblue.training.feature_cache import bytes_of_tile
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.sharding import trained_blocks
 from genieblue.training.structure import GenieBlueStructure
@@ -32,6 +34,8 @@ class TrainingPlan:
         parameters: by part; `language_model` is frozen.
         memory: by use; `activations (estimate)` is for one batch of samples of mean length, or of mean packs.
         checkpoint: bytes of one checkpoint; `kept` of all that are on disk at the same time, with the final model.
+        image_features: bytes that the features of a frozen vision tower take on disk at most, if they are kept.
+        passes: over the data.
         samples: in an epoch, in which those of a mixture may repeat; `shares` are those of its parts.
         tokens_per_sample: mean of the first samples, image tokens included; `labelled` is the share that is learned.
     """
@@ -41,6 +45,8 @@ class TrainingPlan:
     memory: dict[str, int]
     checkpoint: int
     kept: int
+    image_features: int
+    passes: float
     samples: int
     packs: int | None  # that the samples are in
     tokens_per_sample: float
@@ -60,9 +66,9 @@ def plan_training(
     data: EncodedChats | PackedChats,
     settings: TrainingSettings,
     *,
-    validates: bool = False,
+    held_out: int = 0,
 ) -> TrainingPlan:
-    """Works out a run's costs from the model and a few encoded samples; trains nothing."""
+    """Works out a run's costs from the model and a few encoded samples; `held_out` are those of the validation."""
     parameters, trained = _count_parameters(structure, groups)
     count = sum(trained.values())
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -72,6 +78,7 @@ def plan_training(
     tokens = data.num_tokens / len(data) if isinstance(data, PackedChats) else mean  # in a row of a batch
     per_step = settings.batch_size * settings.gradient_accumulation * world
     steps = settings.steps or math.ceil(math.ceil(len(data) / per_step) * (settings.epochs or 1.0))
+    passes = steps * per_step / len(data)
     tower = sum(parameter.numel() for parameter in structure.model.vision_tower.parameters())
     share = math.ceil(count / world) if settings.fsdp else count
     gathered = _largest_group(structure, groups) if settings.fsdp else 0
@@ -83,18 +90,26 @@ def plan_training(
         "optimizer (AdamW, float32)": share * MOMENTS * FLOAT32,
         "gradients being exchanged": count * FLOAT32 if world > 1 and not settings.fsdp else 0,
         "blocks being gathered": gathered * GATHERED * FLOAT32,
-        "activations (estimate)": _activations(structure, settings, tokens, tiles * tokens / sum(lengths), labelled),
+        "activations (estimate)": _activations(
+            structure, settings, "vision_tower" in trained, tokens, tiles * tokens / sum(lengths), labelled
+        ),
     }
     checkpoint = count * (1 + MOMENTS) * FLOAT32
     checkpoints = (settings.keep_checkpoints + 1) * checkpoint if settings.save_steps else 0  # one while it is written
-    best = 2 * count * FLOAT32 if validates else 0  # one while it is written
+    best = 2 * count * FLOAT32 if held_out else 0  # one while it is written
+    features = 0
+    if settings.cache_image_features:
+        seen = min(passes, 1.0) * len(chats) + held_out
+        features = math.ceil(seen * tiles / min(PROBED, len(chats))) * bytes_of_tile(structure.model.vision_tower)
     own = sum(parameters.values()) - parameters["language_model"]
     return TrainingPlan(
         parameters=parameters,
         trained=trained,
         memory={name: value for name, value in memory.items() if value},
         checkpoint=checkpoint,
-        kept=checkpoints + best + own * structure.frozen.dtype.itemsize,
+        kept=checkpoints + best + own * structure.frozen.dtype.itemsize + features,
+        image_features=features,
+        passes=passes,
         samples=len(chats),
         packs=len(data) if isinstance(data, PackedChats) else None,
         tokens_per_sample=mean,
@@ -109,12 +124,24 @@ def check_disk(plan: TrainingPlan, folder: Path) -> None:
     """`OSError` if the disk cannot hold all that the run will write."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    if plan.kept > free:
+    missing = plan.kept - _bytes_in(folder)  # a resumed run has some of it
+    features = f", image features of {_gigabytes(plan.image_features)}" if plan.image_features else ""
+    if missing > free:
         raise OSError(
-            f"The run will write {_gigabytes(plan.kept)} (checkpoints of {_gigabytes(plan.checkpoint)} each, and the "
-            f"model), but {existing} has {_gigabytes(free)} free: free some space, keep fewer checkpoints "
-            "(`keep_checkpoints`, --keep-checkpoints), or write none (`save_steps=0`, --save-steps 0)."
+            f"The run will write {_gigabytes(missing)} (checkpoints of {_gigabytes(plan.checkpoint)} each, the model"
+            f"{features}), but {existing} has {_gigabytes(free)} free: free some space, keep fewer checkpoints "
+            "(`keep_checkpoints`, --keep-checkpoints), or write none (`save_steps=0`, --save-steps 0)"
+            f"{'; or leave out `cache_image_features` (--cache-image-features)' if features else ''}."
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another process of the run cleans up
+                size += os.path.getsize(os.path.join(parent, name))
+    return size
 
 
 def format_plan(plan: TrainingPlan) -> list[str]:
@@ -128,6 +155,11 @@ def format_plan(plan: TrainingPlan) -> list[str]:
         f"{_millions(plan.parameters['language_model'])} stay frozen.",
         f"Memory by device: about {_gigabytes(sum(plan.memory.values()))} ({memory}).",
         f"Disk: {_gigabytes(plan.checkpoint)} a checkpoint, at most {_gigabytes(plan.kept)} at a time with the model.",
+        *(
+            [f"Image features: at most {_gigabytes(plan.image_features)} of it, read in {plan.passes:.2g} epochs."]
+            if plan.image_features
+            else []
+        ),
         f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({plan.samples:,} samples of "
         f"{plan.tokens_per_sample:,.0f} tokens in the mean, {plan.labelled:.0%} of them learned{packs}).",
         *([f"Data: {shares} of the samples drawn; an epoch has {plan.samples:,}."] if shares else []),
@@ -180,7 +212,12 @@ def _probe(data: EncodedChats) -> tuple[list[int], float, int]:
 
 
 def _activations(
-    structure: GenieBlueStructure, settings: TrainingSettings, tokens: float, tiles: float, labelled: float
+    structure: GenieBlueStructure,
+    settings: TrainingSettings,
+    trains_tower: bool,
+    tokens: float,
+    tiles: float,
+    labelled: float,
 ) -> int:
     """Bytes that one batch keeps for its backward pass, roughly."""
     text, vision = structure.model.config.text_config, structure.model.config.vision_config
@@ -188,7 +225,7 @@ def _activations(
     kept = KEPT_BY_CHECKPOINTED_BLOCK if settings.gradient_checkpointing else KEPT_BY_BLOCK
     patches = (vision.image_size // vision.patch_size) ** 2
     blocks = text.num_hidden_layers * text.hidden_size * tokens
-    tower = vision.num_hidden_layers * vision.hidden_size * patches * tiles if settings.stage > 1 else 0
+    tower = vision.num_hidden_layers * vision.hidden_size * patches * tiles if trains_tower else 0
     logits = tokens * labelled * text.vocab_size * FLOAT32
     return int(settings.batch_size * ((blocks + tower) * kept * size + 2 * logits))
 

@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 LOG, CURVES = "log.jsonl", "curves.png"
-SECONDS_BETWEEN_DRAWINGS = 30
+SECONDS_BETWEEN_DRAWINGS = 30  # at least
+SHARE_FOR_DRAWING = 0.01  # of a run's time at most: long curves take seconds to draw, in which nothing is trained
 
 
 class RunLog(TrainerCallback):
@@ -20,7 +21,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._drawn_at = 0.0
+        self._draw_after = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keeps what the log has up to the step where training starts."""
@@ -42,7 +43,7 @@ class RunLog(TrainerCallback):
             return
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(_line({"step": state.global_step, **logs}))
-        if time.monotonic() - self._drawn_at >= SECONDS_BETWEEN_DRAWINGS:
+        if time.monotonic() >= self._draw_after:
             self._draw()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -51,8 +52,10 @@ class RunLog(TrainerCallback):
             self._draw()
 
     def _draw(self) -> None:
+        started = time.monotonic()
         draw_curves(read_log(self.folder), self.folder / CURVES)
-        self._drawn_at = time.monotonic()
+        now = time.monotonic()
+        self._draw_after = now + max(SECONDS_BETWEEN_DRAWINGS, (now - started) / SHARE_FOR_DRAWING)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 # Settings that may change when a run is resumed, because the result does not depend on them.
 FREE_SETTINGS = (
     "save_steps", "keep_checkpoints", "logging_steps", "eval_steps", "eval_answers", "eval_max_new_tokens", "patience",
-    "num_workers", "gradient_checkpointing", "fsdp", "show_progress", "report_to", "price_per_hour",
-    "batch_size", "gradient_accumulation",  # but for the samples per step
+    "num_workers", "gradient_checkpointing", "cache_image_features", "fsdp", "show_progress", "report_to",
+    "price_per_hour", "batch_size", "gradient_accumulation",  # but for the samples per step
 )  # fmt: skip
 
 SCHEDULES = (
@@ -25,12 +25,15 @@ class TrainingSettings:
         steps, epochs: length of the run in optimizer steps or passes over the data; by default one pass.
         batch_size, gradient_accumulation: samples per device and batch; batches per optimizer step.
         learning_rate: peak for all groups; `learning_rates` overrides single groups (`vision_tower`,
-            `multi_modal_projector`, `replicated_blocks`, `lora`).
+            `multi_modal_projector`, `replicated_blocks`, `lora`), of which those with a rate of 0 stay frozen.
         vision_layer_decay: learning rate factor from each block of the vision tower to the one before it.
         warmup_steps: linear warm-up; by default the recipe's share of the run, about 1 %.
         weight_decay: for matrices; vectors (biases, norms) are not decayed, which is our choice.
         max_grad_norm: gradient clipping; our choice, as the paper does not specify it.
         bf16: bfloat16 autocast over float32 copies of the trained weights; by default if the base is in bfloat16.
+        cache_image_features: keep the features of a frozen vision tower on disk, to compute each tile once in several
+            epochs. Off by default: the tower rounds by how many tiles a batch has, so that a run is the same bit for
+            bit only if all batches have equally many.
         fsdp: several processes share the trained parameters, gradients and optimizer states instead of each having all
             of them (FSDP2); the frozen base is whole in each.
         max_length: tokens per sample, including image tokens.
@@ -64,6 +67,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     bf16: bool | None = None
     gradient_checkpointing: bool = False
+    cache_image_features: bool = False
     fsdp: bool = False
     max_length: int = 4096
     pack: bool = False

@@ -17,11 +17,13 @@ from transformers.utils import is_accelerate_available
 
 from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.chat_template import check_processor_template
+from conversion.cpu_threads import warn_of_threads
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats
 from genieblue.data.packing import PackedChats, row_lengths
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training.checkpoints import exclusive_run, find_checkpoint, is_finished
+from genieblue.training.feature_cache import cached_features, check_cacheable
 from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
 from genieblue.training.packed_attention import check_packing, uses_flash_attention
 from genieblue.training.plan import TrainingPlan, check_disk, format_plan, plan_training
@@ -30,7 +32,7 @@ from genieblue.training.run_file import write_run_file
 from genieblue.training.run_log import RunLog
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
 from genieblue.training.sharding import sharded_parameters, wants_fsdp
-from genieblue.training.structure import GenieBlueStructure, StageRecipe
+from genieblue.training.structure import VISION_TOWER, GenieBlueStructure, StageRecipe
 from genieblue.training.trainer import SAMPLES_PER_STEP, StageTrainer, TrainingProgress
 from genieblue.training.validation import ValidationAnswers, best_record, warn_of_training_data
 from modeling_genieblue.saving_genieblue import check_replaceable
@@ -112,9 +114,11 @@ def train(
         for line in format_plan(plan):
             logger.info(line)
         check_disk(plan, checkpoints)
+        if not torch.cuda.is_available():
+            warn_of_threads()
         if int(os.environ.get("RANK", 0)) == 0:
             write_run_file(checkpoints / RUN_FILE, run_values or asdict(settings))
-        trainer = run.train(checkpoints, checkpoint, callbacks, scheduler)
+        trainer = run.train(checkpoints, checkpoint, plan, callbacks, scheduler)
         result = _result(trainer, output, run.chats.num_samples)
         if trainer.is_world_process_zero():
             structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
@@ -165,7 +169,12 @@ class _Run:
     def __post_init__(self):
         if self.validation is not None:
             warn_of_training_data(self.validation, self.chats)
-        self.learning_rates = self.recipe.learning_rates(self.settings.learning_rate, self.settings.learning_rates)
+        rates = self.recipe.learning_rates(self.settings.learning_rate, self.settings.learning_rates)
+        self.learning_rates = {group: rate for group, rate in rates.items() if rate > 0}  # the others stay frozen
+        if not self.learning_rates:
+            raise ValueError(f"All learning rates are 0 ({', '.join(rates)}), so nothing is trained: raise one.")
+        if self.settings.cache_image_features:
+            check_cacheable(self.structure.model.vision_tower, VISION_TOWER in self.learning_rates)
         own_tiles = self.processor.image_processor.max_tiles
         self.max_tiles = self.settings.max_tiles or self.recipe.max_tiles or own_tiles
         self.autocast_dtype = choose_autocast(self.structure.frozen, self.settings.bf16)
@@ -199,13 +208,14 @@ class _Run:
 
     def plan(self) -> TrainingPlan:
         """What the run will take."""
-        validates = self.validation is not None
-        return plan_training(self.structure, self.recipe.groups, self.data, self.settings, validates=validates)
+        held_out = 0 if self.validation is None else len(self.validation)
+        return plan_training(self.structure, tuple(self.learning_rates), self.data, self.settings, held_out=held_out)
 
     def train(
         self,
         checkpoints: Path,
         checkpoint: Path | None,
+        plan: TrainingPlan,
         callbacks: Sequence[TrainerCallback],
         scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     ) -> StageTrainer:
@@ -216,14 +226,15 @@ class _Run:
         arguments = training_arguments(settings, self.recipe, checkpoints, validates=validated is not None)
         sharded = sharded_parameters(structure.model, arguments.device) if settings.fsdp else contextlib.nullcontext()
         with (
-            prepared_for_training(structure, self.recipe.groups, settings.gradient_checkpointing),
+            prepared_for_training(structure, tuple(self.learning_rates), settings.gradient_checkpointing),
             naming_memory_settings(settings, self.max_tiles),
             sharded,
+            self._feature_cache(checkpoints, plan),
         ):
             groups = structure.parameter_groups(
                 self.learning_rates, settings.vision_layer_decay, settings.weight_decay
             )
-            optimizer = torch.optim.AdamW(groups, betas=settings.adam_betas, eps=settings.adam_epsilon)
+            optimizer = torch.optim.AdamW(groups, betas=settings.adam_betas, eps=settings.adam_epsilon, fused=True)
             trainer = StageTrainer(
                 structure.model,
                 arguments,
@@ -252,9 +263,14 @@ class _Run:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if self.validation is not None:
                 trainer.take_best()
-        check_finite_weights(structure, self.recipe.groups)
+        check_finite_weights(structure, tuple(self.learning_rates))
         check_base_unchanged(before, tensor_digests(structure.frozen, "Hashing the base after training"))
         return trainer
+
+    def _feature_cache(self, folder: Path, plan: TrainingPlan) -> contextlib.AbstractContextManager[None]:
+        if not self.settings.cache_image_features:
+            return contextlib.nullcontext()
+        return cached_features(self.structure.model.vision_tower, folder, plan.kept - plan.image_features)
 
     def _lengths_to_group_by(self) -> list[int] | None:
         if not self.settings.group_by_length:

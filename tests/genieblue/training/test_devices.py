@@ -8,6 +8,7 @@ from command_line import error_of
 from training_processes import launch, run, run_processes
 from training_setup import make_base, make_data, make_model, make_settings
 
+from genieblue.training.feature_cache import FEATURES
 from genieblue.training.sharding import wants_fsdp
 from genieblue.training.stages import train
 
@@ -43,6 +44,19 @@ def test_two_processes_have_the_losses_of_one_in_training_and_validation(fsdp, b
     found = run_processes(2, base=base, output=tmp_path / "out", validates=True, options=options)
     check_same(found, alone)
     assert found["validation"] == pytest.approx(alone["validation"], abs=1e-4) and len(found["validation"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_share_the_features_that_they_keep(fsdp, base, tmp_path):
+    """With texts, for which FSDP runs a black tile."""
+    options = {"epochs": 3, "learning_rates": {"vision_tower": 0.0}, "fsdp": fsdp}
+    plain = run_processes(2, base=base, output=tmp_path / "plain", options=options)
+    found = run_processes(2, base=base, output=tmp_path / "out", options={**options, "cache_image_features": True})
+    assert isinstance(found, dict), found.stderr
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert found["weights"] == pytest.approx(plain["weights"], abs=1e-4)
+    assert not (tmp_path / "out-run" / FEATURES).exists()
 
 
 @pytest.mark.slow

@@ -90,6 +90,14 @@ def test_a_disk_that_will_be_full_is_refused_before_training(pair, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_resumed_run_has_written_needs_no_space_again(pair, tmp_path, monkeypatch):
+    planned = of(pair, save_steps=1)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/optimizer.pt").write_bytes(bytes(1000))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: SimpleNamespace(free=planned.kept - 1000))
+    check_disk(planned, tmp_path)
+
+
 def test_the_plan_says_what_is_trained_kept_and_learned(pair):
     text = "\n".join(format_plan(of(pair, save_steps=1)))
     for words in ("replicated_blocks", "stay frozen", "Memory by device", "a checkpoint", "tokens"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from training_setup import COLOURS, AtStep, chat, make_base, make_data, make_model, make_settings
 
 from genieblue.evaluation.samples import EvaluationDataset
-from genieblue.training.run_log import read_log
+from genieblue.training import run_log
+from genieblue.training.run_log import RunLog, read_log
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
@@ -130,6 +132,22 @@ def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path):
     assert records[1]["learning_rate/lora"] == pytest.approx(2 * records[1]["learning_rate/replicated_blocks"])
     assert Image.open(tmp_path / "out-run/curves.png").width > 500
     assert result.loss == records[-1]["loss"]
+
+
+def test_drawing_takes_at_most_a_hundredth_of_the_time(tmp_path, monkeypatch):
+    seconds, drawn = [0.0], []
+
+    def draw_for_two_seconds(*_):
+        drawn.append(seconds[0])
+        seconds[0] += 2
+
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(run_log, "draw_curves", draw_for_two_seconds)
+    log, state = RunLog(tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=1)
+    for _ in range(100):
+        log.on_log(None, state, None, {"loss": 1.0})
+        seconds[0] += 5
+    assert drawn == [0, 202, 404]
 
 
 def test_a_resumed_log_has_each_step_once(base, tmp_path):
