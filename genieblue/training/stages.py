@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,6 @@ def train(
     validation: EvaluationDataset | None = None,
     resume: bool | str | os.PathLike = False,
     callbacks: Sequence[TrainerCallback] = (),
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     run_values: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Trains one stage in place and writes the model to `output` once, at the end, as a complete folder.
@@ -84,7 +83,6 @@ def train(
             folder of a checkpoint.
         callbacks: additional `TrainerCallback`s.
         run_values: what is saved as `run.yaml` with the run, by default the settings.
-        scheduler: makes the learning rate schedule, by default warm-up and cosine.
 
     Raises `ValueError` for empty or bad data, a missing or failing chat template, a base whose generation never stops
     or that cannot be trained on packs (with `pack`), a loss that is not finite, a checkpoint from a different run, or
@@ -118,7 +116,7 @@ def train(
             warn_of_threads()
         if int(os.environ.get("RANK", 0)) == 0:
             write_run_file(checkpoints / RUN_FILE, run_values or asdict(settings))
-        trainer = run.train(checkpoints, checkpoint, plan, callbacks, scheduler)
+        trainer = run.train(checkpoints, checkpoint, plan, callbacks)
         result = _result(trainer, output, run.chats.num_samples)
         if trainer.is_world_process_zero():
             structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
@@ -217,7 +215,6 @@ class _Run:
         checkpoint: Path | None,
         plan: TrainingPlan,
         callbacks: Sequence[TrainerCallback],
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     ) -> StageTrainer:
         """Trains, or loads the weights if `checkpoint` is the end of its run; `ValueError` if the base changed."""
         structure, settings = self.structure, self.settings
@@ -242,7 +239,7 @@ class _Run:
                 train_dataset=self.data,
                 eval_dataset=validated,
                 callbacks=[*callbacks, RunLog(checkpoints), *self._callbacks()],
-                optimizers=(optimizer, None if scheduler is None else scheduler(optimizer)),
+                optimizers=(optimizer, None),
                 autocast_dtype=self.autocast_dtype,
                 settings_record=self.record(),
                 keep_checkpoints=settings.keep_checkpoints,

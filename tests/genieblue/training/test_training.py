@@ -143,20 +143,6 @@ def test_defaults_are_the_papers_recipe(base, tmp_path, monkeypatch):
         assert seen["arguments"].lr_scheduler_type == "cosine"
 
 
-def test_schedule_of_the_caller_takes_the_place_of_the_cosine(base, tmp_path):
-    model, processor = make_model(base)
-    before = values(model)
-    train(
-        model,
-        processor,
-        make_data(),
-        tmp_path / "out",
-        make_settings(steps=2),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0),
-    )
-    assert changed_groups(model, before) == set()
-
-
 def test_gradient_checkpointing_gives_the_same_weights_and_leaves_the_base_alone(base, tmp_path):
     flags, results = [], []
 
