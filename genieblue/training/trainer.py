@@ -355,8 +355,8 @@ class StageTrainer(Trainer):
         if count != self.args.world_size:
             set_seed(self.args.seed + self.state.global_step + self.args.process_index)
             logger.info(
-                "The checkpoint is of %d processes, now there are %d: the data goes on where it was, dropout with new "
-                "random numbers.",
+                "The checkpoint was written by a run with %d processes, this one has %d: the data continues where it "
+                "stopped, dropout gets new random numbers.",
                 count, self.args.world_size,
             )  # fmt: skip
 
@@ -394,9 +394,9 @@ class StageTrainer(Trainer):
         fits = isinstance(was, int) and was % batch == 0
         remedy = f"Set `gradient_accumulation` (--gradient-accumulation) to {was // batch}" if fits else "Set these"
         raise ValueError(
-            f"The checkpoint is of a run with {was} samples per step, now there are {now}: `batch_size` "
+            f"The checkpoint is of a run with {was} samples per step, this one has {now}: `batch_size` "
             f"{self.args.per_device_train_batch_size} × `gradient_accumulation` "
-            f"{self.args.gradient_accumulation_steps} × {self.args.world_size} processes. {remedy} so that they make "
+            f"{self.args.gradient_accumulation_steps} × {self.args.world_size} (processes). {remedy} so that they make "
             f"{was} again."
         )
 
