@@ -396,8 +396,8 @@ class StageTrainer(Trainer):
         raise ValueError(
             f"The checkpoint is of a run with {was} samples per step, this one has {now}: `batch_size` "
             f"{self.args.per_device_train_batch_size} × `gradient_accumulation` "
-            f"{self.args.gradient_accumulation_steps} × {self.args.world_size} (processes). {remedy} so that they make "
-            f"{was} again."
+            f"{self.args.gradient_accumulation_steps} × {self.args.world_size} (processes). {remedy} so that they "
+            f"make {was} again."
         )
 
     def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
