@@ -15,7 +15,7 @@ _SECRET = re.compile(
 )
 # The user and the query of an address without its scheme.
 _BARE = re.compile(r"[^\s'\"<>`@:/\\]+:[^\s'\"<>`@:/\\]+@(?=[\w\[])|\?[\w.%~-]+=" + _REST)
-_WHOLE = re.compile(rf"\s*({_SCHEME}|data:)", re.IGNORECASE)
+_WHOLE = re.compile(rf"\s*({_SCHEME}|data:[\w.+-]*[/;,])", re.IGNORECASE)
 _CLIENTS = ("httpx", "httpcore", "huggingface_hub")
 _LONGEST = 200  # characters
 

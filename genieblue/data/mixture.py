@@ -48,7 +48,9 @@ def read_parts(texts: Sequence[str]) -> list[MixturePart]:
     owners: dict[Any, str] = {}
     for part in parts:
         if part.name in names:
-            raise ValueError(f"{part.name!r} is there twice; give it once, with a higher weight, or another name.")
+            raise ValueError(
+                f"{part.name!r} is given twice; give it once, with a higher weight, or under another name."
+            )
         names.add(part.name)
         for content in [path.resolve() for path in part.location.paths] or [part.location.text]:
             if owner := owners.get(content):
@@ -194,10 +196,10 @@ def _shares_by_kind(
     text = Fraction(str(text_share))
     pairs = {name: chats.by_kind() for name, chats in parts.items()}
     found = []
-    for index, (share, named) in enumerate([(1 - text, "with an image"), (text, "without an image")]):
+    for index, (share, lack) in enumerate([(1 - text, "no sample has an image"), (text, "every sample has an image")]):
         kind = {name: pair[index] for name, pair in pairs.items() if len(pair[index])}
         if share and not kind:
-            raise ValueError(f"{TEXT_SHARE} is {text_share}, but no sample is {named}.")
+            raise ValueError(f"{TEXT_SHARE} is {text_share}, but {lack}.")
         if share:
             found += [(part, chats, share * own) for part, chats, own in _shares(kind, weights)]
     return found

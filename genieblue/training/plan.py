@@ -114,7 +114,7 @@ def plan_training(
         packs=len(data) if isinstance(data, PackedChats) else None,
         tokens_per_sample=mean,
         labelled=labelled,
-        tokens_per_step=tokens * per_step,
+        tokens_per_step=tokens * min(per_step, len(data)),
         steps=steps,
         shares=chats.chats.shares(),
     )
@@ -149,19 +149,20 @@ def format_plan(plan: TrainingPlan) -> list[str]:
     parts = ", ".join(f"{name} {_millions(number)}" for name, number in plan.trained.items())
     memory = ", ".join(f"{name} {_gigabytes(size)}" for name, size in plan.memory.items())
     shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.shares.items())
-    packs = "" if plan.packs is None else f", in {plan.packs:,} packs"
+    packs = "" if plan.packs is None else f", in {_counted(plan.packs, 'pack')}"
     return [
         f"Trained parameters: {_millions(sum(plan.trained.values()))} ({parts}); the base's "
         f"{_millions(plan.parameters['language_model'])} stay frozen.",
-        f"Memory by device: about {_gigabytes(sum(plan.memory.values()))} ({memory}).",
-        f"Disk: {_gigabytes(plan.checkpoint)} a checkpoint, at most {_gigabytes(plan.kept)} at a time with the model.",
+        f"Memory per device: about {_gigabytes(sum(plan.memory.values()))} ({memory}).",
+        f"Disk: {_gigabytes(plan.checkpoint)} per checkpoint, at most {_gigabytes(plan.kept)} at a time with the "
+        "model.",
         *(
             [f"Image features: at most {_gigabytes(plan.image_features)} of it, read in {plan.passes:.2g} epochs."]
             if plan.image_features
             else []
         ),
-        f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({plan.samples:,} samples of "
-        f"{plan.tokens_per_sample:,.0f} tokens in the mean, {plan.labelled:.0%} of them learned{packs}).",
+        f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({_counted(plan.samples, 'sample')} of "
+        f"{plan.tokens_per_sample:,.0f} tokens on average, {plan.labelled:.0%} of them learned{packs}).",
         *([f"Data: {shares} of the samples drawn; an epoch has {plan.samples:,}."] if shares else []),
     ]
 
@@ -228,6 +229,10 @@ def _activations(
     tower = vision.num_hidden_layers * vision.hidden_size * patches * tiles if trains_tower else 0
     logits = tokens * labelled * text.vocab_size * FLOAT32
     return int(settings.batch_size * ((blocks + tower) * kept * size + 2 * logits))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _millions(number: int) -> str:

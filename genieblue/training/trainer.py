@@ -47,6 +47,19 @@ class LastLoss(TrainerCallback):
             control.should_log = True
 
 
+class PartRates(TrainerCallback):
+    """The learning rate of each part in the last step; when the step is logged, the schedule is already ahead."""
+
+    def __init__(self):
+        self.rates: dict[str, float] = {}
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Takes the highest rate of each part, whose layers may have lower ones."""
+        self.rates = {}
+        for group in optimizer.param_groups:
+            self.rates[group["group"]] = max(self.rates.get(group["group"], 0.0), group["lr"])
+
+
 class TrainingProgress(ProgressCallback):
     """Trainer's progress bar with loss and speed, and once a note of the time and cost of what is left."""
 
@@ -114,6 +127,8 @@ class StageTrainer(Trainer):
         self.is_distributed_loading_by_transformers = is_sharded  # keeps accelerate from wrapping it in DDP
         self.remove_callback(PrinterCallback)
         self.add_callback(LastLoss)
+        self._part_rates = PartRates()
+        self.add_callback(self._part_rates)
         self._autocast_dtype = autocast_dtype
         self._settings_record = settings_record
         self._keep_checkpoints = keep_checkpoints
@@ -193,11 +208,11 @@ class StageTrainer(Trainer):
             logs["samples_per_second"] = self._samples_since_log / seconds
             logs["tokens_per_second"] = self._tokens_since_log / seconds
             self._last_log_time, self._samples_since_log, self._tokens_since_log = now, 0, 0
-            # The highest of a part, whose layers may have lower ones.
-            for group in self.optimizer.param_groups:
-                name = f"learning_rate/{group['group']}"
-                logs[name] = max(logs.get(name, 0.0), group["lr"])
+            logs.update({f"learning_rate/{part}": rate for part, rate in self._part_rates.rates.items()})
             logs["peak_memory_gb"] = _peak_memory() / 1e9
+        # Trainer's own figures take packs for samples, and after a resume earlier steps for those of this time.
+        for name in ("train_samples_per_second", "train_steps_per_second"):
+            logs.pop(name, None)
         super().log(logs, *args, **kwargs)
 
     # Validation
@@ -340,8 +355,8 @@ class StageTrainer(Trainer):
         if count != self.args.world_size:
             set_seed(self.args.seed + self.state.global_step + self.args.process_index)
             logger.info(
-                "The checkpoint is of %d processes, now there are %d: the data goes on where it was, dropout with new "
-                "random numbers.",
+                "The checkpoint was written by a run with %d processes, this one has %d: the data continues where it "
+                "stopped, dropout gets new random numbers.",
                 count, self.args.world_size,
             )  # fmt: skip
 
@@ -379,10 +394,10 @@ class StageTrainer(Trainer):
         fits = isinstance(was, int) and was % batch == 0
         remedy = f"Set `gradient_accumulation` (--gradient-accumulation) to {was // batch}" if fits else "Set these"
         raise ValueError(
-            f"The checkpoint is of a run with {was} samples per step, now there are {now}: `batch_size` "
+            f"The checkpoint is of a run with {was} samples per step, this one has {now}: `batch_size` "
             f"{self.args.per_device_train_batch_size} × `gradient_accumulation` "
-            f"{self.args.gradient_accumulation_steps} × {self.args.world_size} processes. {remedy} so that they make "
-            f"{was} again."
+            f"{self.args.gradient_accumulation_steps} × {self.args.world_size} (processes). {remedy} so that they "
+            f"make {was} again."
         )
 
     def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:

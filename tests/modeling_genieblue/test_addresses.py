@@ -59,6 +59,7 @@ def assert_no_secret(text: str) -> None:
         ("C:/a/b.png", "C:/a/b.png"),
         ("/tmp/what?#is this@home.png", "/tmp/what?#is this@home.png"),
         ("metadata:a/b, data: none", "metadata:a/b, data: none"),
+        ("Data: pages 60 %, charts/2024; no URL", "Data: pages 60 %, charts/2024; no URL"),
     ],
 )
 def test_of_an_address_scheme_host_and_path_are_left(text, expected):

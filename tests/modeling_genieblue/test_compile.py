@@ -88,13 +88,13 @@ def test_a_compiled_wrapper_is_no_base():
     "request_, most",
     [
         ({"input_ids": TEXT}, 2),
-        ({"input_ids": SEEN, "pixel_values": PIXELS}, 4),
-        ({**left_pad([TEXT, SEEN]), "pixel_values": PIXELS}, 6),
+        ({"input_ids": SEEN, "pixel_values": PIXELS, "num_tiles": torch.tensor([1])}, 5),
+        ({**left_pad([TEXT, SEEN]), "pixel_values": PIXELS, "num_tiles": torch.tensor([1])}, 7),
     ],
     ids=["text", "image", "mixed"],
 )
 @torch.no_grad()
-def test_whole_model_is_a_few_graphs_between_looks_at_the_ids(request_, most):
+def test_whole_model_is_a_few_graphs_between_looks_at_the_ids_and_tiles(request_, most):
     torch._dynamo.reset()
     model, backend = tiny_genieblue(), CountingBackend()
     expected = model(**request_).logits  # also finds out how the base embeds ids

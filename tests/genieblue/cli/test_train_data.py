@@ -2,10 +2,13 @@
 
 import io
 import json
+import re
+import shlex
+import shutil
 import tarfile
 
 import pytest
-from command_line import error_of, run, run_json
+from command_line import REPOSITORY, error_of, run, run_json
 from PIL import Image
 from tiny_genieblue import save_tiny_pair
 
@@ -68,6 +71,18 @@ def test_a_mixture_is_planned_with_its_shares_and_trained(folder, model, tmp_pat
     assert "sha256 of the data" in other
 
 
+@pytest.mark.parametrize("example", sorted((REPOSITORY / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_in_an_example_works_as_printed(example, folder, model, tmp_path, monkeypatch):
+    (printed,) = re.findall(r"^# genieblue (train .*)", example.read_text(), re.MULTILINE)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    command = shlex.split(printed)
+    (tmp_path / command[command.index("--model") + 1]).symlink_to(model)
+    shutil.copy(folder / "red.png", tmp_path)
+    shutil.copy(folder / "b.jsonl", tmp_path / command[command.index("--data") + 1])
+    monkeypatch.chdir(tmp_path)
+    assert run_json(*command, "--plan", "--json")["steps"] >= 300
+
+
 def test_a_run_file_names_parts_and_image_roots_by_mappings(folder, model, tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps(chat("<image>?", images=["here/red.png"])) + "\n")
     (tmp_path / "run.yaml").write_text(
@@ -85,7 +100,7 @@ def test_a_run_file_names_parts_and_image_roots_by_mappings(folder, model, tmp_p
         (["--data", "a.jsonl", "--data", "none.jsonl"], "none.jsonl is not a file"),
         (["--data", "a.jsonl", "--data", "./a.jsonl"], "count twice"),
         (["--data", "a.jsonl", "--text-share", "2"], "expected a number from 0 to 1"),
-        (["--data", "a.jsonl", "--text-share", "0.5"], "no sample is without an image"),
+        (["--data", "a.jsonl", "--text-share", "0.5"], "every sample has an image"),
         (["--data", "a.jsonl", "--image-root", "x"], "not NAME=FOLDER"),
         (["--data", "a.jsonl", "--image-root", "x=.", "--image-root", "x=."], "'x' is given twice"),
     ],

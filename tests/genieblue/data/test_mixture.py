@@ -124,7 +124,7 @@ REFUSED = {
     "same by link": (["a.jsonl", "link.jsonl"], "a.jsonl is both in 'a.jsonl' and in 'link.jsonl'"),
     "same in a glob": (["a.jsonl", "[ab].jsonl"], "both in"),
     "same set": (["x=hf:you/set", "y=hf:you/set"], "hf:you/set is both in 'x' and in 'y'"),
-    "same name": (["x=a.jsonl", "x=b.jsonl"], "'x' is there twice"),
+    "same name": (["x=a.jsonl", "x=b.jsonl"], "'x' is given twice"),
     "some weights": (["a.jsonl:1", "b.jsonl"], "'b.jsonl' has no weight"),
     "no name on the Hub": (["hf:set"], "names no data set on the Hub"),
     "an unset variable": ([""], "The name of the data is empty"),
@@ -149,9 +149,9 @@ def test_shares_without_samples_are_refused(tmp_path):
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="expected a number from 0 to 1"):
             open_mixture([a], text_share=share)
-    with pytest.raises(ValueError, match="no sample is with an image"):
+    with pytest.raises(ValueError, match="no sample has an image"):
         open_mixture([a], text_share=0.5)
-    with pytest.raises(ValueError, match="no sample is without an image"):
+    with pytest.raises(ValueError, match="every sample has an image"):
         open_mixture([b], text_share=0.5)
     with pytest.raises(ValueError, match="a.jsonl' has no sample with an image"):
         open_mixture([a, b]).with_images()

@@ -71,7 +71,7 @@ def test_run_of_two_processes_goes_on_with_one(fsdp, base, alone, tmp_path):
     output = tmp_path / "out"
     options = {**RUN, "gradient_accumulation": 2, "fsdp": fsdp}
     assert run_processes(2, base=base, output=output, stop_at=3, options=options).returncode != 0
-    with pytest.raises(ValueError, match="of a run with 4 samples per step, now there are 3.*4 again"):
+    with pytest.raises(ValueError, match="of a run with 4 samples per step, this one has 3.*4 again"):
         train(*make_model(base), make_data()[2:10], output, make_settings(**RUN, batch_size=3), resume=True)
     options = {**RUN, "batch_size": 2, "gradient_accumulation": 2}
     check_same(run({"base": base, "output": output, "resume": True, "options": options}), alone)

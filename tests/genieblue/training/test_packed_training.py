@@ -141,6 +141,14 @@ def test_log_counts_samples_and_tokens_without_padding(base, tmp_path):
     rows = [row for sample in make_data() for row in ChatCollator(processor).rows(sample)]
     expected = sum(len(row["input_ids"]) for row in rows) / len(rows)
     assert speed["tokens_per_second"] / speed["samples_per_second"] == pytest.approx(expected)
+    # Of Trainer, which would count packs.
+    assert not [name for entry in result.log_history for name in entry if name.startswith("train_samples")]
+
+
+def test_a_step_is_planned_with_no_more_packs_than_there_are(base):
+    planned = plan(*make_model(base), ChatDataset(make_data()), make_settings(**PACKED | {"batch_size": 99}))
+    assert planned.steps == 1
+    assert planned.tokens_per_step == pytest.approx(planned.samples * planned.tokens_per_sample)
 
 
 class Interrupted(Exception):

@@ -100,7 +100,7 @@ def test_what_a_resumed_run_has_written_needs_no_space_again(pair, tmp_path, mon
 
 def test_the_plan_says_what_is_trained_kept_and_learned(pair):
     text = "\n".join(format_plan(of(pair, save_steps=1)))
-    for words in ("replicated_blocks", "stay frozen", "Memory by device", "a checkpoint", "tokens"):
+    for words in ("replicated_blocks", "stay frozen", "Memory per device", "per checkpoint", "tokens"):
         assert words in text
     assert math.isfinite(of(pair).tokens_per_step) and shutil.disk_usage("/").free > 0
 

@@ -130,6 +130,12 @@ def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path):
     assert [record["step"] for record in records] == [1, 2, 3]
     assert {"grad_norm", "samples_per_second", "tokens_per_second", "peak_memory_gb"} <= records[0].keys()
     assert records[1]["learning_rate/lora"] == pytest.approx(2 * records[1]["learning_rate/replicated_blocks"])
+    # Each rate is the one that its step was taken with, as Trainer's own is.
+    second, last = (
+        {name: record[name] for name in record if name.startswith("learning_rate")} for record in records[1:]
+    )
+    factor = last["learning_rate"] / second["learning_rate"]
+    assert last == pytest.approx({name: factor * rate for name, rate in second.items()})
     assert Image.open(tmp_path / "out-run/curves.png").width > 500
     assert result.loss == records[-1]["loss"]
 
