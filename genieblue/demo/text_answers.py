@@ -1,7 +1,7 @@
-"""Text answers of a model in a fresh process: `python -m genieblue.demo.text_answers FOLDER` prints one JSON object.
+"""Text answers of a model in a fresh process, with the code of the model's own folder.
 
-The questions are read from the standard input, as a JSON list. A base and a GenieBlue on it must give equal objects,
-except for the perplexity of the multimodal view, which a base has not.
+`python -m genieblue.demo.text_answers FOLDER QUESTIONS`, the latter a JSON list, prints one JSON object. A base and a
+GenieBlue on it must give equal objects, except for the perplexity of the multimodal view, which a base does not have.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ def text_answers(folder: Path, questions: Sequence[str]) -> dict[str, Any]:
     Returns `answers`, their `ids`, `sha256_of_logits` of the questions, `perplexity` of held-out text and, for a
     GenieBlue, `perplexity_multimodal_view`.
     """
-    command = [sys.executable, "-m", "genieblue.demo.text_answers", str(folder.resolve())]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, input=json.dumps(questions), text=True, check=False)
+    command = [sys.executable, "-m", "genieblue.demo.text_answers", str(folder.resolve()), json.dumps(questions)]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
         raise ValueError(f"The fresh process failed with exit code {finished.returncode}: see its message above.")
     return json.loads(finished.stdout.splitlines()[-1])
@@ -39,7 +39,7 @@ def text_answers(folder: Path, questions: Sequence[str]) -> dict[str, Any]:
 def answer_all(folder: str, questions: Sequence[str]) -> dict[str, Any]:
     """What `text_answers` returns, in this process."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     digest = hashlib.sha256()
     ids, answers = [], []
     for question in questions:
@@ -63,9 +63,9 @@ def answer_all(folder: str, questions: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the answers to the questions on the standard input as one line of JSON."""
+    """Prints what `text_answers` returns."""
     transformers_logging.disable_progress_bar()
-    found = answer_all(sys.argv[1], json.load(sys.stdin))
+    found = answer_all(sys.argv[1], json.loads(sys.argv[2]))
     if "modeling_genieblue" in sys.modules:
         raise RuntimeError("The installed package was imported instead of the code in the model's folder.")
     print(json.dumps(found))

@@ -1,7 +1,6 @@
-"""The parts of the demo: text, scans, vision tower, budgets."""
+"""The parts of the quick demo: text, scans, vision tower."""
 
-import json
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +10,9 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 
-from genieblue.demo import text
-from genieblue.demo.budget import TrainingBudget, run_training, warmup_cosine
+from genieblue.demo import text, toy_base
+from genieblue.demo.digit_tower import DigitTiles, vision_config
+from genieblue.demo.readings import write_readings
 from genieblue.demo.scans import (
     LONGEST_NUMBER,
     NumberScans,
@@ -20,9 +20,8 @@ from genieblue.demo.scans import (
     digit_cells,
     draw_held_out,
     split_scans,
-    write_held_out,
 )
-from genieblue.demo.vision import DigitTiles, vision_config
+from genieblue.evaluation.samples import EvaluationDataset
 from modeling_genieblue import GenieBlueImageProcessor
 
 
@@ -33,7 +32,7 @@ def split():
 
 @pytest.fixture(scope="module")
 def tokenizer(split):
-    return text.train_tokenizer(split.train)
+    return toy_base.train_tokenizer(split.train)
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +107,16 @@ def test_perplexity_judges_the_next_token():
 
 
 def test_perplexity_does_not_depend_on_the_batch_size(tokenizer):
-    model = text.build_base(tokenizer).eval()
+    model = toy_base.build_base(tokenizer).eval()
     ids = torch.arange(128 * 5 + 17) % 900
     values = [text.perplexity(model, ids, batch_size=size) for size in (1, 2, 5)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+
+
+def test_perplexity_of_the_first_windows_leaves_out_the_others():
+    ids = torch.cat([torch.arange(256) % 50, torch.zeros(256, dtype=torch.long)])
+    bonus = SameLogits(50, 3.0)
+    assert text.perplexity(bonus, ids, windows=2) == text.perplexity(bonus, ids[:256]) != text.perplexity(bonus, ids)
 
 
 def test_perplexity_refuses_a_text_shorter_than_a_window():
@@ -121,8 +126,8 @@ def test_perplexity_refuses_a_text_shorter_than_a_window():
 
 def test_windows_are_the_same_in_every_run():
     ids = torch.arange(5000)
-    first, second = (text.TokenWindows(ids, samples=10, seed=3) for _ in range(2))
-    other = text.TokenWindows(ids, samples=10, seed=4)
+    first, second = (toy_base.TokenWindows(ids, samples=10, seed=3) for _ in range(2))
+    other = toy_base.TokenWindows(ids, samples=10, seed=4)
     assert all(torch.equal(first[index]["input_ids"], second[index]["input_ids"]) for index in range(10))
     assert not all(torch.equal(first[index]["input_ids"], other[index]["input_ids"]) for index in range(10))
     assert first[0]["input_ids"].shape == (128,)
@@ -189,7 +194,7 @@ def test_a_senseless_length_of_the_data_is_refused(scans, samples, curriculum):
 
 def test_long_numbers_are_cut_into_several_tiles_through_their_digits(scans):
     processor = GenieBlueImageProcessor(tile_size=32)
-    grids = {len(answer): processor.select_grid(*image.size) for image, answer in draw_held_out(scans[1], 5)}
+    grids = {len(each.answer): processor.select_grid(*each.image.size) for each in draw_held_out(scans[1], 5)}
     assert grids[4][0] >= 3 and grids[3][0] >= 2
     straddling = 0
     for seed in range(50):
@@ -207,13 +212,15 @@ def test_a_digit_keeps_its_shape_when_it_is_enlarged(scans):
     assert np.corrcoef(again.ravel(), image.ravel())[0, 1] > 0.95
 
 
-def test_held_out_folder_names_images_and_answers(scans, tmp_path):
-    lines = write_held_out(tmp_path / "held-out", scans[1], per_length=2)
-    written = [json.loads(line) for line in (tmp_path / "held-out" / "answers.jsonl").read_text().splitlines()]
-    assert written == lines
-    assert [len(line["answer"]) for line in lines] == [1, 2, 3, 4, 1, 2, 3, 4]
-    assert all(set(line) == {"image", "question", "answer"} for line in lines)
-    assert all(Image.open(tmp_path / "held-out" / line["image"]).height == 32 for line in lines)
+def test_held_out_folder_is_data_for_an_evaluation_whose_names_tell_nothing(scans, tmp_path):
+    readings = draw_held_out(scans[1], per_length=2)
+    data = EvaluationDataset(write_readings(tmp_path / "held-out", readings))
+    samples = [data[index] for index in range(len(data))]
+    assert [len(sample.references[0]) for sample in samples] == [1, 2, 3, 4, 1, 2, 3, 4]
+    assert [sample.references[0] for sample in samples] == [reading.answer for reading in readings]
+    assert [sample.task for sample in samples[:3]] == ["1 digit", "2 digits", "3 digits"]
+    assert [Path(sample.images[0]).name for sample in samples[:2]] == ["0000.png", "0001.png"]
+    assert all(Image.open(sample.images[0]).height == 32 for sample in samples)
 
 
 # Vision tower
@@ -235,48 +242,3 @@ def test_tiles_show_the_digit_that_they_are_labelled_with(scans):
 def test_vision_tower_sees_four_tokens_a_tile():
     config = vision_config()
     assert (config.image_size // config.patch_size // 2) ** 2 == 4
-
-
-# Budgets
-
-
-def test_a_budget_ends_with_its_steps_or_its_seconds(tmp_path):
-    class Constant(torch.utils.data.Dataset):
-        def __len__(self):
-            return 10_000
-
-        def __getitem__(self, index):
-            return {"x": torch.ones(1)}
-
-    class Slow(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(1, 1)
-
-        def forward(self, x):
-            time.sleep(0.01)
-            return {"loss": self.linear(x).square().mean()}
-
-    few = TrainingBudget("few steps", 3)
-    run_training(Slow(), Constant(), few, output_dir=str(tmp_path), batch_size=1, learning_rate=0.1)
-    assert few.steps_done == 3
-    short = TrainingBudget("short", 5000, max_seconds=0.2)
-    run_training(Slow(), Constant(), short, output_dir=str(tmp_path), batch_size=1, learning_rate=0.1)
-    assert 1 <= short.steps_done < 25
-    assert not list(tmp_path.iterdir())
-
-
-def test_learning_rate_reaches_its_floor_where_the_clock_ends_the_run(monkeypatch):
-    budget = TrainingBudget("clock", 1000, max_seconds=10)
-    monkeypatch.setattr(budget, "elapsed", lambda: 10.0)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    factor = warmup_cosine(optimizer, budget, warmup=0.0, floor=0.02).lr_lambdas[0]
-    assert factor(5) == pytest.approx(0.02)
-    monkeypatch.setattr(budget, "elapsed", lambda: 0.0)
-    assert factor(0) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("steps, seconds", [(0, 1.0), (5, 0.0)])
-def test_a_budget_of_nothing_is_refused(steps, seconds):
-    with pytest.raises(ValueError, match="at least one step"):
-        TrainingBudget("nothing", steps, seconds)
