@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -64,15 +65,15 @@ def run_demo(recipe: DemoRecipe, out: str | Path = "demo-out") -> dict[str, Any]
         with step(2, "vision tower", recipe.tower_title):
             recipe.make_vision_tower(Path(vision))
         create_genieblue(base, vision, model)
+    # On a CPU without AMX, bfloat16 is slower.
+    trained = GenieBlueForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    processor = GenieBlueProcessor.from_pretrained(model)
     for stage, parts in TRAINED.items():
         with step(2 + stage, f"stage {stage}", f"Stage {stage}: {parts}"):
-            train(
-                GenieBlueForConditionalGeneration.from_pretrained(model),
-                GenieBlueProcessor.from_pretrained(model),
-                recipe.training_data(stage),
-                model,
-                recipe.settings(stage),
-            )
+            train(trained, processor, recipe.training_data(stage), model, recipe.settings(stage))
+    # In the base's own precision, so that both are loaded in it.
+    trained.save_pretrained(model, processor=processor, dtype=trained.config.text_config.dtype)
+    del trained
     with step(5, "evaluation", "Fresh processes load the GenieBlue and answer held-out questions"):
         data = write_readings(out / "held-out", recipe.held_out())
         scores = _evaluate(model, data, out / "evaluation", recipe.max_new_tokens)
