@@ -103,7 +103,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice, and one of its values would be lost")
+            raise ValueError(f"the key {key!r} appears twice, and one of its values would be lost")
         found[key] = value
     return found
 
