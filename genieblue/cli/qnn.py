@@ -17,7 +17,8 @@ from genieblue.cli.options import (
     Revision,
     UnquantizedModel,
 )
-from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
+from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, stdout_for_json
+from hub_cards.short_numbers import short_bytes
 
 export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
 

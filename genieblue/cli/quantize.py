@@ -27,9 +27,9 @@ from genieblue.cli.terminal import (
     print_table,
     progress_bar,
     quiet_transformers,
-    short_bytes,
     stdout_for_json,
 )
+from hub_cards.short_numbers import short_bytes
 
 
 def quantize(

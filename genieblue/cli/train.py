@@ -7,7 +7,8 @@ import typer
 
 from genieblue.cli.chat import load_chat
 from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed
-from genieblue.cli.terminal import counted, is_main_process, note, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.terminal import is_main_process, note, print_json, quiet_transformers, stdout_for_json
+from hub_cards.short_numbers import counted
 
 
 def train(
