@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed
+from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed, was_given
 from genieblue.cli.terminal import is_main_process, note, print_json, quiet_transformers, stdout_for_json
 from hub_cards.short_numbers import counted
 
@@ -115,11 +115,7 @@ def _values(ctx: typer.Context, config: Path | None) -> dict[str, Any]:
     from genieblue.training.run_file import read_run_file
 
     unset = ("config", "plan", "resume", "json_output")
-    given = {
-        name: value
-        for name, value in ctx.params.items()
-        if name not in unset and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
+    given = {name: value for name, value in ctx.params.items() if name not in unset and was_given(ctx, name)}
     return {**({} if config is None else read_run_file(config)), **given}
 
 

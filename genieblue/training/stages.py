@@ -83,8 +83,8 @@ def train(
         resume: `True` continues from the last checkpoint, or starts over (with a warning) if there is none; or the
             folder of a checkpoint.
         callbacks: additional `TrainerCallback`s.
-        scheduler: makes the learning rate schedule, by default the one of the settings.
         run_values: what is saved as `run.yaml` with the run, by default the settings.
+        scheduler: makes the learning rate schedule, by default warm-up and cosine.
 
     Raises `ValueError` for empty or bad data, a missing or failing chat template, a base whose generation never stops
     or that cannot be trained on packs (with `pack`), a loss that is not finite, a checkpoint from a different run, or
@@ -96,7 +96,8 @@ def train(
         raise ValueError("Training needs the package accelerate: pip install 'genieblue[train]'.")
     check_trackers(settings.report_to)
     run = _make_run(model, processor, dataset, settings, validation)
-    if run.settings.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    structure, settings = run.structure, run.settings
+    if settings.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ValueError(
             "`fsdp` (--fsdp) shares what is trained among several processes, but there is one: start `torchrun "
             "--nproc-per-node 2 -m genieblue train …` with as many as there are GPUs, or leave it out."
@@ -111,11 +112,11 @@ def train(
         if not torch.cuda.is_available():
             warn_of_threads()
         if int(os.environ.get("RANK", 0)) == 0:
-            write_run_file(checkpoints / RUN_FILE, run_values or asdict(run.settings))
+            write_run_file(checkpoints / RUN_FILE, run_values or asdict(settings))
         trainer = run.train(checkpoints, checkpoint, plan, callbacks, scheduler)
         result = _result(trainer, output, run.chats.num_samples)
         if trainer.is_world_process_zero():
-            run.structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
+            structure.save(output, processor, f"stage {settings.stage}", run.facts(result))
         trainer.accelerator.wait_for_everyone()  # with several processes, none returns before the model is saved
     return result
 
