@@ -132,8 +132,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
 
     settings = settings_of(values)
     out = Path(values["out"]).expanduser()  # shells do not expand `--out=~/x`
-    if "eval_data" not in values and (unused := [name for name in ("eval_steps", "patience") if values.get(name)]):
-        raise ValueError(f"`{unused[0]}` is set, but there is nothing to validate on: give --eval-data.")
+    stages.check_validates(settings, "eval_data" in values)
     stages.check_output(out.absolute())
     options = {
         "image_folder": values.get("image_folder"),

@@ -133,6 +133,7 @@ def _make_run(
     model: Any, processor: Any, dataset: Any, settings: TrainingSettings, validation: EvaluationDataset | None
 ) -> "_Run":
     """A run after the checks of its model, processor and data; `ValueError` if one fails."""
+    check_validates(settings, validation is not None)
     settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     check_processor_template(processor)
@@ -375,6 +376,12 @@ def training_arguments(
     # Several devices in one process would split `pixel_values` by rows; torchrun starts one process per device.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def check_validates(settings: TrainingSettings, validates: bool) -> None:
+    """`ValueError` for settings of a validation that a run lacks."""
+    if not validates and (unused := [name for name in ("eval_steps", "patience") if getattr(settings, name)]):
+        raise ValueError(f"`{unused[0]}` is set, but nothing is validated: give `validation` (--eval-data).")
 
 
 def check_trackers(names: Sequence[str]) -> None:
