@@ -27,10 +27,10 @@ class EvaluationSample(ChatSample):
         task: the group that the sample belongs to.
     """
 
-    references: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    metric: str = "exact"
-    task: str = NO_TASK
+    references: tuple[str, ...]
+    choices: tuple[str, ...]
+    metric: str
+    task: str
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
