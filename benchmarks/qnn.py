@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import print_table
+from benchmarks.views import TOY_VISION
 from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
 from conversion.qnn.graphs.names import BASE_BITS, LORA_BITS, UNFINISHED
@@ -39,10 +40,6 @@ SIZES = {
     "24 M": {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2},
     "138 M": {"hidden_size": 1280, "intermediate_size": 3456, "num_attention_heads": 10, "num_key_value_heads": 2},
 }
-TOY_VISION = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
-    "patch_size": 14,
-}  # fmt: skip
 TOY_CHAT = "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %}" \
     "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"  # fmt: skip
 

@@ -23,8 +23,7 @@ from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.quantize import CalibrationSamples, quantize_genieblue
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
-W8 = {"llm": "w8a16"}
-W4 = {"llm": "w4a16"}
+PRECISIONS = {"W8A16": "w8a16", "W4A16": "w4a16"}
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 512
 
 
@@ -38,9 +37,9 @@ def measure_speed(pairs: int, tokens: int) -> dict[str, dict[str, float]]:
         model.config.base_model_name_or_path = str(folder / "base")
         model.save_pretrained(folder / "bf16")
         ids = torch.randint(3, 32000, (1, 64))
-        for name, recipe in (("W8A16", W8), ("W4A16", W4)):
-            output = folder / recipe["llm"]
-            quantize_genieblue(folder / "bf16", output, QuantizationRecipe(**recipe, rounding="rtn"))
+        for name, precision in PRECISIONS.items():
+            output = folder / precision
+            quantize_genieblue(folder / "bf16", output, QuantizationRecipe(llm=precision, rounding="rtn"))
             quantized = GenieBlueForConditionalGeneration.from_pretrained(output)
             for view in ("text", "multimodal"):
                 row = compare(
@@ -128,10 +127,11 @@ def _base_sizes(base: Path, bits: int) -> dict[str, dict[str, float]]:
 
 def compare_loads(folder: Path, runs: int) -> dict[str, dict[str, float]]:
     """Load of the full-size model at 16, 8 and 4 bits, in turn; medians."""
-    folders = {"bf16": folder / "genieblue", "W8A16": folder / "w8a16", "W4A16": folder / "w4a16"}
-    for name, recipe in (("W8A16", W8), ("W4A16", W4)):
+    folders = {"bf16": folder / "genieblue", **{name: folder / value for name, value in PRECISIONS.items()}}
+    for name, precision in PRECISIONS.items():
         if not folders[name].exists():
-            quantize_genieblue(folders["bf16"], folders[name], QuantizationRecipe(**recipe, rounding="rtn"))
+            recipe = QuantizationRecipe(llm=precision, rounding="rtn")
+            quantize_genieblue(folders["bf16"], folders[name], recipe)
     results: dict[str, list[dict]] = {name: [] for name in folders}
     for _ in range(runs):
         for name, path in folders.items():
@@ -160,7 +160,7 @@ def main() -> None:
         print_table("Accuracy of the demo's model", measure_accuracy(arguments.demo))
     if (arguments.full_size / "genieblue").is_dir():
         print_table("Load of the full-size model", compare_loads(arguments.full_size, arguments.runs))
-        for name in ("w8a16", "w4a16"):
+        for name in PRECISIONS.values():
             sizes = stored_sizes(arguments.full_size / name)
             print_table(f"Stored bytes, {name}", sizes)
             total = sum(row["bytes"] for row in sizes.values()) / 1e9

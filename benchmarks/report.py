@@ -1,15 +1,18 @@
 """What the benchmarks share: cases in processes of their own, and tables of figures."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 
-def measured_apart(module: str, *arguments: str) -> dict[str, float]:
+def measured_apart(module: str, *arguments: str, threads: int | None = None) -> Any:
     """The JSON on the last line of `python -m module arguments`: a fresh process has its own peak of memory."""
     command = [sys.executable, "-m", module, *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
     return json.loads(output.splitlines()[-1])
 
 

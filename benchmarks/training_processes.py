@@ -11,12 +11,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 
-from benchmarks.report import print_table
+from benchmarks.report import measured_apart, print_table
 from benchmarks.training_step import OURS, add_shape_options, make_contender, shape_arguments, train_steps
 
 
@@ -31,9 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def processes(options: argparse.Namespace) -> None:
     """Prints the table, or as one of the processes the seconds of its steps."""
     if options.worker:
-        times = train_steps(
-            OURS, *make_contender(OURS, options), options, options.batch // _world(), time.perf_counter
-        )
+        batch = options.batch // int(os.environ.get("WORLD_SIZE", 1))
+        times = train_steps(OURS, *make_contender(OURS, options), options, batch, time.perf_counter)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(times))
         return
@@ -58,16 +55,9 @@ def processes(options: argparse.Namespace) -> None:
     print_table(f"stage 2, {options.shape}, {options.batch} × {options.length} a step", rows)
 
 
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _run(options: argparse.Namespace, number: int, threads: int) -> list[float]:
     """Seconds of the steps of a run in processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)] if number > 1 else []
-    command = ["-m", "benchmarks.training", "processes", *shape_arguments(options), "--worker"]
-    output = subprocess.run(
-        [sys.executable, *launcher, *command], check=True, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    ).stdout  # fmt: skip
-    return json.loads(output.splitlines()[-1])
+    command = ["benchmarks.training", "processes", *shape_arguments(options), "--worker"]
+    if number > 1:
+        command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", *command]
+    return measured_apart(*command, threads=threads)

@@ -143,7 +143,7 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds from the end of each step to the end of the next one: CPU time on one thread, else the clock's."""
+    """Seconds from the end of each step to the end of the next one, by `clock`."""
 
     def __init__(self, device: str, clock: Callable[[], float]):
         self.seconds: list[float] = []
@@ -160,7 +160,7 @@ class StepTimes(TrainerCallback):
 
 def train_steps(name: str, contender: Any, samples: list[dict[str, torch.Tensor]], options: argparse.Namespace,
                 batch: int, clock: Callable[[], float] = seconds) -> list[float]:  # fmt: skip
-    """The seconds of some steps after a first one; without a `clock`, CPU time on one thread."""
+    """The seconds of some steps after a first one, by `clock`."""
     times, steps = StepTimes(options.device, clock), options.steps
     settings = TrainingSettings(stage=2, batch_size=batch, steps=steps + 1, save_steps=0, learning_rate=1e-5)
     with TemporaryDirectory() as folder:
@@ -182,9 +182,7 @@ def train_steps(name: str, contender: Any, samples: list[dict[str, torch.Tensor]
                 report_to=[], disable_tqdm=True, remove_unused_columns=False, use_cpu=options.device == "cpu",
                 dataloader_pin_memory=options.device != "cpu",
             )  # fmt: skip
-            trainer = Trainer(
-                contender, arguments, data_collator=collate, train_dataset=samples, callbacks=[times]
-            )  # fmt: skip
+            trainer = Trainer(contender, arguments, data_collator=collate, train_dataset=samples, callbacks=[times])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return times.seconds
@@ -248,12 +246,8 @@ def step(options: argparse.Namespace) -> None:
     if options.memory_of:
         print(json.dumps(measure_memory(options.memory_of, options)))
         return
-    peaks = {
-        name: measured_apart(
-            "benchmarks.training", "step", *shape_arguments(options), "--steps", "2", "--memory-of", name
-        )["bytes"]
-        for name in NAMES
-    }
+    command = ("benchmarks.training", "step", *shape_arguments(options), "--steps", "2")
+    peaks = {name: measured_apart(*command, "--memory-of", name)["bytes"] for name in NAMES}
     rows = measure_times(options)
     for name, peak in peaks.items():
         rows[name] |= {"peak memory, GB": peak / 1e9, "ours / this, memory": peaks[OURS] / peak}

@@ -22,6 +22,11 @@ from benchmarks.report import print_table
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
+TOY_VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+    "patch_size": 14,
+}  # fmt: skip
+
 
 def make_model(
     device: str, hidden_size: int = 1024, intermediate_size: int = 2816, blocks: int = 16
@@ -34,10 +39,7 @@ def make_model(
         eos_token_id=None, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     base = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
-    vision = SiglipVisionModel(
-        SiglipVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                           image_size=56, patch_size=14)
-    ).to(device, torch.bfloat16)  # fmt: skip
+    vision = SiglipVisionModel(SiglipVisionConfig(**TOY_VISION)).to(device, torch.bfloat16)
     model = GenieBlueForConditionalGeneration.from_base(base, vision)
     with torch.no_grad():
         for _, _, parameter in adapter_parameters(model.multimodal_language_model):

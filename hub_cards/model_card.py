@@ -16,6 +16,7 @@ from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hub_cards.model_folder import BASE_PARTS, PartSize, count_parts, read_model_config
+from hub_cards.short_numbers import short_bytes, short_count
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
     MEASUREMENTS_NAME,
@@ -126,8 +127,8 @@ def card_environment() -> Environment:
         "cell": _cell,
         "quoted": _python_string,
         "bits_each": _bits_each,
-        "short_count": _short_count,
-        "short_bytes": _short_bytes,
+        "short_count": short_count,
+        "short_bytes": short_bytes,
     }
     return environment
 
@@ -357,18 +358,3 @@ def _python_string(value: str) -> str:
 def _bits_each(size: PartSize) -> str:
     """Bits per parameter on disk, including scales."""
     return f"{8 * size.bytes / size.parameters:.2f}" if size.parameters else ""
-
-
-def _short_count(number: int) -> str:
-    return _scaled(number, ((10**9, " B"), (10**6, " M"), (10**3, " k")))
-
-
-def _short_bytes(number: int) -> str:
-    return _scaled(number, ((10**9, " GB"), (10**6, " MB"), (10**3, " kB")), smallest=" bytes")
-
-
-def _scaled(number: int, units: tuple[tuple[int, str], ...], smallest: str = "") -> str:
-    for factor, unit in units:
-        if number >= factor:
-            return f"{number / factor:.2f}{unit}"
-    return f"{number}{smallest}"

@@ -5,8 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, NpuBackend, Precision, Revision, View
-from genieblue.cli.qnn import check_unused_options, open_bundle
+from genieblue.cli.options import (
+    Base,
+    BaseCode,
+    Device,
+    Dtype,
+    Json,
+    NpuBackend,
+    Precision,
+    Revision,
+    View,
+    check_unused_options,
+)
+from genieblue.cli.qnn import open_bundle
 from genieblue.cli.terminal import choose_device, looking_for, note, print_json, quiet_transformers, stdout_for_json
 
 
@@ -97,6 +108,7 @@ def load_chat(
     trust_remote_code: bool,
     compile_decoding: bool = False,
 ) -> Any:
+    """A conversation with a model; `OSError` that names it if it is not there."""
     from genieblue.serving.conversation import Chat
 
     with looking_for(model):

@@ -6,15 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.options import BaseCode, FollowLinks, ImageFolder, ImageRoots, Json, Revision
-from genieblue.cli.terminal import (
-    counted,
-    looking_for,
-    note,
-    print_json,
-    print_table,
-    quiet_transformers,
-    stdout_for_json,
-)
+from genieblue.cli.terminal import looking_for, note, print_json, print_table, quiet_transformers, stdout_for_json
+from hub_cards.short_numbers import counted
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -110,6 +110,7 @@ def _fills_the_cache(error: BaseException | None) -> bool:
 
 
 def is_for_users(error: Exception) -> bool:
+    """Whether an error, or a class that it inherits from, is of a library whose errors are shown to the user."""
     libraries = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     return bool(libraries & set(LIBRARIES_WITH_ERRORS_FOR_USERS))
 

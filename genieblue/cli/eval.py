@@ -19,8 +19,9 @@ from genieblue.cli.options import (
     NpuBackend,
     Revision,
     View,
+    check_unused_options,
 )
-from genieblue.cli.qnn import check_unused_options, is_bundle, open_bundle
+from genieblue.cli.qnn import is_bundle, open_bundle
 from genieblue.cli.terminal import choose_device, note, print_json, print_table, quiet_transformers, stdout_for_json
 
 
@@ -82,8 +83,8 @@ def evaluate(
         ).first(limit)
         name = Path(data).stem
 
-        def answers_of(name: str) -> tuple[Any, Any]:
-            answerer = _open(name, base, revision, dtype, device, trust_remote_code, npu, batch_size, view)
+        def answers_of(answering: str) -> tuple[Any, Any]:
+            answerer = _open(answering, base, revision, dtype, device, trust_remote_code, npu, batch_size, view)
             return answerer, run(answerer, dataset, max_new_tokens=max_new_tokens)
 
         answerer, evaluation = answers_of(model)

@@ -3,7 +3,8 @@
 import typer
 
 from genieblue.cli.options import Base, Json, Model, Revision
-from genieblue.cli.terminal import looking_for, note, print_json, print_table, short_bytes, stdout_for_json
+from genieblue.cli.terminal import looking_for, note, print_json, print_table, stdout_for_json
+from hub_cards.short_numbers import short_bytes
 
 
 def print_info(model: str, base: str | None, revision: str | None) -> None:
@@ -34,7 +35,7 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
     header = ("part", "precision", "parameters", "on disk")
     shown = range(4) if found.precisions else (0, 2, 3)
     print_table([header[column] for column in shown], [[row[column] for column in shown] for row in rows])
-    if is_inner_folder(config.get("base_model_name_or_path")):
+    if is_inner_folder(source):
         note("language_model is the base, stored in a folder of this GenieBlue.")
     else:
         note("language_model is the base; its weights are stored in its own repository, not here.")

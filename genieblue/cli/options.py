@@ -1,7 +1,8 @@
 """Options shared by several commands, and their values."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,3 +52,21 @@ PlacementOption = Annotated[Placement, typer.Option(help="Which quarter of the b
 ImageFolder = Annotated[
     Path | None, typer.Option(help="Folder that image paths are relative to; default: the data file's folder.")
 ]
+
+
+def was_given(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter is on the command line, and not at its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def check_unused_options(ctx: typer.Context, names: Sequence[str], subject: str) -> None:
+    """`BadParameter` if an option in `names` was given although it does not apply to `subject`."""
+    for option in ctx.command.params:
+        if option.name in names and was_given(ctx, option.name):
+            raise typer.BadParameter(f"It does not apply to {subject}: leave it out.", param_hint=option.opts[0])
+
+
+def loading_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained`; without a revision it chooses one itself."""
+    return {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})

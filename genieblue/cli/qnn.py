@@ -1,6 +1,6 @@
 """`genieblue export qnn`, and how `chat` and `verify` use a bundle for a phone's NPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +16,10 @@ from genieblue.cli.options import (
     QnnRounding,
     Revision,
     UnquantizedModel,
+    loading_options,
 )
-from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, short_bytes, stdout_for_json
+from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, stdout_for_json
+from hub_cards.short_numbers import short_bytes
 
 export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -64,7 +66,7 @@ def qnn(
     find_soc(soc)
     check_platform()
     check_libraries_installed()
-    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    options = loading_options(revision, trust_remote_code)
     with stdout_for_json(json_output):
         quiet_transformers()
         from conversion.qnn.export import export_bundle
@@ -75,9 +77,8 @@ def qnn(
 
         with looking_for(model):
             LoadRequest.from_arguments(model, dict(options)).check_layout()
-            GenieBlueConfig.from_pretrained(
-                model, revision=revision
-            )  # has the clearest error for another kind of model
+            # Has the clearest error for another kind of model.
+            GenieBlueConfig.from_pretrained(model, revision=revision)
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         chats = read_chats(calibration, samples, image_folder=image_folder)
         bundle = export_bundle(
@@ -126,8 +127,8 @@ def adapter(
     """
     from conversion.qnn.adapters import export_adapter
 
-    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
     quiet_transformers()
+    options = loading_options(revision, trust_remote_code)
     with looking_for(model):
         path = export_adapter(model, bundle.expanduser(), out.expanduser(), base_model=base, **options)
     typer.echo(f"{path}: {short_bytes(path.stat().st_size)}")
@@ -138,14 +139,6 @@ def is_bundle(path: str) -> bool:
     """Whether `path` is an exported bundle rather than a model."""
     folder = Path(path)
     return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
-
-
-def check_unused_options(ctx: typer.Context, names: Sequence[str], subject: str) -> None:
-    """`BadParameter` if an option in `names` was given although it does not apply to `subject`."""
-    for option in ctx.command.params:
-        source = ctx.get_parameter_source(option.name)
-        if option.name in names and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"It does not apply to {subject}: leave it out.", param_hint=option.opts[0])
 
 
 def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:

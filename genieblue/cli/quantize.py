@@ -19,6 +19,7 @@ from genieblue.cli.options import (
     Rounding,
     UnquantizedModel,
     Weights,
+    loading_options,
 )
 from genieblue.cli.terminal import (
     looking_for,
@@ -27,9 +28,9 @@ from genieblue.cli.terminal import (
     print_table,
     progress_bar,
     quiet_transformers,
-    short_bytes,
     stdout_for_json,
 )
+from hub_cards.short_numbers import short_bytes
 
 
 def quantize(
@@ -94,7 +95,7 @@ def quantize(
         activations=activations,
     )
     out = out.expanduser()
-    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    options = loading_options(revision, trust_remote_code)
     with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
         quiet_transformers()
         data = None

@@ -209,16 +209,3 @@ def choose_device(name: str | None) -> str:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"The device {name} does not exist: torch found {torch.cuda.device_count()} CUDA devices.")
     return name
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: `1 step`, `2 steps`."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def short_bytes(number: int) -> str:
-    """A size in bytes, kB, MB or GB (powers of 1000)."""
-    for factor, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= factor:
-            return f"{number / factor:.2f} {unit}"
-    return f"{number} bytes"

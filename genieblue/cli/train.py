@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed
-from genieblue.cli.terminal import counted, is_main_process, note, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed, was_given
+from genieblue.cli.terminal import is_main_process, note, print_json, quiet_transformers, stdout_for_json
+from hub_cards.short_numbers import counted
 
 
 def train(
@@ -114,11 +115,7 @@ def _values(ctx: typer.Context, config: Path | None) -> dict[str, Any]:
     from genieblue.training.run_file import read_run_file
 
     unset = ("config", "plan", "resume", "json_output")
-    given = {
-        name: value
-        for name, value in ctx.params.items()
-        if name not in unset and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
+    given = {name: value for name, value in ctx.params.items() if name not in unset and was_given(ctx, name)}
     return {**({} if config is None else read_run_file(config)), **given}
 
 
@@ -135,8 +132,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
 
     settings = settings_of(values)
     out = Path(values["out"]).expanduser()  # shells do not expand `--out=~/x`
-    if "eval_data" not in values and (unused := [name for name in ("eval_steps", "patience") if values.get(name)]):
-        raise ValueError(f"`{unused[0]}` is set, but there is nothing to validate on: give --eval-data.")
+    stages.check_validates(settings, "eval_data" in values)
     stages.check_output(out.absolute())
     options = {
         "image_folder": values.get("image_folder"),

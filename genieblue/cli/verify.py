@@ -5,15 +5,9 @@ from typing import Any
 import typer
 
 from genieblue.cli.errors import command_line_message, with_hints
-from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Revision
-from genieblue.cli.qnn import check_unused_options, is_bundle, verify_qnn_bundle
-from genieblue.cli.terminal import (
-    choose_device,
-    looking_for,
-    print_json,
-    quiet_transformers,
-    stdout_for_json,
-)
+from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Revision, check_unused_options
+from genieblue.cli.qnn import is_bundle, verify_qnn_bundle
+from genieblue.cli.terminal import choose_device, looking_for, print_json, quiet_transformers, stdout_for_json
 
 
 def verify(
@@ -29,15 +23,13 @@ def verify(
     """Verify a GenieBlue or an exported bundle.
 
     Each check prints one line. The exit code is 1 if any check fails. The last check runs the Python files of the
-    model's repository, in a separate process. For a bundle, --base is the model to compare its text
-    graphs with.
+    model's repository, in a separate process. For a bundle, --base is the model to compare its text graphs with.
     """
     bundled = is_bundle(model)
     if bundled:
         code = ("trust_remote_code",) if base is None else ()  # it applies to the base
-        check_unused_options(
-            ctx, ("revision", "dtype", "device", *code), "a bundle, which is fixed when it is compiled"
-        )
+        names = ("revision", "dtype", "device", *code)
+        check_unused_options(ctx, names, "a bundle, which is fixed when it is compiled")
 
     def message_of(check: Any) -> str:
         return command_line_message(with_hints(check.detail, check.hints))

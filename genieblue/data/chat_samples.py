@@ -113,10 +113,12 @@ def _images_of_parts(messages: list[dict[str, Any]], given: list[Any], where: st
 
 def texts_of(messages: list[dict[str, Any]]) -> list[str]:
     """The texts of messages: string contents and text parts."""
-    contents = [[message["content"]] if isinstance(message["content"], str) else message["content"]
-                for message in messages]  # fmt: skip
-    return [part if isinstance(part, str) else part["text"] for content in contents for part in content
-            if isinstance(part, str) or part["type"] == "text"]  # fmt: skip
+    texts: list[str] = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts += [part["text"] for part in parts if part["type"] == "text"]
+    return texts
 
 
 def _parse_turn(turn: Any, has_placeholders: bool, where: str) -> dict[str, Any]:

@@ -103,7 +103,10 @@ class ChatDataset(torch.utils.data.Dataset):
         """The samples with images, and those without; `ValueError` if it is unknown which they are."""
         found = self._of_kind(with_images=True), self._of_kind(with_images=False)
         if self._image_counts is None:
-            raise ValueError("These samples are made when they are asked for, so that their kinds are unknown.")
+            raise ValueError(
+                "Which of these samples have images is unknown, as they are made on use: give a list or files, or "
+                "leave out `text_share` (--text-share)."
+            )
         return found
 
     def sample_hashes(self) -> set[int]:

@@ -49,7 +49,7 @@ class ChatCollator:
             )
         self.processor = processor
         self.max_length = max_length
-        self.max_tiles = max_tiles
+        self._tile_options = {} if max_tiles is None else {"max_tiles": max_tiles}
         self.joins_packs = joins_packs
         tokenizer = processor.tokenizer
         own_stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
@@ -95,11 +95,10 @@ class ChatCollator:
 
     def outlines(self, sample: ChatSample | dict[str, Any]) -> list[ChatRow]:
         """The ids and labels of `rows`, from the sizes of images, whose pixels are not read."""
-        options = {} if self.max_tiles is None else {"max_tiles": self.max_tiles}
         with self._read(sample) as sample:
             sizes = [image_size(image, index) for index, image in enumerate(sample.images)]
             count = self.processor.image_processor.get_number_of_image_patches
-            return self._chat_rows(sample, [count(height, width, options) for width, height in sizes])
+            return self._chat_rows(sample, [count(height, width, self._tile_options) for width, height in sizes])
 
     @contextlib.contextmanager
     def _read(self, sample: ChatSample | dict[str, Any]) -> Iterator[ChatSample]:
@@ -126,8 +125,7 @@ class ChatCollator:
     def _tiles(self, images: list[Any]) -> dict[str, torch.Tensor]:
         if not images:
             return {}
-        options = {} if self.max_tiles is None else {"max_tiles": self.max_tiles}
-        return dict(self.processor.image_processor(images, return_tensors="pt", **options))
+        return dict(self.processor.image_processor(images, return_tensors="pt", **self._tile_options))
 
     def _shown(self, row: ChatRow, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The images of a sample that one of its rows contains: the first ones."""

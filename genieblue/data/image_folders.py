@@ -42,7 +42,7 @@ class ImageFolders:
     def resolve(self, image: Any, where: str) -> Any:
         """An image of the sample `where` in a form that can be opened; a path becomes absolute.
 
-        `ValueError` for something else than an image, a URL, and a path that leaves its folder.
+        `ValueError` for anything else, a URL, or a path that leaves its folder.
         """
         if isinstance(image, dict):  # an image that `datasets` did not decode
             check_unread_keys(image, ("bytes", "path"), where, strict=True)
@@ -82,7 +82,7 @@ class ImageFolders:
 
 
 def read_image_roots(given: Iterable[str]) -> dict[str, Path]:
-    """Image roots by name, from `NAME=FOLDER`s; `ValueError` for something else, and a name that is there twice."""
+    """Image roots by name, from `NAME=FOLDER`s; `ValueError` for anything else, and for a repeated name."""
     roots: dict[str, Path] = {}
     for text in given:
         name, sign, folder = text.partition("=")

@@ -103,7 +103,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice, and one of its values would be lost")
+            raise ValueError(f"the key {key!r} appears twice, and one of its values would be lost")
         found[key] = value
     return found
 
@@ -112,20 +112,26 @@ def check_is_jsonl(path: Path) -> None:
     """`ValueError` for a file that is not JSONL, before any single line is blamed."""
     with path.open("rb") as file:
         head = file.read(HEAD)
-    form = next((form for magic, form in FORMS.items() if head.startswith(magic)), None)
-    if form is None and b"\0" in head:
-        form = "binary, or UTF-16 or UTF-32; write it as UTF-8 text"
-    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
-    if form is None and not lines:
-        form = "empty"
-    if form is None and lines[0].lstrip().startswith(b"["):
-        form = "a JSON list; write one item per line (`jq -c '.[]'`)"
-    if form is None and not any(line.lstrip().startswith(b"{") for line in lines):
-        form = f"something else, which starts with {lines[0][:40].decode(errors='replace')!r}"
-    if form is None and not _is_json(lines[0]) and _is_json(path.read_bytes()):
-        form = "a single JSON document; write one sample per line (`jq -c`)"
-    if form is not None:
+    if form := _other_form(path, head):
         raise ValueError(f"{path} is not JSONL (one object per line): it is {form}.")
+
+
+def _other_form(path: Path, head: bytes) -> str | None:
+    """What a file is instead of JSONL, by its first bytes."""
+    if form := next((form for magic, form in FORMS.items() if head.startswith(magic)), None):
+        return form
+    if b"\0" in head:
+        return "binary, or UTF-16 or UTF-32; write it as UTF-8 text"
+    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    if not lines:
+        return "empty"
+    if lines[0].lstrip().startswith(b"["):
+        return "a JSON list; write one item per line (`jq -c '.[]'`)"
+    if not any(line.lstrip().startswith(b"{") for line in lines):
+        return f"something else, which starts with {lines[0][:40].decode(errors='replace')!r}"
+    if not _is_json(lines[0]) and _is_json(path.read_bytes()):
+        return "a single JSON document; write one sample per line (`jq -c`)"
+    return None
 
 
 def _is_json(content: bytes) -> bool:

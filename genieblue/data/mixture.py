@@ -35,8 +35,8 @@ def read_parts(texts: Sequence[str]) -> list[MixturePart]:
     """The parts of a mixture from `[NAME=]SOURCE[:WEIGHT]`s; nothing is opened but the heads of files.
 
     A text that is an existing path is a path, whatever signs it contains. Raises `ValueError` or `OSError` for a part
-    that is missing or not data, a weight that is not above 0 or that other parts lack, and a name or file that is
-    there twice.
+    that is missing or not data, a weight that is not above 0 or that other parts lack, and a repeated name or
+    file.
     """
     parts = [_read_part(text) for text in texts]
     if not parts:

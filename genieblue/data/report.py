@@ -6,9 +6,10 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from modeling_genieblue.image_reading_genieblue import read_image
 
 EXAMPLES = 10  # of bad samples and of duplicates
 BATCH = 256  # samples whose images are opened before the next ones are asked for
+THREADS = 8
 DETAILS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d[\d.,]*")  # in a reason, what differs between samples
 
 
@@ -90,7 +92,7 @@ class _Looked:
 
 
 def check_data(
-    groups: Mapping[str, ChatDataset], processor: Any = None, *, stop_ids: Sequence[int] = (), threads: int = 8
+    groups: Mapping[str, ChatDataset], processor: Any = None, *, stop_ids: Sequence[int] = ()
 ) -> DataReport:
     """Looks at every sample and opens every image, in several threads.
 
@@ -103,7 +105,7 @@ def check_data(
     seen: dict[bytes, str] = {}
     total = sum(len(chats) for chats in groups.values())
     with (
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(THREADS) as pool,
         tqdm(desc="Checking the data", total=total, delay=SECONDS_WITHOUT_BAR) as bar,
     ):
         for name, chats in groups.items():
@@ -116,28 +118,25 @@ def check_data(
 
 def _looked_at(chats: ChatDataset, pool: ThreadPoolExecutor) -> Iterator[_Looked]:
     for start in range(0, len(chats), BATCH):
-        yield from pool.map(_look(chats), range(start, min(start + BATCH, len(chats))))
+        yield from pool.map(partial(_look, chats), range(start, min(start + BATCH, len(chats))))
 
 
-def _look(chats: ChatDataset) -> Callable[[int], _Looked]:
-    def look(number: int) -> _Looked:
-        where = chats.where(number)
-        try:
-            sample = chats[number]
-        except BAD_SAMPLE as error:
-            return _Looked(where, error=error)
-        try:
-            for image in sample.images:
-                check_exists(image)
-            images = [read_image(image) for image in sample.images]
-        except BAD_SAMPLE as error:
-            return _Looked(where, error=error, is_unreadable=True)
-        digest = hashlib.sha256(json.dumps(sample.messages).encode())
-        for given, image in zip(sample.images, images, strict=True):
-            digest.update(os.fsencode(given) if isinstance(given, (str, os.PathLike)) else image.tobytes())
-        return _Looked(where, sample, tuple(image.size for image in images), digest.digest()[:16])
-
-    return look
+def _look(chats: ChatDataset, number: int) -> _Looked:
+    where = chats.where(number)
+    try:
+        sample = chats[number]
+    except BAD_SAMPLE as error:
+        return _Looked(where, error=error)
+    try:
+        for image in sample.images:
+            check_exists(image)
+        images = [read_image(image) for image in sample.images]
+    except BAD_SAMPLE as error:
+        return _Looked(where, error=error, is_unreadable=True)
+    digest = hashlib.sha256(json.dumps(sample.messages).encode())
+    for given, image in zip(sample.images, images, strict=True):
+        digest.update(os.fsencode(given) if isinstance(given, (str, os.PathLike)) else image.tobytes())
+    return _Looked(where, sample, tuple(image.size for image in images), digest.digest()[:16])
 
 
 def _count(

@@ -129,7 +129,8 @@ def locate(text: str | os.PathLike) -> Location:
         raise FileNotFoundError(f"{shown(text)} is not a file: {EXPECTED}.")
     forms = {each: _form(each) for each in paths}
     if len(set(forms.values())) > 1:
-        raise ValueError(f"{shown(text)} means files of several formats ({', '.join(sorted(set(forms.values())))}).")
+        found = ", ".join(sorted(set(forms.values())))
+        raise ValueError(f"{shown(text)} means files of several formats ({found}): give those of one, as by a glob.")
     return Location(text, forms[paths[0]], tuple(paths))
 
 

@@ -1,5 +1,6 @@
 """Tables of samples: a `datasets.Dataset`, whose rows are mapped into memory and read when they are asked for."""
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -46,15 +47,11 @@ class Table:
         kept = [name for name in self._dataset.column_names if not self._has_images(name)]
         found = {"images": IN_A_COLUMN} if len(kept) < len(self._dataset.column_names) else {}
         for batch in self._dataset.select_columns(kept).with_format("arrow").iter(BATCH):
-            yield from (partial(_joined, row, found) for row in batch.to_pylist())
+            yield from (partial(operator.or_, row, found) for row in batch.to_pylist())
 
     def _has_images(self, name: str) -> bool:
         feature = self._dataset.features[name]
         return name in IMAGE_KEYS and getattr(getattr(feature, "feature", feature), "dtype", None) not in TEXTS
-
-
-def _joined(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    return row | more
 
 
 def open_parquet(paths: Sequence[Path]) -> Table:

@@ -92,7 +92,7 @@ class TarShards:
                     self._first.append(len(self._offsets))
                     found = set()
                 if ending in found:
-                    raise ValueError(f"{path}: the member {shortened(member.name)} is there twice.")
+                    raise ValueError(f"{path}: the member {shortened(member.name)} appears twice.")
                 found.add(ending)
                 if ending not in ids:
                     ids[ending] = len(ids)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -67,7 +68,7 @@ class Evaluation:
     def scores(self) -> list[Score]:
         """One score for each task and metric; with several, first one for everything."""
         return [
-            Score(task, metric, _mean(values), standard_error(values), len(values))
+            Score(task, metric, fmean(values), standard_error(values), len(values))
             for (task, metric), values in _by_group((answer, answer.score) for answer in self.answers)
         ]
 
@@ -111,9 +112,9 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
             Difference(
                 task,
                 metric,
-                first=_mean([one for one, _ in values]),
-                second=_mean([other for _, other in values]),
-                difference=_mean(differences),
+                first=fmean(one for one, _ in values),
+                second=fmean(other for _, other in values),
+                difference=fmean(differences),
                 standard_error=standard_error(differences),
                 better=sum(value > 0 for value in differences),
                 worse=sum(value < 0 for value in differences),
@@ -152,7 +153,7 @@ def _scored(answerer: Answerer, samples: Sequence[EvaluationSample], max_new_tok
         ScoredAnswer(
             sample.where,
             sample.task,
-            str(sample.metric),
+            sample.metric,
             answerer.view(sample),
             sample.question,
             sample.references,
@@ -173,7 +174,7 @@ def _likeliest(answerer: Answerer, sample: EvaluationSample) -> str:
 def _score(sample: EvaluationSample, answer: str) -> float:
     if sample.metric == CHOICE:
         return float(answer in sample.references)
-    return METRICS[str(sample.metric)](answer, sample.references)
+    return METRICS[sample.metric](answer, sample.references)
 
 
 def _by_group(entries: Iterable[tuple[ScoredAnswer, Any]]) -> list[tuple[tuple[str, str], list[Any]]]:
@@ -187,7 +188,3 @@ def _by_group(entries: Iterable[tuple[ScoredAnswer, Any]]) -> list[tuple[tuple[s
     metrics = {metric for _, metric in groups}
     together = [value for values in groups.values() for value in values]
     return [((NO_TASK, metrics.pop() if len(metrics) == 1 else "mixed"), together), *sorted(groups.items())]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

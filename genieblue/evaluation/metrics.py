@@ -1,6 +1,7 @@
 """Metrics of a single answer: a score from 0 to 1 against one or several references."""
 
 import math
+import statistics
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -56,11 +57,7 @@ def check_metric(name: str) -> None:
 
 def standard_error(scores: Sequence[float]) -> float | None:
     """Standard error of the mean of independent scores; `None` for fewer than two."""
-    count = len(scores)
-    if count < 2:
-        return None
-    mean = math.fsum(scores) / count
-    return math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (count - 1) / count)
+    return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
 
 
 def _squeezed(text: str) -> str:

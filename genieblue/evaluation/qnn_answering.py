@@ -9,6 +9,7 @@ from conversion.chat_ids import answer_text
 from conversion.stdout import stdout_to_stderr
 from genieblue.evaluation.answering import choice_rows, image_tiles
 from genieblue.evaluation.samples import EvaluationSample
+from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
 
 class BundleAnswerer:
@@ -25,7 +26,7 @@ class BundleAnswerer:
 
     def view(self, sample: EvaluationSample) -> str:
         """The view that answers a sample."""
-        return "multimodal" if sample.images else "text"
+        return MULTIMODAL if sample.images else TEXT
 
     def answers(self, samples: Sequence[EvaluationSample], max_new_tokens: int) -> list[str]:
         """One greedy answer to each sample."""

@@ -41,27 +41,21 @@ def write_report(
     """
     out = Path(out)
     check_report_folder(out)
-    with NewFolder(out, "evaluation") as folder:
-        _write_files(folder.staging, evaluation, dataset, image_processor, name, settings, differences)
-        folder.put_in_place(lambda old: [path.relative_to(old) for path in old.iterdir() if path.name not in OURS])
-
-
-def _write_files(
-    folder: Path, evaluation: Evaluation, dataset: EvaluationDataset, image_processor: Any, name: str,
-    settings: Mapping[str, Any], differences: Sequence[Difference],
-) -> None:  # fmt: skip
     scores = evaluation.scores()
     summary = {"data": name, "sha256 of the data": dataset.sha256, "date": date.today().isoformat(), **settings}
     summary["scores"] = [asdict(score) for score in scores]
     if differences:
         summary["differences"] = [asdict(difference) for difference in differences]
-    _write_json(folder / SUMMARY, summary)
-    _write_lines(folder / ANSWERS, [asdict(answer) for answer in evaluation.answers])
-    _write_lines(folder / WRONG, [asdict(answer) for _, answer in evaluation.wrong])
-    _write_json(folder / MEASUREMENTS_NAME, card_rows(scores, name, settings))
-    _write_eval_results(folder, scores, name, settings)
-    if evaluation.wrong:
-        draw_wrong_answers(folder / SHEET, evaluation, dataset, image_processor, name)
+    with NewFolder(out, "evaluation") as new:
+        folder = new.staging
+        _write_json(folder / SUMMARY, summary)
+        _write_lines(folder / ANSWERS, [asdict(answer) for answer in evaluation.answers])
+        _write_lines(folder / WRONG, [asdict(answer) for _, answer in evaluation.wrong])
+        _write_json(folder / MEASUREMENTS_NAME, _card_rows(scores, name, settings))
+        _write_eval_results(folder, scores, name, settings)
+        if evaluation.wrong:
+            _draw_wrong_answers(folder / SHEET, evaluation, dataset, image_processor, name)
+        new.put_in_place(lambda old: [path.relative_to(old) for path in old.iterdir() if path.name not in OURS])
 
 
 def check_report_folder(out: Path) -> None:
@@ -72,7 +66,7 @@ def check_report_folder(out: Path) -> None:
         raise ValueError(f"{out} contains something other than an evaluation: give a new or empty folder.")
 
 
-def draw_wrong_answers(
+def _draw_wrong_answers(
     path: Path, evaluation: Evaluation, dataset: EvaluationDataset, image_processor: Any, name: str
 ) -> None:
     """Writes a PNG of the first wrong answers."""
@@ -86,7 +80,7 @@ def draw_wrong_answers(
     draw_answer_sheet(path, f"Wrong answers, {name}", note, entries, image_processor)
 
 
-def card_rows(scores: Sequence[Score], name: str, settings: Mapping[str, Any]) -> list[dict[str, str]]:
+def _card_rows(scores: Sequence[Score], name: str, settings: Mapping[str, Any]) -> list[dict[str, str]]:
     """Rows of `measurements.json` for the model card."""
     rows = []
     for score in scores:
@@ -103,8 +97,7 @@ def record_in_model(model: str | Path, report: str | Path) -> None:
     Rows of the same name are replaced. A card that was edited stays as it is.
     """
     model, report = Path(model), Path(report)
-    new = json.loads((report / MEASUREMENTS_NAME).read_text(encoding="utf-8"))
-    add_measurements(model, new)
+    add_measurements(model, json.loads((report / MEASUREMENTS_NAME).read_text(encoding="utf-8")))
     (model / EVAL_RESULTS).mkdir(exist_ok=True)
     for file in (report / EVAL_RESULTS).glob("*.yaml"):
         (model / EVAL_RESULTS / file.name).write_bytes(file.read_bytes())

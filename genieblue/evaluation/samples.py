@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genieblue.data.chat_samples import ChatSample, parse_chat
+from genieblue.data.chat_samples import ChatSample, parse_chat, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.image_folders import ImageFolders
 from genieblue.data.sample_keys import is_missing, shortened
@@ -23,14 +23,14 @@ class EvaluationSample(ChatSample):
     Attributes:
         references: all accepted answers; the chat's own is the first.
         choices: the answers to choose from, for the metric `choice`.
-        metric: the sample's own, else `None`.
+        metric: one of `metrics.NAMES`.
         task: the group that the sample belongs to.
     """
 
-    references: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    metric: str | None = None
-    task: str = NO_TASK
+    references: tuple[str, ...]
+    choices: tuple[str, ...]
+    metric: str
+    task: str
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
@@ -40,9 +40,7 @@ class EvaluationSample(ChatSample):
     @property
     def question(self) -> str:
         """The text of the last question."""
-        content = self.messages[-2]["content"]
-        parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-        return " ".join(part for part in parts if part).strip()
+        return " ".join(filter(None, texts_of(self.messages[-2:-1]))).strip()
 
 
 class EvaluationDataset(ChatDataset):
@@ -88,7 +86,7 @@ def parse_sample(
     if answers:
         rest = _with_answer(rest, answers[0])
     chat = parse_chat(rest, where, image_folders)
-    references = answers or (_text(chat.messages[-1]),)
+    references = answers or ("".join(texts_of(chat.messages[-1:])),)
     chosen = _metric(raw.get("metric"), metric, choices, where)
     if chosen == CHOICE:
         _check_choices(choices, references, where)
@@ -139,8 +137,3 @@ def _with_answer(raw: dict[str, Any], answer: str) -> dict[str, Any]:
     role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
     kept = turns[:-1] if role in ("assistant", "gpt") else turns
     return {**raw, str(key): [*kept, {"role": "assistant", "content": answer}]}
-
-
-def _text(message: dict[str, Any]) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from genieblue.training.frozen_weights import tensor_digests
+from hub_cards.short_numbers import short_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def cached_features(tower: PreTrainedModel, run: Path, reserve: int) -> Iterator
 
 
 class _FeatureCache:
-    """A file of features by tile."""
+    """Features on disk, one file for each tile."""
 
     def __init__(self, tower: PreTrainedModel, folder: Path, reserve: int):
         self._compute = tower.forward
@@ -110,12 +111,12 @@ class _FeatureCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < self._reserve:
-                raise OSError(f"less than {self._reserve / 1e9:.2f} GB are free, which the run itself needs")
+                raise OSError(f"less than the {short_bytes(self._reserve)} that the run itself needs are free")
             save_file({FEATURES: features.cpu().clone()}, unfinished)
             unfinished.replace(path)
         except (OSError, SafetensorError) as error:
             self._is_full = True
-            logger.warning("No further image features are kept, and the others computed each time: %s.", error)
+            logger.warning("No further image features are kept; the others are computed each time: %s.", error)
             unfinished.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ LENGTH = 24  # tokens of each probe
 # Largest relative error of the logits at a position. On SmolLM2-135M-Instruct, packs differ from single texts by
 # 3e-6 in float32 and 0.03 in bfloat16, and with attention to the text before by 0.32 at least.
 ROUNDING, ROUNDING_IN_16_BITS = 1e-3, 0.1
+REMEDY = "Train without packing (`pack: false`, --no-pack); `group_by_length` (--group-by-length) also saves padding."
 
 
 def uses_flash_attention(model: Any) -> bool:
@@ -43,9 +44,6 @@ def check_packing(model: Any, collator: ChatCollator) -> None:
             f"{_refusal(model)}: packed texts change each other's logits by {error:.2g}, and {tolerance:g} would be "
             f"rounding. {REMEDY}"
         )
-
-
-REMEDY = "Train without packing (`pack: false`, --no-pack); `group_by_length` (--group-by-length) also saves padding."
 
 
 def _refusal(model: Any) -> str:

@@ -15,7 +15,8 @@ from genieblue.data.packing import PackedChats
 from genieblue.training.feature_cache import bytes_of_tile
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.sharding import trained_blocks
-from genieblue.training.structure import GenieBlueStructure
+from genieblue.training.structure import VISION_TOWER, GenieBlueStructure
+from hub_cards.short_numbers import counted, short_bytes, short_count
 
 FLOAT32 = 4  # bytes
 MOMENTS = 2  # of Adam, by parameter
@@ -76,22 +77,22 @@ def plan_training(
     lengths, labelled, tiles = _probe(chats)
     mean = sum(lengths) / len(lengths)
     tokens = data.num_tokens / len(data) if isinstance(data, PackedChats) else mean  # in a row of a batch
-    per_step = settings.batch_size * settings.gradient_accumulation * world
+    per_step = settings.samples_per_step
     steps = settings.steps or math.ceil(math.ceil(len(data) / per_step) * (settings.epochs or 1.0))
     passes = steps * per_step / len(data)
-    tower = sum(parameter.numel() for parameter in structure.model.vision_tower.parameters())
+    own = sum(parameters.values()) - parameters["language_model"]
     share = math.ceil(count / world) if settings.fsdp else count
     gathered = _largest_group(structure, groups) if settings.fsdp else 0
     memory = {
         "base": sum(tensor.numel() * tensor.element_size() for tensor in structure.frozen.parameters()),
         "trained weights (float32)": share * FLOAT32,
-        "untrained parts": (tower if "vision_tower" not in trained else 0) * structure.frozen.dtype.itemsize,
+        "untrained parts": (own - count) * structure.frozen.dtype.itemsize,
         "gradients (float32)": share * FLOAT32,
         "optimizer (AdamW, float32)": share * MOMENTS * FLOAT32,
         "gradients being exchanged": count * FLOAT32 if world > 1 and not settings.fsdp else 0,
         "blocks being gathered": gathered * GATHERED * FLOAT32,
         "activations (estimate)": _activations(
-            structure, settings, "vision_tower" in trained, tokens, tiles * tokens / sum(lengths), labelled
+            structure, settings, VISION_TOWER in trained, tokens, tiles * tokens / sum(lengths), labelled
         ),
     }
     checkpoint = count * (1 + MOMENTS) * FLOAT32
@@ -101,7 +102,6 @@ def plan_training(
     if settings.cache_image_features:
         seen = min(passes, 1.0) * len(chats) + held_out
         features = math.ceil(seen * tiles / min(PROBED, len(chats))) * bytes_of_tile(structure.model.vision_tower)
-    own = sum(parameters.values()) - parameters["language_model"]
     return TrainingPlan(
         parameters=parameters,
         trained=trained,
@@ -125,11 +125,11 @@ def check_disk(plan: TrainingPlan, folder: Path) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     missing = plan.kept - _bytes_in(folder)  # a resumed run has some of it
-    features = f", image features of {_gigabytes(plan.image_features)}" if plan.image_features else ""
+    features = f", image features of {short_bytes(plan.image_features)}" if plan.image_features else ""
     if missing > free:
         raise OSError(
-            f"The run will write {_gigabytes(missing)} (checkpoints of {_gigabytes(plan.checkpoint)} each, the model"
-            f"{features}), but {existing} has {_gigabytes(free)} free: free some space, keep fewer checkpoints "
+            f"The run will write {short_bytes(missing)} (checkpoints of {short_bytes(plan.checkpoint)} each, the model"
+            f"{features}), but {existing} has {short_bytes(free)} free: free some space, keep fewer checkpoints "
             "(`keep_checkpoints`, --keep-checkpoints), or write none (`save_steps=0`, --save-steps 0)"
             f"{'; or leave out `cache_image_features` (--cache-image-features)' if features else ''}."
         )
@@ -146,22 +146,19 @@ def _bytes_in(folder: Path) -> int:
 
 def format_plan(plan: TrainingPlan) -> list[str]:
     """The plan as lines of text."""
-    parts = ", ".join(f"{name} {_millions(number)}" for name, number in plan.trained.items())
-    memory = ", ".join(f"{name} {_gigabytes(size)}" for name, size in plan.memory.items())
+    parts = ", ".join(f"{name} {short_count(number)}" for name, number in plan.trained.items())
+    memory = ", ".join(f"{name} {short_bytes(size)}" for name, size in plan.memory.items())
     shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.shares.items())
-    packs = "" if plan.packs is None else f", in {_counted(plan.packs, 'pack')}"
+    packs = "" if plan.packs is None else f", in {counted(plan.packs, 'pack')}"
+    features = f" and image features of {short_bytes(plan.image_features)}, read in {plan.passes:.2g} epochs"
+    features = features if plan.image_features else ""
     return [
-        f"Trained parameters: {_millions(sum(plan.trained.values()))} ({parts}); the base's "
-        f"{_millions(plan.parameters['language_model'])} stay frozen.",
-        f"Memory per device: about {_gigabytes(sum(plan.memory.values()))} ({memory}).",
-        f"Disk: {_gigabytes(plan.checkpoint)} per checkpoint, at most {_gigabytes(plan.kept)} at a time with the "
-        "model.",
-        *(
-            [f"Image features: at most {_gigabytes(plan.image_features)} of it, read in {plan.passes:.2g} epochs."]
-            if plan.image_features
-            else []
-        ),
-        f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({_counted(plan.samples, 'sample')} of "
+        f"Trained parameters: {short_count(sum(plan.trained.values()))} ({parts}); the base's "
+        f"{short_count(plan.parameters['language_model'])} stay frozen.",
+        f"Memory per device: about {short_bytes(sum(plan.memory.values()))} ({memory}).",
+        f"Disk: {short_bytes(plan.checkpoint)} per checkpoint, at most {short_bytes(plan.kept)} at a time with the "
+        f"model{features}.",
+        f"Steps: {plan.steps:,}, of about {plan.tokens_per_step:,.0f} tokens ({counted(plan.samples, 'sample')} of "
         f"{plan.tokens_per_sample:,.0f} tokens on average, {plan.labelled:.0%} of them learned{packs}).",
         *([f"Data: {shares} of the samples drawn; an epoch has {plan.samples:,}."] if shares else []),
     ]
@@ -169,26 +166,25 @@ def format_plan(plan: TrainingPlan) -> list[str]:
 
 def remaining(steps: int, seconds: float, price_per_hour: float | None) -> str:
     """Time for `steps` of `seconds` each, and what it costs."""
-    hours = steps * seconds / 3600
-    seconds_left, minutes = steps * seconds, 60 * hours
-    time = (
-        f"{hours:.1f} hours" if hours >= 1 else f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds_left:.0f} s"
-    )
+    left = steps * seconds
+    hours = left / 3600
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{left / 60:.0f} minutes" if left >= 120 else f"{left:.0f} s"
     cost = "" if price_per_hour is None else f", about {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
     return f"About {time} left for {steps:,} steps of {seconds:.2f} s{cost}."
 
 
 def _count_parameters(structure: GenieBlueStructure, groups: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    parts: dict[str, int] = {"language_model": sum(parameter.numel() for parameter in structure.frozen.parameters())}
+    """Of each part, and of each group that is trained: a part may have parameters that never are."""
+    parts = {"language_model": sum(parameter.numel() for parameter in structure.frozen.parameters())}
+    trained = dict.fromkeys(groups, 0)
     frozen = {id(parameter) for parameter in structure.frozen.parameters()}
     for name, parameter in structure.model.named_parameters():
-        if id(parameter) not in frozen:
-            part = structure.group_of(name) or name.partition(".")[0]
-            parts[part] = parts.get(part, 0) + parameter.numel()
-    trained = dict.fromkeys(groups, 0)
-    for name, parameter in structure.model.named_parameters():
+        if id(parameter) in frozen:
+            continue
         group = structure.group_of(name)
-        if group in trained and id(parameter) not in frozen:
+        part = group or name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+        if group in trained:
             trained[group] += parameter.numel()
     return parts, trained
 
@@ -229,15 +225,3 @@ def _activations(
     tower = vision.num_hidden_layers * vision.hidden_size * patches * tiles if trains_tower else 0
     logits = tokens * labelled * text.vocab_size * FLOAT32
     return int(settings.batch_size * ((blocks + tower) * kept * size + 2 * logits))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,6 +1,7 @@
 """Settings of a training run."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -96,14 +97,19 @@ class TrainingSettings:
                 "packed samples have no padding" if self.pack else "it sets the order, which `shuffle=False` keeps"
             )
             raise ValueError(f"`group_by_length` is on, but {reason}: leave out one of them.")
-        sizes = (
+        above_0 = (
             "steps", "epochs", "batch_size", "gradient_accumulation", "max_tiles", "logging_steps", "eval_steps",
-            "eval_max_new_tokens", "patience", "price_per_hour",
+            "eval_max_new_tokens", "patience", "price_per_hour", "learning_rate", "max_grad_norm", "keep_checkpoints",
         )  # fmt: skip
-        for name in (*sizes, "learning_rate", "keep_checkpoints"):
+        at_least_0 = (
+            "warmup_steps", "save_steps", "eval_answers", "num_workers", "weight_decay", "vision_layer_decay"
+        )  # fmt: skip
+        for name in (*above_0, *at_least_0):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"`{name}` is {value}: expected a number above 0.")
+            if value is None or math.isfinite(value) and (value > 0 or value == 0 and name in at_least_0):
+                continue
+            expected = "a number above 0" if name in above_0 else "0 or more"
+            raise ValueError(f"`{name}` is {value}: expected {expected}.")
         for rate in (self.learning_rate or 0, *self.learning_rates.values()):
             if not 0 <= rate <= 1:
                 raise ValueError(
@@ -113,15 +119,10 @@ class TrainingSettings:
             raise ValueError(f"`max_tiles` is {self.max_tiles}: expected a square number (1, 4, 9, 16, …).")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"`schedule` is {self.schedule!r}: expected one of {', '.join(SCHEDULES)}.")
-        for name in (
-            "warmup_steps",
-            "save_steps",
-            "eval_answers",
-            "num_workers",
-            "weight_decay",
-            "vision_layer_decay",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: expected 0 or more.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed` is {self.seed}: expected at least 0 and less than 2**32.")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Of all processes together; rows, with `pack`."""
+        return self.batch_size * self.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))

@@ -18,6 +18,7 @@ HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
 )  # fmt: skip
+TAKEN_OVER = "GENIEBLUE_FSDP"  # of this process, which may plan a run before it, and train both stages
 
 
 def wants_fsdp(setting: bool) -> bool:
@@ -33,7 +34,7 @@ def wants_fsdp(setting: bool) -> bool:
             "(--fsdp)."
         )
     if asked.get("ACCELERATE_USE_FSDP") != "true":
-        return setting
+        return setting or TAKEN_OVER in os.environ
     if asked.get("FSDP_VERSION") != "2":
         raise ValueError("FSDP 1 is not supported: give accelerate --fsdp_version 2.")
     for name, instead in {
@@ -44,6 +45,7 @@ def wants_fsdp(setting: bool) -> bool:
             raise ValueError(f"accelerate's --fsdp_{name.lower()} is not supported: leave it out, and use {instead}.")
     # accelerate itself would shard the base too, and replace the classes of its modules.
     os.environ["ACCELERATE_USE_FSDP"] = "false"
+    os.environ[TAKEN_OVER] = "true"
     return True
 
 

@@ -93,18 +93,13 @@ def train(
     if not is_accelerate_available():
         raise ValueError("Training needs the package accelerate: pip install 'genieblue[train]'.")
     check_trackers(settings.report_to)
-    settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
+    run = _make_run(model, processor, dataset, settings, validation)
+    structure, settings = run.structure, run.settings
     if settings.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ValueError(
             "`fsdp` (--fsdp) shares what is trained among several processes, but there is one: start `torchrun "
             "--nproc-per-node 2 -m genieblue train …` with as many as there are GPUs, or leave it out."
         )
-    structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
-    check_processor_template(processor)
-    if not stop_token_ids(structure.model.generation_config):
-        raise ValueError(NO_STOP_TOKEN)
-    recipe = structure.recipe(settings.stage)
-    run = _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation)
     checkpoints = output.with_name(f"{output.name}-run")
     with exclusive_run(checkpoints):
         checkpoint = find_checkpoint(checkpoints, resume)
@@ -129,11 +124,21 @@ def plan(
     validation: EvaluationDataset | None = None,
 ) -> TrainingPlan:  # fmt: skip
     """What `train` with these arguments will take; nothing is trained or written."""
+    return _make_run(model, processor, dataset, settings, validation).plan()
+
+
+def _make_run(
+    model: Any, processor: Any, dataset: Any, settings: TrainingSettings, validation: EvaluationDataset | None
+) -> "_Run":
+    """A run after the checks of its model, processor and data; `ValueError` if one fails."""
+    check_validates(settings, validation is not None)
+    settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     check_processor_template(processor)
-    settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
+    if not stop_token_ids(structure.model.generation_config):
+        raise ValueError(NO_STOP_TOKEN)
     recipe = structure.recipe(settings.stage)
-    return _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation).plan()
+    return _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation)
 
 
 def _chats_to_learn_from(dataset: Any, recipe: StageRecipe) -> ChatDataset:
@@ -281,16 +286,10 @@ class _Run:
             found.append(EarlyStoppingCallback(settings.patience))
         return found
 
-    @property
-    def samples_per_step(self) -> int:
-        """Of all processes together."""
-        settings = self.settings
-        return settings.batch_size * settings.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
-
     def record(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that wrote its checkpoint."""
         record = {key: value for key, value in asdict(self.settings).items() if key not in FREE_SETTINGS}
-        record[SAMPLES_PER_STEP] = self.samples_per_step
+        record[SAMPLES_PER_STEP] = self.settings.samples_per_step
         record |= {"max_tiles": self.max_tiles, "bf16": self.autocast_dtype is not None}
         record |= {"num_samples": len(self.chats), "sha256 of the data": self.chats.sha256}
         return json.loads(json.dumps(record))
@@ -299,7 +298,7 @@ class _Run:
         """Facts about the stage for the model card."""
         settings, rates = self.settings, self.learning_rates
         warmup = settings.warmup_steps
-        rows = self.samples_per_step
+        rows = settings.samples_per_step
         facts = {
             "trained": ", ".join(rates),
             "steps": result.steps,
@@ -316,7 +315,7 @@ class _Run:
             "precision": "float32" if self.autocast_dtype is None else "bfloat16 autocast over float32 weights",
             "seed": settings.seed,
         }
-        if "vision_tower" in rates:
+        if VISION_TOWER in rates:
             facts["layer-wise decay of the vision tower"] = settings.vision_layer_decay
         if result.loss is not None:
             facts["last loss"] = round(result.loss, 4)
@@ -374,6 +373,12 @@ def training_arguments(
     # Several devices in one process would split `pixel_values` by rows; torchrun starts one process per device.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def check_validates(settings: TrainingSettings, validates: bool) -> None:
+    """`ValueError` for settings of a validation that a run lacks."""
+    if not validates and (unused := [name for name in ("eval_steps", "patience") if getattr(settings, name)]):
+        raise ValueError(f"`{unused[0]}` is set, but nothing is validated: give `validation` (--eval-data).")
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -147,7 +147,7 @@ def test_an_image_that_is_missing_from_the_list_of_them_is_named():
 def test_a_key_that_is_there_twice_is_refused(line, tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps(sample()) + "\n" + line)
-    with pytest.raises(ValueError, match="chats.jsonl:2: .*is there twice"):
+    with pytest.raises(ValueError, match="chats.jsonl:2: .*appears twice"):
         ChatDataset(path)
 
 

@@ -180,7 +180,7 @@ BAD_TARS = {
     ),
     "image without placeholder": ({"0.png": png(), "0.json": chat("a")}, "0 placeholders .* for 1 images"),
     "no samples": ({"README": b"x"}, "a.tar has no samples"),
-    "twice": ({"0.txt": "a", "./0.txt": "b"}, "there twice"),
+    "twice": ({"0.txt": "a", "./0.txt": "b"}, "appears twice"),
     "no JSON": ({"0.json": "{"}, "a.tar:0: not valid JSON"),
 }  # fmt: skip
 

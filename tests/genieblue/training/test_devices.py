@@ -140,3 +140,8 @@ def test_other_process_than_the_first_reports_an_error_of_its_own(monkeypatch, t
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("genieblue.cli.terminal.SECONDS_TO_FAIL_FIRST", 0)
     assert "stage" in error_of("train", "--model", tmp_path)
+
+
+def test_the_launchers_fsdp_holds_for_a_plan_and_for_the_run_after_it(monkeypatch):
+    monkeypatch.setattr("os.environ", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    assert [wants_fsdp(False), wants_fsdp(False)] == [True, True]

@@ -1,8 +1,6 @@
 """Features of a frozen vision tower on disk: the run is the same, and the tower runs once for each tile."""
 
-import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +11,7 @@ from training_setup import AtStep, chat, losses, make_base, make_data, make_mode
 
 from genieblue.data.chats import ChatDataset
 from genieblue.evaluation.samples import EvaluationDataset
-from genieblue.training import feature_cache
+from genieblue.training import feature_cache, stages
 from genieblue.training.feature_cache import FEATURES, cached_features
 from genieblue.training.plan import format_plan
 from genieblue.training.stages import plan, train
@@ -77,14 +75,11 @@ def test_validation_reads_features_too(base, tmp_path):
 
 
 def features_of(model, pixels, folder):
-    with cached_features(model.vision_tower, folder, 0):
+    """What the tower gives in a run that then stops, and how many tiles that leaves on disk."""
+    with pytest.raises(SystemExit), cached_features(model.vision_tower, folder, 0):
         outputs = model.vision_tower(pixels, return_dict=True)
-        count = len(list(folder.rglob("*.safetensors")))
-        kept = folder.with_name("kept")
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(folder, kept)
-    shutil.copytree(kept, folder, dirs_exist_ok=True)  # as a run leaves it that is killed
-    return outputs.last_hidden_state, count
+        sys.exit()
+    return outputs.last_hidden_state, len(list(folder.rglob("*.safetensors")))
 
 
 def test_another_tower_dtype_or_image_never_gets_stale_features(base, tmp_path):
@@ -118,10 +113,7 @@ def test_a_file_that_was_cut_off_is_computed_again(base, tmp_path):
 def test_a_full_disk_ends_the_cache_and_not_the_run(base, tmp_path, monkeypatch, caplog):
     plain, tiles, _ = run(base, tmp_path / "plain", stage=1, epochs=3)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _path: SimpleNamespace(free=10**9))
-    monkeypatch.setattr(feature_cache, "cached_features", lambda tower, run, _: cached_features(tower, run, 2 * 10**9))
-    from genieblue.training import stages
-
-    monkeypatch.setattr(stages, "cached_features", feature_cache.cached_features)
+    monkeypatch.setattr(stages, "cached_features", lambda tower, run, _: cached_features(tower, run, 2 * 10**9))
     cached, computed, _ = run(base, tmp_path / "out", stage=1, **CACHED)
     assert losses(cached) == losses(plain) and computed == tiles
     assert "No further image features are kept" in caplog.text
@@ -153,7 +145,7 @@ def test_a_tower_whose_features_change_is_refused(base, tmp_path, options, dropo
     model.vision_tower.config.attention_dropout = dropout
     with pytest.raises(ValueError, match=message):
         train(model, processor, make_data(), tmp_path / "out", make_settings(**options, **CACHED))
-    assert not list(Path(tmp_path).iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_with_a_rate_of_zero_stays_frozen(base, tmp_path):

@@ -1,7 +1,5 @@
 """The plan of a run: parameters, memory, disk and steps, against the run itself."""
 
-import math
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +71,10 @@ def test_the_steps_are_those_of_the_run(base, tmp_path, options):
 
 def test_memory_is_itemised_and_grows_with_what_is_trained(pair):
     second, first = of(pair), of(pair, stage=1)
+    weights = sum(each.numel() * each.element_size() for each in pair[0].parameters())
+    for planned in (first, second):
+        kinds = ("base", "trained weights (float32)", "untrained parts")
+        assert sum(planned.memory.get(kind, 0) for kind in kinds) == weights
     assert second.memory["optimizer (AdamW, float32)"] == 8 * sum(second.trained.values())
     assert sum(second.memory.values()) > sum(first.memory.values())
     less = of(pair, gradient_checkpointing=True).memory["activations (estimate)"]
@@ -102,7 +104,6 @@ def test_the_plan_says_what_is_trained_kept_and_learned(pair):
     text = "\n".join(format_plan(of(pair, save_steps=1)))
     for words in ("replicated_blocks", "stay frozen", "Memory per device", "per checkpoint", "tokens"):
         assert words in text
-    assert math.isfinite(of(pair).tokens_per_step) and shutil.disk_usage("/").free > 0
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,10 @@ def test_a_plan_trains_nothing(tmp_path):
 def test_settings_of_validation_without_data_are_refused(tmp_path):
     (tmp_path / "data.jsonl").write_text(CHAT)
     options = ["--stage", 2, "--model", "m", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out"]
-    assert "give --eval-data" in error_of("train", *options, "--patience", 2)
+    assert "(--eval-data)" in error_of("train", *options, "--patience", 2)
+    model, processor = make_model(make_base(tmp_path / "base"))
+    with pytest.raises(ValueError, match="`eval_steps` is set.* give `validation`"):
+        train(model, processor, make_data(), tmp_path / "out", make_settings(eval_steps=2))
 
 
 def test_an_unknown_tracker_is_refused_before_training(tmp_path):

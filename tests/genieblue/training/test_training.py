@@ -376,6 +376,8 @@ def test_a_template_that_breaks_in_a_worker_is_told_in_one_line(base, tmp_path):
         ({"stage": 1, "steps": 2, "epochs": 1}, "give only one of them"),
         ({"stage": 2, "batch_size": 0}, "`batch_size` is 0"),
         ({"stage": 2, "warmup_steps": -1}, "`warmup_steps` is -1"),
+        ({"stage": 2, "weight_decay": float("nan")}, "`weight_decay` is nan"),
+        ({"stage": 2, "max_grad_norm": 0.0}, "`max_grad_norm` is 0.0"),
         ({"stage": 2, "seed": -1}, "`seed` is -1"),
         ({"stage": 2, "seed": 2**32}, "`seed` is 4294967296"),
     ],
