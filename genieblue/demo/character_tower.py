@@ -9,16 +9,23 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import SiglipVisionConfig, SiglipVisionModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    set_seed,
+)
 
 from genieblue.demo.drawings import Drawing
 from genieblue.demo.pretraining import pretrain
-from modeling_genieblue import GenieBlueImageProcessor
+from modeling_genieblue import GenieBlueConfig, GenieBlueImageProcessor, GenieBlueMultiModalProjector
 
 CHARACTERS = string.ascii_uppercase + string.digits
 TILE_SIZE, PATCH_SIZE = 48, 12  # pixels
 SIDE = TILE_SIZE // PATCH_SIZE
-FACTOR = 2  # patches a side of an image token
+SHARPNESS = 8.0  # of the nearest embedding, in squared median distances between embeddings
 BLANK_WEIGHTS = {"columns": 0.25, "tokens": 0.5}  # in the losses: many columns and tokens have no character
 BATCH_SIZE = 32  # images
 
@@ -76,43 +83,65 @@ def join_tiles(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor
 
 
 class CharacterReader(nn.Module):
-    """A tower with classifiers, for its training: first find the characters, then put them in order.
+    """A tower and a projector in training: first find the characters, then put them in order, as a language model's.
 
-    Its middle block learns the character in each column, in all patches of the column. Its last block learns the
-    n-th character of the tile in the patches of the n-th image token. So a language model finds a word's letters in
-    the order of the image tokens.
+    The tower's middle block learns the character in each column, in all patches of the column. The projector learns
+    to turn the n-th image token of a tile into the language model's own embedding of the tile's n-th character, so
+    that an image of a word is a spelled word. Public towers are trained with texts too, on far more images.
     """
 
-    def __init__(self, tower: SiglipVisionModel):
+    def __init__(self, tower: SiglipVisionModel, projector: GenieBlueMultiModalProjector, embeddings: torch.Tensor):
+        """`embeddings` (1 + characters, hidden size), the first one for none."""
         super().__init__()
-        self.tower = tower
-        hidden, classes = tower.config.hidden_size, 1 + len(CHARACTERS)
-        self.column_classifier = nn.Linear(hidden, classes)
-        self.token_classifier = nn.Linear(hidden * FACTOR**2, classes)
+        self.tower, self.projector = tower, projector
+        self.column_classifier = nn.Linear(tower.config.hidden_size, len(embeddings))
+        self.register_buffer("embeddings", embeddings.float())
+        distances = torch.cdist(self.embeddings, self.embeddings).square()
+        self.sharpness = SHARPNESS / distances[distances > 0].median().item()
         for name, blank in BLANK_WEIGHTS.items():
             self.register_buffer(f"{name}_weights", torch.tensor([blank] + [1.0] * len(CHARACTERS)))
 
     def forward(self, pixel_values: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
-        """`loss`, and `logits` (tiles, 4 tokens, characters)."""
+        """`loss`, and `logits` (tiles, 4 tokens, characters), which are negative squared distances."""
         outputs = self.tower(pixel_values=pixel_values, output_hidden_states=True)
         by_patch = self.column_classifier(outputs.hidden_states[self.tower.config.num_hidden_layers // 2])
-        # An image token is a square of patches: (tiles, row, inner row, column, inner column, hidden).
-        squares = outputs.last_hidden_state.unflatten(1, (SIDE // FACTOR, FACTOR, SIDE // FACTOR, FACTOR))
-        by_token = self.token_classifier(squares.transpose(2, 3).flatten(3).flatten(1, 2))
-        column_loss = nn.functional.cross_entropy(
+        projected = self.projector(outputs.last_hidden_state)  # (tiles, tokens, hidden size)
+        logits = -self.sharpness * torch.cdist(projected, self.embeddings.expand(len(projected), -1, -1)).square()
+        loss = nn.functional.cross_entropy(
             by_patch.flatten(0, 1), columns.repeat(1, SIDE).flatten(), self.columns_weights
         )
-        token_loss = nn.functional.cross_entropy(by_token.flatten(0, 1), tokens.flatten(), self.tokens_weights)
-        return {"loss": token_loss + column_loss, "logits": by_token}
+        loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), self.tokens_weights)
+        # Near its embedding, and not only nearer than to the others.
+        error = (projected - self.embeddings[tokens]).square().mean() / self.embeddings.square().mean()
+        return {"loss": loss + error, "logits": logits}
+
+
+def character_embeddings(base: Path) -> torch.Tensor:
+    """A language model's embeddings of a line break, which stands for no character, and of `CHARACTERS`.
+
+    Letters have a space before them, as in a spelled word. `ValueError` if one is not a single token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = ["\n", *(f" {letter}" for letter in string.ascii_uppercase), *string.digits]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if long := [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) != 1]:
+        raise ValueError(f"The tokenizer of {base} has no single token for {long[0]!r}: use another base.")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return model.get_input_embeddings().weight.detach()[[token for (token,) in ids]]
 
 
 def make_character_tower(
-    out: Path, draw: Callable[[np.random.Generator], Drawing], *, steps: int, seed: int = 0
-) -> None:
-    """Trains the tower on drawings and saves it as a SiglipVisionModel folder."""
+    base: Path, out: Path, draw: Callable[[np.random.Generator], Drawing], *, steps: int, seed: int = 0
+) -> GenieBlueMultiModalProjector:
+    """Trains a tower on drawings, saves it as a SiglipVisionModel folder, and returns its projector for a base."""
     set_seed(seed)
     tower = SiglipVisionModel(tower_config())
-    reader = CharacterReader(tower)
+    text_config = AutoConfig.from_pretrained(base).to_dict()
+    projector = GenieBlueMultiModalProjector(
+        GenieBlueConfig(text_config=text_config, vision_config=tower_config().to_dict())
+    )
+    reader = CharacterReader(tower, projector, character_embeddings(base))
     tiles = CharacterTiles(draw, steps * BATCH_SIZE, seed)
     pretrain(reader, tiles, batch_size=BATCH_SIZE, learning_rate=2e-3, seed=seed, collate=join_tiles)
     tower.eval().save_pretrained(out)
+    return projector

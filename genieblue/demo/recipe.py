@@ -38,8 +38,8 @@ class DemoRecipe(ABC):
         """Writes the base LLM as a plain transformers folder."""
 
     @abstractmethod
-    def make_vision_tower(self, out: Path) -> None:
-        """Writes a SiglipVisionModel folder."""
+    def make_model(self, base: Path, out: Path) -> None:
+        """Writes an untrained GenieBlue on the base, with a vision tower made for it."""
 
     @abstractmethod
     def settings(self, stage: int) -> TrainingSettings:

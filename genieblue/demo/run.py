@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from conversion.create import create_genieblue
 from genieblue.demo.readings import write_readings
 from genieblue.demo.recipe import DemoRecipe
 from genieblue.demo.text_answers import text_answers
@@ -61,10 +59,8 @@ def run_demo(recipe: DemoRecipe, out: str | Path = "demo-out") -> dict[str, Any]
     with step(1, "base", recipe.base_title):
         recipe.make_base(base)
         before = text_answers(base, recipe.text_questions)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".vision-") as vision:
-        with step(2, "vision tower", recipe.tower_title):
-            recipe.make_vision_tower(Path(vision))
-        create_genieblue(base, vision, model)
+    with step(2, "vision tower", recipe.tower_title):
+        recipe.make_model(base, model)
     # On a CPU without AMX, bfloat16 is slower.
     trained = GenieBlueForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     processor = GenieBlueProcessor.from_pretrained(model)

