@@ -59,7 +59,7 @@ class AsBuilt:
             )
 
     def check(self, config: Any, base: nn.Module) -> None:
-        """`ValueError` if a setting or the base is another one by now; of the base only values count, no precision."""
+        """`ValueError` if a setting or the base has changed; of the base only the values count, not the precision."""
         now = _settings(config)
         names = sorted(self._settings.keys() | now.keys())
         changed = [
@@ -83,34 +83,33 @@ class AsBuilt:
             changed = [(name, part) for name, part in parts.items() if part not in were] or [("", None)]
             name, part = changed[0]
             kind = type(part)
-            now = "lacks a module" if part is None else f"is a {kind.__module__}.{kind.__name__}"
+            now = "lacks a module" if part is None else f"is now a {kind.__module__}.{kind.__name__}"
             raise ValueError(
-                f"{'.'.join(filter(None, (path, name))) or 'The base'} {now} by now: a part of the base was replaced, "
-                f"and its answers would be others, in both views. {_BEFORE}"
+                f"{'.'.join(filter(None, (path, name))) or 'The base'} {now}: a part of the base was replaced, so "
+                f"its answers would differ in both views. {_BEFORE}"
             )
 
     def _check_parameters(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
         if [name for name, _ in parameters] != [name for name, _ in self._known]:
             raise ValueError(
-                "Parameters of the base are missing, added or renamed: it was pruned or reparametrized, and its "
-                f"answers would be others. {_BEFORE}"
+                "Parameters of the base are missing, added or renamed: it was pruned or reparametrized, so its "
+                f"answers would differ. {_BEFORE}"
             )
         for (name, now), (_, old) in zip(parameters, self._known, strict=True):
             # A DTensor is a shard of the same values.
             if type(old) is nn.Parameter is not type(now) and not hasattr(now, "device_mesh"):
                 raise ValueError(
-                    f"A {name} of the base is a {type(now).__name__} by now: it was quantized, and its answers would "
-                    f"be others. {_BEFORE}"
+                    f"A {name} of the base is now a {type(now).__name__}: it was quantized, so its answers would "
+                    f"differ. {_BEFORE}"
                 )
 
     def _check_precision(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
         for (_, _, dtype, *_), (_, parameter) in zip(self._state, parameters, strict=True):
             if parameter.dtype != dtype:
                 raise ValueError(
-                    f"The base was in {dtype}, and at least a part of it was cast to {parameter.dtype} since, which "
-                    f"changes its answers. Load the model again with `dtype={parameter.dtype}` to have it in that, "
-                    "and leave out what casts it, such as `prepare_model_for_kbit_training` of PEFT: nothing of the "
-                    "base trains."
+                    f"The base was in {dtype}, and at least a part of it was cast to {parameter.dtype}, which changes "
+                    f"its answers. Load the model again with `dtype={parameter.dtype}`, and leave out what casts it, "
+                    "such as PEFT's `prepare_model_for_kbit_training`: the base is not trained."
                 )
 
     def _check_values(self, base: nn.Module) -> None:
@@ -119,9 +118,9 @@ class AsBuilt:
         samples = {name: self._samples[name] for name in values}
         if differences := compare_with_samples(base, samples, values):
             raise ValueError(
-                f"The base is not as it was when this GenieBlue was put onto it: {'; '.join(differences[:3])}. It "
-                f"would answer, and be saved, as the base that it names, which it is not. {_BEFORE} What was trained "
-                "goes along with `load_state_dict(model.state_dict())`."
+                f"The base is not as it was when this GenieBlue was made: {'; '.join(differences[:3])}. Its "
+                f"answers are not those of the base that a save would name. {_BEFORE} Trained weights move over with "
+                "`load_state_dict(model.state_dict())`."
             )
 
 
