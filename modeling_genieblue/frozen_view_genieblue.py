@@ -13,7 +13,7 @@ from .language_adapter_genieblue import adapter_parameters, is_adapter_name
 
 try:
     from peft.tuners.tuners_utils import BaseTunerLayer
-except ImportError:  # Without a try transformers would import peft before `require_peft` has its say.
+except ImportError:  # Without a try transformers would import peft before `require_peft` can check it.
     raise
 
 _WHOLE_MODEL = "most of its weights are the base's own. Save the whole GenieBlue, whose adapter PEFT reads too."
@@ -49,7 +49,7 @@ class _SharedTree(TensorGuard):
                 if (result.dtype, result.device) != (dtype, device):
                     raise ValueError(
                         f"From {dtype} on {device} to {result.dtype} on {result.device}: the multimodal view has the "
-                        "base's own weights, which would be cast or moved by half. Move the whole GenieBlue, and for "
+                        "base's own weights, so only a part would be cast or moved. Move the whole GenieBlue, and for "
                         "another precision load it again with `dtype=`."
                     )
         return super()._apply(OfTheWholeModel(fn), recurse)
@@ -117,7 +117,7 @@ def _check_is_adapter(tree: Any, state: dict[str, Any], prefix: str, *_: Any) ->
     for name in of_base:
         if name not in own or own[name].data_ptr() != state[name].data_ptr():
             raise ValueError(
-                f"{name} is no tensor of the adapter, and the base is not loaded by way of the multimodal view; "
+                f"{name} is not a tensor of the adapter, and the base is not loaded by way of the multimodal view; "
                 "nothing was changed. Give the adapter's tensors alone."
             )
 

@@ -23,7 +23,7 @@ from .model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_
 try:
     from peft import LoraConfig, TaskType
     from peft.tuners.tuners_utils import BaseTunerLayer
-except ImportError:  # Without a try transformers would import peft before `require_peft` has its say.
+except ImportError:  # Without a try transformers would import peft before `require_peft` can check it.
     raise
 
 ADAPTER = "default"

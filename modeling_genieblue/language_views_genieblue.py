@@ -20,7 +20,7 @@ try:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
-except ImportError:  # Without a try transformers would import peft before `require_peft` has its say.
+except ImportError:  # Without a try transformers would import peft before `require_peft` can check it.
     raise
 
 

@@ -72,7 +72,7 @@ class LoadRequest:
         own_device_map, base_device_map = _split_device_map(kwargs.pop("device_map", None))
         if own_device_map is not None:
             kwargs["device_map"], base_kwargs["device_map"] = own_device_map, base_device_map
-        # `AutoModel` hands the attention implementation over inside of the configuration.
+        # `AutoModel` passes the attention implementation in the configuration.
         attention = kwargs.pop("attn_implementation", None)
         attention = attention or getattr(kwargs.get("config"), "_attn_implementation_internal", None)
         if attention is not None:
@@ -265,7 +265,7 @@ class Provenance:
                 if path is not None:
                     facts[name] = json.loads(Path(path).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                logger.warning("%s of %s is not known any more: %s", name, self.source.path, error)
+                logger.warning("%s of %s is no longer available: %s", name, self.source.path, error)
         if self.training_recipe is not None and RECIPE_NAME in names:
             facts[RECIPE_NAME] = self.training_recipe
         return facts

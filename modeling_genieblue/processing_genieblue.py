@@ -345,7 +345,7 @@ class GenieBlueProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "GenieBlueProcessor":
-        """Load a saved processor; `OSError` for a file of it that holds something else than its settings."""
+        """Load a saved processor; `OSError` for a file of it that holds something other than its settings."""
         refuse_address(pretrained_model_name_or_path)
         if not os.path.isfile(pretrained_model_name_or_path):
             check_settings_files(

@@ -146,7 +146,7 @@ def check_options(options: dict[str, Any]) -> None:
     """`TypeError` for keyword arguments that mean nothing when a quantized model is loaded."""
     given = {name for name, value in options.items() if value is not None}
     if unknown := sorted(given - set(HUB_KEYS) - set(OTHER_OPTIONS)):
-        raise TypeError(f"{', '.join(unknown)}: not known when a quantized model is loaded.")
+        raise TypeError(f"A quantized model cannot be loaded with {', '.join(unknown)}: leave it out.")
 
 
 def _own_class(location: str, config: Any, settings: dict[str, Any], trust: bool, hub_kwargs: dict[str, Any]) -> Any:

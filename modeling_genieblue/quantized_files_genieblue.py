@@ -83,7 +83,7 @@ class QuantizedFile:
 
 
 def read_qmap(path: str | os.PathLike) -> dict[str, str]:
-    """`{module: "qint4" | "qint8"}` of quanto's quantization map; `OSError` for a damaged one."""
+    """`{module: "qint4" | "qint8"}` of quanto's map; `OSError` if it is damaged, `ValueError` for other precisions."""
     content = read_settings(path)
     kinds: dict[str, Any] = {
         name: entry.get("weights") if isinstance(entry, dict) else entry for name, entry in content.items()
@@ -108,8 +108,8 @@ def quantized_modules(tree: nn.Module, qmap: dict[str, str]) -> Iterator[tuple[s
             module = None
         if not isinstance(module, nn.Linear) and not (isinstance(module, nn.Embedding) and kind == "qint8"):
             raise ValueError(
-                f"The quantization map names {name!r} ({kind}), which is no such layer of {type(tree).__name__}: the "
-                "map belongs to another model, or is damaged."
+                f"The quantization map names {name!r} ({kind}), which is not such a layer of {type(tree).__name__}: "
+                "the map belongs to another model, or is damaged."
             )
         yield name, kind, module
 

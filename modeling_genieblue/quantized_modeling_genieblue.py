@@ -72,7 +72,7 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
             raise ValueError(f"{request.path} is not quantized: load it by GenieBlueForConditionalGeneration.")
         if THIS_FILE not in (settings.get("auto_map") or {}).get("AutoModel", ""):
             raise ValueError(
-                f"{request.path} was quantized by an earlier version of GenieBlue, whose files are not read any more: "
+                f"{request.path} was quantized by an earlier version of GenieBlue, whose files can no longer be read: "
                 "quantize the 16-bit GenieBlue again (`genieblue quantize`)."
             )
         return load_quantized_parts(cls, request, base_model)
@@ -95,7 +95,7 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
                 f"{dtype}: quantize the 16-bit one again."
             )
         if any(value.requires_grad for _, _, value in adapter_parameters(self.multimodal_language_model)):
-            raise ValueError("A quantized GenieBlue is saved as it was loaded, and training lost: train in 16 bits.")
+            raise ValueError("A quantized GenieBlue is saved from its files, so training is lost: train in 16 bits.")
         return own
 
     def _write_weights(

@@ -122,7 +122,7 @@ def load_quantized_adapter(view: nn.Module, request: LoadRequest, base_dtype: to
     file = QuantizedFile(request.adapter_file(QUANTIZED_ADAPTER_NAME), qmap)
     linears = {stock: (name, parameter) for name, stock, parameter in quantized_adapter_entries(view)}
     if unknown := sorted(set(file.qmap) - set(linears)):
-        raise ValueError(f"{qmap} names {unknown[0]!r}, which is no linear of this adapter.")
+        raise ValueError(f"{qmap} names {unknown[0]!r}, which is not a linear of this adapter.")
     if other := [name for name, kind in file.qmap.items() if ".lora_" in name and kind != "qint8"]:
         raise ValueError(f"{qmap} gives {other[0]} {file.qmap[other[0]]}: LoRA has 8 bits or 16.")
     layout: dict[str, tuple[tuple, tuple]] = {}

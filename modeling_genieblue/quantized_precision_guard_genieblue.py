@@ -12,7 +12,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 class PrecisionGuard(nn.Module if TYPE_CHECKING else object):
-    """Refuses to change the precision of a model with quantized weights, which quanto would do by half.
+    """Refuses to change the precision of a model with quantized weights, which quanto would do only in part.
 
     A cast to the precision that it has changes nothing, not even what is in float32 on purpose.
     """

@@ -23,7 +23,7 @@ def images_by_row(images: Any, places: list[int], *, certain: list[bool], hint: 
     Give each row its images, of which there must be one for each of its places.
 
     `images` is flat, or has a list for each row; an empty list says of a row that its places are text, unless they
-    are `certain`. ValueError with both numbers, and `hint` as the way to go.
+    are `certain`. ValueError with both numbers, and `hint` as the remedy.
     """
     if isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images):
         rows = [flat_images(row) for row in images]

@@ -236,7 +236,7 @@ def _check_tensors(model: Any, state: Mapping[str, torch.Tensor]) -> None:
     if others := [name for name in state if name.partition(".")[0] not in (*OWN_MODULES, MULTIMODAL_TREE)]:
         raise ValueError(
             f"A saved GenieBlue has no place for {', '.join(others[:3])} ({len(others)} tensors in all): it holds a "
-            "vision tower, a projector and an adapter. Keep and save what you add outside of the model."
+            "vision tower, a projector and an adapter. Keep and save what you add outside the model."
         )
     # What was loaded in another form is copied from its files.
     if not model.provenance.files and (changed := sorted(state.keys() ^ model._as_built.names)):

@@ -89,7 +89,7 @@ class NewFolder(StagingFolder):
                 os.rename(self.target, self._old)
             except OSError as error:
                 raise OSError(
-                    f"{self.target} cannot be replaced ({error}): give a folder inside of it instead."
+                    f"{self.target} cannot be replaced ({error}): give a folder inside it instead."
                 ) from error
         os.rename(self.staging, self.target)
         for path in foreign(self._old) if foreign is not None and self._old.exists() else ():

@@ -257,7 +257,7 @@ def check_stock_peft(subject: SavedModel) -> str:
     limit = SAME_LOGITS.get(dtype, SAME_LOGITS[torch.bfloat16])
     if not worst <= limit:  # NaN fails too
         problems.append(
-            f"the multimodal view differs from stock PEFT by {worst:.2g} of the logits' range, allowed are {limit:g}"
+            f"the multimodal view differs from stock PEFT by {worst:.2g} of the logits' range (limit {limit:g})"
         )
     with peft.disable_adapter():
         if not all(

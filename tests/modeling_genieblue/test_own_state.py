@@ -222,7 +222,7 @@ def test_view_takes_its_adapter_and_no_weight_of_the_base():
     for part, prefix in ((view, ""), (view.model, "model.")):
         state = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
         foreign = {**state, next(iter(state)): next(iter(state.values())) + 1}
-        with pytest.raises(ValueError, match="is no tensor of the adapter"):
+        with pytest.raises(ValueError, match="is not a tensor of the adapter"):
             part.load_state_dict(foreign, strict=False)
     adapter = {name: source[name] for name, _, _ in adapter_parameters(view)}
     assert view.load_state_dict(adapter, strict=False).unexpected_keys == []

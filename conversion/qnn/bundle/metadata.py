@@ -78,9 +78,9 @@ class Bundle:
         return DecoderShape(**{**found, "rotary_frequencies": tuple(found["rotary_frequencies"])})
 
     def path(self, relative: str) -> Path:
-        """The path of a file in the bundle; `ValueError` for one outside, which metadata of a stranger may name."""
+        """The path of a file in the bundle; `ValueError` for one outside, which untrusted metadata may name."""
         if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts or "\\" in relative:
-            raise ValueError(f"{self.folder / METADATA} names the file {relative!r}, which is outside of the bundle.")
+            raise ValueError(f"{self.folder / METADATA} names the file {relative!r}, which is outside the bundle.")
         return self.folder / relative
 
     def changed_files(self) -> list[str]:

@@ -115,7 +115,7 @@ def _compare_at(view: nn.Module, shape: DecoderShape, first: int, title: str) ->
     factor = (found * logits).sum() / logits.square().sum()
     if not (error <= tolerance * size and abs(factor - 1) <= SCALE_TOLERANCE):
         raise ValueError(
-            f"{title} cannot be exported to QNN: after its blocks it computes something else than a norm and an LM "
+            f"{title} cannot be exported to QNN: after its blocks it computes something other than a norm and an LM "
             f"head: logits of up to {size:.3g} differ by up to {error:.3g}, overall by a factor of {factor:.3g}."
         )
     return shape

@@ -82,5 +82,5 @@ def _check_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
         raise ValueError(
             f"The vision tower and the projector cannot be exported to QNN: for {len(pixels)} tiles their graph gives "
             f"features of shape {found.shape}, the model {own.shape}, with a relative difference of {error:.2g} (at "
-            f"most {tolerance:g}): they compute something else than a SigLIP with their weights."
+            f"most {tolerance:g}): they compute something other than a SigLIP with their weights."
         )

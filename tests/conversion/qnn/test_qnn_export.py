@@ -265,7 +265,7 @@ def test_a_vision_tower_that_computes_something_else_is_refused(tmp_path, dtype,
     model = two_blocks(dtype=dtype)
     tiles = [request["pixel_values"][0].numpy() for request in requests(1) if "pixel_values" in request]
     model.multi_modal_projector.register_forward_hook(lambda _module, _inputs, output: output * factor)
-    with pytest.raises(ValueError, match="something else than a SigLIP"):
+    with pytest.raises(ValueError, match="something other than a SigLIP"):
         quantize_vision(model, tiles, 1, tmp_path)
 
 
