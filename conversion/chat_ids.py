@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modeling_genieblue.chat_messages_genieblue import image_sources, with_string_contents
+from modeling_genieblue.loss_genieblue import IGNORED
 
-IGNORED = -100
 PROBE = "Seven is the answer"  # a sample answer, to find out what a template writes around answers
 NO_STOP_TOKEN = (
     "Generation with this base never stops, because `eos_token_id` is not set in its generation_config.json: set it "

@@ -29,6 +29,7 @@ from modeling_genieblue import (
     GenieBlueProcessor,
 )
 from modeling_genieblue.addresses_genieblue import refuse_address
+from modeling_genieblue.arguments_genieblue import SIGLIP_TYPES
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
 from modeling_genieblue.configuration_genieblue import select_replicated_layers
 from modeling_genieblue.language_adapter_genieblue import tensors_of_other_kinds
@@ -44,8 +45,6 @@ from modeling_genieblue.model_files_genieblue import (
 
 logger = logging.getLogger(__name__)
 
-# A complete SigLIP (image and text), or only its vision half.
-SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 # Report weights of the wrong shape by name, instead of with transformers' RuntimeError.
 WEIGHT_OPTIONS = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 

@@ -19,6 +19,7 @@ from modeling_genieblue.model_files_genieblue import (
     MODEL_TYPE,
     QMAP_NAME,
     QUANTIZED_ADAPTER_NAME,
+    QUANT_METHOD,
     WEIGHTS_NAME,
     ModelFiles,
     read_settings,
@@ -27,7 +28,6 @@ from modeling_genieblue.model_files_genieblue import (
 
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME}"
 QMAPS = (QMAP_NAME, f"{ADAPTER_FOLDER}/{QMAP_NAME}")
-QUANT_METHOD = "genieblue_quanto"  # of a base that GenieBlue quantized
 BASE_PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings": "embeddings"}
 
 # For each safetensors float format: the unsigned integer type of its width, and its exponent bits.

@@ -14,6 +14,7 @@ from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, 
 from hub_cards.quantized_base_card import render_quantized_base_card
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
+    CODE_FILES,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
@@ -51,7 +52,7 @@ def publish_quantized_base(folder: str | Path, repo_id: str, **commit: Any) -> C
         message="Upload quantized base",
         card=read_card(folder),
         render_card=lambda name: render_quantized_base_card(folder, name),
-        stale=("*_genieblue.py",),
+        stale=(CODE_FILES,),
         foreign=FOREIGN_WEIGHTS,
     )
     return send(upload, repo_id, **commit)

@@ -48,6 +48,7 @@ CODE_FILES, QUANTIZED_CODE_FILES = "*_genieblue.py", "quantized_*_genieblue.py"
 # find none of its keys in it, and go on with random LoRA. Nor transformers' own: its classes would do the same.
 QUANTIZED_ADAPTER_NAME, QUANTIZED_WEIGHTS_NAME = "quantized_adapter.safetensors", "quantized_model.safetensors"
 QMAP_NAME = "quanto_qmap.json"
+QUANT_METHOD = "genieblue_quanto"  # of a base that GenieBlue quantized, among those that transformers knows
 
 # Where files come from: the same for our repository and the base's, but for the revision and the subfolder.
 SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")

@@ -36,7 +36,7 @@ from .image_features_genieblue import ImageFeaturesMixin
 from .language_adapter_genieblue import check_adapter_settings, initialize_adapter, load_adapter, make_lora_config
 from .language_views_genieblue import TextEmbedder, build_multimodal_view
 from .loading_genieblue import LoadRequest, Provenance
-from .loss_genieblue import loss_of, run_with_loss
+from .loss_genieblue import IGNORED, loss_of, run_with_loss
 from .model_files_genieblue import RECIPE_NAME
 from .own_state_genieblue import keep_own_state
 from .projector_genieblue import GenieBlueMultiModalProjector
@@ -393,7 +393,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         inputs = {**_asked_by(self.language_model.config), **_asked_by(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
         if labels is not None:
-            inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
+            inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, IGNORED)
         if all(is_multimodal):
             outputs = self._multimodal_forward(pixel_values, inputs, keep_logits)
         elif not any(is_multimodal):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .frozen_base_genieblue import LANGUAGE_TREES
 from .language_adapter_genieblue import is_adapter_name
 from .model_files_genieblue import some
 
 # Trees of modules that hold the base's weights.
-BASE_TREES = ("language_model.", "multimodal_language_model.")
+BASE_TREES = tuple(f"{name}." for name in LANGUAGE_TREES)
 
 
 def keep_own_state(model: nn.Module) -> None:

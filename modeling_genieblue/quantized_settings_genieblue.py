@@ -2,7 +2,8 @@
 
 from typing import Any
 
-QUANT_METHOD = "genieblue_quanto"  # of a base that GenieBlue quantized, among those that transformers knows
+from .model_files_genieblue import QUANT_METHOD
+
 # What a precision is recorded for: in a quantized base, and in a quantized GenieBlue.
 BASE_PARTS = ("llm", "lm_head", "embeddings")
 QUANTIZED_PARTS = (*BASE_PARTS, "replicated_blocks", "lora", "vision_tower", "multi_modal_projector")

@@ -17,7 +17,7 @@ from conversion.chat_ids import stop_token_ids
 from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
 from conversion.qnn.bundle.export_state import UnfinishedExport, write_json
-from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, list_files, signed
+from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, list_files, signed
 from conversion.qnn.bundle.runtime_files import write_runtime_files
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.graphs.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 # Their versions, like the compiler's, determine the bytes of a bundle.
 PROGRAMS = ("genieblue", "torch", "transformers", "numpy", "onnx", "onnxscript")
 LONGEST_DEFAULT = 2048  # tokens of a context
-PROBE, STREAMS = "probe.npz", "streams.npz"
+STREAMS = "streams.npz"
 
 
 def export_bundle(

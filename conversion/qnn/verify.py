@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from conversion.qnn.agreement import Agreement, agreement, worst
-from conversion.qnn.bundle.metadata import Bundle, encoding_of
+from conversion.qnn.bundle.metadata import PROBE, Bundle, encoding_of
 from conversion.qnn.bundle.runner import CodedGraph, ViewGraphs
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
@@ -72,7 +72,7 @@ def _check_vision(bundle: Bundle, _base: Any) -> Iterator[Check]:
     record = bundle.metadata["vision"]
     measured: Measured = defaultdict(list)
     yield _compile_again(bundle, record["binary"], {"vision": record["graph"]})
-    with np.load(bundle.path("probe.npz")) as probe:
+    with np.load(bundle.path(PROBE)) as probe:
         soc = find_soc(bundle.metadata["soc"]["name"])
         feeds = {"pixel_values": probe["vision/pixel_values"]}
         binary = npu_session(bundle.path(record["graph"]["context"]), soc)
@@ -198,7 +198,7 @@ def _other_embeddings(bundle: Bundle, base: Any) -> list[str]:
 
 def _check_language(bundle: Bundle, _base: Any) -> Iterator[Check]:
     """The four graphs of each part, fed with the outputs of the CPU's graphs."""
-    with np.load(bundle.path("probe.npz")) as probe:
+    with np.load(bundle.path(PROBE)) as probe:
         streams = {view: probe[f"request/{view}"] for view in VIEWS}
         for number, part in enumerate(bundle.metadata["parts"]):
             measured: Measured = defaultdict(list)

@@ -26,6 +26,7 @@ from modeling_genieblue.language_adapter_genieblue import adapter_parameters, lo
 from modeling_genieblue.language_views_genieblue import build_multimodal_view
 from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
     BASE_FINGERPRINT_NAME,
     HUB_KEYS,
@@ -117,10 +118,10 @@ def check_folder(subject: SavedModel) -> str:
     folder = subject.folder
     problems = []
     root_files = subject.root_files()
-    if "adapter_config.json" in root_files:
+    if ADAPTER_CONFIG_NAME in root_files:
         problems.append(
-            "adapter_config.json is in the root, so `AutoModel` of a Hub id would load the base instead: it belongs "
-            f"in {ADAPTER_FOLDER}/"
+            f"{ADAPTER_CONFIG_NAME} is in the root, so `AutoModel` of a Hub id would load the base instead: it "
+            f"belongs in {ADAPTER_FOLDER}/"
         )
     files = own_weight_files(folder)
     names = {name for file in files for name in read_tensor_sizes(folder / file)}

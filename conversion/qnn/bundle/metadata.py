@@ -15,7 +15,7 @@ from conversion.qnn.graphs.names import is_lora
 from conversion.qnn.qdq.encoding import Encoding
 
 METADATA = "metadata.json"
-ADAPTER = "adapter.npz"
+ADAPTER, PROBE = "adapter.npz", "probe.npz"
 FORMAT_VERSION = 2
 OWN_DIGEST = "sha256"  # key in the metadata
 
