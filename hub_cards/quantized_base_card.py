@@ -14,7 +14,7 @@ from hub_cards.model_card import (
     folder_facts,
 )
 from hub_cards.model_folder import BASE_PARTS, PartSize, check_is_quantized_base, parameter_sizes
-from modeling_genieblue.model_files_genieblue import CARD_NAME, CONFIG_NAME, QUANTIZED_WEIGHTS_NAME, is_hub_id, read_json
+from modeling_genieblue.model_files_genieblue import CARD_NAME, QUANTIZED_WEIGHTS_NAME, is_hub_id, read_json
 
 
 def write_quantized_base_card(folder: Path, source: Path | None = None) -> None:
@@ -37,7 +37,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
     on_hub = is_hub_id(origin["name"], folder) and "/" in origin["name"]
     licence, languages = _facts(folder, origin if on_hub else None, source)
     sizes = parameter_sizes(folder / QUANTIZED_WEIGHTS_NAME).values()
-    auto_map = read_json(folder / CONFIG_NAME).get("auto_map") or {}
+    auto_map = read_json(folder / "config.json").get("auto_map") or {}
     info = {
         "repo_name": repo_name,
         "base_link": f"[`{origin['name']}`]({HUB}/{origin['name']})" if on_hub else f"`{origin['name']}`",

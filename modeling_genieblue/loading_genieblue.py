@@ -87,20 +87,20 @@ class LoadRequest:
 
     def file(self, name: str, *, folder: str = "") -> str:
         """Path of one of our files, in the folder or in the Hub's cache; `OSError` if it is missing."""
-        path = self.find(name, folder=folder, required=True)
-        if path is None:
-            raise FileNotFoundError(f"{self.path} has no {name}: it is incomplete; save or fetch it again.")
+        path: Any = self.find(name, folder=folder, required=True)
         return path
 
     def find(self, name: str, *, folder: str = "", required: bool = False) -> str | None:
         """As `file`, but `None` for a missing one unless it is `required`."""
         subfolder = os.path.join(self.hub_kwargs.get("subfolder", ""), folder)
-        if os.path.isdir(self.path) and required and not os.path.isfile(os.path.join(self.path, subfolder, name)):
+        hub_kwargs = {**self.hub_kwargs, "subfolder": subfolder, "_raise_exceptions_for_missing_entries": required}
+        is_gone = os.path.isdir(self.path) and not os.path.isfile(os.path.join(self.path, subfolder, name))
+        path = None if is_gone else cached_file(self.path, name, **hub_kwargs)
+        if path is None and required:
             raise FileNotFoundError(
                 f"{self.path} has no {os.path.join(folder, name)}: it is incomplete; save or fetch it again."
             )
-        hub_kwargs = {**self.hub_kwargs, "subfolder": subfolder}
-        return cached_file(self.path, name, _raise_exceptions_for_missing_entries=required, **hub_kwargs)
+        return path
 
     def access(self) -> dict[str, Any]:
         """What our files were looked up with, and the base's are too."""
