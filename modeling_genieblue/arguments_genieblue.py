@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .addresses_genieblue import refuse_address
+from .model_files_genieblue import MODEL_TYPE
 
 # Arguments of transformers' `from_pretrained` and `save_pretrained` that a GenieBlue cannot support, and why.
 _ONE_FORMAT = "only safetensors files are read"
@@ -59,7 +60,7 @@ def check_base_model(base: Any) -> None:
             f"The base is {_described(base)}: expected a loaded language model with its LM head, as "
             "`AutoModelForCausalLM.from_pretrained` returns it."
         )
-    if getattr(base.config, "model_type", None) == "genieblue":  # `AutoModelForCausalLM` loads that, too
+    if getattr(base.config, "model_type", None) == MODEL_TYPE:  # `AutoModelForCausalLM` loads that, too
         raise ValueError("The base is already a GenieBlue: give the language model to make one from.")
 
 
@@ -110,7 +111,7 @@ def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> 
             "A GenieBlue cannot be loaded with `adapter_name` or `adapter_kwargs`: it has only its own adapter."
         )
     config = kwargs.get("config")
-    if config is not None and getattr(config, "model_type", None) != "genieblue":
+    if config is not None and getattr(config, "model_type", None) != MODEL_TYPE:
         raise TypeError(f"`config` is {_described(config)}: expected a GenieBlueConfig.")
 
 

@@ -38,12 +38,12 @@ def tensor_samples(values: nn.Module | dict[str, torch.Tensor]) -> dict[str, dic
     """
     return {
         name: {
-            "shape": list(values.shape),
-            "dtype": str(values.dtype).removeprefix("torch."),
-            "positions": (positions := _positions(values.numel())),
-            "values": _values_at(values, positions).float().tolist(),
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "positions": (positions := _positions(tensor.numel())),
+            "values": _values_at(tensor, positions).float().tolist(),
         }
-        for name, values in (plain_values(values) if isinstance(values, nn.Module) else values).items()
+        for name, tensor in (plain_values(values) if isinstance(values, nn.Module) else values).items()
     }
 
 

@@ -24,7 +24,7 @@ from .projector_genieblue import GenieBlueMultiModalProjector
 from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
 from .quantized_modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
 
-AutoConfig.register("genieblue", GenieBlueConfig, exist_ok=True)
+AutoConfig.register(GenieBlueConfig.model_type, GenieBlueConfig, exist_ok=True)
 for _config, _model in (
     (GenieBlueConfig, GenieBlueForConditionalGeneration),
     (QuantizedGenieBlueConfig, QuantizedGenieBlueForConditionalGeneration),

@@ -64,8 +64,6 @@ def export_adapter(
     if config.base_model_fingerprint != facts["base"]["fingerprint"]:
         raise ValueError(f"{model_folder} and {bundle_folder} were made from different bases: the LoRA would not fit.")
     model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
-    if model.multimodal_language_model is None:
-        raise ValueError(f"{model_folder} has no adapter: give a saved GenieBlue, with its base.")
     _check_binaries(facts["adapter"], trained_digests(model), str(model_folder))
     entries, clipped, total = {}, 0, 0
     for number, part in enumerate(facts["parts"]):

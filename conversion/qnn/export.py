@@ -184,9 +184,7 @@ class _Export:
         vision_tiles: int,
         on_step: Callable[[str, int, int], None] | None,
     ):
-        """Raises `ValueError` for a model that was not trained, or that the graphs do not reproduce."""
-        if model.multimodal_language_model is None:
-            raise ValueError("This GenieBlue has no adapter: load a saved one, with its base.")
+        """Raises `ValueError` for a model that the graphs do not reproduce."""
         self.model, self.processor, self.soc = model, processor, soc
         self.settings, self.vision_tiles, self._on_step = settings, vision_tiles, on_step
         lengths = (settings.chunk_length, settings.context_length)

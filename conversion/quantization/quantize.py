@@ -58,7 +58,7 @@ from modeling_genieblue.quantized_base_genieblue import load_quantized_base
 from modeling_genieblue.quantized_files_genieblue import qmap_content
 from modeling_genieblue.quantized_linears_genieblue import stored_tensors
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries, quantized_values
-from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
+from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS, QUANTIZED_PARTS
 from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 
 logger = logging.getLogger(__name__)
@@ -292,7 +292,7 @@ def _round_base(
     origin = os.path.basename(source) if is_local else config.base_model_name_or_path
     origin = {"name": origin, "revision": config.base_model_revision, "fingerprint": config.base_model_fingerprint}
     settings = describe(rounder.recipe, [plan]) | {"source": origin}
-    for part in ("replicated_blocks", "lora", "vision_tower", "multi_modal_projector"):
+    for part in set(QUANTIZED_PARTS) - set(BASE_PARTS):
         settings.pop(part)
     path, _ = find_blocks(base)
     embedding = base.get_input_embeddings()

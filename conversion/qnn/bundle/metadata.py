@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,8 +73,9 @@ class Bundle:
         if self.metadata.get(OWN_DIGEST) != _digest(self.metadata):
             raise ValueError(f"{path} has other contents than were exported: export the bundle again.")
 
-    @property
+    @cached_property
     def decoder(self) -> DecoderShape:
+        """What a caller of the decoder's graphs must know; made once, since each token asks for it."""
         found = self.metadata["decoder"]
         return DecoderShape(**{**found, "rotary_frequencies": tuple(found["rotary_frequencies"])})
 
