@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PR
 from conversion.qnn.bundle.runtime_files import write_runtime_files
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names
 from conversion.qnn.graphs.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
-from conversion.qnn.graphs.names import LORA_MODES, ROUNDINGS, STAGES, UNFINISHED, VIEWS
+from conversion.qnn.graphs.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
 from conversion.qnn.npu.compile import compile_graphs, read_context
 from conversion.qnn.npu.sessions import check_libraries_installed, compiler_version, npu_devices
 from conversion.qnn.npu.soc import Soc, find_soc
@@ -85,29 +84,21 @@ def export_bundle(
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
     Raises, before any weights are read, `ValueError` for impossible settings or a quantized GenieBlue, `OSError` for
-    an output in use or a computer that cannot run the compiler, and `ModuleNotFoundError` for a missing library; later
+    an output in use or a computer without the compiler or AIMET, and `ModuleNotFoundError` for another library; later
     `ValueError` for a model that the graphs do not reproduce or requests that cannot calibrate them, and
     `CompileError` (an `OSError`) if the compiler refuses a graph.
     """
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
-    settings = LanguageSettings(chunk_length, context_length or LONGEST_DEFAULT, cache_bits, lora, rounding, encodings)
+    settings = LanguageSettings(chunk_length, LONGEST_DEFAULT, cache_bits, lora, rounding, encodings)
     _check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
-    npu_devices()
-    check_libraries_installed()  # torch imports onnxscript late, in the export itself
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
-    if context_length is None:
-        limit = getattr(config.text_config, "max_position_embeddings", None) or LONGEST_DEFAULT
-        settings = replace(settings, context_length=min(LONGEST_DEFAULT, limit))
+    settings = replace(settings, context_length=_context_length(context_length, config))
     _check_config(config, settings, parts, str(model_folder))
     wanted = _export_settings(chip, settings, parts, vision_tiles)
     work = UnfinishedExport(out)
-    remedy = (
-        f"free space in {out.parent} and in {tempfile.gettempdir()} (TMPDIR), where the compiler works, then start "
-        f"again with the same settings. The finished parts are kept in {out.name}{UNFINISHED}."
-    )
-    with lock_output(out, "export"), explained_full_disk(out, remedy=remedy):
+    with lock_output(out, "export"), explained_full_disk(out, remedy=work.remedy):
         work.check_same_export(wanted)
         model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
         trust = {"trust_remote_code": bool(load_options.get("trust_remote_code"))}
@@ -118,6 +109,7 @@ def export_bundle(
 
 
 def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
+    """`ValueError` or `OSError` for impossible settings, an output in use, and what is not installed."""
     if model.is_dir() and out.is_relative_to(model):
         raise ValueError(f"{out} is inside the model's folder, with which it would be published: give another folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -130,6 +122,16 @@ def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: 
             raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
     if settings.rounding == "seqmse":
         check_aimet_installed()
+    npu_devices()
+    check_libraries_installed()  # torch imports onnxscript late, in the export itself
+
+
+def _context_length(given: int | None, config: GenieBlueConfig) -> int:
+    """The context that is `given`, or else the longest usual one that the base supports, in tokens."""
+    if given is not None:
+        return given
+    limit = getattr(config.text_config, "max_position_embeddings", None) or LONGEST_DEFAULT
+    return min(LONGEST_DEFAULT, limit)
 
 
 def _check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:

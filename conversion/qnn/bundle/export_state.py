@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class UnfinishedExport:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self._state, wanted)
         self.bundle.mkdir(exist_ok=True)
+
+    @property
+    def remedy(self) -> str:
+        """What helps when a disk is full."""
+        return (
+            f"free space in {self.out.parent} and in {tempfile.gettempdir()} (TMPDIR), where the compiler works, then "
+            f"start again with the same settings. The finished parts are kept in {self.folder.name}."
+        )
 
     @property
     def is_complete(self) -> bool:

@@ -172,6 +172,7 @@ def test_two_exports_to_one_place_are_kept_apart(pair, tmp_path, dies_at_the_vis
     [
         ({"soc": "sm9999"}, "Unknown SoC 'sm9999'.*sm8750"),
         ({"context_length": CHUNK}, "longer than a chunk"),
+        ({"context_length": 0}, "context length is 0"),
         ({"context_length": 4096}, "at most 1024"),
         ({"parts": 3}, "Cannot make 3 parts of the base's 2 blocks"),
         ({"parts": 0}, "`parts` is 0"),
