@@ -22,12 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from conversion.chat_ids import NO_STOP_TOKEN, answer_frame, stop_token_ids
 from conversion.chat_template import QUESTION, check_chat_template
-from modeling_genieblue import (
-    GenieBlueConfig,
-    GenieBlueForConditionalGeneration,
-    GenieBlueImageProcessor,
-    GenieBlueProcessor,
-)
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.arguments_genieblue import SIGLIP_TYPES
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
@@ -37,11 +32,14 @@ from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
+    MODEL_TYPE,
     ModelFiles,
     check_folder_or_id,
     check_settings_files,
+    read_settings,
     weight_files,
 )
+from modeling_genieblue.saving_genieblue import processor_for
 
 logger = logging.getLogger(__name__)
 
@@ -106,26 +104,13 @@ def create_genieblue(
         base_model_revision=base_revision,
         hub_kwargs=hub,
     )
-    processor = _make_processor(tokenizer, model.config, max_tiles, chat_template)
+    processor = processor_for(model.config, tokenizer, max_tiles=max_tiles, chat_template=chat_template)
     _report_stop_tokens(processor, model.generation_config)
 
     model.save_pretrained(output, processor=processor)
     if foreign := sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER):
         logger.warning("%s still contains %s, which are not part of the new model.", output, ", ".join(foreign))
     return output
-
-
-def _make_processor(
-    tokenizer: PreTrainedTokenizerBase, config: GenieBlueConfig, max_tiles: int, chat_template: str | None
-) -> GenieBlueProcessor:
-    return GenieBlueProcessor.from_base(
-        tokenizer,
-        image_token_id=config.image_token_id,
-        image_seq_length=config.image_seq_length,
-        tile_size=config.vision_config.image_size,
-        max_tiles=max_tiles,
-        chat_template=chat_template,
-    )
 
 
 def _report_stop_tokens(processor: GenieBlueProcessor, generation_config: GenerationConfig) -> None:
@@ -165,7 +150,7 @@ def _check_output(output: Path, sources: tuple[str, ...], overwrite: bool) -> No
     if not overwrite:
         raise OSError(f"{output} is not empty: give a new folder, or pass overwrite (--overwrite) to replace it.")
     config = output / CONFIG_NAME
-    if not config.is_file() or '"genieblue"' not in config.read_text(encoding="utf-8", errors="replace"):
+    if not config.is_file() or read_settings(config).get("model_type") != MODEL_TYPE:
         raise OSError(
             f"{output} contains something other than a GenieBlue, which is never overwritten: give a new folder."
         )

@@ -19,12 +19,7 @@ from hub_cards.model_folder import (
     stored_size,
     sum_by_part,
 )
-from modeling_genieblue.model_files_genieblue import (
-    CONFIG_NAME,
-    ModelFiles,
-    is_inner_folder,
-    read_settings,
-)
+from modeling_genieblue.model_files_genieblue import CONFIG_NAME, ModelFiles, is_inner_folder, read_settings
 
 logger = logging.getLogger(__name__)
 

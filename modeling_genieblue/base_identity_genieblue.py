@@ -15,6 +15,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import nn
 
+from .arguments_genieblue import WEIGHT_DTYPES
 from .model_files_genieblue import (
     QUANTIZED_WEIGHTS_NAME,
     WEIGHT_SHARDS,
@@ -67,10 +68,7 @@ def _values_at(parameter: torch.Tensor, positions: list[int]) -> torch.Tensor:
 def is_plain_weight(parameter: torch.Tensor) -> bool:
     """Whether the values of `parameter` can be read directly: floating point, dense and in memory."""
     plain_type = type(parameter) in (torch.Tensor, nn.Parameter)
-    return plain_type and parameter.device.type != "meta" and parameter.dtype in _FLOATING
-
-
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return plain_type and parameter.device.type != "meta" and parameter.dtype in WEIGHT_DTYPES
 
 
 def is_sample(sample: Any) -> bool:

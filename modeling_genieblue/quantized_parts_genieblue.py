@@ -12,13 +12,7 @@ from torch import nn
 from .base_identity_genieblue import is_plain_weight
 from .language_adapter_genieblue import adapter_dtype, adapter_parameters, parameter_device, set_parameter
 from .loading_genieblue import LoadRequest
-from .model_files_genieblue import (
-    ADAPTER_FOLDER,
-    QMAP_NAME,
-    QUANTIZED_ADAPTER_NAME,
-    WEIGHTS_NAME,
-    is_inner_folder,
-)
+from .model_files_genieblue import ADAPTER_FOLDER, QMAP_NAME, QUANTIZED_ADAPTER_NAME, WEIGHTS_NAME, is_inner_folder
 from .quantized_base_genieblue import (
     check_options,
     chosen_dtype,

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .addresses_genieblue import refuse_address
@@ -301,15 +301,21 @@ def _own_processor(model: Any) -> Any:
                 trust_remote_code=model.language_model.is_remote_code(),  # then its code was allowed to run already
                 **model.provenance.access,
             )
-            return GenieBlueProcessor.from_base(
-                tokenizer,
-                image_token_id=model.config.image_token_id,
-                image_seq_length=model.config.image_seq_length,
-                tile_size=model.config.vision_config.image_size,
-            )
+            return processor_for(model.config, tokenizer)
     except (OSError, ValueError) as error:
         logger.warning("No processor is saved (%s): pass `processor=` to `save_pretrained`.", error)
     return None
+
+
+def processor_for(config: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> GenieBlueProcessor:
+    """A processor for models of `config`, with their base's tokenizer; `options` are those of `from_base`."""
+    return GenieBlueProcessor.from_base(
+        tokenizer,
+        image_token_id=config.image_token_id,
+        image_seq_length=config.image_seq_length,
+        tile_size=config.vision_config.image_size,
+        **options,
+    )
 
 
 def _write_card(folder: Path, target: Path) -> None:

@@ -242,14 +242,8 @@ def _run_probe(
         outputs[first_output] = on_cpu.outputs[first_output].decode(outputs[first_output])
         return outputs
 
-    decoder = ChunkedDecoder(
-        bundle.decoder,
-        run,
-        facts["chunk_length"],
-        facts["context_length"],
-        empty=graphs.empty_caches(),
-        blocks=blocks,
-    )
+    lengths = facts["chunk_length"], facts["context_length"]
+    decoder = ChunkedDecoder(bundle.decoder, run, *lengths, empty=graphs.empty_caches(), blocks=blocks)
     prompt, decoded = probe_lengths(facts["chunk_length"], len(stream))
     outputs = [decoder.read(stream[:prompt])]
     outputs += [decoder.read(stream[place : place + 1]) for place in range(prompt, prompt + decoded)]

@@ -361,9 +361,7 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "remote_code": check_remote_code,
 }
 # Replacements of checks for a quantized GenieBlue.
-QUANTIZED_CHECKS = {
-    "stock_peft": ("quantization", check_quantization),
-}
+QUANTIZED_CHECKS = {"stock_peft": ("quantization", check_quantization)}
 
 
 def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
