@@ -107,10 +107,7 @@ def quantize_genieblue(
     access = {key: where[key] for key in ACCESS_KEYS if key in where}
     reload = {**access, "trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     _check_options(recipe, samples, base_output, quantized_base, self_contained)
-    LoadRequest.from_arguments(source, where).check_layout()
-    config = GenieBlueConfig.from_pretrained(source, **where)
-    check_source(source, config)
-    _check_lengths(samples, config)
+    config = _checked_config(source, samples, where)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
     check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
     existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
@@ -186,8 +183,11 @@ def _check_options(
         )
 
 
-def _check_lengths(samples: CalibrationSamples, config: GenieBlueConfig) -> None:
-    """`ValueError` for rows of text that are too long for the base."""
+def _checked_config(source: Any, samples: CalibrationSamples, where: dict[str, Any]) -> GenieBlueConfig:
+    """The configuration of `source`; `OSError` or `ValueError` if it cannot be quantized with these samples."""
+    LoadRequest.from_arguments(source, where).check_layout()
+    config = GenieBlueConfig.from_pretrained(source, **where)
+    check_source(source, config)
     longest = max((ids.shape[1] for ids in samples.text), default=0)
     most = getattr(config.text_config, "max_position_embeddings", None)
     if isinstance(most, int) and longest > most:
@@ -195,6 +195,7 @@ def _check_lengths(samples: CalibrationSamples, config: GenieBlueConfig) -> None
             f"Calibration rows have {longest} tokens, but the base supports only {most}: use shorter ones "
             "(--sample-length)."
         )
+    return config
 
 
 def _places(
