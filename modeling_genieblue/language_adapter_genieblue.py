@@ -82,8 +82,10 @@ def make_lora_config(base: PreTrainedModel, config: Any) -> LoraConfig:
 
 def check_adapter_settings(lora_config: LoraConfig, saved: dict) -> None:
     """`ValueError` if the saved PEFT configuration means another adapter than config.json: PEFT would run another."""
-    for name in ("r", "lora_alpha", "target_modules", "layers_to_transform", "modules_to_save"):
-        here, there = getattr(lora_config, name), saved.get(name)
+    scaling = ("r", "lora_alpha", "use_rslora", "alpha_pattern")
+    for name in (*scaling, "target_modules", "layers_to_transform", "modules_to_save"):
+        here: Any = getattr(lora_config, name)
+        there = saved.get(name, None if here else here)  # what the file leaves out has PEFT's default
         if isinstance(here, list | set):
             here, there = sorted(here), sorted(there) if isinstance(there, list) else there
         if here != there:

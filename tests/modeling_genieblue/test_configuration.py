@@ -61,6 +61,8 @@ def test_values_out_of_range_are_named(options, message):
     [
         ("config.json", {"lora_alpha": 32}, "lora_alpha 16, config.json means 32"),
         ("language_adapter/adapter_config.json", {"r": 5}, "has r 5"),
+        ("language_adapter/adapter_config.json", {"use_rslora": True}, "has use_rslora True"),
+        ("language_adapter/adapter_config.json", {"alpha_pattern": {"q_proj": 64}}, "has alpha_pattern .*64"),
         ("config.json", {"image_token_id": 5}, "which is a token of the base"),
     ],
 )
