@@ -23,7 +23,7 @@ from .model_files_genieblue import (
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
 from .quantized_linears_genieblue import check_quanto_installed
 from .quantized_precision_guard_genieblue import PrecisionGuard, guard_tree
-from .quantized_settings_genieblue import BASE_PARTS, check_quantization, is_our_quantization
+from .quantized_settings_genieblue import ACTIVATIONS, BASE_PARTS, check_quantization, is_our_quantization
 
 try:
     from accelerate import init_empty_weights
@@ -51,9 +51,12 @@ def nothing_missing() -> dict[str, Any]:
 
 
 def chosen_dtype(asked: torch.dtype | str | None, own: torch.dtype | str) -> torch.dtype:
-    """The precision that was asked for, or the model's own if none was (or `auto`)."""
-    dtype = own if asked in (None, "auto") else asked
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    """The precision that was asked for, or the model's own for none or `auto`; `ValueError` for other kinds of number."""
+    given = own if asked in (None, "auto") else asked
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` is {given!r}: expected one of {', '.join(ACTIVATIONS)}.")
+    return dtype
 
 
 def on_meta_device(make: Callable[[], nn.Module]) -> nn.Module:

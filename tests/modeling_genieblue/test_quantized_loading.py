@@ -283,6 +283,13 @@ def test_device_map_over_several_devices_is_refused():
         load(quantized_pair() / "genieblue", device_map=device_map)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", torch.int8], ids=str)
+def test_a_dtype_that_is_no_floating_point_format_is_refused(dtype):
+    for name, loading in (("genieblue", load), ("base", load_base)):
+        with pytest.raises(ValueError, match="`dtype` is .*: expected one of bfloat16"):
+            loading(quantized_pair() / name, dtype=dtype)
+
+
 def test_config_given_by_the_user_is_used_and_left_alone():
     folder = quantized_pair() / "genieblue"
     config = AutoConfig.from_pretrained(folder)
