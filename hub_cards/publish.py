@@ -34,6 +34,7 @@ from modeling_genieblue.model_files_genieblue import (
     EVAL_RESULTS,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
+    INNER_BASE,
     LICENSE_FILES,
     MEASUREMENTS_NAME,
     OWN_MODULES,
@@ -81,7 +82,7 @@ STALE_PATTERNS = (
     RECIPE_NAME,
     MEASUREMENTS_NAME,
     f"{EVAL_RESULTS}/*.yaml",
-    "base/*",  # quantized base of a self-contained model
+    f"{INNER_BASE}/*",
 )
 
 

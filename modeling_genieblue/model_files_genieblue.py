@@ -41,6 +41,7 @@ ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_FINGERPRINT_NAME = "base_fingerprint.json"
 RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
+INNER_BASE = "base"  # the subfolder with the quantized base of a self-contained GenieBlue
 EVAL_RESULTS = ".eval_results"  # the Hub's folder for results, see huggingface.co/docs/hub/eval-results
 CODE_FILES, QUANTIZED_CODE_FILES = "*_genieblue.py", "quantized_*_genieblue.py"
 

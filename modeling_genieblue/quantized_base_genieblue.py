@@ -51,7 +51,7 @@ def nothing_missing() -> dict[str, Any]:
 
 
 def chosen_dtype(asked: torch.dtype | str | None, own: torch.dtype | str) -> torch.dtype:
-    """The precision that was asked for, or the model's own for none or `auto`; `ValueError` for other kinds of number."""
+    """The precision asked for, or the model's own for none or `auto`; `ValueError` unless it is floating point."""
     given = own if asked in (None, "auto") else asked
     dtype = getattr(torch, given, None) if isinstance(given, str) else given
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

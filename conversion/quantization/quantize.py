@@ -48,6 +48,7 @@ from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
     ADAPTER_FOLDER,
     HUB_KEYS,
+    INNER_BASE,
     MEASUREMENTS_NAME,
     QMAP_NAME,
     QUANTIZED_ADAPTER_NAME,
@@ -64,7 +65,6 @@ from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 logger = logging.getLogger(__name__)
 
 VISION_BLOCKS = "encoder.layers"
-INNER_BASE = "base"  # the subfolder of a self-contained GenieBlue
 
 
 @dataclass(frozen=True)
