@@ -16,6 +16,7 @@ from conversion.verification import verify
 from conversion.verification.verify import CHECKS, CheckFailed, SavedModel, verify_model
 from hub_cards.publish import publish_folder
 from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.as_built_genieblue import AsBuilt
 
 ADAPTER = "language_adapter/adapter_model.safetensors"
 
@@ -270,6 +271,7 @@ def test_a_text_view_that_is_off_by_the_least_is_found(folder):
     with torch.no_grad():
         weight = subject.model.language_model.lm_head.weight
         weight.copy_(weight * (1 + 1e-6))
+    subject.model._as_built = AsBuilt(subject.model)  # a changed base is refused otherwise
     with pytest.raises(CheckFailed, match="logits of a prompt"):
         verify.check_text_view(subject)
 
