@@ -9,11 +9,7 @@ from harness_folder import MODEL, make_harness_folder, printed_command, scores_a
 from transformers_server import serving
 
 PROGRAM = REPOSITORY / ".venvs/lmms-eval/bin/lmms-eval"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("settings_of_the_process_are_restored"),
-    pytest.mark.skipif(not PROGRAM.exists(), reason="`make test-slow` makes its environment"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("settings_of_the_process_are_restored")]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +27,7 @@ def harness(tmp_path_factory):
 
 
 def run(command, folder, env):
+    assert PROGRAM.exists(), f"{PROGRAM} is missing: `make test-slow` makes its environment"
     result = subprocess.run([str(PROGRAM), *command[1:]], cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -44,7 +41,6 @@ def test_the_printed_command_gives_image_scores_of_genieblue_eval(harness, env):
 
 
 def test_a_server_gives_text_scores_of_the_base(harness, env, tmp_path):
-    pytest.importorskip("fastapi", reason="the extra `clients` installs it")
     folder, _ = harness
     found = []
     with serving(folder, env) as address:
