@@ -133,7 +133,8 @@ def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool) -> s
 def _prompt_ids(processor: Any, messages: list[dict[str, Any]], text: str, num_tiles: Sequence[int]) -> list[int]:
     if num_tiles:
         return processor.encode_with_images(text, num_tiles, add_special_tokens=False)
-    return list(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True))
+    (ids,) = processor.apply_chat_template([messages], add_generation_prompt=True, tokenize=True)
+    return list(ids)
 
 
 def _body(completion: str, after: str) -> str:
