@@ -9,8 +9,8 @@ from modeling_genieblue.loss_genieblue import IGNORED
 
 PROBE = "Seven is the answer"  # a sample answer, to find out what a template writes around answers
 NO_STOP_TOKEN = (
-    "Generation with this base never stops, because `eos_token_id` is not set in its generation_config.json: set it "
-    "there, or in `model.generation_config`, to the token that ends a turn."
+    "Generation with this base never stops, because `eos_token_id` is not set: set it to the token that ends a turn, "
+    "in `model.generation_config` or in generation_config.json: the base's before `init`, the GenieBlue's after it."
 )
 
 
