@@ -9,8 +9,8 @@ from modeling_genieblue.loss_genieblue import IGNORED
 
 PROBE = "Seven is the answer"  # a sample answer, to find out what a template writes around answers
 NO_STOP_TOKEN = (
-    "Generation with this base never stops, because `eos_token_id` is not set in its generation_config.json: set it "
-    "there, or in `model.generation_config`, to the token that ends a turn."
+    "Generation with this base never stops, because `eos_token_id` is not set: set it to the token that ends a turn, "
+    "in `model.generation_config` or in generation_config.json: the base's before `init`, the GenieBlue's after it."
 )
 
 
@@ -133,7 +133,8 @@ def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool) -> s
 def _prompt_ids(processor: Any, messages: list[dict[str, Any]], text: str, num_tiles: Sequence[int]) -> list[int]:
     if num_tiles:
         return processor.encode_with_images(text, num_tiles, add_special_tokens=False)
-    return list(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True))
+    (ids,) = processor.apply_chat_template([messages], add_generation_prompt=True, tokenize=True)
+    return list(ids)
 
 
 def _body(completion: str, after: str) -> str:

@@ -50,4 +50,4 @@ def explained_full_disk(*folders: Path | None, remedy: str = NOTHING_STAYS) -> I
         if not is_full:
             raise
         places = " and ".join(str(folder) for folder in folders if folder is not None)
-        raise OSError(errno.ENOSPC, f"No space left on device while {places} was written: {remedy}") from error
+        raise OSError(errno.ENOSPC, f"No space left on device while writing {places}: {remedy}") from error

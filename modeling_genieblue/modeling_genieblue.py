@@ -390,7 +390,10 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         # The base computes its loss itself, unless another was set, which its code may not know.
         if not any(is_multimodal) and (labels is None or not hasattr(self.language_model, "_loss_function")):
             return self.language_model(**{**_asked_by(self.config), **inputs})
-        inputs = {**_asked_by(self.language_model.config), **_asked_by(self.config), **inputs}
+        asked = _asked_by(self.language_model.config)
+        if labels is not None and cache is None:
+            asked["use_cache"] = False  # nothing goes on from it, and with a cache packed samples would mix
+        inputs = {**asked, **_asked_by(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
         if labels is not None:
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, IGNORED)

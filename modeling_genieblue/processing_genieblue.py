@@ -200,8 +200,9 @@ class GenieBlueProcessor(ProcessorMixin):
         add_generation_prompt, ...) reach it and the template. A message's content is a string or a list of parts:
         `{"type": "text", "text": ...}` and `{"type": "image"}` with an `image`, `url`, `path` or `base64`, or with its
         image in `images`. Only image parts are images: a placeholder in a text is text. An image has a newline before
-        the part that follows. `processor_kwargs` are options of `__call__`. The string that is returned without
-        `tokenize` shows the placeholder for an image, and knows where its images are when it is given to `__call__`.
+        the part that follows. Tokenized, a conversation with parts is a batch of one, as from every processor.
+        `processor_kwargs` are options of `__call__`. The string that is returned without `tokenize` shows the
+        placeholder for an image, and knows where its images are when it is given to `__call__`.
         """
         self._check_tokenizer()
         conversations, is_batch = conversations_of(conversation)
@@ -234,7 +235,9 @@ class GenieBlueProcessor(ProcessorMixin):
             output = self._encode_rows(encoders, sources, options)
         else:
             take(options, IMAGE_OPTIONS)
-            whole = chats if is_batch else chats[0]
+            # Clients that write parts expect a processor's batch, those that write strings a tokenizer's row.
+            has_parts = any(isinstance(message.get("content"), (list, tuple)) for message in conversations[0])
+            whole = chats if is_batch or has_parts else chats[0]
             output = self._encode_text(lambda **more: tokenize_chats(self.tokenizer, whole, kwargs, more), options)
         return output if return_dict else output["input_ids"]
 

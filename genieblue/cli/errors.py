@@ -32,6 +32,7 @@ NO_ANSWER = re.compile(
     r"Cannot find an appropriate cached snapshot folder.*?variable\.)",
     re.DOTALL,
 )
+YES = ("1", "ON", "YES", "TRUE")  # of a variable of the environment, as the Hub's client reads them
 ERROR_NUMBER = re.compile(r"^\[Errno \d+\] ")
 MAY_HOLD_SECRETS = re.compile(r":/|data:|\bhf_|bearer", re.IGNORECASE)
 # transformers' list of all the model types it knows.
@@ -50,6 +51,8 @@ def message_for_user(error: Exception) -> str | None:
         package = (error.name or "").split(".")[0]
         extra = EXTRAS.get(package)
         return extra and f"This needs the package {package}, which is not installed: pip install 'genieblue[{extra}]'."
+    if isinstance(error, ImportError) and error.path is None:  # of a check for a library, not of an import statement
+        return command_line_message(str(error).strip()) or None
     if type(error).__name__ == "OutOfMemoryError":
         return f"The GPU is out of memory: {_first_line(error)} Use a smaller batch, fewer tiles or another dtype."
     if not isinstance(error, (ValueError, OSError)) and not is_for_users(error):
@@ -84,7 +87,7 @@ def with_hints(what: str, hints: Iterable[str]) -> str:
 
 def command_line_message(message: str) -> str:
     """A library's message, with long network errors shortened and secrets removed."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in YES
     message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
     message = ALL_KINDS.sub("", message)
     return without_secrets(message)

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from conversion.stdout import stdout_to_stderr
 from genieblue.cli.errors import (
     UNREACHABLE,
+    YES,
     command_line_message,
     is_for_users,
     message_for_user,
@@ -64,7 +65,7 @@ def configure_logging(debug: bool = False) -> None:
     Of several processes only the main one logs.
     """
     global _debug
-    _debug = debug or bool(os.environ.get("GENIEBLUE_DEBUG"))
+    _debug = debug or os.environ.get("GENIEBLUE_DEBUG", "").upper() in YES
     if _debug:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
@@ -111,25 +112,37 @@ class _StderrHandler(logging.Handler):
         typer.echo(prefix + message, err=True)
 
 
+def _log_everything(package: str) -> None:
+    """Routes the log of a library that has a handler of its own through ours, which removes secrets."""
+    logger = logging.getLogger(package)
+    logger.handlers.clear()
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = True
+
+
 def quiet_hub() -> None:
     """Routes huggingface_hub's log through our handler only; it adds a handler of its own when it is imported."""
     import huggingface_hub  # noqa: F401
 
-    if not _debug:
-        logger = logging.getLogger("huggingface_hub")
-        for handler in [handler for handler in logger.handlers if not isinstance(handler, _StderrHandler)]:
-            logger.removeHandler(handler)
-        _log_to_stderr("huggingface_hub", logging.WARNING)
+    if _debug:
+        _log_everything("huggingface_hub")
+        return
+    logger = logging.getLogger("huggingface_hub")
+    for handler in [handler for handler in logger.handlers if not isinstance(handler, _StderrHandler)]:
+        logger.removeHandler(handler)
+    _log_to_stderr("huggingface_hub", logging.WARNING)
 
 
 def quiet_transformers() -> None:
-    """Hides transformers' warnings and loading bars; downloads still show a bar."""
+    """Hides transformers' warnings and loading bars, but for `--debug`; downloads still show a bar."""
     from transformers.utils import logging as transformers_logging
 
     quiet_hub()
-    if not _debug:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+    if _debug:
+        _log_everything("transformers")
+        return
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -47,3 +47,10 @@ def test_text_without_images_is_answered_as_the_base_does(sees, pair):
     (answer,) = sees(text=TEXT, **OPTIONS)
     (expected,) = pipeline("text-generation", model=str(pair.parent / "base"))(TEXT, **OPTIONS)
     assert answer["generated_text"] == expected["generated_text"]
+
+
+def test_texts_in_one_batch_are_answered_as_alone_if_padded_on_the_left(sees, monkeypatch):
+    """As transformers warns; it is the base that generates."""
+    monkeypatch.setattr(sees.tokenizer, "padding_side", "left")
+    texts = [TEXT, [{"role": "user", "content": "What does <image> do?"}]]
+    assert sees(text=texts, batch_size=2, **OPTIONS) == [sees(text=chat, **OPTIONS) for chat in texts]

@@ -111,6 +111,23 @@ def test_lists_of_text_parts_become_strings_where_the_template_cannot_read_them(
     assert reading.apply_chat_template(chat) == "yesno"
 
 
+def test_a_tokenized_conversation_of_parts_is_a_batch_of_one_with_and_without_images():
+    """As clients expect it of processors; with strings for contents it is what a tokenizer returns."""
+    processor = make_processor()
+    text = [{"role": "user", "content": [{"type": "text", "text": "yes or no?"}]}]
+    image = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]
+    strings = [{"role": "user", "content": "yes or no?"}]
+    expected = processor.tokenizer.apply_chat_template(strings, return_dict=True)
+    for options in ({}, {"return_tensors": "pt"}):
+        for chat in (text, image):
+            output = processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+            assert [len(output[name]) for name in ("input_ids", "attention_mask")] == [1, 1]
+            assert len(output["input_ids"][0]) == len(output["attention_mask"][0]) > 1
+    output = processor.apply_chat_template(text, tokenize=True, return_dict=True)
+    assert dict(output) == {name: [values] for name, values in expected.items()}
+    assert processor.apply_chat_template(text, tokenize=True) == output["input_ids"]
+
+
 def test_no_template_at_all_is_the_tokenizers_error():
     tokenizer = make_tokenizer(chat_template=None)
     with pytest.raises(ValueError) as expected:

@@ -80,6 +80,23 @@ def test_a_missing_optional_library_names_its_extra(monkeypatch, text, name, ext
     assert f"pip install 'genieblue[{extra}]'" in error_of("params", "bluelm-3b")
 
 
+def test_a_library_that_is_too_old_is_one_sentence_and_a_broken_import_a_traceback(monkeypatch):
+    def old(*_args):
+        raise ImportError("GenieBlue needs transformers 5.12 or newer; 5.4.0 is installed", name="transformers")
+
+    monkeypatch.setattr("genieblue.lab.parameters.count_trainable", old)
+    assert error_of("params", "bluelm-3b") == (
+        "Error: GenieBlue needs transformers 5.12 or newer; 5.4.0 is installed\n"
+    )
+
+    def broken(*_args):
+        from genieblue.cli.app import nothing  # noqa: F401
+
+    monkeypatch.setattr("genieblue.lab.parameters.count_trainable", broken)
+    with pytest.raises(ImportError, match="cannot import name"):
+        run("params", "bluelm-3b")
+
+
 # params and info
 
 

@@ -1,6 +1,7 @@
 """What the command line says of models, bases, files and networks that are not as they should be."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,22 @@ def test_retries_of_the_hub_are_one_line():
     assert process.stderr.splitlines() == [
         "Warning: The Hub does not respond; retrying …", "Warning: Something else"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_logs_of_the_libraries_are_shown_without_secrets_if_they_are_asked_for(value, shown):
+    script = (
+        "import logging; from genieblue.cli import terminal\nterminal.configure_logging()\n"
+        "terminal.quiet_transformers()\n"
+        "for name in ('transformers.x', 'huggingface_hub.x'): logging.getLogger(name).info('http://u:pw@host/?t=S')"
+    )
+    environment = {**os.environ, "GENIEBLUE_DEBUG": value}
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, env=environment
+    )
+    lines = [line for line in process.stderr.splitlines() if line.startswith("INFO") and ".x: " in line]
+    assert [line.split()[1] for line in lines] == ["transformers.x:", "huggingface_hub.x:"] * shown
+    assert "pw" not in process.stderr and "t=S" not in process.stderr
 
 
 def test_a_full_disk_of_the_cache_is_named(hub, work, monkeypatch):

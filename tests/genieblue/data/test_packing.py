@@ -111,6 +111,29 @@ def test_first_token_of_a_sample_is_not_predicted_by_the_sample_before():
     assert pack["labels"] == [-100, 6, -100, 8, 9] and pack["position_ids"] == [0, 1, 0, 1, 2]
 
 
+def test_a_sample_in_a_pack_is_what_it_is_alone(processor):
+    """Its labels, positions and tiles too, whatever its texts hold."""
+    pictures = [Image.new("RGB", size, "red") for size in ((24, 24), (60, 24), (24, 60))]
+    data = [
+        chat([{"type": "text", "text": f"{index} <image>"}, {"type": "image", "image": picture}], "\n<image>\n")
+        for index, picture in enumerate(pictures)
+    ]
+    data += [chat("<s><|user|></s>", " b "), chat("<image>\n<image>", "c", *pictures[:2])]
+    data[0]["messages"] = [{"role": "system", "content": ""}, *data[0]["messages"], *data[3]["messages"]]
+    data[4]["messages"] += chat("d" * LENGTH, "too long for the row")["messages"]
+    samples = encoded(processor, data)
+    packs = PackedChats(samples)
+    assert len(packs) < len(data)
+    alone = {tuple(row["input_ids"]): row for index in range(len(data)) for row in samples[index]}
+    for (pack,) in (packs[number] for number in range(len(packs))):
+        rows = [alone[ids] for ids in rows_of([[pack]])]
+        assert pack["labels"] == [label for row in rows for label in (-100, *row["labels"][1:])]
+        assert pack["position_ids"] == [place for row in rows for place in range(len(row["labels"]))]
+        for name in ("pixel_values", "num_tiles"):
+            shown = [row[name] for row in rows if name in row]
+            assert torch.equal(pack[name], torch.cat(shown)) if shown else name not in pack
+
+
 def test_packs_are_padded_as_sequences_of_their_own_and_joined_in_one_row_if_asked(processor):
     rows = [{"input_ids": list(range(7, 7 + size)), "labels": [-100] * size} for size in (3, 2, 2)]
     packs = [[joined(rows[:2])], [joined(rows[2:])]]

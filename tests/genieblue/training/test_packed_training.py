@@ -63,6 +63,16 @@ def test_packed_loss_and_gradients_are_those_of_single_rows(family):
         assert (packed_gradients[name] - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), name
 
 
+def test_pack_in_a_loop_of_ones_own_keeps_its_samples_apart():
+    """Trainer turns `use_cache` off; with a cache, transformers takes a pack for one text."""
+    model = tiny_genieblue()
+    collator = ChatCollator(processor_of(model, "llama"))
+    rows = [row for sample in make_data()[:3] for row in collator.rows(sample)]
+    with torch.no_grad():
+        losses = [model(**collator(batch), view="multimodal").loss.item() for batch in ([rows], [[joined(rows)]])]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("family", PACKABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_family_that_keeps_samples_apart_is_accepted(family, dtype):
