@@ -44,7 +44,7 @@ def run(monkeypatch):
     return run_some
 
 
-FILES = "folder base_files language_adapter tokenizer"
+FILES = "folder own_files base_files language_adapter tokenizer"
 RUNS = "text_view stock_peft"
 
 
@@ -66,8 +66,8 @@ def test_every_check_holds_for_a_good_model(folder):
     seen = []
     checks = verify_model(folder, on_check=seen.append)
     assert [check.name for check in checks] == [
-        "folder", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view", "stock_peft",
-        "remote_code",
+        "folder", "own_files", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view",
+        "stock_peft", "remote_code",
     ]  # fmt: skip
     assert [check.detail for check in checks if not check.ok] == []
     assert seen == checks
