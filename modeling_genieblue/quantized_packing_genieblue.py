@@ -1,13 +1,14 @@
 """4-bit codes, two in a byte: as they are stored, and as torch's CPU kernel reads them."""
 
 import functools
+from typing import Any
 
 import torch
 
 try:
     from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor
 except ImportError:  # only needed where something is quantized
-    TinyGemmPackedTensor = None
+    TinyGemmPackedTensor: Any = torch.Tensor
 
 # The kernel reads blocks of rows, column by column: (rows of a block, distance of the two rows that share a byte).
 # On AVX-512, on AVX2, without either, and on ARM; see `weight_to_int4pack_kernel` in torch's int4mm_kernel.cpp.

@@ -152,7 +152,7 @@ def check_own_files(subject: SavedModel) -> str:
     if not recorded:
         return f"no sha256 of its weights is recorded: {unseen}"
     others = [place for place in places if place not in recorded]
-    rest = f"; {some(others)} are not recorded, as another program wrote them: {unseen}" if others else ""
+    rest = "".join(f"; {place} is not recorded, another program wrote it: {unseen}" for place in others[:1])
     return f"sha256 of {', '.join(recorded)} as recorded{rest}"
 
 

@@ -102,6 +102,40 @@ def test_a_root_adapter_is_seen_in_a_repository_too(hub, folder, run):
     assert "model.onnx" not in details
 
 
+# Its own files
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", ADAPTER])
+def test_one_changed_bit_of_our_own_weights_is_found(place, folder, run):
+    content = bytearray((folder / place).read_bytes())
+    content[-1] ^= 1
+    (folder / place).write_bytes(content)
+    failed, details = run(folder, FILES)
+    assert failed == ["own_files"] and f"sha256 of {place} is" in details and "save it again" in details
+
+
+def test_files_that_people_edit_are_no_change_of_the_weights(folder, run):
+    (folder / "README.md").write_text("# Mine")
+    change_json(folder / "generation_config.json", max_new_tokens=5)
+    change_json(folder / "config.json", my_note="edited by hand")
+    failed, details = run(folder, "own_files")
+    assert failed == [] and "not recorded" not in details
+
+
+def test_a_folder_of_an_earlier_version_passes_and_verify_says_that_nothing_was_recorded(folder, run):
+    change_json(folder / "config.json", weight_fingerprint=None)
+    failed, details = run(folder, "own_files")
+    assert failed == [] and "no sha256 of its weights is recorded" in details
+
+
+def test_weights_that_another_program_wrote_anew_are_named(folder, run):
+    names = {key: "model-00001-of-00001.safetensors" for key in load_file(folder / "model.safetensors")}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    failed, details = run(folder, "folder own_files")
+    assert failed == [] and "model-00001-of-00001.safetensors is not recorded" in details
+
+
 # The base
 
 
