@@ -51,19 +51,23 @@ def pack_in_layout(stored: torch.Tensor, block: int, distance: int) -> torch.Ten
     """`stored` (rows / 2, columns), rows of the second half in the high bits → (rows, columns / 2) in a layout."""
     half, columns = stored.shape
     packed = torch.empty(2 * half, columns // 2, dtype=torch.uint8, device=stored.device)
-    bytes_of_pair = packed.view(half, columns)
-    whole = 2 * half // block * block
-    for first in range(0, whole, ROWS_AT_A_TIME):
-        _pack_rows(stored, bytes_of_pair, first, min(first + ROWS_AT_A_TIME, whole), block, distance)
+    if half % block == 0:  # no block has rows of both halves
+        _pack_rows(stored, packed[:half], block, distance)
+        _pack_rows(stored, packed[half:], block, distance, are_high=True)
+        return packed
+    codes, whole = unpack(stored), 2 * half // block * block
+    _pack_rows(codes[:whole], packed[:whole], block, distance)
     if whole < 2 * half:  # neighbours share a byte there
-        _pack_rows(stored, bytes_of_pair, whole, 2 * half, 2 * half - whole, 1)
+        _pack_rows(codes[whole:], packed[whole:], 2 * half - whole, 1)
     return packed
 
 
-def _pack_rows(stored: torch.Tensor, packed: torch.Tensor, first: int, end: int, block: int, distance: int) -> None:
-    half, columns = stored.shape
-    low, high = stored[min(first, half) : min(end, half)], stored[max(first - half, 0) : max(end - half, 0)]
-    codes = torch.cat([low & 15, high >> 4])
-    pairs = codes.view(-1, block // (2 * distance), 2, distance, columns)
-    by_row = (pairs[:, :, 0] | pairs[:, :, 1] << 4).view(-1, block // 2, columns)
-    packed[first // 2 : end // 2].view(-1, columns, block // 2).copy_(by_row.transpose(1, 2))
+def _pack_rows(rows: torch.Tensor, packed: torch.Tensor, block: int, distance: int, *, are_high: bool = False) -> None:
+    """Low or high bits of `rows` (count, columns), of whole blocks, into `packed` (count, columns / 2)."""
+    columns = rows.shape[1]
+    for first in range(0, len(rows), ROWS_AT_A_TIME):
+        piece = slice(first, first + ROWS_AT_A_TIME)
+        one, other = rows[piece].view(-1, block // (2 * distance), 2, distance, columns).unbind(2)
+        shared = one >> 4 | other & 240 if are_high else one & 15 | other << 4
+        by_column = shared.view(-1, block // 2, columns).transpose(1, 2)
+        packed[piece].view(-1, columns, block // 2).copy_(by_column)
