@@ -28,8 +28,8 @@ def unpack(packed: torch.Tensor, bits: int = 4) -> torch.Tensor:
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
-def packed_for_kernel(stored: torch.Tensor, out_features: int, in_features: int) -> TinyGemmPackedTensor:
-    """Stored 4-bit codes of a matrix, uint8 of any shape, as torch's CPU kernel takes them: the same bytes."""
+def packed_for_kernel(stored: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
+    """quanto's packed tensor for torch's CPU kernel, from stored 4-bit codes of a matrix (uint8 of any shape)."""
     rows = stored.view(out_features // 2, in_features)
     layout = kernel_layout()
     if layout is None:
