@@ -23,7 +23,8 @@ BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, Stric
 # Types of settings in config.json, if they are not null; `auto_map` is never null.
 CONFIG_KINDS = {
     "text_config": dict, "vision_config": dict, "base_model_name_or_path": str, "base_model_revision": str,
-    "base_model_fingerprint": dict, "lora_dropout": (int, float), "dtype": str, "auto_map": dict,
+    "base_model_fingerprint": dict, "weight_fingerprint": dict, "lora_dropout": (int, float), "dtype": str,
+    "auto_map": dict,
 }  # fmt: skip
 
 
@@ -76,6 +77,8 @@ class GenieBlueConfig(PreTrainedConfig):
         base_model_name_or_path: Hub id of the base, or a path (written relative to the model's folder).
         base_model_revision: commit sha of the base on the Hub; `None` for a local base.
         base_model_fingerprint: sha256 of each weight file of the base, by name.
+        weight_fingerprint: sha256 of each weight file of the GenieBlue itself, by its place in the folder, as it was
+            saved. Every save records it anew.
         base_model_runs_remote_code: whether the base uses code from its own repository. That code runs only if this is
             set and the user allowed it.
         placement: `skip`, `pre` or `post`: how `replicated_layers` was chosen; `None` for a custom choice.
@@ -99,6 +102,7 @@ class GenieBlueConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_fingerprint: dict[str, str] | None = None
+    weight_fingerprint: dict[str, str] | None = None
     base_model_runs_remote_code: bool = False
     placement: str | None = "skip"
     replicated_layers: list[int] | None = None

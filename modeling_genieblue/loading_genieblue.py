@@ -24,18 +24,22 @@ from .model_files_genieblue import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS_NAME,
     BASE_FINGERPRINT_NAME,
+    CHANGED_WEIGHTS,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     HUB_KEYS,
     INDEX_NAME,
+    QUANTIZED_ADAPTER_NAME,
     RECIPE_NAME,
     SHARED_HUB_KEYS,
     WEIGHTS_NAME,
+    cached_sha256,
     check_settings_files,
     is_inner_folder,
     is_path,
     name_of_variant,
     read_settings,
+    recorded_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -127,6 +131,28 @@ class LoadRequest:
                 f"loads the base instead of GenieBlue. Move the adapter's files to {ADAPTER_FOLDER}/."
             )
         return settings
+
+    def check_weight_files(self, settings: dict[str, Any]) -> None:
+        """`ValueError` if a weight file is not the one that `settings` (of config.json) record.
+
+        That costs nothing for files in the Hub's cache, which are named by their sha256; others are not read.
+        """
+        recorded = recorded_weights(settings)
+        variant = self.own_kwargs.get("variant")
+        of_load = (
+            ("", name_of_variant(WEIGHTS_NAME, variant)),
+            (ADAPTER_FOLDER, name_of_variant(ADAPTER_WEIGHTS_NAME, variant)),
+            (ADAPTER_FOLDER, QUANTIZED_ADAPTER_NAME),
+        )
+        for folder, name in of_load:
+            place = f"{folder}/{name}" if folder else name
+            path = self.find(name, folder=folder) if place in recorded else None
+            found = None if path is None else cached_sha256(path)
+            if found not in (None, recorded.get(place)):
+                raise ValueError(
+                    f"{place} of {self.path} has sha256 {found}, its config.json records {recorded[place]}: "
+                    f"{CHANGED_WEIGHTS}."
+                )
 
     def load_own_weights(
         self, from_pretrained: Callable, model_args: tuple, base_model: Any

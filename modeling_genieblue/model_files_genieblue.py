@@ -238,6 +238,38 @@ def some(names: Sequence[str], count: int = 3) -> str:
 
 # sha256
 
+CHANGED_WEIGHTS = (
+    "it is damaged or of another save; fetch files that belong together. If it was replaced on purpose, load the "
+    "GenieBlue from a local folder and save it again, which records the new file"
+)
+
+
+def own_weight_places(folder: Path) -> list[str]:
+    """Places in a GenieBlue's folder of its own weight files, of all variants, without the base's."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob(f"{ADAPTER_FOLDER}/*.safetensors")]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def recorded_weights(config: dict[str, Any]) -> dict[str, str]:
+    """sha256 by place of the own weight files that `config` (of config.json) records; none by an earlier version."""
+    recorded = config.get("weight_fingerprint")
+    if not isinstance(recorded, dict | None):
+        raise OSError(f"config.json has weight_fingerprint {recorded!r}, expected sha256 by file: fetch it again.")
+    return recorded or {}
+
+
+def changed_weights(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Own weight files with another sha256 than `config` (of config.json) records, one sentence each.
+
+    Every byte is read. A file that is not recorded is none of them, nor is a recorded one that is not there.
+    """
+    recorded = recorded_weights(config)
+    return [
+        f"sha256 of {place} is {found}, recorded is {recorded[place]}: {CHANGED_WEIGHTS}"
+        for place in own_weight_places(folder)
+        if place in recorded and (found := file_sha256(folder / place)) != recorded[place]
+    ]
+
 
 def file_sha256(path: str | os.PathLike) -> str:
     """sha256 of a file, read in pieces."""

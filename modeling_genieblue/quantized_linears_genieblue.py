@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .quantized_packing_genieblue import pack, packed_for_kernel, unpack
 from .quantized_precision_guard_genieblue import PrecisionGuard
 
 try:
@@ -63,17 +64,6 @@ def reason_against(out_features: int, in_features: int, bits: int) -> str | None
     if out_features % 16:
         return f"out_features {out_features} is no multiple of 16"
     return None if in_features % 32 == 0 else f"in_features {in_features} is no multiple of 32"
-
-
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """4-bit codes, uint8 (rows, columns) → (rows / 2, columns): the second half of the rows in the high bits."""
-    low, high = codes.chunk(2)
-    return low | (high << 4)
-
-
-def unpack(packed: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """The inverse of `pack`, for 4 or 2 bits."""
-    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
 def stored_tensors(
@@ -267,14 +257,14 @@ def quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: Sequence[int
         return WeightQBytesTensor.create(qint8, 0, size, stride, codes, parts["_scale"])
     scale, shift = parts["_scale"], parts["_shift"]
     group_size = group_size_of(in_features)
-    grouped = unpack(parts["_data._data"])
     cpu_kernel = scale.device.type == "cpu" and scale.dtype == torch.bfloat16 and group_size in KERNEL_GROUPS
     if not cpu_kernel:
         group = None if group_size == in_features else group_size
         # quanto's GPU kernels take the shift as a number of the weight's dtype.
-        return WeightQBitsTensor.create(qint4, 0, group, size, stride, grouped, scale, shift * scale)
+        codes = unpack(parts["_data._data"])
+        return WeightQBitsTensor.create(qint4, 0, group, size, stride, codes, scale, shift * scale)
     # The kernel counts from the middle of the range. Built here, because quanto's own way rounds twice.
     middle = ((8 - shift.float()) * scale.float()).to(scale.dtype)
     scale_shift = torch.cat([scale, middle], 1).view(out_features, -1, 2).transpose(0, 1).contiguous()
-    codes = TinyGemmPackedTensor.pack(grouped.view(shape))
+    codes = packed_for_kernel(parts["_data._data"], out_features, in_features)
     return TinyGemmWeightQBitsTensor(qint4, 0, group_size, size, stride, codes, scale_shift)

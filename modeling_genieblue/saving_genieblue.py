@@ -44,10 +44,13 @@ from .model_files_genieblue import (
     TOKENIZER_FILES,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
+    file_sha256,
     is_inner_folder,
     is_path,
     name_of_variant,
+    own_weight_places,
     read_settings,
+    recorded_weights,
     with_siblings,
 )
 from .own_state_genieblue import check_own_state
@@ -110,9 +113,7 @@ def save_model(
             raise OSError(
                 f"{target} could not be saved ({error}); {remains}. Check the free space and the permissions there."
             ) from error
-        # The weights that are there stay beside those of a variant.
-        stale = [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
-        stale += (*(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
+        stale = (*_stale_names(variant), *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
         new.put_in_place(lambda old: _foreign_files(old, stale))
 
 
@@ -150,6 +151,11 @@ def _inner_base(folder: Path) -> list[str]:
     return [name.removeprefix("./")] if is_ours and is_inner_folder(name) else []
 
 
+def _stale_names(variant: str | None) -> list[str]:
+    """What an earlier save may have written; the weights that are there stay beside those of a variant."""
+    return [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
+
+
 def _foreign_files(folder: Path, stale: Iterable[str]) -> list[Path]:
     """What lies in a model's folder, or in its adapter's, and is not ours (notes, checkpoints), as paths in it."""
     return [
@@ -174,6 +180,7 @@ def _write_files(
     is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", target.name) is not None
     model._write_weights(staging, dtype, state, is_checkpoint)
     config = _config_to_save(model, target, dtype)
+    config.weight_fingerprint = _weight_fingerprint(staging, target, variant)
     config.save_pretrained(staging)
     # Not by its `save_pretrained`, which refuses the flags that some published bases come with.
     model.generation_config.to_json_file(staging / GENERATION_CONFIG_NAME)
@@ -194,6 +201,16 @@ def _write_files(
         for name in (WEIGHTS_NAME, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_NAME}"):
             os.rename(staging / name, staging / name_of_variant(name, variant))
     return processor is not None
+
+
+def _weight_fingerprint(staging: Path, target: Path, variant: str | None) -> dict[str, str]:
+    """sha256 of the weights in `staging`, and as they were recorded of those that stay in `target` beside them."""
+    written = {name_of_variant(place, variant): file_sha256(staging / place) for place in own_weight_places(staging)}
+    config_file = target / CONFIG_NAME
+    recorded = recorded_weights(read_settings(config_file)) if config_file.is_file() else {}
+    staying = {path.as_posix() for path in _foreign_files(target, _stale_names(variant))}
+    kept = {place: recorded[place] for place in staying & recorded.keys()}
+    return dict(sorted((kept | written).items()))
 
 
 def _own_class(model: Any) -> type:

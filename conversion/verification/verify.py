@@ -1,4 +1,4 @@
-"""Verifies a saved GenieBlue: the base's bytes, the text answers, the adapter and the code."""
+"""Verifies a saved GenieBlue: its bytes and the base's, the text answers, the adapter and the code."""
 
 import json
 import logging
@@ -32,9 +32,12 @@ from modeling_genieblue.model_files_genieblue import (
     HUB_KEYS,
     OWN_MODULES,
     ModelFiles,
+    changed_weights,
     file_sha256,
     is_inner_folder,
+    own_weight_places,
     read_json,
+    recorded_weights,
     some,
     weight_files,
 )
@@ -137,6 +140,20 @@ def check_folder(subject: SavedModel) -> str:
     base = read_model_config(folder).get("base_model_name_or_path")
     of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
     return f"{len(names)} tensors of {' and '.join(OWN_MODULES)}, all finite; {of_base}, no adapter in the root"
+
+
+def check_own_files(subject: SavedModel) -> str:
+    """Every byte of the GenieBlue's own weight files, by sha256; a base in its folder is the next check's."""
+    config = read_model_config(subject.folder)
+    fail_on(changed_weights(subject.folder, config))
+    places = own_weight_places(subject.folder)
+    recorded = [place for place in places if place in recorded_weights(config)]
+    unseen = "a changed number in them goes unnoticed until the GenieBlue is loaded and saved again"
+    if not recorded:
+        return f"no sha256 of its weights is recorded: {unseen}"
+    others = [place for place in places if place not in recorded]
+    rest = "".join(f"; {place} is not recorded, another program wrote it: {unseen}" for place in others[:1])
+    return f"sha256 of {', '.join(recorded)} as recorded{rest}"
 
 
 def check_base_files(subject: SavedModel) -> str:
@@ -352,6 +369,7 @@ def _run_clean_process(settings: dict[str, Any], token: str | bool | None) -> di
 
 CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "folder": check_folder,
+    "own_files": check_own_files,
     "base_files": check_base_files,
     "language_adapter": check_language_adapter,
     "tokenizer": check_tokenizer,

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from hub_cards import model_folder, one_commit
 from hub_cards.publish import files_to_publish, find_problems, publish_folder
+from modeling_genieblue.model_files_genieblue import file_sha256, own_weight_places
 
 WHOLE = [
     "base_fingerprint.json",
@@ -163,6 +164,16 @@ def test_an_adapter_for_another_base_than_the_config_names_is_refused(folder, ch
     change_json(folder / "language_adapter/adapter_config.json", **change)
     with pytest.raises(ValueError, match="must name the same base"):
         publish_folder(folder, "you/reader")
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "language_adapter/adapter_model.safetensors"])
+def test_weights_other_than_those_that_were_saved_are_refused(folder, place):
+    fingerprint = {name: file_sha256(folder / name) for name in own_weight_places(folder)}
+    change_json(folder / "config.json", weight_fingerprint=fingerprint)
+    assert find_problems(folder) == []
+    (folder / place).write_bytes((folder / place).read_bytes()[:-1] + b"\1")
+    (problem,) = find_problems(folder)
+    assert f"sha256 of {place} is" in problem and "save it again" in problem
 
 
 def test_an_adapter_that_was_never_trained_is_refused(folder):

@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModel, GenerationConfig
 from conversion.quantization.rounding import round_weight
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.as_built_genieblue import AsBuilt
-from modeling_genieblue.quantized_linears_genieblue import FrozenLinear, group_size_of, unpack
+from modeling_genieblue.quantized_linears_genieblue import FrozenLinear, group_size_of
+from modeling_genieblue.quantized_packing_genieblue import unpack
 
 LEFT_ALONE = {"llm": "w16a16", "lora": "w16a16", "vision_tower": "w16a16", "multi_modal_projector": "w16a16"}
 OUTSIDE = {"lm_head": "w8a16", "embeddings": "w8a16"}

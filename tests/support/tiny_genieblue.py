@@ -10,6 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
+from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
+    file_sha256,
+    own_weight_places,
+    read_settings,
+    write_json,
+)
 
 IMAGE_ID = VOCABULARY  # the first id that a tiny base does not have
 TOKENS_PER_TILE = 4  # 3x3 patches, padded to 4x4, 2x2 of them per token
@@ -49,6 +56,9 @@ def train_a_little(folder: Path) -> None:
     path = folder / "language_adapter/adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: value + 1e-3 * (".lora_B." in name) for name, value in tensors.items()}, path, {"format": "pt"})
+    config = read_settings(folder / CONFIG_NAME)
+    fingerprint = {place: file_sha256(folder / place) for place in own_weight_places(folder)}
+    write_json(folder / CONFIG_NAME, config | {"weight_fingerprint": fingerprint})
 
 
 def prompt(length: int = 8, batch: int = 1, seed: int = 3) -> torch.Tensor:

@@ -44,7 +44,7 @@ def run(monkeypatch):
     return run_some
 
 
-FILES = "folder base_files language_adapter tokenizer"
+FILES = "folder own_files base_files language_adapter tokenizer"
 RUNS = "text_view stock_peft"
 
 
@@ -66,8 +66,8 @@ def test_every_check_holds_for_a_good_model(folder):
     seen = []
     checks = verify_model(folder, on_check=seen.append)
     assert [check.name for check in checks] == [
-        "folder", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view", "stock_peft",
-        "remote_code",
+        "folder", "own_files", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view",
+        "stock_peft", "remote_code",
     ]  # fmt: skip
     assert [check.detail for check in checks if not check.ok] == []
     assert seen == checks
@@ -100,6 +100,40 @@ def test_a_root_adapter_is_seen_in_a_repository_too(hub, folder, run):
     assert failed == ["folder"]
     assert "adapter_config.json is in the root" in details and "pytorch_model.bin" in details
     assert "model.onnx" not in details
+
+
+# Its own files
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", ADAPTER])
+def test_one_changed_bit_of_our_own_weights_is_found(place, folder, run):
+    content = bytearray((folder / place).read_bytes())
+    content[-1] ^= 1
+    (folder / place).write_bytes(content)
+    failed, details = run(folder, FILES)
+    assert failed == ["own_files"] and f"sha256 of {place} is" in details and "save it again" in details
+
+
+def test_files_that_people_edit_are_no_change_of_the_weights(folder, run):
+    (folder / "README.md").write_text("# Mine")
+    change_json(folder / "generation_config.json", max_new_tokens=5)
+    change_json(folder / "config.json", my_note="edited by hand")
+    failed, details = run(folder, "own_files")
+    assert failed == [] and "not recorded" not in details
+
+
+def test_a_folder_of_an_earlier_version_passes_and_verify_says_that_nothing_was_recorded(folder, run):
+    change_json(folder / "config.json", weight_fingerprint=None)
+    failed, details = run(folder, "own_files")
+    assert failed == [] and "no sha256 of its weights is recorded" in details
+
+
+def test_weights_that_another_program_wrote_anew_are_named(folder, run):
+    names = {key: "model-00001-of-00001.safetensors" for key in load_file(folder / "model.safetensors")}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    failed, details = run(folder, "folder own_files")
+    assert failed == [] and "model-00001-of-00001.safetensors is not recorded" in details
 
 
 # The base
