@@ -56,7 +56,7 @@ def evaluate(
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
 ) -> None:
-    """Score a model's answers on held-out data, by task and with standard errors.
+    """Score a model's answers on held-out data.
 
     Answers are greedy. Samples with images run the multimodal view, others the text view. Each sample may name its
     `answers`, `choices`, `metric` and `task`.
