@@ -58,8 +58,8 @@ def evaluate(
 ) -> None:
     """Score a model's answers on held-out data.
 
-    Answers are greedy. Samples with images run the multimodal view, others the text view. Each sample may name its
-    `answers`, `choices`, `metric` and `task`.
+    Scores are by task, with standard errors. Answers are greedy. Samples with images run the multimodal view, others
+    the text view. Each sample may name its `answers`, `choices`, `metric` and `task`.
     """
     _check_options(ctx, model, compare, out, record)
     with stdout_for_json(json_output):

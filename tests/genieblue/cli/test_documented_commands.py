@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import typer
-from command_line import REPOSITORY
+from command_line import REPOSITORY, run
 
 from genieblue.cli.app import app
 
@@ -58,3 +58,9 @@ def test_options_that_are_named_alone_exist():
     spans = [(page.name, code) for page in PAGES for code, _ in code_of(page) if re.match(r"--[a-z]", code)]
     known = options_of(typer.main.get_command(app)) | OF_OTHERS
     assert len(spans) > 30 and not [span for span in spans if re.split("[ =]", span[1])[0] not in known]
+
+
+@pytest.mark.parametrize("group", ["", "data", "export"])
+def test_a_list_of_commands_cuts_no_sentence(group):
+    commands = run(*group.split(), "--help").stdout.partition("Commands:")[2]
+    assert commands and "..." not in commands
