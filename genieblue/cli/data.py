@@ -38,7 +38,8 @@ def check(
 ) -> None:
     """Count samples, lengths and tiles, and find bad samples.
 
-    Finds duplicates and images that cannot be opened, too. Reads everything once. Ends with exit code 1 if a sample is bad.
+    Finds duplicates and images that cannot be opened, too. Reads everything once. Ends with exit code 1 if a sample
+    is bad.
     """
     if out is not None and (out.suffix.lower() != ".png" or not out.absolute().parent.is_dir()):
         raise typer.BadParameter(f"{out} is not a PNG file in an existing folder.", param_hint="--out")
