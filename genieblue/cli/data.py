@@ -43,6 +43,8 @@ def check(
     """
     if out is not None and (out.suffix.lower() != ".png" or not out.absolute().parent.is_dir()):
         raise typer.BadParameter(f"{out} is not a PNG file in an existing folder.", param_hint="--out")
+    if out is not None:
+        import matplotlib  # noqa: F401 - a missing package is noticed before all data is read
     with stdout_for_json(json_output):
         quiet_transformers()
         from genieblue.data.chats import ChatDataset
