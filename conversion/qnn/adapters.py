@@ -92,7 +92,7 @@ def export_adapter(
 
 def _check_output(out: Path, bundle: Bundle) -> None:
     if out.exists():
-        raise FileExistsError(f"{out} already exists: give the name of a new file.")
+        raise FileExistsError(f"The output {out} already exists: give the name of a new file.")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {out.parent} does not exist: create it, or give another output file.")
     if out.resolve().is_relative_to(bundle.folder.resolve()):

@@ -36,12 +36,15 @@ def check(
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
 ) -> None:
-    """Count samples, lengths and tiles, and find bad samples, duplicates and images that cannot be opened.
+    """Count samples, lengths and tiles, and find bad samples.
 
-    Reads everything once. Ends with exit code 1 if a sample is bad.
+    Finds duplicates and images that cannot be opened, too. Reads everything once. Ends with exit code 1 if a sample
+    is bad.
     """
     if out is not None and (out.suffix.lower() != ".png" or not out.absolute().parent.is_dir()):
         raise typer.BadParameter(f"{out} is not a PNG file in an existing folder.", param_hint="--out")
+    if out is not None:
+        import matplotlib  # noqa: F401 - a missing package is noticed before all data is read
     with stdout_for_json(json_output):
         quiet_transformers()
         from genieblue.data.chats import ChatDataset

@@ -25,7 +25,7 @@ def demo(
     seed: Seed = 0,
     json_output: Json = False,
 ) -> None:
-    """Train a GenieBlue that reads, and ask it what it was not trained on.
+    """Train a small GenieBlue and test it.
 
     The toy reads handwritten numbers after some 8 minutes on two cores. SmolLM2-135M-Instruct, from PyPI, also reads
     words, compares numbers and counts digits after some 30. The exit code is 1 if the base's text answers changed.

@@ -56,10 +56,10 @@ def evaluate(
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
 ) -> None:
-    """Score a model's answers on held-out data, by task and with standard errors.
+    """Score a model's answers on held-out data.
 
-    Answers are greedy. Samples with images run the multimodal view, others the text view. Each sample may name its
-    `answers`, `choices`, `metric` and `task`.
+    Scores are by task, with standard errors. Answers are greedy. Samples with images run the multimodal view, others
+    the text view. Each sample may name its `answers`, `choices`, `metric` and `task`.
     """
     _check_options(ctx, model, compare, out, record)
     with stdout_for_json(json_output):

@@ -168,4 +168,5 @@ def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
     from conversion.qnn.bundle.runner import QnnRunner
     from genieblue.serving.qnn_conversation import QnnChat
 
-    return QnnChat(QnnRunner(bundle, backend=backend, adapter=adapter))
+    folder, file = Path(bundle).expanduser(), adapter and adapter.expanduser()  # shells do not expand `--qnn=~/x`
+    return QnnChat(QnnRunner(folder, backend=backend, adapter=file))

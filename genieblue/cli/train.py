@@ -133,6 +133,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     settings = settings_of(values)
     out = Path(values["out"]).expanduser()  # shells do not expand `--out=~/x`
     stages.check_validates(settings, "eval_data" in values)
+    stages.check_trackers(settings.report_to)
     stages.check_output(out.absolute())
     options = {
         "image_folder": values.get("image_folder"),

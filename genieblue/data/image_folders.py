@@ -67,7 +67,8 @@ class ImageFolders:
         folder, rest = (self.roots[first], rest) if rest and first in self.roots else (self.folder, name)
         if folder is None:
             raise ValueError(
-                f"{where}: the image {shown(name)} is a path; set `image_folder` to the folder it is relative to."
+                f"{where}: the image {shown(name)} is a path; set `image_folder` (--image-folder) to the "
+                "folder it is relative to."
             )
         # With links followed, only the written path must be inside; `..` is resolved before links are.
         path = os.path.abspath(folder / rest) if self.follow_links else os.path.realpath(folder / rest)
@@ -77,7 +78,7 @@ class ImageFolders:
         remedy = "follow links with `follow_links` (--follow-links)" if leaves_by_link else "move it inside"
         raise ValueError(
             f"{where}: the image {shown(name)} is outside {folder} (at {shown(path)}); {remedy}, or give another "
-            "`image_folder`."
+            "`image_folder` (--image-folder)."
         )
 
 

@@ -98,12 +98,34 @@ def open_hub(name: str) -> Table:
                 raise ValueError(f"it has several splits: give one, such as {name}[{splits[0]}] ({', '.join(splits)})")
             split = splits[0]
         dataset = datasets.load_dataset(found["id"], found["config"], split=split, **options)
+        if found["revision"]:
+            _check_commit(dataset, found["id"], found["revision"])
         if "__key__" in dataset.column_names:
             raise ValueError("it is a WebDataset: download its .tar files, and give their folder")
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split()).removesuffix(".")
-        raise OSError(f"{name} cannot be read from the Hub ({type(error).__name__}: {reason}).") from error
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        if reason.startswith("Config name is missing"):  # the rest tells how to call `load_dataset`
+            configs = datasets.get_dataset_config_names(found["id"], **options)
+            whole, rest = f"{HUB}{found['id']}/{configs[0]}", name.removeprefix(f"{HUB}{found['id']}")
+            reason = f"it has several configurations: give one, such as {whole}{rest} ({', '.join(configs)})"
+        raise OSError(f"{name} cannot be read from the Hub ({reason}).") from error
     return Table(dataset, name)
+
+
+def _check_commit(dataset: Any, name: str, revision: str) -> None:
+    """`ValueError` if a data set is not of a revision: without the Hub, `datasets` takes the last one in its cache."""
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    except Exception:  # whatever the client raises without a connection
+        commit = revision
+    # The cache has a folder for each commit.
+    if other := {Path(file["filename"]).parent.name for file in dataset.cache_files} - {commit}:
+        raise ValueError(
+            f"the Hub cannot be asked for the revision {revision}, and the cache of `datasets` has {other.pop()}: "
+            "connect to the Hub, or give that commit as revision"
+        )
 
 
 def _shown(paths: Sequence[Path]) -> str:

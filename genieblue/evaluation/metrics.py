@@ -50,9 +50,11 @@ NAMES = (*METRICS, CHOICE)
 
 
 def check_metric(name: str) -> None:
-    """`ValueError` for a name that is no metric."""
+    """`ValueError` for a name that is no metric, `ModuleNotFoundError` for one whose package is missing."""
     if name not in NAMES:
         raise ValueError(f"The metric is {name!r}: expected one of {', '.join(NAMES)}.")
+    if name == "anls":
+        import rapidfuzz  # noqa: F401 - a missing package is noticed before the first answer
 
 
 def standard_error(scores: Sequence[float]) -> float | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def train(
     """
     output = Path(os.path.abspath(output))
     check_output(output)
-    if not is_accelerate_available():
-        raise ValueError("Training needs the package accelerate: pip install 'genieblue[train]'.")
+    if not is_accelerate_available() or find_spec("matplotlib") is None:  # for the curves, after the first steps
+        raise ValueError("Training needs the packages accelerate and matplotlib: pip install 'genieblue[train]'.")
     check_trackers(settings.report_to)
     run = _make_run(model, processor, dataset, settings, validation)
     structure, settings = run.structure, run.settings

@@ -210,8 +210,9 @@ class StageTrainer(Trainer):
             self._last_log_time, self._samples_since_log, self._tokens_since_log = now, 0, 0
             logs.update({f"learning_rate/{part}": rate for part, rate in self._part_rates.rates.items()})
             logs["peak_memory_gb"] = _peak_memory() / 1e9
-        # Trainer's own figures take packs for samples, and after a resume earlier steps for those of this time.
-        for name in ("train_samples_per_second", "train_steps_per_second"):
+        # Trainer's own figures take the rate of the first group, a layer of some part, for that of all, packs for
+        # samples, and after a resume earlier steps for those of this time.
+        for name in ("learning_rate", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(name, None)
         super().log(logs, *args, **kwargs)
 

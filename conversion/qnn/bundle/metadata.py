@@ -126,8 +126,11 @@ def read_adapter(
         with np.load(path, allow_pickle=False) as file:
             found = {name.partition("/")[2]: file[name] for name in file if name.startswith(f"{part}/")}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # whatever NumPy raises
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(f"The adapter {path} cannot be read ({error.strerror}): give another file.") from error
+        # NumPy's own words are about pickled data, and how to load it unsafely.
         raise OSError(
-            f"{path} is not an adapter of a bundle ({error}): make one with `genieblue export adapter`."
+            f"{path} is not an adapter of a bundle, or is damaged: make one with `genieblue export adapter`."
         ) from error
     remedy = "make it again for this bundle, with `genieblue export adapter`."
     shapes = {name: array.shape for name, array in found.items() if array.dtype == np.int8}

@@ -113,7 +113,7 @@ def test_adapters_that_do_not_fit_a_bundle_are_refused(with_inputs, bundle, sibl
     with np.load(with_inputs / "adapter.npz") as file:
         rescaled = {key: value * np.float32(1.01) if key.endswith("scale") else value for key, value in file.items()}
     np.savez(tmp_path / "other.npz", **rescaled)
-    sentences = {"broken": "not an adapter", "strange.npz": "not fit part 0", "no": "not an adapter"}
+    sentences = {"broken": "not an adapter", "strange.npz": "not fit part 0", "no": "cannot be read"}
     for name, sentence in {**sentences, "other.npz": "another bundle"}.items():
         with pytest.raises((ValueError, OSError), match=sentence):
             QnnRunner(with_inputs, adapter=tmp_path / name)

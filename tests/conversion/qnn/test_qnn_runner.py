@@ -123,16 +123,22 @@ def test_an_adapter_file_is_taken_by_its_own_bundle_only(tmp_path):
         read_adapter(path, 0, LORA)
 
 
-@pytest.mark.parametrize("contents", [None, b"", b"no archive", b"PK\x03\x04 cut", b"npy"])
+@pytest.mark.parametrize("contents", [b"", b"no archive", b"PK\x03\x04 cut", b"npy"])
 def test_what_is_no_adapter_file_is_refused(tmp_path, contents):
     path = tmp_path / "adapter.npz"
     if contents == b"npy":
         with path.open("wb") as file:
             np.save(file, np.zeros(3))
-    elif contents is not None:
+    else:
         path.write_bytes(contents)
-    with pytest.raises(OSError, match="not an adapter of a bundle"):
+    with pytest.raises(OSError, match="not an adapter of a bundle, or is damaged: make one"):  # nothing about pickles
         read_adapter(path, 0, LORA)
+
+
+def test_an_adapter_that_is_no_file_is_named(tmp_path):
+    for path, reason in ((tmp_path / "none.npz", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(OSError, match=rf"The adapter {path} cannot be read \({reason}"):
+            read_adapter(path, 0, LORA)
 
 
 def decoder(context_length):

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from chat_lines import good_line
 from command_line import REPOSITORY, error_of, run, run_json, run_process
 from safetensors.torch import load_file
 from tiny_genieblue import save_tiny_pair, train_a_little
@@ -95,6 +96,30 @@ def test_a_library_that_is_too_old_is_one_sentence_and_a_broken_import_a_traceba
     monkeypatch.setattr("genieblue.lab.parameters.count_trainable", broken)
     with pytest.raises(ImportError, match="cannot import name"):
         run("params", "bluelm-3b")
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        (
+            "matplotlib",
+            "train",
+            ["train", "--model", "genieblue", "--data", "chats.jsonl", "--stage", 2, "--out", "o"],
+        ),
+        ("matplotlib", "train", ["data", "check", "chats.jsonl", "--out", "report.png"]),
+        ("rapidfuzz", "eval", ["eval", "genieblue", "--data", "chats.jsonl", "--metric", "anls"]),
+    ],
+    ids=["train", "data check", "eval"],
+)
+def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(work, monkeypatch, package, extra, arguments):
+    for module in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    Path("chats.jsonl").write_text(json.dumps(good_line()) + "\n")
+    for step in ("genieblue.training.trainer.StageTrainer.train", "genieblue.data.report.check_data",
+                 "genieblue.evaluation.evaluate.evaluate"):  # fmt: skip
+        monkeypatch.setattr(step, lambda *_, **__: pytest.fail("began"))
+    told = error_of(*arguments)
+    assert package in told and f"pip install 'genieblue[{extra}]'" in " ".join(told.split())
 
 
 # params and info

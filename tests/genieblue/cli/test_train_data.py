@@ -101,6 +101,7 @@ def test_a_run_file_names_parts_and_image_roots_by_mappings(folder, model, tmp_p
         (["--data", "a.jsonl", "--data", "./a.jsonl"], "count twice"),
         (["--data", "a.jsonl", "--text-share", "2"], "expected a number from 0 to 1"),
         (["--data", "a.jsonl", "--text-share", "0.5"], "every sample has an image"),
+        (["--data", "none.jsonl", "--report-to", "tensorbord"], "names 'tensorbord', which is not installed"),
         (["--data", "a.jsonl", "--image-root", "x"], "not NAME=FOLDER"),
         (["--data", "a.jsonl", "--image-root", "x=.", "--image-root", "x=."], "'x' is given twice"),
     ],

@@ -221,6 +221,55 @@ def test_a_data_set_on_the_hub_is_read_by_split(hub, tmp_path):
         open_mixture(["hf:you/none"])
 
 
+CONFIGURATIONS = """---
+configs:
+- config_name: pages
+  data_files: [{split: train, path: pages.jsonl}]
+- config_name: charts
+  data_files: [{split: train, path: charts.jsonl}]
+---
+"""
+
+
+def put_on_hub(hub, repo_id: str, **files: str) -> None:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(hub.endpoint, token=hub.token)
+    api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+    operations = [CommitOperationAdd(name.replace("_", "."), text.encode()) for name, text in files.items()]
+    api.create_commit(repo_id, operations, commit_message="Data", repo_type="dataset")
+
+
+def test_of_a_data_set_with_several_configurations_one_is_named(hub):
+    pages, charts = (json.dumps(chat(name)) + "\n" for name in ("page", "chart"))
+    put_on_hub(hub, "you/chats", README_md=CONFIGURATIONS, pages_jsonl=pages, charts_jsonl=charts)
+    assert questions(open_mixture(["hf:you/chats/charts@main[train]"])) == ["chart"]
+    told = r"several configurations: give one, such as hf:you/chats/pages@main\[train\] \(pages, charts\)\)\.$"
+    with pytest.raises(OSError, match=told):
+        open_mixture(["hf:you/chats@main[train]"])
+
+
+def test_without_the_hub_another_revision_in_the_cache_is_refused(hub, request):
+    from huggingface_hub import HfApi
+
+    api = HfApi(hub.endpoint, token=hub.token)
+    for version in ("old", "new"):
+        put_on_hub(hub, "you/chats", chats_jsonl=json.dumps(chat(version)) + "\n")
+        api.create_tag("you/chats", tag=version, repo_type="dataset")
+        assert questions(open_mixture([f"hf:you/chats@{version}"])) == [version]
+    commit = api.dataset_info("you/chats").sha
+    request.getfixturevalue("no_network")
+    with pytest.raises(OSError, match=rf"cannot be asked for the revision old, and the cache .* has {commit}"):
+        open_mixture(["hf:you/chats@old"])
+    assert questions(open_mixture([f"hf:you/chats@{commit}"])) == ["new"]
+
+
+def test_a_data_set_that_is_a_script_is_refused(hub):
+    put_on_hub(hub, "you/chats", chats_py="import datasets\n")
+    with pytest.raises(OSError, match=r"hf:you/chats cannot be read from the Hub \(Dataset scripts are no longer"):
+        open_mixture(["hf:you/chats"])
+
+
 # When samples are checked
 
 

@@ -130,11 +130,11 @@ def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path):
     assert [record["step"] for record in records] == [1, 2, 3]
     assert {"grad_norm", "samples_per_second", "tokens_per_second", "peak_memory_gb"} <= records[0].keys()
     assert records[1]["learning_rate/lora"] == pytest.approx(2 * records[1]["learning_rate/replicated_blocks"])
-    # Each rate is the one that its step was taken with, as Trainer's own is.
+    assert "learning_rate" not in records[1]  # Trainer's own, of one group
     second, last = (
         {name: record[name] for name in record if name.startswith("learning_rate")} for record in records[1:]
     )
-    factor = last["learning_rate"] / second["learning_rate"]
+    factor = last["learning_rate/lora"] / second["learning_rate/lora"]
     assert last == pytest.approx({name: factor * rate for name, rate in second.items()})
     assert Image.open(tmp_path / "out-run/curves.png").width > 500
     assert result.loss == records[-1]["loss"]
