@@ -126,7 +126,7 @@ def _nearest_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 def _searched_grid(
     grouped: torch.Tensor, dtype: torch.dtype, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each 4-bit group with the smallest squared error, weighted by `importance` of its inputs.
+    """Scale and zero point of each 4-bit group with the smallest squared error, weighted by its inputs' `importance`.
 
     From each of several ranges, narrower ones clip more, the scale and the integer zero point are fitted once to the
     codes that the range gives, by regression of the weights on them. The full range is among what is compared, so no
@@ -152,16 +152,17 @@ def _search_rows(
     importance = importance / importance.sum(-1, keepdim=True)
     weight_mean = (importance * grouped).sum(-1, keepdim=True)
     for fraction in SEARCHED_RANGES:
-        scale, zero = _stored_scale(full_scale * fraction, dtype), full_zero
-        for is_fitted in (False, True):
-            if is_fitted:
-                scale, zero = _fitted_grid(grouped, codes, importance, weight_mean, scale, dtype)
+        grid = _stored_scale(full_scale * fraction, dtype), full_zero
+        for is_last in (False, True):
+            scale, zero = grid
             codes = _nearest_codes(grouped, scale, zero, 4)
             loss = (importance * (grouped - (codes - zero) * scale).square()).sum(-1, keepdim=True)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
+            if not is_last:
+                grid = _fitted_grid(grouped, codes, importance, weight_mean, full_scale, dtype)
     return best_scale, best_zero
 
 
@@ -170,10 +171,10 @@ def _fitted_grid(
     codes: torch.Tensor,
     importance: torch.Tensor,
     weight_mean: torch.Tensor,
-    scale: torch.Tensor,
+    largest: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point that represent the weights best by given codes; `scale` where the codes leave it open."""
+    """The scale, up to `largest`, and the zero point that represent the weights best by given codes."""
     # weight ≈ slope * code + offset, and the grid is zero at the code -offset / slope.
     code_mean = (importance * codes).sum(-1, keepdim=True)
     spread = importance * (codes - code_mean)
@@ -181,9 +182,9 @@ def _fitted_grid(
     zero = (code_mean - weight_mean / slope).round().nan_to_num(0.0).clamp(0, TOP_CODE[4])
     steps = codes - zero
     fitted = (importance * steps * grouped).sum(-1, keepdim=True) / (importance * steps * steps).sum(-1, keepdim=True)
-    # Open if all weights of a group have the same code.
+    # If all weights of a group have the same code, the scale is undetermined.
     usable = torch.isfinite(fitted) & (fitted > 0)
-    return _stored_scale(torch.where(usable, fitted, scale), dtype), zero
+    return _stored_scale(torch.where(usable, fitted, largest).minimum(largest), dtype), zero
 
 
 def _round_gptq(
@@ -192,11 +193,11 @@ def _round_gptq(
     """Codes (out, in), scale and zero point (out, groups, 1), all float32.
 
     Frantar et al., "GPTQ" (2023), algorithm 1, in the order of the inputs' mean squares: with `U` the upper Cholesky
-    factor of the inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each later
-    column j. This is the change of the later columns that best restores the layer's output: once the earlier columns
-    are fixed, only the inverse Hessian of columns i and later counts, and row i of U is its first row, up to a factor.
-    The columns that matter most go first, while many others can still make up for them. The grids are searched
-    beforehand, so that a group need not lie together in that order, and weighted by the inputs' mean squares.
+    factor of the inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each
+    later column j. This is the change of the later columns that best restores the layer's output: once the earlier
+    columns are fixed, only the inverse Hessian of columns i and later counts, and row i of U is its first row, up to a
+    factor. The columns that matter most go first, while many others can still make up for them. The grids are searched
+    beforehand, weighted by the inputs' mean squares: in that order the columns of a group do not lie together.
     """
     hessian = _checked_hessian(hessian, weight.device)
     order = hessian.diagonal().argsort(descending=True, stable=True)

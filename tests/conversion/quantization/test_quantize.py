@@ -70,13 +70,14 @@ def test_quantized_base_is_a_whole_repository(tmp_path):
 
 
 def test_config_says_what_each_part_is_in():
-    config = settings(quantized_pair(**W8, vision_tower="w4a16", lm_head="w8a16") / "genieblue")["quantization"]
+    recipe = {**W8, "vision_tower": "w4a16", "lm_head": "w8a16", "group_size": 32}
+    config = settings(quantized_pair(**recipe) / "genieblue")["quantization"]
     expected = {"llm": "w8a16", "replicated_blocks": "w8a16", "lora": "w8a16", "vision_tower": "w4a16",
                 "multi_modal_projector": "w8a16", "lm_head": "w8a16", "embeddings": "w16a16", "rounding": "rtn",
-                "activations": "bfloat16"}  # fmt: skip
+                "group_size": 32, "activations": "bfloat16"}  # fmt: skip
     assert {name: config[name] for name in expected} == expected
-    base = settings(quantized_pair(**W8, vision_tower="w4a16", lm_head="w8a16") / "base")["quantization_config"]
-    assert (base["llm"], base["lm_head"], base["rounding"]) == ("w8a16", "w8a16", "rtn")
+    base = settings(quantized_pair(**recipe) / "base")["quantization_config"]
+    assert (base["llm"], base["lm_head"], base["rounding"], base["group_size"]) == ("w8a16", "w8a16", "rtn", 32)
     assert "vision_tower" not in base
 
 
@@ -175,7 +176,7 @@ def test_second_adapter_uses_the_same_quantized_base(mix, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [{"llm": "w8a16"}, {"lm_head": "w8a16"}, {"embeddings": "w8a16"},
-                                   {"activations": "float16"}], ids=str)  # fmt: skip
+                                   {"activations": "float16"}, {"group_size": 32}], ids=str)  # fmt: skip
 def test_quantized_base_of_another_recipe_is_refused(asked, tmp_path):
     """Otherwise config.json would say what is not so."""
     with pytest.raises(ValueError, match="was requested"):

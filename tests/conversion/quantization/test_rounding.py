@@ -65,7 +65,7 @@ def test_gptq_chooses_the_codes_of_a_naive_implementation(features, group_size):
 
 
 def test_gptq_follows_inputs_of_different_size():
-    """The large ones among them first, on grids fitted for them: twice the accuracy on the same codes."""
+    """Grids for the large ones gain as much as compensation does."""
     weight = DISTRIBUTIONS["gaussian"]((64, 256))
     inputs = correlated_activations(2048, 256) * torch.exp(1.5 * torch.randn(256))
     errors = [
