@@ -123,65 +123,48 @@ def _nearest_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     return (weight / scale).round_().add_(zero).clamp_(lowest, TOP_CODE[bits])
 
 
-def _searched_grid(
-    grouped: torch.Tensor, dtype: torch.dtype, importance: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each 4-bit group with the smallest squared error, weighted by its inputs' `importance`.
+def _searched_grid(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each 4-bit group of weights (out, groups, group_size) with the smallest squared error.
 
     From each of several ranges, narrower ones clip more, the scale and the integer zero point are fitted once to the
     codes that the range gives, by regression of the weights on them. The full range is among what is compared, so no
     group is worse than rounded to nearest.
-
-    Args:
-        grouped: weights (out_features, groups, group_size).
-        importance: (groups, group_size), such as the mean squares of the inputs; by default all count the same.
     """
-    if importance is None:
-        importance = torch.ones_like(grouped[0])
     rows = max(1, SEARCHED_ELEMENTS // grouped[0].numel())
-    found = [_search_rows(part, dtype, importance) for part in grouped.split(rows)]
+    found = [_search_rows(part, dtype) for part in grouped.split(rows)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
-def _search_rows(
-    grouped: torch.Tensor, dtype: torch.dtype, importance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _search_rows(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     full_scale, full_zero = _range_grid(grouped, 4, dtype)
     best_scale, best_zero = full_scale.clone(), full_zero.clone()
     best_loss = torch.full_like(best_scale, torch.inf)
-    importance = importance / importance.sum(-1, keepdim=True)
-    weight_mean = (importance * grouped).sum(-1, keepdim=True)
     for fraction in SEARCHED_RANGES:
         grid = _stored_scale(full_scale * fraction, dtype), full_zero
         for is_last in (False, True):
             scale, zero = grid
             codes = _nearest_codes(grouped, scale, zero, 4)
-            loss = (importance * (grouped - (codes - zero) * scale).square()).sum(-1, keepdim=True)
+            loss = (grouped - (codes - zero) * scale).square().sum(-1, keepdim=True)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
             if not is_last:
-                grid = _fitted_grid(grouped, codes, importance, weight_mean, full_scale, dtype)
+                grid = _fitted_grid(grouped, codes, full_scale, dtype)
     return best_scale, best_zero
 
 
 def _fitted_grid(
-    grouped: torch.Tensor,
-    codes: torch.Tensor,
-    importance: torch.Tensor,
-    weight_mean: torch.Tensor,
-    largest: torch.Tensor,
-    dtype: torch.dtype,
+    grouped: torch.Tensor, codes: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale, up to `largest`, and the zero point that represent the weights best by given codes."""
     # weight ≈ slope * code + offset, and the grid is zero at the code -offset / slope.
-    code_mean = (importance * codes).sum(-1, keepdim=True)
-    spread = importance * (codes - code_mean)
-    slope = (spread * (grouped - weight_mean)).sum(-1, keepdim=True) / (spread * codes).sum(-1, keepdim=True)
+    code_mean, weight_mean = codes.mean(-1, keepdim=True), grouped.mean(-1, keepdim=True)
+    spread = codes - code_mean
+    slope = (spread * (grouped - weight_mean)).sum(-1, keepdim=True) / spread.square().sum(-1, keepdim=True)
     zero = (code_mean - weight_mean / slope).round().nan_to_num(0.0).clamp(0, TOP_CODE[4])
     steps = codes - zero
-    fitted = (importance * steps * grouped).sum(-1, keepdim=True) / (importance * steps * steps).sum(-1, keepdim=True)
+    fitted = (steps * grouped).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True)
     # If all weights of a group have the same code, the scale is undetermined.
     usable = torch.isfinite(fitted) & (fitted > 0)
     return _stored_scale(torch.where(usable, fitted, largest).minimum(largest), dtype), zero
@@ -197,19 +180,14 @@ def _round_gptq(
     later column j. This is the change of the later columns that best restores the layer's output: once the earlier
     columns are fixed, only the inverse Hessian of columns i and later counts, and row i of U is its first row, up to a
     factor. The columns that matter most go first, while many others can still make up for them. The grids are searched
-    beforehand, weighted by the inputs' mean squares: in that order the columns of a group do not lie together.
+    beforehand, because in that order the columns of a group do not lie together. Weighting the search by the inputs'
+    mean squares makes it worse: what later columns make up for leaves such a grid more often.
     """
     hessian = _checked_hessian(hessian, weight.device)
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    hessian = hessian[order][:, order]
-    factor = _reversed_cholesky(hessian)  # also adds the damping to the diagonal
-    importance = torch.empty_like(hessian.diagonal())
-    importance[order] = hessian.diagonal()
+    factor = _reversed_cholesky(hessian[order][:, order])
     grouped = weight.unflatten(1, (-1, group_size))
-    if bits == 8:
-        scale, zero = _range_grid(grouped, bits, dtype)
-    else:
-        scale, zero = _searched_grid(grouped, dtype, importance.unflatten(0, (-1, group_size)))
+    scale, zero = _range_grid(grouped, bits, dtype) if bits == 8 else _searched_grid(grouped, dtype)
     scales, zeros = scale.squeeze(-1).t().contiguous(), zero.squeeze(-1).t().contiguous()  # (groups, out)
     columns = weight[:, order].t().contiguous()  # (in, out): makes each column of the weight contiguous
     codes = torch.empty_like(columns)

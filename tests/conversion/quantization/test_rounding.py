@@ -64,17 +64,6 @@ def test_gptq_chooses_the_codes_of_a_naive_implementation(features, group_size):
     assert torch.equal(rounded.codes, naive_gptq(weight, hessian, rounded))
 
 
-def test_gptq_follows_inputs_of_different_size():
-    """Grids for the large ones gain as much as compensation does."""
-    weight = DISTRIBUTIONS["gaussian"]((64, 256))
-    inputs = correlated_activations(2048, 256) * torch.exp(1.5 * torch.randn(256))
-    errors = [
-        output_error(weight, round_weight(weight, 4, 64, method="gptq", hessian=hessian), inputs)
-        for hessian in (hessian_of(inputs), hessian_of(inputs).diagonal().diag(), torch.eye(256))
-    ]
-    assert errors[0] < 0.6 * errors[1] < 0.6 * errors[2], errors
-
-
 # Relative L2 error of the outputs at groups of 128. GPTQ's depends on how correlated the activations are.
 EXPECTED_ERRORS = {
     "gaussian": {"rtn": 0.100, "mse": 0.096, "gptq": 0.056},
