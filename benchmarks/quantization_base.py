@@ -82,7 +82,8 @@ def rescale_channels(model: Any, spread: float) -> None:
     of down.
     """
     heads = model.config.num_key_value_heads
-    for block in find_blocks(model)[1]:
+    blocks: Any = find_blocks(model)[1]
+    for block in blocks:
         attention, mlp = block.self_attn, block.mlp
         for norm, readers in (
             (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
@@ -117,7 +118,7 @@ def make_base(source: Path, texts: Path, out: Path, steps: int, learning_rate: f
     """Writes the base in bfloat16; returns the errors of its grids."""
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     errors = {"as it came": grid_errors(model)}
     rescale_channels(model, spread=0.1)
     errors["rescaled"] = grid_errors(model)
