@@ -84,7 +84,7 @@ def measure_accuracy(demo: Path) -> dict[str, dict[str, float]]:
 
     rows = {"16 bits (bf16)": score(demo / "genieblue", dtype=torch.bfloat16)}
     with tempfile.TemporaryDirectory() as folder:
-        for precision, rounding in (("w8a16", "rtn"), ("w4a16", "rtn"), ("w4a16", "hqq"), ("w4a16", "gptq")):
+        for precision, rounding in (("w8a16", "rtn"), ("w4a16", "rtn"), ("w4a16", "mse"), ("w4a16", "gptq")):
             recipe = QuantizationRecipe(llm=precision, rounding=rounding)
             output, base = Path(folder, f"{precision}-{rounding}"), Path(folder, f"base-{precision}-{rounding}")
             quantize_genieblue(demo / "genieblue", output, recipe, base_output=base, samples=samples)

@@ -61,6 +61,7 @@ class Quantization:
 
     precisions: dict[str, str]  # by part, as in `ModelCardInfo.parts` and `BASE_PARTS`
     rounding: str
+    group_size: int | None  # 4-bit codes with one scale
     activations: str
     other_precision: dict[str, str] = field(default_factory=dict)  # layer -> precision and reason
     other_rounding: dict[str, str] = field(default_factory=dict)  # part -> rounding, and for how many of its layers
@@ -226,6 +227,7 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
     return Quantization(
         precisions={part: value for part, value in recorded.items() if isinstance(value, str) and value[0] == "w"},
         rounding=recorded["rounding"],
+        group_size=recorded.get("group_size"),
         activations=recorded["activations"],
         other_precision=recorded.get("other_precision") or {},
         other_rounding=recorded.get("other_rounding") or {},

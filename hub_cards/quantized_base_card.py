@@ -44,6 +44,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "precisions": {title: settings[part] for part, title in BASE_PARTS.items()},
         "size": sum(sizes, PartSize()),
         "rounding": settings["rounding"],
+        "group_size": settings.get("group_size"),
         "activations": settings["activations"],
         "other_precision": settings["other_precision"],
         "other_rounding": settings.get("other_rounding") or {},

@@ -11,34 +11,17 @@ from torch import nn
 from .model_files_genieblue import read_settings
 from .quantized_linears_genieblue import (
     BITS,
+    GROUP_SIZES,
     FrozenLinear,
     FrozenWeight,
     check_quanto_installed,
     frozen,
-    group_size_of,
     quanto_weight,
     reason_against,
 )
 
 FLOATING = ("BF16", "F16", "F32")  # as safetensors calls them
 _PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}
-
-
-def stored_layout(name: str, kind: str, out_features: int, in_features: int) -> dict[str, tuple[tuple, tuple]]:
-    """`{key: (shape, dtypes that are accepted)}` of what a file must hold for the weight of module `name`."""
-    if problem := reason_against(out_features, in_features, BITS[kind]):
-        raise ValueError(f"{name} cannot be of {BITS[kind]} bits: {problem}. The quantization map is damaged.")
-    layout = {f"{name}.input_scale": ((), FLOATING), f"{name}.output_scale": ((), FLOATING)}
-    if kind == "qint8":
-        codes, rows = {f"{name}.weight._data": ((out_features, in_features), ("I8",))}, out_features
-    else:
-        group_size = group_size_of(in_features)
-        rows = out_features * in_features // group_size
-        codes = {
-            f"{name}.weight._data._data": ((rows // 2, group_size), ("U8",)),
-            f"{name}.weight._shift": ((rows, 1), ("U8",)),
-        }
-    return {**layout, **codes, f"{name}.weight._scale": ((rows, 1), FLOATING)}
 
 
 class QuantizedFile:
@@ -70,6 +53,25 @@ class QuantizedFile:
                 f"{self.path} does not fit its configuration: {'; '.join(problems[:4])}{rest}. Load the files "
                 "that belong together (same repository, same revision)."
             )
+
+    def layout(self, name: str, kind: str, out_features: int, in_features: int) -> dict[str, tuple[tuple, tuple]]:
+        """`{key: (shape, dtypes that are accepted)}` of what the file must hold for the weight of module `name`.
+
+        At 4 bits the file's own shape says how large the groups are, which must be one of those that we write.
+        """
+        if problem := reason_against(out_features, in_features, BITS[kind]):
+            raise ValueError(f"{name} cannot be of {BITS[kind]} bits: {problem}. The quantization map is damaged.")
+        layout = {f"{name}.input_scale": ((), FLOATING), f"{name}.output_scale": ((), FLOATING)}
+        if kind == "qint8":
+            codes, rows = {f"{name}.weight._data": ((out_features, in_features), ("I8",))}, out_features
+        else:
+            key = f"{name}.weight._data._data"
+            found = self._file.get_slice(key).get_shape() if key in self._file.keys() else []
+            sizes = [size for size in GROUP_SIZES if in_features % size == 0]
+            group_size = found[-1] if found and found[-1] in sizes else sizes[0]  # any other fails the check
+            rows = out_features * in_features // group_size
+            codes = {key: ((rows // 2, group_size), ("U8",)), f"{name}.weight._shift": ((rows, 1), ("U8",))}
+        return {**layout, **codes, f"{name}.weight._scale": ((rows, 1), FLOATING)}
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
         """A stored tensor; floating-point ones in `dtype`."""
@@ -142,7 +144,7 @@ def fill_from_quantized_file(
     layout |= {name: (tuple(buffer.shape), (*FLOATING, "I64", "I32", "BOOL")) for name, buffer in buffers.items()}
     for name, kind, module in found:
         if f"{name}.weight" != head_weight:
-            layout |= stored_layout(name, kind, *module.weight.shape)
+            layout |= file.layout(name, kind, *module.weight.shape)
     file.check(layout)
     for name in (*plain, *buffers):
         _assign(tree, name, file.tensor(name, dtype, device), is_buffer=name in buffers)

@@ -29,6 +29,7 @@ except ImportError:  # only needed where something is quantized
 
 
 BITS = {"qint4": 4, "qint8": 8}
+GROUP_SIZES = (128, 96, 64, 32)  # codes with one scale in a row of 4 bits; 96 is for widths such as 576
 # Rows of codes that torch's 4-bit CPU kernel multiplies: others are expanded at each call.
 KERNEL_GROUPS = (32, 64, 128, 256)
 KERNEL_ALIGNMENT = 32  # bytes, for activations of the 8-bit CPU kernel
@@ -47,11 +48,9 @@ def check_quanto_installed() -> None:
         quanto_cpp._lib = SimpleNamespace(unpack=unpack)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def group_size_of(in_features: int) -> int:
-    """Codes that share one scale in a 4-bit row of `in_features`: quanto's own choice, 128 where it divides."""
-    if in_features <= 128:
-        return in_features
-    return next((size for size in (128, 96, 64, 32) if in_features % size == 0), in_features)
+def group_size_of(in_features: int, largest: int = 128) -> int:
+    """Codes that share one scale in a 4-bit row of `in_features`, a multiple of 32: at most `largest`."""
+    return next(size for size in GROUP_SIZES if size <= largest and in_features % size == 0)
 
 
 def reason_against(out_features: int, in_features: int, bits: int) -> str | None:
@@ -256,7 +255,7 @@ def quanto_weight(parts: dict[str, torch.Tensor], kind: str, shape: Sequence[int
             codes = codes.clone()
         return WeightQBytesTensor.create(qint8, 0, size, stride, codes, parts["_scale"])
     scale, shift = parts["_scale"], parts["_shift"]
-    group_size = group_size_of(in_features)
+    group_size = parts["_data._data"].shape[1]
     cpu_kernel = scale.device.type == "cpu" and scale.dtype == torch.bfloat16 and group_size in KERNEL_GROUPS
     if not cpu_kernel:
         group = None if group_size == in_features else group_size

@@ -22,7 +22,7 @@ from .quantized_base_genieblue import (
     use_stored_generation_config,
 )
 from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
-from .quantized_files_genieblue import FLOATING, QuantizedFile, fill_from_quantized_file, stored_layout
+from .quantized_files_genieblue import FLOATING, QuantizedFile, fill_from_quantized_file
 from .quantized_linears_genieblue import FrozenLinear, sampled_codes, scales_of
 from .quantized_precision_guard_genieblue import guard_tree, is_frozen
 from .quantized_settings_genieblue import BASE_PARTS
@@ -125,7 +125,7 @@ def load_quantized_adapter(view: nn.Module, request: LoadRequest, base_dtype: to
         module = stock.rpartition(".")[0]
         if stock.endswith(".weight") and module in file.qmap:
             is_lora = ".lora_" in stock
-            layout |= lora_layout(module, tuple(parameter.shape)) if is_lora else stored_layout(
+            layout |= lora_layout(module, tuple(parameter.shape)) if is_lora else file.layout(
                 module, file.qmap[module], *parameter.shape
             )  # fmt: skip
         else:

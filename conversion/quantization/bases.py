@@ -145,7 +145,7 @@ def check_existing_base(
     if settings is None:
         unseen = "" if is_folder else ", or it cannot be reached on the Hub"
         raise ValueError(f"{name} is not a base quantized by GenieBlue{unseen}: leave it out to make a new one.")
-    for part in (*BASE_PARTS, "activations"):
+    for part in (*BASE_PARTS, "group_size", "activations"):
         if settings.get(part) != getattr(recipe, part):
             raise ValueError(
                 f"{name} has {part} {settings.get(part)}, but {getattr(recipe, part)} was requested: request "

@@ -14,6 +14,7 @@ from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entri
 from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.quantized_settings_genieblue import ACTIVATIONS, PRECISIONS
 
+RECIPE_GROUP_SIZES = (32, 64, 128)
 KINDS = {"w4a16": "qint4", "w8a16": "qint8"}
 
 
@@ -29,7 +30,8 @@ class QuantizationRecipe:
         replicated_blocks: linears of the trained copies; by default as `llm`.
         lora, vision_tower, multi_modal_projector: at 8 or 16 bits, the projector and the tower at 4 as well.
         lm_head, embeddings: of the base; if they share one weight, they are quantized together or not at all.
-        rounding: `rtn` (nearest), `hqq` (fits scales to the weights, needs no data) or `gptq` (needs samples).
+        rounding: `rtn` (nearest), `mse` (searches scales for the weights, needs no data) or `gptq` (needs samples).
+        group_size: 4-bit codes with one scale, 32, 64 or 128; less where the width of a layer is no multiple of it.
         activations: number format of scales, of what is not quantized, and of the activations.
     """
 
@@ -40,7 +42,8 @@ class QuantizationRecipe:
     multi_modal_projector: str = "w8a16"
     lm_head: str = "w16a16"
     embeddings: str = "w16a16"
-    rounding: str = "hqq"
+    rounding: str = "mse"
+    group_size: int = 64
     activations: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -52,6 +55,9 @@ class QuantizationRecipe:
                 raise ValueError(f"`{name}` is {precision!r}: choose one of {', '.join(allowed)}.")
         if self.rounding not in ROUNDING_METHODS:
             raise ValueError(f"`rounding` is {self.rounding!r}: choose one of {', '.join(ROUNDING_METHODS)}.")
+        if self.group_size not in RECIPE_GROUP_SIZES:
+            choices = ", ".join(map(str, RECIPE_GROUP_SIZES))
+            raise ValueError(f"`group_size` is {self.group_size!r}: choose one of {choices}.")
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"`activations` is {self.activations!r}: choose one of {', '.join(ACTIVATIONS)}.")
         if set(self.parts().values()) == {"w16a16"}:
@@ -61,7 +67,8 @@ class QuantizationRecipe:
 
     def parts(self) -> dict[str, str]:
         """Precision by part."""
-        return {name: value for name, value in asdict(self).items() if name not in ("rounding", "activations")}
+        other = ("rounding", "group_size", "activations")
+        return {name: value for name, value in asdict(self).items() if name not in other}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,6 +180,6 @@ def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, An
     for plan in plans:
         kept |= plan.kept
     return {
-        "format": "optimum-quanto", **recipe.parts(), "rounding": recipe.rounding, "activations": recipe.activations,
-        "other_precision": kept,
+        "format": "optimum-quanto", **recipe.parts(), "rounding": recipe.rounding, "group_size": recipe.group_size,
+        "activations": recipe.activations, "other_precision": kept,
     }  # fmt: skip

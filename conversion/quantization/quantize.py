@@ -175,7 +175,7 @@ def _check_options(
             "give only one of them."
         )
     if recipe.rounding == "gptq" and not samples.text:
-        raise ValueError("gptq needs calibration samples with text: give some, or use hqq or rtn.")
+        raise ValueError("gptq needs calibration samples with text: give some, or use mse or rtn.")
     if of_base and not recipe.changes_base:
         raise ValueError(
             "The base stays at 16 bits, so there is no quantized base to write or use: leave out `base_output`, "

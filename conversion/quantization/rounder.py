@@ -70,10 +70,10 @@ class Rounder:
         """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which gets the rounded values."""
         bits = BITS[kind]
         method = self.recipe.rounding
-        if (method == "gptq" and hessian is None) or (method == "hqq" and bits == 8):
-            method = "rtn" if bits == 8 else "hqq"
+        if (method == "gptq" and hessian is None) or (method == "mse" and bits == 8):
+            method = "rtn" if bits == 8 else "mse"
         self.note(part, method)
-        group_size = weight.shape[1] if bits == 8 else group_size_of(weight.shape[1])
+        group_size = weight.shape[1] if bits == 8 else group_size_of(weight.shape[1], self.recipe.group_size)
         rounded = round_weight(weight, bits, group_size, method=method, dtype=self.recipe.dtype, hessian=hessian)
         weight.copy_(rounded.dequantize())
         return {

@@ -1,26 +1,23 @@
-"""Rounds one weight matrix to 4 or 8 bits: to nearest, half-quadratic (HQQ), or with calibration data (GPTQ).
+"""Rounds one weight matrix to 4 or 8 bits: to nearest, on a searched grid (MSE), or with calibration data (GPTQ).
 
 Pure functions on tensors. Their results do not depend on any kernel: integer codes, scales in their stored dtype, and
 integer zero points, so that the codes can be repacked for other kernels without loss.
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-ROUNDING_METHODS = ("rtn", "hqq", "gptq")
+ROUNDING_METHODS = ("rtn", "mse", "gptq")
 TOP_CODE = {4: 15, 8: 127}  # 4 bits: codes 0..15 around a zero point; 8 bits: -127..127
 
-# HQQ: initial ranges as fractions of the full range, steps from each, and shrinkage strengths in code steps. More of
-# any of them lowers the error of Gaussian, Laplace and Student-t weights by less than 1 %.
-HQQ_STARTS = (1.0, 0.85, 0.7)
-HQQ_ITERATIONS = 10
-HQQ_NORM, HQQ_BETA, HQQ_BETA_GROWTH = 0.7, 4.0, 1.01
-HQQ_ELEMENTS = 1 << 18  # weights at a time: ten times as fast if they fit in a CPU's cache
+# Ranges that the search of a grid starts from, as fractions of the full one. Twice as many lower the squared error of
+# Gaussian, Laplace and Student-t weights by less than 1 %.
+SEARCHED_RANGES = [1 - step / 20 for step in range(11)]
+SEARCHED_ELEMENTS = 1 << 18  # weights at a time: several times as fast if they fit in a CPU's cache
 
 GPTQ_BLOCK = 128  # columns whose errors are applied within the block first, then to all later columns at once
 GPTQ_DAMPING = (0.01, 0.1, 1.0)  # fractions of the mean of the Hessian's diagonal, tried in order
@@ -58,8 +55,8 @@ def round_weight(
     Args:
         bits: 4 (codes and zero points 0..15, groups along the inputs) or 8 (symmetric, one scale per row).
         group_size: columns that share a scale; a divisor of in_features, at 8 bits in_features itself.
-        method: `rtn` takes the nearest code; `hqq` also fits scale and zero point to the bulk of the weights (4 bits
-            only); `gptq` lets later columns compensate for the errors of earlier ones, weighted by the inputs.
+        method: `rtn` takes the nearest code; `mse` also searches scale and zero point for the smallest squared error
+            (4 bits only); `gptq` lets later columns compensate for the errors of earlier ones, weighted by the inputs.
         dtype: dtype of the scales. Codes are chosen for the scales as stored.
         hessian: (in_features, in_features) for `gptq`: `X^T X` of the linear's calibration inputs, times any factor.
 
@@ -72,8 +69,8 @@ def round_weight(
         codes, scale, zero = _round_gptq(weight, bits, group_size, dtype, hessian)
     else:
         grouped = weight.unflatten(1, (-1, group_size))  # (out, groups, group_size)
-        if method == "hqq":
-            scale, zero = _fit_half_quadratic(grouped, dtype)
+        if method == "mse":
+            scale, zero = _searched_grid(grouped, dtype)
         else:
             scale, zero = _range_grid(grouped, bits, dtype)
         codes = _nearest_codes(grouped, scale, zero, bits).flatten(1)
@@ -126,56 +123,51 @@ def _nearest_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     return (weight / scale).round_().add_(zero).clamp_(lowest, TOP_CODE[bits])
 
 
-def _fit_half_quadratic(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each group by half-quadratic optimisation, or of the plain range if that is better.
+def _searched_grid(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each 4-bit group of weights (out, groups, group_size) with the smallest squared error.
 
-    After Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): alternately, the part
-    of the error that an Lp norm with p < 1 tolerates is set aside, and the grid is fitted to the rest. They fit a
-    floating-point zero point with a fixed scale. Here the zero point is an integer, which could hardly move alone, so
-    the scale is fitted too, by regression of the weights on their codes. The grid with the smallest squared error of
-    all steps is used.
+    From each of several ranges, narrower ones clip more, the scale and the integer zero point are fitted once to the
+    codes that the range gives, by regression of the weights on them. The full range is among what is compared, so no
+    group is worse than rounded to nearest.
     """
-    rows = max(1, HQQ_ELEMENTS // grouped[0].numel())
-    fitted = [_fit_rows(part, dtype) for part in grouped.split(rows)]
-    return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
+    rows = max(1, SEARCHED_ELEMENTS // grouped[0].numel())
+    found = [_search_rows(part, dtype) for part in grouped.split(rows)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
-def _fit_rows(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    top = TOP_CODE[4]
+def _search_rows(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     full_scale, full_zero = _range_grid(grouped, 4, dtype)
     best_scale, best_zero = full_scale.clone(), full_zero.clone()
     best_loss = torch.full_like(best_scale, torch.inf)
-    for start in HQQ_STARTS:
-        scale, zero, beta = _stored_scale(full_scale * start, dtype), full_zero, HQQ_BETA
-        for iteration in range(HQQ_ITERATIONS + 1):
+    for fraction in SEARCHED_RANGES:
+        grid = _stored_scale(full_scale * fraction, dtype), full_zero
+        for is_last in (False, True):
+            scale, zero = grid
             codes = _nearest_codes(grouped, scale, zero, 4)
-            error = grouped - (codes - zero) * scale
-            loss = error.square().sum(-1, keepdim=True)
+            loss = (grouped - (codes - zero) * scale).square().sum(-1, keepdim=True)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-            if iteration == HQQ_ITERATIONS:
-                break
-            target = grouped - _tolerated(error / scale, beta) * scale
-            beta *= HQQ_BETA_GROWTH
-            # target ≈ slope * codes + offset, and the grid is zero at the code -offset / slope.
-            code_mean, target_mean = codes.mean(-1, keepdim=True), target.mean(-1, keepdim=True)
-            spread = codes - code_mean
-            slope = (spread * (target - target_mean)).sum(-1, keepdim=True) / spread.square().sum(-1, keepdim=True)
-            zero = (code_mean - target_mean / slope).round().nan_to_num(0.0).clamp(0, top)
-            steps = codes - zero
-            fitted = (steps * target).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True)
-            # If all weights of a group have the same code, the scale is undetermined; a fit never leaves the range.
-            usable = torch.isfinite(fitted) & (fitted > 0)
-            scale = _stored_scale(torch.where(usable, fitted, scale).minimum(full_scale), dtype)
+            if not is_last:
+                grid = _fitted_grid(grouped, codes, full_scale, dtype)
     return best_scale, best_zero
 
 
-def _tolerated(error: torch.Tensor, beta: float) -> torch.Tensor:
-    """Generalised soft threshold: the part of `error`, in code steps, that the Lp norm tolerates."""
-    size = error.abs()
-    return (size - size.clamp(min=1e-6).pow(HQQ_NORM - 1) / beta).clamp_(min=0) * error.sign()
+def _fitted_grid(
+    grouped: torch.Tensor, codes: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale, up to `largest`, and the zero point that represent the weights best by given codes."""
+    # weight ≈ slope * code + offset, and the grid is zero at the code -offset / slope.
+    code_mean, weight_mean = codes.mean(-1, keepdim=True), grouped.mean(-1, keepdim=True)
+    spread = codes - code_mean
+    slope = (spread * (grouped - weight_mean)).sum(-1, keepdim=True) / spread.square().sum(-1, keepdim=True)
+    zero = (code_mean - weight_mean / slope).round().nan_to_num(0.0).clamp(0, TOP_CODE[4])
+    steps = codes - zero
+    fitted = (steps * grouped).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True)
+    # If all weights of a group have the same code, the scale is undetermined.
+    usable = torch.isfinite(fitted) & (fitted > 0)
+    return _stored_scale(torch.where(usable, fitted, largest).minimum(largest), dtype), zero
 
 
 def _round_gptq(
@@ -183,53 +175,42 @@ def _round_gptq(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (out, in), scale and zero point (out, groups, 1), all float32.
 
-    Frantar et al., "GPTQ" (2023), algorithm 1, without reordering columns: with `U` the upper Cholesky factor of the
-    inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each later column j.
-    This is the change of the later columns that best restores the layer's output: once the earlier columns are fixed,
-    only the inverse Hessian of columns i and later counts, and row i of U is its first row, up to a factor. The grid
-    of a 4-bit group is fitted as for `hqq`, which lowers the error by 3 to 5 % compared with the full range.
+    Frantar et al., "GPTQ" (2023), algorithm 1, in the order of the inputs' mean squares: with `U` the upper Cholesky
+    factor of the inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each
+    later column j. This is the change of the later columns that best restores the layer's output: once the earlier
+    columns are fixed, only the inverse Hessian of columns i and later counts, and row i of U is its first row, up to a
+    factor. The columns that matter most go first, while many others can still make up for them. The grids are searched
+    beforehand, because in that order the columns of a group do not lie together. Weighting the search by the inputs'
+    mean squares makes it worse: what later columns make up for leaves such a grid more often.
     """
-    factor = _reversed_cholesky(_checked_hessian(hessian, weight.device))
-    columns = weight.t().contiguous()  # (in, out): makes each column of the weight contiguous
+    hessian = _checked_hessian(hessian, weight.device)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = _reversed_cholesky(hessian[order][:, order])
+    grouped = weight.unflatten(1, (-1, group_size))
+    scale, zero = _range_grid(grouped, bits, dtype) if bits == 8 else _searched_grid(grouped, dtype)
+    scales, zeros = scale.squeeze(-1).t().contiguous(), zero.squeeze(-1).t().contiguous()  # (groups, out)
+    columns = weight[:, order].t().contiguous()  # (in, out): makes each column of the weight contiguous
     codes = torch.empty_like(columns)
-    count, groups = len(columns), len(columns) // group_size
-    scales = columns.new_empty(groups, columns.shape[1])
-    zeros = torch.empty_like(scales)
-    for start, end in _column_blocks(count, group_size):
+    groups, count = (order // group_size).tolist(), len(columns)
+    for start in range(0, count, GPTQ_BLOCK):
+        end = min(start + GPTQ_BLOCK, count)
         # Rows start..end of U: H = R R^T with R upper triangular, and U is the inverse of R.
         eye = torch.eye(end - start, count - start, dtype=factor.dtype, device=factor.device)
         rows = torch.linalg.solve_triangular(factor[start:, start:], eye, upper=True, left=False).float()
         errors = columns.new_empty(end - start, columns.shape[1])
         for index in range(start, end):
-            group, row = index // group_size, rows[index - start]
-            if index % group_size == 0:
-                # The group already includes the corrections from earlier columns, so its grid fits what gets rounded.
-                weights = columns[index : index + group_size].t().contiguous()[:, None]  # (out, 1, group_size)
-                scale, zero = _range_grid(weights, 8, dtype) if bits == 8 else _fit_half_quadratic(weights, dtype)
-                scales[group], zeros[group] = scale.flatten(), zero.flatten()
-            column = columns[index]
-            codes[index] = _nearest_codes(column, scales[group], zeros[group], bits)
+            group, row, column = groups[index], rows[index - start], columns[index]
+            code = _nearest_codes(column, scales[group], zeros[group], bits)
             # Divided by the diagonal once, so that the updates below are plain products with U.
-            error = (column - (codes[index] - zeros[group]) * scales[group]) / row[index - start]
-            errors[index - start] = error
+            error = (column - (code - zeros[group]) * scales[group]) / row[index - start]
+            codes[index], errors[index - start] = code, error
             columns[index + 1 : end].addr_(row[index + 1 - start : end - start], error, alpha=-1)
         # The block's errors reach all later columns in one product: updating the whole matrix once per column would
         # spend its time moving memory.
         columns[end:].addmm_(rows[:, end - start :].t(), errors, alpha=-1)
-    return codes.t(), scales.t()[..., None], zeros.t()[..., None]
-
-
-def _column_blocks(count: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Blocks of at most GPTQ_BLOCK columns, each with complete groups or part of a single group.
-
-    A group must not start inside a block and continue in the next one: its range is computed at its start, when the
-    columns of later blocks do not yet include the errors of this block.
-    """
-    span = group_size * max(1, GPTQ_BLOCK // group_size)
-    for start in range(0, count, span):
-        stop = min(start + span, count)
-        for first in range(start, stop, GPTQ_BLOCK):
-            yield first, min(first + GPTQ_BLOCK, stop)
+    in_place = torch.empty_like(codes)
+    in_place[order] = codes
+    return in_place.t(), scale, zero
 
 
 def _checked_hessian(hessian: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -264,5 +245,5 @@ def _reversed_cholesky(hessian: torch.Tensor) -> torch.Tensor:
         logger.warning("The Hessian is not positive definite with a damping of %g: trying a larger one.", damping)
     raise ValueError(
         f"The Hessian is not positive definite, even with {GPTQ_DAMPING[-1]:g} times its mean diagonal added: "
-        "expected `X^T X` of calibration inputs. Give more, and more varied, samples, or use hqq."
+        "expected `X^T X` of calibration inputs. Give more, and more varied, samples, or use mse."
     )

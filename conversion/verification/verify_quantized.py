@@ -32,6 +32,7 @@ from modeling_genieblue.model_files_genieblue import (
     some,
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
+from modeling_genieblue.quantized_linears_genieblue import group_size_of
 from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 
@@ -88,9 +89,10 @@ def check_quantization(subject: SavedModel) -> str:
         own = subject.base_quantization or {}
         problems += [
             f"the base's config.json has {part} {own.get(part)!r}, this one {recorded.get(part)!r}"
-            for part in (*BASE_PARTS, "activations")
+            for part in (*BASE_PARTS, "group_size", "activations")
             if own.get(part) != recorded.get(part)
         ]
+    problems += _other_groups(model, recipe.group_size)
     explained = describe(recipe, [*plans.values(), of_base])["other_precision"]
     if recorded.get("other_precision") != explained:
         names = sorted(set(recorded.get("other_precision") or {}) ^ set(explained)) or sorted(explained)
@@ -133,6 +135,14 @@ def _other_precisions(place: str, meant: dict[str, str], found: dict[str, str]) 
         f"{found.get(first, '16 bits')}, expected {meant.get(first, '16 bits')}"
         for first in other[:1]
     ]
+
+
+def _other_groups(model: Any, largest: int) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if is_frozen(module) and module.weight_qtype.name == "qint4":
+            meant = group_size_of(module.in_features, largest)
+            if (found := module.weight._group_size or module.in_features) != meant:
+                yield f"{name} has groups of {found}, by config.json {meant}"
 
 
 def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:

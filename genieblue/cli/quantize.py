@@ -14,6 +14,7 @@ from genieblue.cli.options import (
     BaseCode,
     CalibrationImages,
     EightBits,
+    GroupSize,
     Json,
     Revision,
     Rounding,
@@ -45,7 +46,8 @@ def quantize(
     projector: Annotated[Weights, typer.Option(help="Projector.")] = "w8a16",
     lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = "w16a16",
     embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = "w16a16",
-    rounding: Annotated[Rounding | None, typer.Option(help="Default: gptq with --calibration, else hqq.")] = None,
+    rounding: Annotated[Rounding | None, typer.Option(help="Default: gptq with --calibration, else mse.")] = None,
+    group_size: Annotated[GroupSize, typer.Option(help="4-bit weights that share one scale.")] = "64",
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Text file or JSONL of chats; may be repeated.")
     ] = None,
@@ -78,7 +80,7 @@ def quantize(
     from hub_cards.model_parts import model_info
     from modeling_genieblue import GenieBlueProcessor
 
-    chosen = rounding or ("gptq" if calibration else "hqq")
+    chosen = rounding or ("gptq" if calibration else "mse")
     if calibration and chosen != "gptq":
         raise typer.BadParameter(f"{chosen} uses no calibration samples: leave out --calibration or use gptq.")
     if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
@@ -92,6 +94,7 @@ def quantize(
         lm_head=lm_head,
         embeddings=embeddings,
         rounding=chosen,
+        group_size=int(group_size),
         activations=activations,
     )
     out = out.expanduser()

@@ -84,6 +84,18 @@ def test_tensor_of_another_shape_is_named(ending, part, folder):
     assert_refused(folder, part, ValueError, name, "expected")
 
 
+@pytest.mark.parametrize("part", TREES)
+def test_groups_of_a_size_that_we_do_not_write_are_named(part, folder):
+    """In order in themselves: of each group the scale of its parts is the same."""
+    with changed_tensors(folder / FILES[part][0]) as tensors:
+        name = stored(tensors, "._data._data").removesuffix("._data._data")
+        codes = tensors[f"{name}._data._data"]
+        tensors[f"{name}._data._data"] = codes.reshape(-1, 16)
+        for other in ("_scale", "_shift"):
+            tensors[f"{name}.{other}"] = tensors[f"{name}.{other}"].repeat_interleave(codes.shape[1] // 16, 0)
+    assert_refused(folder, part, ValueError, f"{name}._data._data", "expected")
+
+
 @pytest.mark.parametrize(("part", "ending", "dtype"), [
     ("base", "._data._data", torch.int8), ("base", "embed_tokens.weight._data", torch.uint8),
     ("base", "._scale", torch.int8), ("base", ".input_scale", torch.complex64), ("base", "norm.weight", torch.int8),

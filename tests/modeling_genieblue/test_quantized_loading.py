@@ -81,12 +81,13 @@ def frozen(model):
 
 
 @pytest.mark.parametrize("activations", ["bfloat16", "float32"])
-@pytest.mark.parametrize("llm", ["w4a16", "w8a16"])
+@pytest.mark.parametrize(("llm", "group_size"), [("w4a16", 32), ("w4a16", 64), ("w8a16", 64)])
 @torch.no_grad()
-def test_weights_are_the_rounded_ones_of_the_source(llm, activations):
+def test_weights_are_the_rounded_ones_of_the_source(llm, group_size, activations):
     """Compared in float32, where no kernel rounds; the codes are compared bit by bit."""
     dtype = getattr(torch, activations)
-    folder = quantized_pair(llm=llm, vision_tower="w4a16", rounding="rtn", activations=activations)
+    recipe = {"llm": llm, "vision_tower": "w4a16", "rounding": "rtn", "group_size": group_size}
+    folder = quantized_pair(**recipe, activations=activations)
     model, source = load(folder / "genieblue", dtype=torch.float32), load(large_pair(), dtype=dtype)
     files = {name: load_file(folder / name) for name in (OWN_WEIGHTS, ADAPTER, BASE_WEIGHTS)}
     # Without what is the base's own, seen through the view.
@@ -95,7 +96,7 @@ def test_weights_are_the_rounded_ones_of_the_source(llm, activations):
     assert len(modules) == 7 * (4 + 1) + 6 * 2 + 2 + 2  # base, copied block, tower, its head, projector
     for name, module in modules.items():
         bits = 4 if "int4" in str(module.weight.qtype) else 8
-        group = module.in_features if bits == 8 else group_size_of(module.in_features)
+        group = module.in_features if bits == 8 else group_size_of(module.in_features, group_size)
         rounded = round_weight(source.get_submodule(name).weight, bits, group, dtype=dtype)
         torch.testing.assert_close(module.weight.dequantize(), rounded.dequantize(), rtol=1e-5, atol=1e-6)
         if name.startswith("language_model."):
@@ -107,6 +108,7 @@ def test_weights_are_the_rounded_ones_of_the_source(llm, activations):
             file, stored = OWN_WEIGHTS, name
         parts = {key.removeprefix(f"{stored}.weight."): value for key, value in files[file].items()}
         if bits == 4:
+            assert parts["_data._data"].shape[1] == group
             assert torch.equal(unpack(parts["_data._data"]).view(rounded.codes.shape), rounded.codes)
             assert torch.equal(parts["_shift"].view(rounded.scale.shape), rounded.zero_point)
         else:

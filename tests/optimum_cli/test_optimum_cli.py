@@ -72,11 +72,13 @@ def test_its_options_are_those_of_genieblue_quantize(site):
 
 
 def test_it_writes_what_genieblue_quantize_writes(site, tmp_path):
-    options = ["--llm", "w8a16", "--replicated=w4a16", "--rounding", "rtn", "--self-contained", "--json"]
+    options = ["--llm", "w8a16", "--replicated=w4a16", "--rounding", "rtn", "--group-size=32", "--self-contained"]
+    options += ["--json"]
     result = optimum_cli(site, "genieblue-quantize", large_pair(), "--out", tmp_path / "one", *options)
     assert result.returncode == 0, result.stderr
     parts = json.loads(result.stdout)["parts"]
     assert {part: entry["precision"] for part, entry in parts.items()}["replicated_blocks"] == "w4a16"
+    assert json.loads((tmp_path / "one/config.json").read_text())["quantization"]["group_size"] == 32
     arguments = ["quantize", str(large_pair()), "--out", str(tmp_path / "other"), *options]
     subprocess.run([sys.executable, "-m", "genieblue", *arguments], check=True, capture_output=True, cwd=ROOT)
     one, other = contents(tmp_path / "one"), contents(tmp_path / "other")

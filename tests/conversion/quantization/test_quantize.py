@@ -70,13 +70,14 @@ def test_quantized_base_is_a_whole_repository(tmp_path):
 
 
 def test_config_says_what_each_part_is_in():
-    config = settings(quantized_pair(**W8, vision_tower="w4a16", lm_head="w8a16") / "genieblue")["quantization"]
+    recipe = {**W8, "vision_tower": "w4a16", "lm_head": "w8a16", "group_size": 32}
+    config = settings(quantized_pair(**recipe) / "genieblue")["quantization"]
     expected = {"llm": "w8a16", "replicated_blocks": "w8a16", "lora": "w8a16", "vision_tower": "w4a16",
                 "multi_modal_projector": "w8a16", "lm_head": "w8a16", "embeddings": "w16a16", "rounding": "rtn",
-                "activations": "bfloat16"}  # fmt: skip
+                "group_size": 32, "activations": "bfloat16"}  # fmt: skip
     assert {name: config[name] for name in expected} == expected
-    base = settings(quantized_pair(**W8, vision_tower="w4a16", lm_head="w8a16") / "base")["quantization_config"]
-    assert (base["llm"], base["lm_head"], base["rounding"]) == ("w8a16", "w8a16", "rtn")
+    base = settings(quantized_pair(**recipe) / "base")["quantization_config"]
+    assert (base["llm"], base["lm_head"], base["rounding"], base["group_size"]) == ("w8a16", "w8a16", "rtn", 32)
     assert "vision_tower" not in base
 
 
@@ -175,7 +176,7 @@ def test_second_adapter_uses_the_same_quantized_base(mix, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [{"llm": "w8a16"}, {"lm_head": "w8a16"}, {"embeddings": "w8a16"},
-                                   {"activations": "float16"}], ids=str)  # fmt: skip
+                                   {"activations": "float16"}, {"group_size": 32}], ids=str)  # fmt: skip
 def test_quantized_base_of_another_recipe_is_refused(asked, tmp_path):
     """Otherwise config.json would say what is not so."""
     with pytest.raises(ValueError, match="was requested"):
@@ -337,7 +338,7 @@ def test_config_says_which_parts_were_rounded_by_another_method(tmp_path, caplog
     other = recorded["other_rounding"]
     assert other.keys() == {"vision_tower", "vision_tower.head", "multi_modal_projector", "lora", "lm_head"}
     assert other["multi_modal_projector"] == "rtn: 2 of 2 layers" and other["lm_head"] == "rtn: 1 of 1 layers"
-    assert other["vision_tower"] == "hqq: 12 of 12 layers" and int(other["lora"].split()[1]) < count
+    assert other["vision_tower"] == "mse: 12 of 12 layers" and int(other["lora"].split()[1]) < count
     base = settings(tmp_path / "base")["quantization_config"]
     assert (base["rounding"], base["other_rounding"]) == ("gptq", {"lm_head": "rtn: 1 of 1 layers"})
     assert "lm_head (" not in caplog.text
@@ -357,8 +358,8 @@ def test_linear_that_no_sample_reached_is_named(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(rounder_module, "walk_blocks", walk_without_one)
     quantize(large_pair(), tmp_path, rounding="gptq")
-    assert "llm (hqq: 4 of 28 layers)" in caplog.text and "vision_tower (" not in caplog.text
-    assert settings(tmp_path / "base")["quantization_config"]["other_rounding"] == {"llm": "hqq: 4 of 28 layers"}
+    assert "llm (mse: 4 of 28 layers)" in caplog.text and "vision_tower (" not in caplog.text
+    assert settings(tmp_path / "base")["quantization_config"]["other_rounding"] == {"llm": "mse: 4 of 28 layers"}
 
 
 def test_an_inner_base_goes_when_its_model_is_replaced_by_one_without(tmp_path):
@@ -371,10 +372,10 @@ def test_an_inner_base_goes_when_its_model_is_replaced_by_one_without(tmp_path):
 
 
 def test_rounding_of_a_base_that_was_there_is_recorded(tmp_path, caplog):
-    base = quantized_pair(rounding="hqq") / "base"
+    base = quantized_pair(rounding="mse") / "base"
     quantize(large_pair(), tmp_path, {"quantized_base": base}, rounding="gptq")
     other = settings(tmp_path / "genieblue")["quantization"]["other_rounding"]
-    assert other["llm"] == "hqq, as the base was rounded before"
+    assert other["llm"] == "mse, as the base was rounded before"
     assert "replicated_blocks" not in other and "reached" not in caplog.text
 
 

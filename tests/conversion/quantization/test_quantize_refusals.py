@@ -95,7 +95,7 @@ def test_contradicting_options_are_refused(tmp_path, must_not_load):
     ({"llm": "w2a16"}, "llm"), ({"llm": "W4A16"}, "llm"), ({"lora": "w4a16"}, "lora"), ({"llm": "int8"}, "llm"),
     ({"lm_head": "w4a16"}, "lm_head"), ({"embeddings": "w4a16"}, "embeddings"), ({"rounding": "awq"}, "rounding"),
     ({"activations": "float8"}, "activations"), ({"activations": "float64"}, "activations"),
-    ({"vision_tower": None}, "vision_tower"),
+    ({"vision_tower": None}, "vision_tower"), ({"group_size": 96}, "group_size"), ({"group_size": "64"}, "group_size"),
     (dict.fromkeys(("llm", "lora", "vision_tower", "multi_modal_projector"), "w16a16"), "nothing to quantize"),
 ], ids=str)  # fmt: skip
 def test_recipes_that_cannot_be_are_refused(recipe, message):

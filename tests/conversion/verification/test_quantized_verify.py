@@ -114,6 +114,7 @@ RECIPES = {
     "head alone": {"llm": "w16a16", "lm_head": "w8a16", "embeddings": "w8a16"},
     "own parts": {"llm": "w16a16", "replicated_blocks": "w8a16"},
     "float32": {"activations": "float32"},
+    "small groups": {"group_size": 32},
 }
 
 
@@ -121,6 +122,13 @@ RECIPES = {
 def test_every_mix_of_precisions_passes(tmp_path, run, case):
     failed, details = run(make(tmp_path, large_pair(), **RECIPES[case]) / "genieblue")
     assert failed == [], details
+
+
+def test_groups_of_another_size_than_recorded_fail(pair, run):
+    change_quantization(pair / "genieblue", group_size=32)
+    failed, details = run(pair / "genieblue")
+    assert failed == ["quantization"]
+    assert "has groups of 64, by config.json 32" in details and "the base's config.json has group_size 64" in details
 
 
 def test_a_tied_head_and_embedding_in_8_bits_pass(tmp_path, run):

@@ -1,0 +1,195 @@
+"""A real base for figures of 4-bit rounding, and the perplexity that each rounding leaves it.
+
+    python -m benchmarks.quantization_base make --base smollm2 --texts gsm8k_train.jsonl --out quantization-base
+    python -m benchmarks.quantization_base measure --base quantization-base --calibration gsm8k_train.jsonl \
+        --texts gsm8k_test.jsonl --cases mse:64 gptq:64
+
+Texts are JSONL files with `question` and `answer`, such as GSM8K's.
+
+make: weights that were dequantized from 4 bits lie on a grid, on which groups of the same size and kind look perfect.
+Random factors of some 10 % between the channels of one layer and of the next move them off it and leave the function
+of a Llama-like model as it is; then `--steps` of full fine-tuning in float32 follow. Prints the error of groups of 32
+codes after each, on grids with a minimum like llama.cpp's Q4_1, and on ours, with integer zero points.
+
+measure: perplexity of the questions and answers in `--texts` and of Python's held-out documentation, in windows of 512
+tokens, for the base in bfloat16 and with its blocks rounded as each of `--cases` says: method and size of the groups.
+Unlike `quantize`, gptq has its Hessians from the unrounded base, which are the same for all cases.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from benchmarks.report import print_table
+from conversion.quantization.hessians import linear_hessians, text_batches
+from conversion.quantization.rounding import round_weight
+from genieblue.demo.text import held_out_stream, perplexity, split_documents
+from modeling_genieblue.language_adapter_genieblue import find_blocks
+from modeling_genieblue.quantized_linears_genieblue import group_size_of
+
+LENGTH = 512
+TEXT_WINDOWS, ENGLISH_WINDOWS = 12, 6
+
+
+def question_rows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[torch.Tensor]:
+    """Up to `count` rows (1, 512) of ids: questions and answers of a JSONL file, packed."""
+    with path.open(encoding="utf-8") as file:
+        pairs = map(json.loads, itertools.islice(file, count * LENGTH // 64))  # a pair has more than 64 tokens
+        texts = [f"{pair['question']}\n{pair['answer']}" for pair in pairs]
+    return text_batches(tokenizer, texts, LENGTH, count)
+
+
+def block_linears(model: Any) -> dict[str, torch.nn.Linear]:
+    """The linears in the blocks, by name."""
+    path, blocks = find_blocks(model)
+    return {f"{path}.{name}": module for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@torch.no_grad()
+def grid_errors(model: Any) -> dict[str, float]:
+    """Relative L2 error of the blocks' linears in groups of 32 codes: on a grid with a minimum, and on ours."""
+    lost, total = torch.zeros(2, dtype=torch.float64), 0.0
+    for linear in block_linears(model).values():
+        weight = linear.weight.float()
+        grouped = weight.unflatten(1, (-1, 32))
+        low, high = grouped.aminmax(dim=-1, keepdim=True)
+        step = ((high - low) / 15).clamp(min=1e-12)
+        with_minimum = (((grouped - low) / step).round() * step + low).flatten(1)
+        ours = round_weight(weight, 4, 32).dequantize()
+        lost += torch.stack([(found - weight).square().sum() for found in (with_minimum, ours)])
+        total += float(weight.square().sum())
+    return dict(zip(("with a minimum", "integer zero point"), (lost / total).sqrt().tolist(), strict=True))
+
+
+@torch.no_grad()
+def rescale_channels(model: Any, spread: float) -> None:
+    """Multiplies each input channel of a block's linears by a random factor, and divides what makes it by the same.
+
+    Norms make the inputs of q, k, v and of gate, up; v those of o, each of its heads for several query heads; up those
+    of down.
+    """
+    heads = model.config.num_key_value_heads
+    blocks: Any = find_blocks(model)[1]
+    for block in blocks:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, readers in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factors = torch.exp(spread * torch.randn_like(norm.weight))
+            norm.weight /= factors
+            for linear in readers:
+                linear.weight *= factors
+        factors = torch.exp(spread * torch.randn(attention.v_proj.out_features))
+        attention.v_proj.weight /= factors[:, None]
+        queries = attention.o_proj.in_features // attention.v_proj.out_features
+        attention.o_proj.weight *= factors.view(heads, 1, -1).expand(-1, queries, -1).flatten()
+        factors = torch.exp(spread * torch.randn(mlp.up_proj.out_features))
+        mlp.up_proj.weight /= factors[:, None]
+        mlp.down_proj.weight *= factors
+
+
+def fine_tune(model: Any, rows: list[torch.Tensor], learning_rate: float) -> None:
+    """Trains all weights, which are in float32, on one row a step."""
+    examples: Any = [{"input_ids": row[0], "labels": row[0]} for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, num_train_epochs=1, per_device_train_batch_size=1, learning_rate=learning_rate, warmup_steps=10,
+            lr_scheduler_type="cosine", bf16=True, use_cpu=True, logging_steps=10, save_strategy="no",
+            report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        Trainer(model, settings, train_dataset=examples).train()
+
+
+def make_base(source: Path, texts: Path, out: Path, steps: int, learning_rate: float) -> dict[str, dict[str, float]]:
+    """Writes the base in bfloat16; returns the errors of its grids."""
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    errors = {"as it came": grid_errors(model)}
+    rescale_channels(model, spread=0.1)
+    errors["rescaled"] = grid_errors(model)
+    if steps:
+        fine_tune(model, question_rows(texts, tokenizer, steps), learning_rate)
+        errors["fine-tuned"] = grid_errors(model)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return errors
+
+
+@torch.no_grad()
+def collect_hessians(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Hessians of the inputs of the blocks' linears, by name; layers that read the same input share one."""
+    return linear_hessians(model, lambda: [model(ids) for ids in rows], list(block_linears(model)))
+
+
+@torch.no_grad()
+def round_blocks(model: Any, method: str, group_size: int, hessians: dict[str, torch.Tensor]) -> float:
+    """Gives the blocks' linears rounded values; returns the bits per weight, scales and zero points included."""
+    bits = count = 0.0
+    for name, linear in block_linears(model).items():
+        size = group_size_of(linear.in_features, group_size)
+        rounded = round_weight(linear.weight, 4, size, method=method, hessian=hessians.get(name))
+        linear.weight.copy_(rounded.dequantize())
+        bits += linear.weight.numel() * (4 + (16 + 8) / size)
+        count += linear.weight.numel()
+    return bits / count
+
+
+def measure(base: Path, calibration: Path, texts: Path, cases: list[str], rows: int) -> dict[str, dict[str, float]]:
+    """Bits per weight and both perplexities, by case."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    questions = torch.cat(question_rows(texts, tokenizer, TEXT_WINDOWS), dim=1)[0]
+    english = held_out_stream(tokenizer, split_documents().held_out)
+    hessians: dict[str, torch.Tensor] = {}
+    found = {}
+    for case in ("bfloat16", *cases):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        method, _, group_size = case.partition(":")
+        if method == "gptq" and not hessians:
+            hessians = collect_hessians(model, question_rows(calibration, tokenizer, rows))
+        found[case] = {
+            "bits per weight": round_blocks(model, method, int(group_size), hessians) if group_size else 16,
+            "texts": perplexity(model, questions, LENGTH, batch_size=2),
+            "English": perplexity(model, english, LENGTH, batch_size=2, windows=ENGLISH_WINDOWS),
+        }
+    return found
+
+
+def main() -> None:
+    """Prints the table of the sub-command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("make", "measure"))
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--cases", nargs="+", default=["rtn:64", "mse:64", "gptq:64"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.command == "make":
+        errors = make_base(arguments.base, arguments.texts, arguments.out, arguments.steps, arguments.learning_rate)
+        print_table("Relative L2 error, groups of 32", errors)
+        return
+    calibration = arguments.calibration or arguments.texts
+    print_table("Perplexity", measure(arguments.base, calibration, arguments.texts, arguments.cases, arguments.rows))
+
+
+if __name__ == "__main__":
+    main()
