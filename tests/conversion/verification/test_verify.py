@@ -176,7 +176,7 @@ def test_a_base_that_is_gone_fails_what_needs_it_and_no_more(folder):
     shutil.rmtree(folder.parent / "base")
     checks = verify_model(folder)
     assert len(checks) == len(CHECKS)
-    assert [check.name for check in checks if check.ok] == ["folder"]
+    assert [check.name for check in checks if check.ok] == ["folder", "own_files"]
     assert all(str(folder.parent.resolve() / "base") in check.detail for check in checks if not check.ok)
 
 
@@ -192,7 +192,7 @@ def test_a_base_elsewhere_can_be_named(folder, run):
 def test_a_missing_adapter_tensor_is_found(folder, run):
     change_tensors(folder / ADAPTER, lambda tensors: tensors.pop(sorted(tensors)[0]))
     failed, details = run(folder, f"{FILES} {RUNS}")
-    assert failed == ["language_adapter", "text_view", "stock_peft"]
+    assert failed == ["own_files", "language_adapter", "text_view", "stock_peft"]
     assert "1 tensors are missing (base_model.model.model.layers.0" in details
 
 
@@ -373,7 +373,7 @@ def test_code_of_a_base_does_not_run_unless_it_is_allowed(tmp_path):
     checks = verify_model(folder)
     assert not ran.exists()
     assert all("--trust-remote-code" in check.detail for check in checks if not check.ok)
-    assert [check.name for check in checks if check.ok] == ["folder"]
+    assert [check.name for check in checks if check.ok] == ["folder", "own_files"]
 
 
 def test_a_base_with_code_of_its_own_passes_if_it_is_allowed(tmp_path, run):
