@@ -1,7 +1,6 @@
 """Exports a saved GenieBlue as a bundle for a Snapdragon phone: context binaries and everything a runtime needs."""
 
 import hashlib
-import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,19 +17,27 @@ from conversion.qnn.bundle.digests import tensors_digest, trained_digests
 from conversion.qnn.bundle.export_state import UnfinishedExport, write_json
 from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, Bundle, list_files, signed
 from conversion.qnn.bundle.runtime_files import write_runtime_files
+from conversion.qnn.export_settings import (
+    LONGEST_DEFAULT,
+    MIXED_BITS,
+    check_arguments,
+    check_config,
+    choose_context_length,
+    divide_blocks,
+    resumable_settings,
+)
 from conversion.qnn.graphs.chunked_decoder import DecoderShape
-from conversion.qnn.graphs.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
-from conversion.qnn.graphs.names import EMBEDDING_BITS, GROUP_SIZES, LORA_MODES, PRECISIONS, ROUNDINGS, STAGES, VIEWS
+from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
+from conversion.qnn.graphs.names import STAGES, VIEWS
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu.compile import compile_graphs, read_context
-from conversion.qnn.npu.sessions import check_libraries_installed, compiler_version, npu_devices
+from conversion.qnn.npu.sessions import compiler_version
 from conversion.qnn.npu.soc import Soc, find_soc
 from conversion.qnn.qdq.calibration import Calibration, embedding_rows, prepare_calibration
 from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range, WeightFormat
 from conversion.qnn.qdq.files import describe_boundary
 from conversion.qnn.qdq.language import LanguageSettings, Part, PartResult, codes_digest, quantize_part
 from conversion.qnn.qdq.precision_plan import PrecisionPlan, choose_eight_bits, measure_damage
-from conversion.qnn.qdq.quantize import CACHE_DTYPES
 from conversion.qnn.qdq.vision import quantize_vision
 from conversion.qnn.verdict import Answers, judge
 from conversion.staging import explained_full_disk, lock_output
@@ -38,16 +45,11 @@ from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
     GenieBlueProcessor,
-    QuantizedGenieBlueConfig,
 )
 from modeling_genieblue.model_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
-# Their versions, like the compiler's, determine the bytes of a bundle.
-PROGRAMS = ("genieblue", "torch", "transformers", "numpy", "onnx", "onnxscript")
-LONGEST_DEFAULT = 2048  # tokens of a context
 STREAMS = "streams.npz"
-MIXED_BITS = 5.0  # a weight, on average: the default of `mixed`
 
 
 def export_bundle(
@@ -112,12 +114,12 @@ def export_bundle(
         chunk_length, LONGEST_DEFAULT, cache_bits, lora, llm, group_size, rounding, embedding_bits, encodings,
         MIXED_BITS if bits_per_weight is None and llm == "mixed" else bits_per_weight,
     )  # fmt: skip
-    _check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
+    check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
-    settings = replace(settings, context_length=_context_length(context_length, config))
-    _check_config(config, settings, parts, str(model_folder))
-    wanted = _export_settings(chip, settings, parts, vision_tiles)
+    settings = replace(settings, context_length=choose_context_length(context_length, config))
+    check_config(config, settings, parts, str(model_folder))
+    wanted = resumable_settings(chip, settings, parts, vision_tiles)
     work = UnfinishedExport(out)
     with lock_output(out, "export"), explained_full_disk(out, remedy=work.remedy):
         work.check_same_export(wanted)
@@ -130,92 +132,6 @@ def export_bundle(
             export.judge(work, held_out, answers, accept_loss)
         work.hand_over()
     return out
-
-
-def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
-    """`ValueError` or `OSError` for impossible settings, an output in use, and what is not installed."""
-    if model.is_dir() and out.is_relative_to(model):
-        raise ValueError(f"{out} is inside the model's folder, with which it would be published: give another folder.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already exists: give a new folder for the bundle.")
-    for name, allowed in (
-        ("lora", LORA_MODES), ("llm", PRECISIONS), ("group_size", GROUP_SIZES), ("rounding", ROUNDINGS),
-        ("cache_bits", CACHE_DTYPES), ("embedding_bits", EMBEDDING_BITS),
-    ):  # fmt: skip
-        if (value := getattr(settings, name)) not in allowed:
-            raise ValueError(f"`{name}` is {value!r}: expected {' or '.join(map(str, allowed))}.")
-    _check_bits(settings)
-    for name, value in (("parts", parts), ("vision_tiles", vision_tiles)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
-    npu_devices()
-    check_libraries_installed()  # torch imports onnxscript late, in the export itself
-
-
-def _check_bits(settings: LanguageSettings) -> None:
-    """`ValueError` for an average of bits that cannot be."""
-    bits = settings.bits_per_weight
-    if bits is None:
-        return
-    if settings.llm != "mixed":
-        raise ValueError(f"`bits_per_weight` belongs to `llm='mixed'`: {settings.llm} has one precision for all.")
-    least = settings.four_bits.bits_per_weight
-    if not least <= bits <= 8:
-        raise ValueError(f"`bits_per_weight` is {bits:g}: expected {least:g} ({settings.four_bits}) to 8.")
-
-
-def _context_length(given: int | None, config: GenieBlueConfig) -> int:
-    """The context that is `given`, or else the longest usual one that the base supports, in tokens."""
-    if given is not None:
-        return given
-    limit = getattr(config.text_config, "max_position_embeddings", None) or LONGEST_DEFAULT
-    return min(LONGEST_DEFAULT, limit)
-
-
-def _check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
-    """`ValueError` for what the configuration shows at once, and the weights would only show much later."""
-    if isinstance(config, QuantizedGenieBlueConfig):
-        raise ValueError(f"{name} is quantized: export the 16-bit GenieBlue that it was made from.")
-    base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)
-    check_lengths(base, settings.chunk_length, settings.context_length)
-    if settings.llm != "w8a16" and settings.group_size:
-        for title in ("hidden_size", "intermediate_size"):
-            if (width := getattr(base, title, 0)) % settings.group_size:
-                raise ValueError(
-                    f"The base's {title} of {width} is no multiple of the group size {settings.group_size}: take "
-                    "another one, or 0 for a scale per channel."
-                )
-    # A base with its own code may use another name: then the loaded base decides.
-    if (count := getattr(base, "num_hidden_layers", None)) is not None:
-        divide_blocks(count, parts)
-
-
-def _export_settings(soc: Soc, settings: LanguageSettings, parts: int, vision_tiles: int) -> dict[str, Any]:
-    """The settings, without those of the model, in which an export must equal the one that it continues."""
-    return {
-        **asdict(settings),
-        "soc": soc.name,
-        "parts": parts,
-        "vision_tiles": vision_tiles,
-        "compiler": compiler_version(),
-        "format": FORMAT_VERSION,
-        **{f"version of {name}": _version(name) for name in PROGRAMS},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return None
-
-
-def divide_blocks(count: int, parts: int) -> list[range]:
-    """`count` blocks in `parts` consecutive ranges of nearly equal size; `ValueError` for more parts than blocks."""
-    if parts > count:
-        raise ValueError(f"Cannot make {parts} parts of the base's {count} blocks: give at most {count}.")
-    ends = [count * number // parts for number in range(parts + 1)]
-    return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
 
 
 class _Export:

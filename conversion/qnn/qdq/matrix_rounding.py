@@ -20,8 +20,10 @@ COLUMNS = 128  # whose errors are spread among themselves first, then over all l
 def round_matrix(weight: torch.Tensor, form: WeightFormat, hessian: torch.Tensor | None = None) -> WeightCodes:
     """Codes of a matrix (in, out), float32; rounded to nearest, or with the Hessian `X^T X` of its inputs by GPTQ.
 
-    Raises `ValueError` for a matrix or a Hessian with NaN or infinity.
+    Raises `ValueError` for a matrix or a Hessian with NaN or infinity, or for inputs that do not fill whole groups.
     """
+    if form.group_size and len(weight) % form.group_size:
+        raise ValueError(f"A matrix has {len(weight)} inputs, no multiple of the group size {form.group_size}: take 0.")
     if not torch.isfinite(weight).all() or (hessian is not None and not torch.isfinite(hessian).all()):
         raise ValueError("A matrix or its inputs contain NaN or infinity: the model is damaged; fetch it again.")
     scales, multiples = fit_scales(weight, form, None if hessian is None else hessian.diagonal())

@@ -259,7 +259,7 @@ def test_a_runner_says_nearly_what_the_model_says(bundle, pair, backend):
     with torch.no_grad():
         expected = model(input_ids=request["input_ids"][None], pixel_values=request["pixel_values"]).logits[0].numpy()
     found = runner.logits(request["input_ids"], request["pixel_values"].numpy())
-    assert agreement(found, expected).cosine > 0.99
+    assert agreement(found, expected).cosine > 0.98
     text = runner.logits(request["input_ids"][:5])
     assert agreement(text, runner.logits(request["input_ids"][:5], view="multimodal")).cosine < 0.999
 

@@ -18,9 +18,11 @@ from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair, tiny_model, 
 from typer.testing import CliRunner
 
 from conversion.qnn import export as export_module
+from conversion.qnn import export_settings
 from conversion.qnn.bundle.export_state import UnfinishedExport
 from conversion.qnn.bundle.metadata import Bundle
-from conversion.qnn.export import divide_blocks, export_bundle
+from conversion.qnn.export import export_bundle
+from conversion.qnn.export_settings import divide_blocks
 from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu import sessions as npu
@@ -128,9 +130,9 @@ def test_an_export_of_another_program_or_base_is_no_beginning(
     with pytest.raises(KeyboardInterrupt):
         export_bundle(*arguments, calibration=requests(1), **SETTINGS)
     if changed == "torch":
-        monkeypatch.setattr(export_module, "_version", lambda _package: "0.0")
+        monkeypatch.setattr(export_settings, "_version", lambda _package: "0.0")
     elif changed == "format":
-        monkeypatch.setattr(export_module, "FORMAT_VERSION", 0)
+        monkeypatch.setattr(export_settings, "FORMAT_VERSION", 0)
     else:
         real = export_module.GenieBlueForConditionalGeneration.from_pretrained
 

@@ -42,7 +42,6 @@ def test_8_bits_pass_on_requests_that_were_held_back(bundle):
     verdict = Bundle(bundle).metadata["verdict"]
     assert (verdict["result"], verdict["accepted"], verdict["reasons"]) == ("passed", True, [])
     assert {view: found["requests"] for view, found in verdict["logits"].items()} == {"text": 1, "multimodal": 1}
-    assert all(found["cosine"] > 0.99 for found in verdict["logits"].values())
     readme = (bundle / "README.md").read_text()
     assert all(line in readme for line in describe(verdict)) and "answers were not measured" in readme
 
