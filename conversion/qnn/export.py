@@ -64,7 +64,7 @@ def export_bundle(
     lora: str = "constants",
     cache_bits: int = 16,
     vision_tiles: int = 1,
-    llm: str = "mixed",
+    llm: str = "w4a16",
     group_size: int = 32,
     bits_per_weight: float | None = None,
     rounding: str = "gptq",

@@ -47,7 +47,7 @@ def qnn(
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="Exit with 0 even if the verdict is that too much is lost.")
     ] = False,
-    llm: Annotated[QnnPrecision, typer.Option(help="mixed: 8 bits for the matrices that 4 damage most.")] = "mixed",
+    llm: Annotated[QnnPrecision, typer.Option(help="mixed: 8 bits for the matrices that 4 damage most.")] = "w4a16",
     group_size: Annotated[
         int, typer.Option(help="Inputs that share a 4-bit scale: 32, 64, 128, or 0 for a channel's all.")
     ] = 32,

@@ -21,10 +21,11 @@ from conversion.qnn.qdq.matrix_rounding import round_matrix
 
 LORA_BITS = 8
 Hessians = dict[str, torch.Tensor]  # by the name of a matrix
+States = dict[str, list[torch.Tensor]]  # by view, each (1, tokens, hidden_size)
 # (index of the block or, for the head, the number of blocks; name of a matrix) → its format
 FormatOf = Callable[[int, str], WeightFormat]
-# (index, float graphs of one block by view, with the head after the last; their Hessians by view)
-Visit = Callable[[int, Mapping[str, DecoderGraph], Mapping[str, Hessians]], None]
+# (index, float graphs of one block by view, with the head after the last; their inputs)
+Visit = Callable[[int, Mapping[str, DecoderGraph], States], None]
 
 
 @torch.no_grad()
@@ -42,10 +43,10 @@ def walk_blocks(
         streams: by view, the inputs (tokens, hidden_size) of the first block, rotated.
         visit: may change the matrices.
     """
-    states = {view: [torch.from_numpy(stream)[None] for stream in streams[view]] for view in views}
+    states: States = {view: [torch.from_numpy(stream)[None] for stream in streams[view]] for view in views}
     for index in blocks:
         graphs = {view: DecoderGraph(module, shape, index, index + 1, rotation) for view, module in views.items()}
-        visit(index, graphs, {view: _hessians(graph, states[view]) for view, graph in graphs.items()})
+        visit(index, graphs, states)
         for view, graph in graphs.items():
             states[view] = [run_block(graph.blocks[0], x) for x in states[view]]
 
@@ -59,8 +60,8 @@ def run_block(block: Block, x: torch.Tensor) -> torch.Tensor:
     return block(x, mask, cos, sin, key, key.transpose(2, 3))[0]
 
 
-def _hessians(graph: DecoderGraph, states: list[torch.Tensor]) -> Hessians:
-    """`X^T X` per token of the inputs of each matrix.
+def input_hessians(graph: DecoderGraph, states: list[torch.Tensor]) -> Hessians:
+    """`X^T X` per token of the inputs of each matrix of a block.
 
     What is added to hidden states counts relative to them, since a norm divides by them next: otherwise the few
     tokens with huge states would decide alone.
@@ -113,12 +114,13 @@ def round_blocks(
     """Codes by view and by the names of a graph over `blocks`; arguments as for `walk_blocks`.
 
     Args:
-        gptq: whether codes make up for each other's errors, or are the nearest.
+        gptq: whether 4-bit codes make up for each other's errors; those of 8 bits are always the nearest.
         lora_as_inputs: gives each LoRA matrix a single scale, which the NPU needs of an input.
     """
     codes: dict[str, dict[str, WeightCodes]] = {view: {} for view in views}
 
-    def visit(index: int, graphs: Mapping[str, DecoderGraph], hessians: Mapping[str, Hessians]) -> None:
+    def visit(index: int, graphs: Mapping[str, DecoderGraph], states: States) -> None:
+        hessians: dict[str, Hessians] = {}
         matrices = {view: {n: v for n, v in graph.named_buffers() if v.ndim == 2} for view, graph in graphs.items()}
         for view, own in matrices.items():
             for name, weight in own.items():
@@ -130,8 +132,11 @@ def round_blocks(
                     codes[view][title] = round_to_nearest(weight.numpy(), LORA_BITS, axis)
                     continue
                 users = [other for other in views if torch.equal(matrices[other][name], weight)]
-                hessian = sum(hessians[user][name] for user in users) if gptq else None
                 form = format_of(shape.num_blocks if name == "head.weight" else index, name.removeprefix("blocks.0."))
+                hessian = None
+                if gptq and form.bits == 4:
+                    hessians = hessians or {v: input_hessians(graph, states[v]) for v, graph in graphs.items()}
+                    hessian = torch.stack([hessians[user][name] for user in users]).sum(0)
                 rounded = round_matrix(weight, form, hessian)
                 for user in users:
                     codes[user][title] = rounded

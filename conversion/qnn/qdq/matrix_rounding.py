@@ -23,7 +23,9 @@ def round_matrix(weight: torch.Tensor, form: WeightFormat, hessian: torch.Tensor
     Raises `ValueError` for a matrix or a Hessian with NaN or infinity, or for inputs that do not fill whole groups.
     """
     if form.group_size and len(weight) % form.group_size:
-        raise ValueError(f"A matrix has {len(weight)} inputs, no multiple of the group size {form.group_size}: take 0.")
+        raise ValueError(
+            f"{len(weight)} inputs of a matrix are no multiple of the group size {form.group_size}: take 0."
+        )
     if not torch.isfinite(weight).all() or (hessian is not None and not torch.isfinite(hessian).all()):
         raise ValueError("A matrix or its inputs contain NaN or infinity: the model is damaged; fetch it again.")
     scales, multiples = fit_scales(weight, form, None if hessian is None else hessian.diagonal())

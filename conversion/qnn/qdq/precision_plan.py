@@ -12,7 +12,7 @@ from conversion.qnn.graphs.chunked_decoder import DecoderShape
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
 from conversion.qnn.graphs.names import is_lora
 from conversion.qnn.graphs.rotation import Rotation
-from conversion.qnn.qdq.block_rounding import Hessians, run_block, walk_blocks
+from conversion.qnn.qdq.block_rounding import States, input_hessians, run_block, walk_blocks
 from conversion.qnn.qdq.encoding import WeightFormat
 from conversion.qnn.qdq.matrix_rounding import output_error, round_matrix
 
@@ -72,21 +72,19 @@ def measure_damage(
     """Rounds every matrix of the base alone to 4 bits and measures the worse of both views, block by block."""
     damages: list[Damage] = []
     few = {view: streams[view][:REQUESTS] for view in views}
-    states: dict[str, list[torch.Tensor]] = {v: [torch.from_numpy(stream)[None] for stream in few[v]] for v in views}
 
-    def visit(index: int, graphs: Mapping[str, DecoderGraph], hessians: Mapping[str, Hessians]) -> None:
+    def visit(index: int, graphs: Mapping[str, DecoderGraph], states: States) -> None:
         outputs = {view: [run_block(graph.blocks[0], x) for x in states[view]] for view, graph in graphs.items()}
         for name, weight in graphs["text"].named_buffers():
             if weight.ndim != 2 or is_lora(name):
                 continue
             if name == HEAD:
                 codes = round_matrix(weight, four_bits)
-                error = max(output_error(weight, codes, found[name]) for found in hessians.values())
+                error = max(output_error(weight, codes, input_hessians(graphs[v], states[v])[name]) for v in views)
                 damages.append(Damage(shape.num_blocks, name, weight.numel(), error))
                 continue
             error = max(_block_error(graphs[view], name, four_bits, states[view], outputs[view]) for view in views)
             damages.append(Damage(index, name.removeprefix("blocks.0."), weight.numel(), error))
-        states.update(outputs)
 
     walk_blocks(views, shape, range(shape.num_blocks), few, rotation, visit)
     return damages

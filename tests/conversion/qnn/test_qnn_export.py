@@ -374,7 +374,7 @@ def test_the_command_exports_a_bundle_and_says_so_in_json(pair, chats, tmp_path)
         pair, "--out", tmp_path / "bundle", "--soc", "sm8750", "--calibration", chats, "--samples", 4,
         "--chunk-length", CHUNK, "--context-length", CONTEXT, "--json",
     )  # fmt: skip
-    # A random model of 64 channels has little left in 5 bits.
+    # A random model of 64 channels has little left in 4 bits.
     result = invoke(*command, "--eval-data", chats)
     assert result.exit_code == 1, result.output
     told = json.loads(result.stdout)
