@@ -22,7 +22,7 @@ from conversion.qnn.npu.sessions import cpu_session
 
 logger = logging.getLogger(__name__)
 # Limits of the logits in each view, and of the loss of answers in points.
-SMALLEST_COSINE, LEAST_SAME_TOKENS, LARGEST_LOSS = 0.98, 0.9, 3.0
+SMALLEST_COSINE, LARGEST_RATIO, LARGEST_LOSS = 0.98, 1.15, 3.0
 # (model, runner of the bundle) → paired differences of their answers by task, the first over all tasks; entries as in
 # `genieblue.evaluation.evaluate.Difference`.
 Answers = Callable[[Any, QnnRunner], list[dict[str, Any]]]
@@ -59,7 +59,7 @@ def judge(
         "logits": logits,
         "answers": scores,
         "limits": {
-            "cosine": SMALLEST_COSINE, "same_token": LEAST_SAME_TOKENS, "points of answers": LARGEST_LOSS
+            "cosine": SMALLEST_COSINE, "perplexity_ratio": LARGEST_RATIO, "points of answers": LARGEST_LOSS
         },
     }  # fmt: skip
 
@@ -83,15 +83,28 @@ def _compare_logits(model: Any, runner: QnnRunner, requests: list[Mapping[str, A
         models = np.concatenate(
             [_model_logits(model, view, request)[places] for request, places in zip(own, answered, strict=True)]
         )
+        targets = [np.asarray(one["labels"]).reshape(-1)[places + 1] for one, places in zip(own, answered, strict=True)
+                   if one.get("labels") is not None]  # fmt: skip
+        ratio = None if len(targets) < len(own) else _perplexity_ratio(bundles, models, np.concatenate(targets))
         each = agreement(bundles, models)
         found[view] = {
             "requests": len(own),
             "tokens": len(models),
             "cosine": round(each.cosine, 6),
             "largest_error": round(each.largest_error, 6),
+            "perplexity_ratio": ratio,
             "same_token": round(float((bundles.argmax(-1) == models.argmax(-1)).mean()), 4),
         }
     return found
+
+
+def _perplexity_ratio(found: np.ndarray, own: np.ndarray, targets: np.ndarray) -> float:
+    """The perplexity of the answers `targets` (tokens,) by logits `found` over that by the model's `own`."""
+    losses = [
+        torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets).long())
+        for logits in (found, own)
+    ]
+    return round(float((losses[0] - losses[1]).exp()), 4)
 
 
 @torch.no_grad()
@@ -146,11 +159,9 @@ def _logit_reasons(logits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for view, found in logits.items():
         if found["cosine"] < SMALLEST_COSINE:
             reasons.append(f"the {view} view's logits have a cosine of {found['cosine']:.4f}, below {SMALLEST_COSINE}")
-        if found["same_token"] < LEAST_SAME_TOKENS:
-            reasons.append(
-                f"the {view} view's first token is the model's for {found['same_token']:.1%}, below "
-                f"{LEAST_SAME_TOKENS:.0%}"
-            )
+        ratio = found["perplexity_ratio"]
+        if ratio is not None and ratio > LARGEST_RATIO:
+            reasons.append(f"the {view} view's perplexity is {ratio:.3f} times the model's, more than {LARGEST_RATIO}")
     return reasons
 
 

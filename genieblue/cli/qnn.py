@@ -40,7 +40,7 @@ def qnn(
     soc: Annotated[str, typer.Option(help=f"Chip: {', '.join(SOCS)}.")],
     calibration: Annotated[Path, typer.Option(help="JSONL of chats, some with images, as for training.")],
     image_folder: CalibrationImages = None,
-    samples: Annotated[int, typer.Option(min=2, help="Number of calibration chats.")] = 64,
+    samples: Annotated[int, typer.Option(min=2, help="Number of calibration chats.")] = 32,
     eval_data: Annotated[
         Path | None, typer.Option(help="Chats as for `eval`: the verdict counts the answers that the bundle loses.")
     ] = None,

@@ -8,12 +8,14 @@ PASSED, FAILED, UNKNOWN = "passed", "failed", "not measured"
 
 def describe(verdict: Mapping[str, Any]) -> list[str]:
     """The verdict in sentences, for README, terminal and checks."""
-    lines = [
-        f"{view} view: logits of {found['tokens']} tokens in {found['requests']} held-out requests have cosine "
-        f"{found['cosine']:.4f}, largest error {found['largest_error']:.1%} of their range, the same first token for "
-        f"{found['same_token']:.1%}"
-        for view, found in verdict["logits"].items()
-    ]
+    lines = []
+    for view, found in verdict["logits"].items():
+        ratio = "" if found["perplexity_ratio"] is None else f"{found['perplexity_ratio']:.3f} times the perplexity, "
+        lines.append(
+            f"{view} view, logits of {found['tokens']} tokens in {found['requests']} held-out requests: cosine "
+            f"{found['cosine']:.4f}, largest error {found['largest_error']:.1%} of their range, {ratio}the model's "
+            f"most likely token for {found['same_token']:.1%}"
+        )
     lines += [
         f"answers, {score['task']}: {score['first']:.1%} by the model, {score['second']:.1%} by the bundle, of "
         f"{score['count']}"
