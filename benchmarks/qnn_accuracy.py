@@ -114,7 +114,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         runner = QnnRunner(bundle)
 
-        coded = bundle_logits(runner.bundle, "text", [runner.embed(ids.numpy()) for ids in windows])
+        coded = bundle_logits(runner.bundle, "text", [runner.embed(ids.tolist()) for ids in windows])
         facts = runner.bundle.metadata
         rows[name] = {
             "bits": facts["bits_per_weight"],

@@ -71,7 +71,7 @@ def export_adapter(
     entries, clipped, total = {}, 0, 0
     for number, part in enumerate(facts["parts"]):
         inputs = bundle.lora_inputs(number, "multimodal")
-        graph = DecoderGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"], rotation)
+        graph = DecoderGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"], rotation=rotation)
         lora = {name: value.cpu().numpy() for name, value in graph.named_buffers() if is_lora(name)}
         if {name: list(value.shape) for name, value in lora.items()} != {
             name: tensor["shape"] for name, tensor in inputs.items()

@@ -6,7 +6,7 @@ figures of a toy model: a real one can lose all of its answers at 4 bits while e
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def _compare_logits(model: Any, runner: QnnRunner, requests: list[Mapping[str, A
             pixels = request.get("pixel_values")
             tiles = None if pixels is None else torch.as_tensor(pixels).numpy()
             ids = np.asarray(request["input_ids"]).reshape(-1)
-            embedded.append(runner.embed(ids, tiles)[: runner.bundle.metadata["context_length"]])
+            embedded.append(runner.embed(ids.tolist(), tiles)[: runner.bundle.metadata["context_length"]])
         logits = bundle_logits(runner.bundle, view, embedded)
         answered = [_answered(request, len(rows)) for request, rows in zip(own, logits, strict=True)]
         bundles = np.concatenate([rows[places] for rows, places in zip(logits, answered, strict=True)])
@@ -165,7 +165,7 @@ def _logit_reasons(logits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return reasons
 
 
-def _answer_reasons(scores: list[Mapping[str, Any]]) -> list[str]:
+def _answer_reasons(scores: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence if the loss over all tasks exceeds its limit by more than chance."""
     if not scores:
         return []

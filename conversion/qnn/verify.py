@@ -146,7 +146,7 @@ def _check_weights(bundle: Bundle, base: Any) -> Iterator[Check]:
         if digests != {part["base_weight_codes"]}:
             problems.append(f"the text graphs of part {number} have other weights than were exported")
         if base is not None:
-            graph = DecoderGraph(base, bundle.decoder, *part["blocks"], Rotation(bundle.decoder.hidden_size))
+            graph = DecoderGraph(base, bundle.decoder, *part["blocks"], rotation=Rotation(bundle.decoder.hidden_size))
             problems += _other_matrices(graph, graphs["prefill"], number)
             problems += _other_constants(bundle, number, graph)
     if base is not None:
