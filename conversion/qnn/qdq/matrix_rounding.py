@@ -3,18 +3,14 @@
 Pure functions on tensors; matrices are (in, out), as the graphs have them.
 """
 
-import logging
-
 import numpy as np
 import torch
 
 from conversion.qnn.qdq.encoding import LARGEST_MULTIPLE, WeightCodes, WeightFormat
+from conversion.quantization.rounding import compensated_codes
 
-logger = logging.getLogger(__name__)
 # Fractions of the range that a scale may span. The largest weights of a group of 4-bit codes are worth clipping.
 CLIPPING = {4: tuple(1 - 0.05 * step for step in range(9)), 8: (1.0,)}
-DAMPING = (0.01, 0.1, 1.0)  # fractions of the mean of the Hessian's diagonal, tried in order
-COLUMNS = 128  # whose errors are spread among themselves first, then over all later ones in one product
 
 
 def round_matrix(weight: torch.Tensor, form: WeightFormat, hessian: torch.Tensor | None = None) -> WeightCodes:
@@ -35,7 +31,12 @@ def round_matrix(weight: torch.Tensor, form: WeightFormat, hessian: torch.Tensor
     if hessian is None:
         codes = (weight / steps).round().clamp(-largest, largest)
     else:
-        codes = gptq_codes(weight, steps, largest, hessian)
+
+        def nearest(index: int, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = (column / steps[index]).round().clamp(-largest, largest)
+            return found, found * steps[index]
+
+        codes = compensated_codes(weight, hessian, nearest)
     return WeightCodes(
         codes.to(torch.int8).numpy(),
         scales.numpy(),
@@ -67,44 +68,6 @@ def fit_scales(
         return best[0].clamp(min=1e-8), None
     scales = (best.amax(0) / LARGEST_MULTIPLE).clamp(min=1e-8)
     return scales, (best / scales).round().clamp(1, LARGEST_MULTIPLE)
-
-
-def gptq_codes(weight: torch.Tensor, steps: torch.Tensor, largest: int, hessian: torch.Tensor) -> torch.Tensor:
-    """Codes for fixed steps (both (in, out)) of which each input's make up for the errors of those before it.
-
-    Frantar et al., "GPTQ" (2023), in the order of falling importance: with `U` the upper Cholesky factor of the
-    inverse Hessian, an error `e` of input i adds `-e / U[i, i] * U[i, j]` to each later input j.
-    """
-    order = hessian.diagonal().argsort(descending=True)
-    factor = _inverse_factor(hessian[order][:, order])
-    left, steps = weight[order], steps[order]
-    codes = torch.empty_like(left)
-    for start in range(0, len(left), COLUMNS):
-        end = min(start + COLUMNS, len(left))
-        errors = torch.empty_like(left[start:end])
-        for index in range(start, end):
-            codes[index] = (left[index] / steps[index]).round().clamp(-largest, largest)
-            errors[index - start] = (left[index] - codes[index] * steps[index]) / factor[index, index]
-            left[index + 1 : end].addr_(factor[index, index + 1 : end], errors[index - start], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-    return codes[order.argsort()]
-
-
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper triangular `U` with `U^T U = (H + damping)^-1`, float32."""
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    original, mean = diagonal.clone(), diagonal.mean()
-    for damping in DAMPING:
-        # Where nothing was ever seen, any code is as good: rounded to nearest.
-        diagonal.copy_(torch.where(original > 0, original, mean) + damping * mean if mean > 0 else original + 1.0)
-        # The inverse of a Cholesky factor from the last row backwards is the factor of the inverse.
-        factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            eye = torch.eye(len(hessian), dtype=hessian.dtype)
-            return torch.linalg.solve_triangular(factor.flip(0, 1), eye, upper=True)
-        logger.warning("The Hessian is not positive definite with a damping of %g: trying a larger one.", damping)
-    raise ValueError("The calibration gives no usable Hessian: give more, and more varied, requests.")
 
 
 def output_error(weight: torch.Tensor, codes: WeightCodes, hessian: torch.Tensor) -> float:
