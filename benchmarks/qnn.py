@@ -28,7 +28,8 @@ from benchmarks.report import print_table
 from benchmarks.views import TOY_VISION
 from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
-from conversion.qnn.graphs.names import BASE_BITS, LORA_BITS, UNFINISHED
+from conversion.qnn.graphs.names import PRECISIONS, ROUNDINGS, UNFINISHED
+from conversion.qnn.qdq.block_rounding import LORA_BITS
 from conversion.qnn.verify import verify_bundle
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
@@ -93,7 +94,7 @@ def random_model(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def ideal_bytes(model: Any) -> dict[str, float]:
-    """Bytes of the matrices in the decoder graphs without any overhead: base, copies and LoRA."""
+    """Bytes of the matrices in 4 bits, and of LoRA in 8, without any overhead: base, copies and LoRA."""
     table = model.language_model.get_input_embeddings().weight
     head = model.language_model.get_output_embeddings().weight
     matrices = [p for p in model.language_model.parameters() if p.ndim == 2 and p is not table]
@@ -101,7 +102,7 @@ def ideal_bytes(model: Any) -> dict[str, float]:
     for name, _, parameter in adapter_parameters(model.multimodal_language_model):
         if parameter.ndim == 2:
             sizes["lora" if ".lora_" in name else "copies"] += parameter.numel()
-    return {part: count * (LORA_BITS if part == "lora" else BASE_BITS) / 8 for part, count in sizes.items()}
+    return {part: count * (LORA_BITS if part == "lora" else 4) / 8 for part, count in sizes.items()}
 
 
 class MemoryWatch:
@@ -166,7 +167,9 @@ def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
         del model
         for parts in (1, 4):
             bundle = folder / f"{source.parent.name}-in-{parts}"
-            row = export_measured(bundle, source, calibration=requests, context_length=512, parts=parts)
+            row = export_measured(
+                bundle, source, calibration=requests, context_length=512, parts=parts, llm="w4a16", rounding="rtn"
+            )
             stored = language_bytes(bundle)
             yield f"{name} in {parts} part(s)", {"bytes": stored, "ideal": ideal, "ratio": stored / ideal, **row}
 
@@ -215,7 +218,10 @@ def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> d
     requests, ideal = random_requests(model.config, samples, 128), ideal_bytes(model)
     del model
     bundle = folder / f"full-size-in-{parts}"
-    row = {"parts": parts, **export_measured(bundle, source / "genieblue", calibration=requests, parts=parts)}
+    row = {
+        "parts": parts,
+        **export_measured(bundle, source / "genieblue", calibration=requests, parts=parts, llm="w4a16"),
+    }
     row |= {
         "language binaries": language_bytes(bundle),
         "ideal of those": int(sum(ideal.values())),
@@ -238,7 +244,8 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=500)
     parser.add_argument("--emulated", type=int, default=20)
     parser.add_argument("--lora", choices=["constants", "inputs"], default="constants")
-    parser.add_argument("--rounding", choices=["rtn", "seqmse"], default="rtn")
+    parser.add_argument("--llm", choices=PRECISIONS, default="w4a16")
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="rtn")
     parser.add_argument("--skip", nargs="*", default=[], choices=["sizes", "accuracy", "full-size"])
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -249,7 +256,7 @@ def main() -> None:
     if "sizes" not in arguments.skip:
         print_table("Bytes of the shared binaries", dict(measure_sizes(bundles)))
     if "accuracy" not in arguments.skip and (arguments.demo / "held-out").is_dir():
-        options = {"lora": arguments.lora, "rounding": arguments.rounding}
+        options = {"lora": arguments.lora, "llm": arguments.llm, "rounding": arguments.rounding}
         bundle = bundles / "-".join(["demo", *options.values()])
         rows = measure_accuracy(arguments.demo, bundle, arguments.scans, arguments.emulated, **options)
         print_table("Accuracy of the demo's model", rows)

@@ -16,7 +16,9 @@ import numpy as np
 from conversion.qnn.bundle.digests import trained_digests
 from conversion.qnn.bundle.metadata import Bundle, scale_name
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
-from conversion.qnn.graphs.names import UNFINISHED, is_lora, weight_bits
+from conversion.qnn.graphs.names import UNFINISHED, is_lora
+from conversion.qnn.graphs.rotation import Rotation
+from conversion.qnn.qdq.block_rounding import LORA_BITS
 from conversion.qnn.qdq.encoding import WeightCodes, round_with_scales
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, QuantizedGenieBlueConfig
 from modeling_genieblue.model_files_genieblue import HUB_KEYS
@@ -65,10 +67,11 @@ def export_adapter(
         raise ValueError(f"{model_folder} and {bundle_folder} were made from different bases: the LoRA would not fit.")
     model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
     _check_binaries(facts["adapter"], trained_digests(model), str(model_folder))
+    rotation = Rotation(bundle.decoder.hidden_size)
     entries, clipped, total = {}, 0, 0
     for number, part in enumerate(facts["parts"]):
         inputs = bundle.lora_inputs(number, "multimodal")
-        graph = DecoderGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"])
+        graph = DecoderGraph(model.multimodal_language_model, bundle.decoder, *part["blocks"], rotation=rotation)
         lora = {name: value.cpu().numpy() for name, value in graph.named_buffers() if is_lora(name)}
         if {name: list(value.shape) for name, value in lora.items()} != {
             name: tensor["shape"] for name, tensor in inputs.items()
@@ -81,7 +84,7 @@ def export_adapter(
         codes = {}
         for name, weight in lora.items():
             scale = np.float32(inputs[name]["scale"])
-            codes[name] = round_with_scales(weight, scale, weight_bits(name), None)
+            codes[name] = round_with_scales(weight, scale, LORA_BITS, None)
             clipped += int((np.abs(weight) > 127.5 * scale).sum())
             total += weight.size
         entries |= adapter_entries(number, codes)

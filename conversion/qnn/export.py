@@ -1,7 +1,6 @@
 """Exports a saved GenieBlue as a bundle for a Snapdragon phone: context binaries and everything a runtime needs."""
 
 import hashlib
-import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,34 +15,40 @@ from conversion.chat_ids import stop_token_ids
 from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
 from conversion.qnn.bundle.export_state import UnfinishedExport, write_json
-from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, list_files, signed
+from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, Bundle, list_files, signed
 from conversion.qnn.bundle.runtime_files import write_runtime_files
-from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names
-from conversion.qnn.graphs.decoder_shape import check_lengths, compare_with_graphs, make_decoder_shape
-from conversion.qnn.graphs.names import LORA_MODES, ROUNDINGS, STAGES, VIEWS
+from conversion.qnn.export_settings import (
+    LONGEST_DEFAULT,
+    MIXED_BITS,
+    check_arguments,
+    check_config,
+    choose_context_length,
+    divide_blocks,
+    resumable_settings,
+)
+from conversion.qnn.graphs.chunked_decoder import DecoderShape
+from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
+from conversion.qnn.graphs.names import STAGES, VIEWS
+from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu.compile import compile_graphs, read_context
-from conversion.qnn.npu.sessions import check_libraries_installed, compiler_version, npu_devices
+from conversion.qnn.npu.sessions import compiler_version
 from conversion.qnn.npu.soc import Soc, find_soc
-from conversion.qnn.qdq.aimet_rounding import check_aimet_installed
 from conversion.qnn.qdq.calibration import Calibration, embedding_rows, prepare_calibration
-from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range
+from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range, WeightFormat
 from conversion.qnn.qdq.files import describe_boundary
 from conversion.qnn.qdq.language import LanguageSettings, Part, PartResult, codes_digest, quantize_part
-from conversion.qnn.qdq.quantize import CACHE_DTYPES
+from conversion.qnn.qdq.precision_plan import PrecisionPlan, choose_eight_bits, measure_damage
 from conversion.qnn.qdq.vision import quantize_vision
+from conversion.qnn.verdict import Answers, judge
 from conversion.staging import explained_full_disk, lock_output
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
     GenieBlueProcessor,
-    QuantizedGenieBlueConfig,
 )
 from modeling_genieblue.model_files_genieblue import HUB_KEYS
 
 logger = logging.getLogger(__name__)
-# Their versions, like the compiler's, determine the bytes of a bundle.
-PROGRAMS = ("genieblue", "torch", "transformers", "numpy", "onnx", "onnxscript")
-LONGEST_DEFAULT = 2048  # tokens of a context
 STREAMS = "streams.npz"
 
 
@@ -59,13 +64,21 @@ def export_bundle(
     lora: str = "constants",
     cache_bits: int = 16,
     vision_tiles: int = 1,
-    rounding: str = "rtn",
+    llm: str = "w4a16",
+    group_size: int = 32,
+    bits_per_weight: float | None = None,
+    rounding: str = "gptq",
+    embedding_bits: int = 16,
     encodings: bool = False,
+    held_out: Iterable[Mapping[str, Any]] = (),
+    answers: Answers | None = None,
+    accept_loss: bool = False,
     on_step: Callable[[str, int, int], None] | None = None,
     **load_options: Any,
 ) -> Path:
     """Writes the bundle of a saved GenieBlue (folder or Hub id) into the new folder `out`; returns that folder.
 
+    Its metadata have the verdict (see `conversion.qnn.verdict`); a bundle beyond the limits is written all the same.
     A stopped export continues if it is started again with the same arguments: its finished parts are in
     `<out>.unfinished`. With other arguments, or after an update, it is refused until that folder is removed.
 
@@ -78,25 +91,35 @@ def export_bundle(
         lora: `constants`, or `inputs` of the graphs, so that one binary serves several adapters.
         cache_bits: 16, or 8 for half the cache.
         vision_tiles: image tiles per call of the vision graph.
-        rounding: of the decoder's matrices: `rtn`, to nearest, or `seqmse` of the `aimet` extra.
+        llm: the base's matrices in `w8a16`, `w4a16`, or `mixed`: 8 bits where 4 do most damage.
+        group_size: inputs of a 4-bit matrix that share a scale: 32, 64, 128, or 0 for all of an output channel.
+        bits_per_weight: of the base's matrices on average in `mixed`, by default 5.
+        rounding: of these matrices: `rtn`, to nearest, or `gptq`, in which codes make up for each other's errors.
+        embedding_bits: 16, or 8 for half the table.
         encodings: also writes `qairt/`: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
+        held_out: requests like `calibration`, but others, on which the bundle is compared with the model.
+        answers: also measures answers, for the verdict.
+        accept_loss: records that a bundle beyond the limits of the verdict is accepted nevertheless.
         on_step: called with the next step's title, the number of finished steps, and the number of all steps.
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
     Raises, before any weights are read, `ValueError` for impossible settings or a quantized GenieBlue, `OSError` for
-    an output in use or a computer without the compiler or AIMET, and `ModuleNotFoundError` for another library; later
+    an output in use or a computer without the compiler, and `ModuleNotFoundError` for another library; later
     `ValueError` for a model that the graphs do not reproduce or requests that cannot calibrate them, and
     `CompileError` (an `OSError`) if the compiler refuses a graph.
     """
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
-    settings = LanguageSettings(chunk_length, LONGEST_DEFAULT, cache_bits, lora, rounding, encodings)
-    _check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
+    settings = LanguageSettings(
+        chunk_length, LONGEST_DEFAULT, cache_bits, lora, llm, group_size, rounding, embedding_bits, encodings,
+        MIXED_BITS if bits_per_weight is None and llm == "mixed" else bits_per_weight,
+    )  # fmt: skip
+    check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
-    settings = replace(settings, context_length=_context_length(context_length, config))
-    _check_config(config, settings, parts, str(model_folder))
-    wanted = _export_settings(chip, settings, parts, vision_tiles)
+    settings = replace(settings, context_length=choose_context_length(context_length, config))
+    check_config(config, settings, parts, str(model_folder))
+    wanted = resumable_settings(chip, settings, parts, vision_tiles)
     work = UnfinishedExport(out)
     with lock_output(out, "export"), explained_full_disk(out, remedy=work.remedy):
         work.check_same_export(wanted)
@@ -105,73 +128,10 @@ def export_bundle(
         processor = GenieBlueProcessor.from_pretrained(model_folder, **trust, **hub)
         export = _Export(model, processor, chip, settings, vision_tiles, on_step)
         export.run(work, calibration, divide_blocks(export.shape.num_blocks, parts), wanted)
+        if not work.is_judged:
+            export.judge(work, held_out, answers, accept_loss)
+        work.hand_over()
     return out
-
-
-def _check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: int, vision_tiles: int) -> None:
-    """`ValueError` or `OSError` for impossible settings, an output in use, and what is not installed."""
-    if model.is_dir() and out.is_relative_to(model):
-        raise ValueError(f"{out} is inside the model's folder, with which it would be published: give another folder.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already exists: give a new folder for the bundle.")
-    for name, allowed in (("lora", LORA_MODES), ("rounding", ROUNDINGS), ("cache_bits", CACHE_DTYPES)):
-        if (value := getattr(settings, name)) not in allowed:
-            raise ValueError(f"`{name}` is {value!r}: expected {' or '.join(map(str, allowed))}.")
-    for name, value in (("parts", parts), ("vision_tiles", vision_tiles)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
-    if settings.rounding == "seqmse":
-        check_aimet_installed()
-    npu_devices()
-    check_libraries_installed()  # torch imports onnxscript late, in the export itself
-
-
-def _context_length(given: int | None, config: GenieBlueConfig) -> int:
-    """The context that is `given`, or else the longest usual one that the base supports, in tokens."""
-    if given is not None:
-        return given
-    limit = getattr(config.text_config, "max_position_embeddings", None) or LONGEST_DEFAULT
-    return min(LONGEST_DEFAULT, limit)
-
-
-def _check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
-    """`ValueError` for what the configuration shows at once, and the weights would only show much later."""
-    if isinstance(config, QuantizedGenieBlueConfig):
-        raise ValueError(f"{name} is quantized: export the 16-bit GenieBlue that it was made from.")
-    base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)
-    check_lengths(base, settings.chunk_length, settings.context_length)
-    # A base with its own code may use another name: then the loaded base decides.
-    if (count := getattr(base, "num_hidden_layers", None)) is not None:
-        divide_blocks(count, parts)
-
-
-def _export_settings(soc: Soc, settings: LanguageSettings, parts: int, vision_tiles: int) -> dict[str, Any]:
-    """The settings, without those of the model, in which an export must equal the one that it continues."""
-    programs = (*PROGRAMS, "aimet-onnx") if settings.rounding == "seqmse" else PROGRAMS
-    return {
-        **asdict(settings),
-        "soc": soc.name,
-        "parts": parts,
-        "vision_tiles": vision_tiles,
-        "compiler": compiler_version(),
-        "format": FORMAT_VERSION,
-        **{f"version of {name}": _version(name) for name in programs},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return None
-
-
-def divide_blocks(count: int, parts: int) -> list[range]:
-    """`count` blocks in `parts` consecutive ranges of nearly equal size; `ValueError` for more parts than blocks."""
-    if parts > count:
-        raise ValueError(f"Cannot make {parts} parts of the base's {count} blocks: give at most {count}.")
-    ends = [count * number // parts for number in range(parts + 1)]
-    return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
 
 
 class _Export:
@@ -195,6 +155,7 @@ class _Export:
         self.shape = compare_with_graphs(model.multimodal_language_model, self.shape, settings.context_length, title)
         self.views = {"text": model.language_model, "multimodal": model.multimodal_language_model}
         self.digests = trained_digests(model)
+        self.rotation = Rotation(self.shape.hidden_size)
 
     def run(
         self,
@@ -203,37 +164,58 @@ class _Export:
         parts: Sequence[range],
         wanted: Mapping[str, Any],
     ) -> None:
-        """Runs the remaining steps and hands the bundle over; `wanted` are the settings except the model's."""
+        """Runs the remaining steps; `wanted` are the settings except the model's."""
         chunk, context = self.settings.chunk_length, self.settings.context_length
-        calibration = prepare_calibration(self.model, encoded, chunk, context - context % chunk)
+        self._steps = len(parts) + 3
+        calibration = prepare_calibration(self.model, encoded, self.rotation, chunk, context - context % chunk)
         work.begin_or_continue({**wanted, **self._model_settings(calibration)})
         if not work.is_complete:
             self._make(work, calibration, parts)
-        work.hand_over()
+
+    def judge(
+        self,
+        work: UnfinishedExport,
+        held_out: Iterable[Mapping[str, Any]],
+        answers: Answers | None,
+        accept_loss: bool,
+    ) -> None:
+        """Compares the finished bundle with the model, and adds the verdict to its metadata and README."""
+        self._announce("verdict", self._steps - 1, self._steps)
+        metadata = Bundle(work.bundle).metadata
+        self._write_metadata(work, metadata)  # an earlier run may have been stopped between README and metadata
+        verdict = judge(self.model, work.bundle, held_out, answers, accept_loss)
+        self._write_metadata(work, {**metadata, "verdict": verdict})
+
+    def _write_metadata(self, work: UnfinishedExport, metadata: Mapping[str, Any]) -> None:
+        write_runtime_files(work.bundle, metadata, self.processor)
+        write_json(work.bundle / METADATA, signed({**metadata, "files": list_files(work.bundle)}))
 
     def _make(self, work: UnfinishedExport, calibration: Calibration, parts: Sequence[range]) -> None:
         (work.bundle / "qdq").mkdir(exist_ok=True)
-        steps = len(parts) + 2
+        steps = self._steps
         self._announce("vision tower", 0, steps)
         vision = self._vision(work, calibration.tiles)
         embeddings = Encoding.of(calibration.embedding_range)
         streams: Mapping[str, list[np.ndarray]] = calibration.requests
         ranges: dict[str, Range] = dict.fromkeys(VIEWS, calibration.embedding_range)
         records = []
+        plan = self._plan(work, streams)
         for number, blocks in enumerate(parts):
             self._announce(f"blocks {blocks.start} to {blocks.stop - 1}", number + 1, steps)
-            record, streams, ranges = self._part(work, number, blocks, streams, ranges)
+            part = Part(self.shape, blocks, self.settings, self.rotation, plan)
+            record, streams, ranges = self._part(work, number, part, streams, ranges)
             records.append(record)
-        self._announce("embeddings", steps - 1, steps)
+        self._announce("embeddings", steps - 2, steps)
+        if self.settings.embedding_bits == 8:
+            embeddings = Encoding.of(calibration.table_range, "uint8")
         with (work.bundle / "embeddings.raw").open("wb") as file:
-            for rows in embedding_rows(self.model):
+            for rows in embedding_rows(self.model, self.rotation):
                 file.write(embeddings.encode(rows).tobytes())
         _gather(work, [f"language_{number}" for number in range(len(parts))], calibration)
         sdk = read_context(work.bundle / vision["graph"]["context"])[1]
-        metadata = {**self._metadata(records, vision, embeddings), "qairt": sdk}
-        write_runtime_files(work.bundle, metadata, self.processor)
-        # Written last: a bundle with metadata is complete.
-        write_json(work.bundle / METADATA, signed({**metadata, "files": list_files(work.bundle)}))
+        # Written last: a bundle with metadata is complete, but for the verdict.
+        metadata = {**self._metadata(records, vision, embeddings, plan), "qairt": sdk, "verdict": None}
+        self._write_metadata(work, metadata)
 
     def _announce(self, title: str, done: int, steps: int) -> None:
         logger.info("Exporting: %s (%d of %d).", title, done + 1, steps)
@@ -253,11 +235,25 @@ class _Export:
             "calibration": tensors_digest((name, torch.from_numpy(array)) for name, array in samples.items()),
         }
 
+    def _plan(self, work: UnfinishedExport, streams: Mapping[str, list[np.ndarray]]) -> PrecisionPlan:
+        """The formats of the base's matrices."""
+        settings = self.settings
+        if settings.llm != "mixed":
+            return PrecisionPlan(WeightFormat(8) if settings.llm == "w8a16" else settings.four_bits, {})
+        if (record := work.finished("plan")) is None:
+            assert settings.bits_per_weight is not None
+            damages = measure_damage(self.views, self.shape, streams, self.rotation, settings.four_bits)
+            chosen = choose_eight_bits(damages, settings.four_bits, settings.bits_per_weight)
+            record = {"eight_bits": list(chosen.items()), "damages": [asdict(damage) for damage in damages]}
+            work.finish("plan", record)
+            logger.info("8 bits for %d of %d matrices.", sum(map(len, chosen.values())), len(damages))
+        return PrecisionPlan(settings.four_bits, {index: names for index, names in record["eight_bits"]})
+
     def _vision(self, work: UnfinishedExport, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
         if (record := work.finished("vision")) is not None:
             return record
         folders = work.bundle / "qdq", self._float_folder(work)
-        result = quantize_vision(self.model, list(tiles), self.vision_tiles, *folders)
+        result = quantize_vision(self.model, list(tiles), self.vision_tiles, self.rotation, *folders)
         compile_graphs({"vision": result.graph}, self.soc, work.bundle / "vision", "vision.bin")
         np.savez(work.step("vision") / PROBE, **result.probe)
         record = {
@@ -277,7 +273,7 @@ class _Export:
         self,
         work: UnfinishedExport,
         number: int,
-        blocks: range,
+        part: Part,
         streams: Mapping[str, list[np.ndarray]],
         ranges: Mapping[str, Range],
     ) -> tuple[dict[str, Any], Mapping[str, list[np.ndarray]], dict[str, Range]]:
@@ -286,26 +282,26 @@ class _Export:
         record = work.finished(name)
         if record is None:
             folder = work.bundle / name
-            part = quantize_part(
+            result = quantize_part(
                 self.views,
-                Part(self.shape, blocks, self.settings),
+                part,
                 streams=streams,
                 input_ranges=ranges,
                 name=name,
                 folder=work.bundle / "qdq",
                 float_folder=self._float_folder(work),
             )
-            compile_graphs(part.graphs, self.soc, folder, f"{name}.bin")
+            compile_graphs(result.graphs, self.soc, folder, f"{name}.bin")
             step = work.step(name)
-            np.savez(step / PROBE, **part.probe)
-            np.savez(step / STREAMS, **_flatten(part.streams))
+            np.savez(step / PROBE, **result.probe)
+            np.savez(step / STREAMS, **_flatten(result.streams))
             if self.settings.lora == "inputs":
-                np.savez(step / ADAPTER, **adapter_entries(number, part.codes["multimodal"]))
-            record = self._part_record(folder, blocks, part)
+                np.savez(step / ADAPTER, **adapter_entries(number, result.codes["multimodal"]))
+            record = self._part_record(folder, part.blocks, result)
             work.finish(name, record)
         with np.load(work.step(name) / STREAMS) as file:
             streams = _unflatten(file)
-        output = boundary_names(self.shape, blocks)[1]
+        output = part.output_name
         next_ranges = {}
         for view in VIEWS:
             found = next(x for x in record["graphs"][f"{view}_{STAGES[0]}"]["outputs"] if x["name"] == output)
@@ -329,13 +325,17 @@ class _Export:
             "blocks": [blocks.start, blocks.stop],
             "binary": f"{name}/{name}.bin",
             "base_weight_codes": codes_digest(part.codes["text"]),
+            "base_weights": sum(weight.codes.size for weight in part.codes["text"].values()),
+            "base_weight_bits": sum(w.codes.size * w.format.bits_per_weight for w in part.codes["text"].values()),
             "graphs": graphs,
         }
 
     def _float_folder(self, work: UnfinishedExport) -> Path | None:
         return work.bundle / "qairt" if self.settings.encodings else None
 
-    def _metadata(self, records: list[dict], vision: dict[str, Any], embeddings: Encoding) -> dict[str, Any]:
+    def _metadata(
+        self, records: list[dict], vision: dict[str, Any], embeddings: Encoding, plan: PrecisionPlan
+    ) -> dict[str, Any]:
         config = self.model.config
         rows = self.model.get_input_embeddings().weight.shape[0]
         return {
@@ -356,6 +356,12 @@ class _Export:
             "chunk_length": self.settings.chunk_length,
             "context_length": self.settings.context_length,
             "cache_bits": self.settings.cache_bits,
+            "llm": self.settings.llm,
+            "weights": str(plan.four_bits),
+            "eight_bits": {str(index): names for index, names in plan.eight_bits.items()},
+            "bits_per_weight": round(
+                sum(part["base_weight_bits"] for part in records) / sum(part["base_weights"] for part in records), 3
+            ),
             "rounding": self.settings.rounding,
             "decoder": asdict(self.shape),
             "image_token_id": config.image_token_id,

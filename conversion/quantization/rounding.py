@@ -5,6 +5,7 @@ integer zero points, so that the codes can be repacked for other kernels without
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -175,23 +176,45 @@ def _round_gptq(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (out, in), scale and zero point (out, groups, 1), all float32.
 
+    The grids are searched beforehand, because in the order of `compensated_codes` the columns of a group do not lie
+    together. Weighting the search by the inputs' mean squares makes it worse: what later columns make up for leaves
+    such a grid more often.
+    """
+    grouped = weight.unflatten(1, (-1, group_size))
+    scale, zero = _range_grid(grouped, bits, dtype) if bits == 8 else _searched_grid(grouped, dtype)
+    scales, zeros = scale.squeeze(-1).t().contiguous(), zero.squeeze(-1).t().contiguous()  # (groups, out)
+
+    def nearest(index: int, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        group = index // group_size
+        codes = _nearest_codes(column, scales[group], zeros[group], bits)
+        return codes, (codes - zeros[group]) * scales[group]
+
+    return compensated_codes(weight.t(), hessian, nearest).t(), scale, zero
+
+
+def compensated_codes(
+    columns: torch.Tensor, hessian: torch.Tensor, nearest: Callable[[int, torch.Tensor], tuple[torch.Tensor, ...]]
+) -> torch.Tensor:
+    """Codes (in, out) of a weight's columns (in, out), float32, of which later ones make up for the errors of earlier.
+
+    Args:
+        hessian: (in, in), `X^T X` of the linear's inputs, times any factor.
+        nearest: (index of an input, its column (out,)) → nearest codes of the column, and the values they stand for.
+
     Frantar et al., "GPTQ" (2023), algorithm 1, in the order of the inputs' mean squares: with `U` the upper Cholesky
     factor of the inverse Hessian (`H^-1 = U^T U`), an error `e` of column i adds `-e / U[i, i] * U[i, j]` to each
     later column j. This is the change of the later columns that best restores the layer's output: once the earlier
     columns are fixed, only the inverse Hessian of columns i and later counts, and row i of U is its first row, up to a
-    factor. The columns that matter most go first, while many others can still make up for them. The grids are searched
-    beforehand, because in that order the columns of a group do not lie together. Weighting the search by the inputs'
-    mean squares makes it worse: what later columns make up for leaves such a grid more often.
+    factor. The columns that matter most go first, while many others can still make up for them.
+
+    Raises `ValueError` for a Hessian that is not finite or not positive definite.
     """
-    hessian = _checked_hessian(hessian, weight.device)
+    hessian = _checked_hessian(hessian, columns.device)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _reversed_cholesky(hessian[order][:, order])
-    grouped = weight.unflatten(1, (-1, group_size))
-    scale, zero = _range_grid(grouped, bits, dtype) if bits == 8 else _searched_grid(grouped, dtype)
-    scales, zeros = scale.squeeze(-1).t().contiguous(), zero.squeeze(-1).t().contiguous()  # (groups, out)
-    columns = weight[:, order].t().contiguous()  # (in, out): makes each column of the weight contiguous
+    columns = columns[order].contiguous()  # makes each column of the weight contiguous
     codes = torch.empty_like(columns)
-    groups, count = (order // group_size).tolist(), len(columns)
+    indices, count = order.tolist(), len(columns)
     for start in range(0, count, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, count)
         # Rows start..end of U: H = R R^T with R upper triangular, and U is the inverse of R.
@@ -199,18 +222,17 @@ def _round_gptq(
         rows = torch.linalg.solve_triangular(factor[start:, start:], eye, upper=True, left=False).float()
         errors = columns.new_empty(end - start, columns.shape[1])
         for index in range(start, end):
-            group, row, column = groups[index], rows[index - start], columns[index]
-            code = _nearest_codes(column, scales[group], zeros[group], bits)
+            row, column = rows[index - start], columns[index]
+            codes[index], values = nearest(indices[index], column)
             # Divided by the diagonal once, so that the updates below are plain products with U.
-            error = (column - (code - zeros[group]) * scales[group]) / row[index - start]
-            codes[index], errors[index - start] = code, error
-            columns[index + 1 : end].addr_(row[index + 1 - start : end - start], error, alpha=-1)
+            errors[index - start] = (column - values) / row[index - start]
+            columns[index + 1 : end].addr_(row[index + 1 - start : end - start], errors[index - start], alpha=-1)
         # The block's errors reach all later columns in one product: updating the whole matrix once per column would
         # spend its time moving memory.
         columns[end:].addmm_(rows[:, end - start :].t(), errors, alpha=-1)
     in_place = torch.empty_like(codes)
     in_place[order] = codes
-    return in_place.t(), scale, zero
+    return in_place
 
 
 def _checked_hessian(hessian: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ from genieblue.cli.options import (
     CalibrationImages,
     Json,
     LoraMode,
+    QnnPrecision,
     QnnRounding,
     Revision,
     UnquantizedModel,
@@ -20,6 +21,9 @@ from genieblue.cli.options import (
 )
 from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, stdout_for_json
 from hub_cards.short_numbers import short_bytes
+
+HELD_OUT = 8  # calibration chats that only the verdict reads
+LONGEST_ANSWER = 64  # tokens of an answer to --eval-data
 
 export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -36,7 +40,21 @@ def qnn(
     soc: Annotated[str, typer.Option(help=f"Chip: {', '.join(SOCS)}.")],
     calibration: Annotated[Path, typer.Option(help="JSONL of chats, some with images, as for training.")],
     image_folder: CalibrationImages = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration chats.")] = 16,
+    samples: Annotated[int, typer.Option(min=2, help="Number of calibration chats.")] = 32,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Chats as for `eval`: the verdict counts the answers that the bundle loses.")
+    ] = None,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Exit with 0 even if the verdict is that too much is lost.")
+    ] = False,
+    llm: Annotated[QnnPrecision, typer.Option(help="mixed: 8 bits for the matrices that 4 damage most.")] = "w4a16",
+    group_size: Annotated[
+        int, typer.Option(help="Inputs that share a 4-bit scale: 32, 64, 128, or 0 for a channel's all.")
+    ] = 32,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="Average of the base's matrices in mixed; default: 5.")
+    ] = None,
+    embedding_bits: Annotated[int, typer.Option(help="16, or 8 for half the table.")] = 16,
     chunk_length: Annotated[int, typer.Option(min=1, help="Prefill chunk size, in tokens.")] = 128,
     context_length: Annotated[
         int | None, typer.Option(min=1, help="Longest conversation, in tokens; default: at most 2048.")
@@ -46,8 +64,8 @@ def qnn(
     cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
     vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
     rounding: Annotated[
-        QnnRounding, typer.Option(help="rtn: to nearest; seqmse: least error, slower (extra aimet).")
-    ] = "rtn",
+        QnnRounding, typer.Option(help="gptq: codes make up for each other's errors; rtn: to nearest, faster.")
+    ] = "gptq",
     encodings: Annotated[
         bool, typer.Option("--encodings", help="Also write float graphs with AIMET .encodings, for qairt-converter.")
     ] = False,
@@ -59,7 +77,9 @@ def qnn(
     """Compile a bundle of context binaries for a Snapdragon NPU.
 
     The bundle has a vision graph and, in one binary with shared weights, prefill and decode graphs for the text and
-    multimodal views. An interrupted export resumes when it is run again with the same settings.
+    multimodal views. An interrupted export resumes when it is run again with the same settings. It ends with a
+    verdict: the bundle against the model on chats of the calibration file that were held back, and the answers to
+    --eval-data. If too much is lost, the bundle is kept and marked, and the exit code is 1.
     """
     from conversion.qnn.npu.sessions import check_libraries_installed, check_platform
 
@@ -80,7 +100,7 @@ def qnn(
             # Has the clearest error for another kind of model.
             GenieBlueConfig.from_pretrained(model, revision=revision)
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
-        chats = read_chats(calibration, samples, image_folder=image_folder)
+        chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
         bundle = export_bundle(
             model,
             out.expanduser(),
@@ -92,22 +112,70 @@ def qnn(
             lora=lora,
             cache_bits=cache_bits,
             vision_tiles=vision_tiles,
+            llm=llm,
+            group_size=group_size,
+            bits_per_weight=bits_per_weight,
             rounding=rounding,
+            embedding_bits=embedding_bits,
             encodings=encodings,
+            held_out=map(encode, held_out),
+            answers=None if eval_data is None else answers_to(eval_data),
+            accept_loss=accept_loss,
             on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
             base_model=base,
             **options,
         )
-    _print_bundle(bundle, soc, json_output)
+        from conversion.qnn.bundle.metadata import Bundle
+
+        verdict = Bundle(bundle).metadata["verdict"]
+    _print_bundle(bundle, soc, verdict, json_output)
+    if not verdict["accepted"]:
+        raise typer.Exit(1)
 
 
-def _print_bundle(bundle: Path, soc: str, as_json: bool) -> None:
+def divide_chats(chats: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Chats to calibrate on and chats to hold back: up to `HELD_OUT`, at most a quarter, half of them with images."""
+    count = min(HELD_OUT, len(chats) // 4)
+    images = [place for place, chat in enumerate(chats) if chat.images]
+    texts = [place for place, chat in enumerate(chats) if not chat.images]
+    # Never the only one of its kind: without an image, nothing can be calibrated.
+    held = {*images[1:][-((count + 1) // 2) :], *texts[1:][-(count // 2) :]} if count > 1 else set()
+    return (
+        [chat for place, chat in enumerate(chats) if place not in held],
+        [chat for place, chat in enumerate(chats) if place in held],
+    )
+
+
+def answers_to(data: Path) -> Callable[[Any, Any], list[dict[str, Any]]]:
+    """Measures answers of a model and of its bundle to the chats in `data`; `ValueError` or `OSError` for bad ones."""
+    from dataclasses import asdict
+
+    from genieblue.evaluation.answering import ModelAnswerer
+    from genieblue.evaluation.evaluate import compare, evaluate
+    from genieblue.evaluation.qnn_answering import BundleAnswerer
+    from genieblue.evaluation.samples import EvaluationDataset
+
+    dataset = EvaluationDataset(data)
+
+    def measure(model: Any, runner: Any) -> list[dict[str, Any]]:
+        first = evaluate(ModelAnswerer(model, runner.processor), dataset, max_new_tokens=LONGEST_ANSWER)
+        second = evaluate(BundleAnswerer(runner), dataset, max_new_tokens=LONGEST_ANSWER)
+        return [asdict(difference) for difference in compare(first, second)]
+
+    return measure
+
+
+def _print_bundle(bundle: Path, soc: str, verdict: dict[str, Any], as_json: bool) -> None:
+    from conversion.qnn.bundle.verdict_text import describe
+
     files = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
     if as_json:
-        print_json({"bundle": str(bundle), "files": files})
+        print_json({"bundle": str(bundle), "files": files, "verdict": verdict})
         return
     for name, size in sorted(files.items(), key=lambda item: -item[1])[:12]:
         typer.echo(f"{short_bytes(size):>12}  {name}")
+    for line in describe(verdict):
+        typer.echo(line)
     typer.echo(f"{bundle}: {short_bytes(sum(files.values()))} in {len(files)} files, for {soc}.")
     note(f"Next: genieblue verify {bundle}; genieblue chat --qnn {bundle} --image photo.jpg --prompt …")
 

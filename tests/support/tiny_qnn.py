@@ -13,7 +13,8 @@ from conversion.qnn.graphs.decoder_graph import DecoderGraph
 from conversion.qnn.graphs.decoder_shape import make_decoder_shape
 
 CHUNK, CONTEXT = 8, 64
-SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT}
+# A random model of 64 channels has little left in 4 bits.
+SETTINGS = {"soc": "sm8750", "chunk_length": CHUNK, "context_length": CONTEXT, "llm": "w8a16"}
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}
 LLAMA3_ROPE = {
     "rope_type": "llama3",

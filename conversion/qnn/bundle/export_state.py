@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.qnn.bundle.metadata import METADATA
+from conversion.qnn.bundle.metadata import METADATA, Bundle
 from conversion.qnn.graphs.names import UNFINISHED
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,13 @@ class UnfinishedExport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether only handing over is left."""
+        """Whether only the verdict and handing over are left."""
         return (self.bundle / METADATA).is_file()
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether only handing over is left."""
+        return Bundle(self.bundle).metadata["verdict"] is not None
 
     def step(self, name: str) -> Path:
         """The folder for what the step `name` leaves for later steps."""

@@ -17,7 +17,7 @@ from conversion.qnn.qdq.encoding import Encoding
 
 METADATA = "metadata.json"
 ADAPTER, PROBE = "adapter.npz", "probe.npz"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 OWN_DIGEST = "sha256"  # key in the metadata
 
 

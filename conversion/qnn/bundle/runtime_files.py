@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import StrictUndefined, Template
 
+from conversion.qnn.bundle.verdict_text import describe
+
 BACKEND_FILE = "htp_backend_ext_config.json"
 README_TEMPLATE = Path(__file__).with_name("readme_template.md")
 
@@ -23,7 +25,8 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    readme = template.render(metadata, has_float_graphs=(folder / "qairt").is_dir())
+    lines = describe(metadata["verdict"]) if metadata["verdict"] else ["verdict: not given yet"]
+    readme = template.render(metadata, verdict_lines=lines, has_float_graphs=(folder / "qairt").is_dir())
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -59,7 +62,7 @@ def _genie_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "type": "lut",
         "lut-path": embeddings["file"],
         "size": decoder["hidden_size"],
-        "datatype": "ufixed16",
+        "datatype": embeddings["dtype"].replace("uint", "ufixed"),
         "quant-param": {"scale": embeddings["scale"], "offset": embeddings["offset"]},
     }
     htp = {

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, boundary_names, cache_names
+from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.graphs.supported_bases import norm_epsilon
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 
@@ -30,6 +31,12 @@ class Projection(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y if self.lora_b is None else y + low_rank @ self.lora_b
+
+    def rotate_output(self, rotation: Rotation) -> None:
+        """Folds a rotation of the output into the matrices."""
+        for name in ("weight", "bias", "lora_b"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, rotation.states(value))
 
 
 class SharedLora(nn.Module):
@@ -140,6 +147,20 @@ class Block(nn.Module):
         h = functional.silu(self.gate_proj(h, low_rank)) * self.up_proj(h, low_rank)
         return x + self.down_proj(h, self.down_lora(h)), key, value
 
+    def rotate(self, rotation: Rotation) -> None:
+        """Folds the norms and a rotation of the hidden states into the matrices."""
+        for norm, lora, projections in (
+            (self.input_norm, self.qkv_lora, (self.q_proj, self.k_proj, self.v_proj)),
+            (self.mlp_norm, self.gate_up_lora, (self.gate_proj, self.up_proj)),
+        ):
+            for projection in projections:
+                projection.weight = rotation.readers(projection.weight, norm.weight)
+            if lora.lora_a is not None:
+                lora.lora_a = rotation.readers(lora.lora_a, norm.weight)
+            norm.weight = torch.ones_like(norm.weight)
+        for projection in (self.o_proj, self.down_proj):
+            projection.rotate_output(rotation)
+
     def largest_score(self, x: torch.Tensor) -> float:
         """An upper bound of all attention scores of (1, tokens, hidden_size), whatever the positions of the tokens."""
         query, key, _ = self.queries_keys_values(x)
@@ -164,7 +185,15 @@ class Block(nn.Module):
 class DecoderGraph(nn.Module):
     """Blocks `first` to `last - 1` of one view, then the final norm and the LM head if the last is included."""
 
-    def __init__(self, view: nn.Module, shape: DecoderShape, first: int = 0, last: int | None = None):
+    def __init__(
+        self,
+        view: nn.Module,
+        shape: DecoderShape,
+        first: int = 0,
+        last: int | None = None,
+        rotation: Rotation | None = None,
+    ):
+        """With a `rotation`, its hidden states, embeddings included, are the view's own after that rotation."""
         super().__init__()
         path, blocks = find_blocks(view)
         last = len(blocks) if last is None else last
@@ -174,6 +203,15 @@ class DecoderGraph(nn.Module):
         if last == len(blocks):
             self.final_norm = Norm(view.get_submodule(path.rpartition(".")[0]).norm)
             self.head = Projection(view.get_output_embeddings())
+        if rotation is not None:
+            self._rotate(rotation)
+
+    def _rotate(self, rotation: Rotation) -> None:
+        for block in self.blocks:
+            block.rotate(rotation)
+        if self.head is not None:
+            self.head.weight = rotation.readers(self.head.weight, self.final_norm.weight)
+            self.final_norm.weight = torch.ones_like(self.final_norm.weight)
 
     def forward(
         self,

@@ -2,8 +2,10 @@
 
 VIEWS = ("text", "multimodal")
 LORA_MODES = ("constants", "inputs")
-ROUNDINGS = ("rtn", "seqmse")
-BASE_BITS, LORA_BITS = 4, 8
+ROUNDINGS = ("rtn", "gptq")
+PRECISIONS = ("w8a16", "w4a16", "mixed")  # of the base's matrices
+GROUP_SIZES = (0, 32, 64, 128)  # inputs that share a scale in 4 bits; 0: all of an output channel
+EMBEDDING_BITS = (16, 8)
 STAGES = ("prefill", "decode")
 # Outputs of the float graph: with its own weights, and with the values of their codes.
 EXACT, ROUNDED = "exact", "rounded"
@@ -13,8 +15,3 @@ UNFINISHED = ".unfinished"  # suffix of files and folders until they are complet
 def is_lora(name: str) -> bool:
     """Whether a weight belongs to LoRA."""
     return name.endswith((".lora_a", ".lora_b"))
-
-
-def weight_bits(name: str) -> int:
-    """Bits of a matrix of a decoder graph by its name."""
-    return LORA_BITS if is_lora(name) else BASE_BITS

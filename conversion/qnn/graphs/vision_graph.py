@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from conversion.qnn.graphs.decoder_graph import Projection
+from conversion.qnn.graphs.rotation import Rotation
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
@@ -78,8 +79,8 @@ class VisionGraph(nn.Module):
     input_names = ("pixel_values",)
     output_names = ("image_features",)
 
-    def __init__(self, model: nn.Module):
-        """Raises `ValueError` for a tower with another activation than SigLIP's."""
+    def __init__(self, model: nn.Module, rotation: Rotation | None = None):
+        """With a `rotation`, the image features are rotated; `ValueError` for another activation than SigLIP's."""
         super().__init__()
         config, tower = model.config.vision_config, model.vision_tower
         if config.hidden_act not in ACTIVATIONS:
@@ -97,6 +98,8 @@ class VisionGraph(nn.Module):
         projector = model.multi_modal_projector
         self.projector_norm = LayerNorm(projector.norm)
         self.linear_1, self.linear_2 = Projection(projector.linear_1), Projection(projector.linear_2)
+        if rotation is not None:
+            self.linear_2.rotate_output(rotation)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(num_tiles, 3, image_size, image_size) → (num_tiles, image_seq_length, hidden_size)."""

@@ -62,9 +62,16 @@ def _tensor_entry(name: str, encoding: Encoding) -> dict[str, Any]:
 
 
 def _weight_entry(name: str, weight: WeightCodes) -> dict[str, Any]:
-    kind = "PER_TENSOR" if weight.axis is None else "PER_CHANNEL"
+    kind = "PER_TENSOR" if weight.axis is None else "PER_CHANNEL" if weight.multiples is None else "LPBQ"
     scales = [float(scale) for scale in np.atleast_1d(weight.scales)]
-    return _entry(name, kind, weight.bits, True, scales, 1 - 2 ** (weight.bits - 1))
+    if weight.multiples is None:
+        return _entry(name, kind, weight.bits, True, scales, 1 - 2 ** (weight.bits - 1))
+    return {
+        **_entry(name, kind, 2 * weight.bits, True, scales, -(2 ** (2 * weight.bits - 1))),
+        "compressed_bw": weight.bits,
+        "block_size": weight.format.group_size,
+        "per_block_int_scale": weight.multiples.T.ravel().tolist(),  # channel by channel
+    }
 
 
 def _entry(name: str, kind: str, bits: int, symmetric: bool, scales: list[float], offset: int) -> dict[str, Any]:

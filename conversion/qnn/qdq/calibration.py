@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
+from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.qdq.encoding import Range
 from conversion.qnn.qdq.ranges import union
 
@@ -19,14 +19,15 @@ logger = logging.getLogger(__name__)
 class Calibration:
     """What the graphs are calibrated on."""
 
-    requests: dict[str, list[np.ndarray]]  # by view, embeddings (tokens, hidden_size), longest first
+    requests: dict[str, list[np.ndarray]]  # by view, rotated embeddings (tokens, hidden_size), longest first
     tiles: list[np.ndarray]  # each (3, image_size, image_size)
-    embedding_range: Range  # of all embeddings there are, images included
+    table_range: Range  # of the base's embeddings
+    embedding_range: Range  # the same with images
 
 
 @torch.no_grad()
 def prepare_calibration(
-    model: Any, encoded: Iterable[Mapping[str, Any]], chunk_length: int, context_length: int
+    model: Any, encoded: Iterable[Mapping[str, Any]], rotation: Rotation, chunk_length: int, context_length: int
 ) -> Calibration:
     """Embeds requests that a processor has encoded.
 
@@ -48,10 +49,10 @@ def prepare_calibration(
         pixels = request.get("pixel_values")
         text_ids = ids[ids != image_token][None, :context_length]
         if text_ids.numel():
-            requests["text"].append(_embed(model, text_ids, None))
+            requests["text"].append(_embed(model, text_ids, None, rotation))
         if pixels is not None:
             pixels = torch.as_tensor(pixels)
-            requests["multimodal"].append(_embed(model, ids, pixels)[:context_length])
+            requests["multimodal"].append(_embed(model, ids, pixels, rotation)[:context_length])
             tiles.extend(pixels.float().cpu().numpy())
     if not requests["text"]:
         raise ValueError("The calibration has no requests with text: give some from your training data.")
@@ -69,19 +70,23 @@ def prepare_calibration(
                 "from their cache is hardly calibrated, nor compared by `verify`. Give longer ones.",
                 view, len(arrays[0]), chunk_length,
             )  # fmt: skip
-    embeddings = chain(embedding_rows(model), requests["multimodal"])
-    return Calibration(requests, tiles, union(*((float(rows.min()), float(rows.max())) for rows in embeddings)))
+    table = _range(embedding_rows(model, rotation))
+    return Calibration(requests, tiles, table, union(table, _range(requests["multimodal"])))
 
 
-def _embed(model: Any, ids: torch.Tensor, pixels: torch.Tensor | None) -> np.ndarray:
+def _range(arrays: Iterable[np.ndarray]) -> Range:
+    return union(*((float(rows.min()), float(rows.max())) for rows in arrays))
+
+
+def _embed(model: Any, ids: torch.Tensor, pixels: torch.Tensor | None, rotation: Rotation) -> np.ndarray:
     device = model.language_model.device
     pixels = None if pixels is None else pixels.to(device)
-    return model.embed_request(ids.to(device), pixels)[0].float().cpu().numpy()
+    return rotation.states(model.embed_request(ids.to(device), pixels)[0]).cpu().numpy()
 
 
 @torch.no_grad()
-def embedding_rows(model: Any, batch: int = 4096) -> Iterable[np.ndarray]:
-    """The base's embeddings in the order of their ids, `batch` rows at a time, (rows, hidden_size)."""
+def embedding_rows(model: Any, rotation: Rotation, batch: int = 4096) -> Iterable[np.ndarray]:
+    """The base's embeddings, rotated, in the order of their ids, `batch` rows at a time, (rows, hidden_size)."""
     count = model.get_input_embeddings().weight.shape[0]
     for start in range(0, count, batch):
-        yield _embed(model, torch.arange(start, min(start + batch, count))[None], None)
+        yield _embed(model, torch.arange(start, min(start + batch, count))[None], None, rotation)

@@ -1,6 +1,5 @@
 """Encodings of activations, codes of matrices, and conversion of values to codes. NumPy only."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,26 +46,61 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class WeightFormat:
+    """How a matrix is stored: bits, and how many inputs of an output channel share a scale (0: all of them)."""
+
+    bits: int
+    group_size: int = 0
+
+    @property
+    def largest_code(self) -> int:
+        """The codes are -`largest_code` … `largest_code`."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits with the multiple of each group; the scale of a channel is not counted."""
+        return self.bits + (8 / self.group_size if self.group_size else 0)
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits" + (f", groups of {self.group_size}" if self.group_size else "")
+
+
+LARGEST_MULTIPLE = 16  # of a channel's scale, which a group may have: the format of the NPU ("LPBQ")
+
+
+@dataclass(frozen=True)
 class WeightCodes:
-    """Symmetric codes of a matrix and their scales: one per channel along `axis`, or one for all (`axis` None)."""
+    """Symmetric codes of a matrix and their scales: one per channel along `axis`, or one for all (`axis` None).
+
+    With `multiples`, each group of inputs has that multiple of its channel's scale.
+    """
 
     codes: np.ndarray  # int8; 4-bit codes are in -7 … 7
     scales: np.ndarray  # float32, (channels,) or ()
     bits: int
     axis: int | None
+    multiples: np.ndarray | None = None  # uint8, (groups, channels), 1 … 16
+
+    @property
+    def format(self) -> WeightFormat:
+        """The format of these codes."""
+        return WeightFormat(self.bits, 0 if self.multiples is None else len(self.codes) // len(self.multiples))
+
+    def steps(self) -> np.ndarray:
+        """The value of one code, float32 in a shape that broadcasts to the codes."""
+        if self.axis is None:
+            return self.scales
+        if self.multiples is not None:
+            return np.repeat(self.multiples * self.scales, len(self.codes) // len(self.multiples), axis=0)
+        return self.scales.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])
 
     def decode(self) -> np.ndarray:
         """The matrix that the codes represent, float32 in their shape."""
-        if self.axis is None:
-            return self.codes * self.scales
-        return self.codes * self.scales.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])
+        return self.codes * self.steps()
 
 
-# (name of a weight, its values, bits, axis) → codes
-Rounding = Callable[[str, np.ndarray, int, int | None], WeightCodes]
-
-
-def round_to_nearest(_name: str, weight: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
+def round_to_nearest(weight: np.ndarray, bits: int, axis: int | None) -> WeightCodes:
     """Symmetric codes that map the largest magnitude of each channel to the largest code."""
     others = tuple(index for index in range(weight.ndim) if index != axis) if axis is not None else None
     largest = np.abs(weight).max(axis=others)

@@ -45,12 +45,16 @@ def read_codes(path: Path) -> dict[str, WeightCodes]:
     found = {}
     for node in model.graph.node:
         name = node.input[0] if node.op_type == "DequantizeLinear" else None
-        if name not in tensors or name.endswith("/codes"):
+        if name not in tensors or name.endswith(("/codes", "/multiples")):
             continue
         codes = numpy_helper.to_array(tensors[name]).astype(np.int8)
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
         bits = 4 if tensors[name].data_type == onnx.TensorProto.INT4 else 8
-        found[name] = WeightCodes(codes, numpy_helper.to_array(tensors[node.input[1]]), bits, axis)
+        multiples = None
+        if f"{name}/multiples" in tensors:
+            # The decoder of the codes has the axis of the inputs, along which they are grouped.
+            multiples, axis = numpy_helper.to_array(tensors[f"{name}/multiples"]), 1
+        found[name] = WeightCodes(codes, numpy_helper.to_array(tensors[f"{name}/scale"]), bits, axis, multiples)
     return found
 
 

@@ -19,17 +19,17 @@ import onnx
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, DecoderShape, RunGraph, boundary_names, cache_names
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
 from conversion.qnn.graphs.float_onnx import structure, to_float_onnx
-from conversion.qnn.graphs.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora, weight_bits
+from conversion.qnn.graphs.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora
+from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu.sessions import cpu_session
 from conversion.qnn.qdq.aimet_encodings import save_with_encodings
-from conversion.qnn.qdq.aimet_rounding import SeqMse
-from conversion.qnn.qdq.encoding import Encoding, Range, WeightCodes, round_to_nearest, round_with_scales
-from conversion.qnn.qdq.quantize import apply_codes, encodings_of, quantize_graph, round_weights, weights_of
+from conversion.qnn.qdq.block_rounding import FormatOf, round_blocks
+from conversion.qnn.qdq.encoding import Encoding, Range, WeightCodes, WeightFormat
+from conversion.qnn.qdq.quantize import apply_codes, encodings_of, quantize_graph, weights_of
 from conversion.qnn.qdq.ranges import RangeMeter
 from conversion.qnn.qdq.stored_graphs import ConstantStore, save_copy
 
 logger = logging.getLogger(__name__)
-SEQMSE_REQUESTS = 4
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,17 @@ class LanguageSettings:
     context_length: int
     cache_bits: int
     lora: str
-    rounding: str = "rtn"
+    llm: str = "w4a16"
+    group_size: int = 32
+    rounding: str = "gptq"
+    embedding_bits: int = 16
     encodings: bool = False  # write float graphs with AIMET encodings as well
+    bits_per_weight: float | None = None  # of `mixed`
+
+    @property
+    def four_bits(self) -> WeightFormat:
+        """The format of matrices in 4 bits."""
+        return WeightFormat(4, self.group_size)
 
     def tokens(self, stage: str) -> int:
         """Tokens per call of the `prefill` or the `decode` graph."""
@@ -55,6 +64,8 @@ class Part:
     shape: DecoderShape
     blocks: range
     settings: LanguageSettings
+    rotation: Rotation
+    format_of: FormatOf
 
     @property
     def input_name(self) -> str:
@@ -95,7 +106,6 @@ class _ViewResult:
 
     graphs: dict[str, Path]  # by stage, QDQ file
     boundary: dict[str, Encoding]
-    codes: dict[str, WeightCodes]
     stream: list[np.ndarray]  # by request, input of the next part
     values: dict[str, dict[str, np.ndarray]]  # of the probe: `EXACT` and `ROUNDED`, by tensor
 
@@ -151,7 +161,11 @@ def quantize_part(
         float_folder: for the float graphs with their encodings, if wanted.
     """
     result = PartResult({}, {}, {}, {}, {})
-    seqmse = SeqMse() if part.settings.rounding == "seqmse" else None
+    settings = part.settings
+    codes = round_blocks(
+        views, part.shape, part.blocks, streams, part.rotation, part.format_of,
+        gptq=settings.rounding == "gptq", lora_as_inputs=settings.lora == "inputs",
+    )  # fmt: skip
     with ExitStack() as stack:
         files = _PartFiles(stack, name, folder, float_folder)
         for view in VIEWS:
@@ -162,11 +176,11 @@ def quantize_part(
                 requests=streams[view],
                 exact=streams.get(f"{view}/{EXACT}", [part.probe(streams[view])])[0],
                 input_range=input_ranges[view],
-                seqmse=seqmse,
+                codes=codes[view],
                 files=files,
             )
             result.graphs.update({f"{view}_{stage}": path for stage, path in found.graphs.items()})
-            result.boundary[view], result.codes[view] = found.boundary, found.codes
+            result.boundary[view], result.codes[view] = found.boundary, codes[view]
             result.streams[view] = found.stream
             result.streams[f"{view}/{EXACT}"] = [found.values[EXACT][part.output_name]]
             for kind, values in found.values.items():
@@ -183,7 +197,7 @@ def _quantize_view(
     requests: list[np.ndarray],
     exact: np.ndarray,
     input_range: Range,
-    seqmse: SeqMse | None,
+    codes: Mapping[str, WeightCodes],
     files: _PartFiles,
 ) -> _ViewResult:
     """Calibrates and writes the two graphs of one view.
@@ -194,17 +208,12 @@ def _quantize_view(
         input_range: of the requests, as the previous part encodes it.
     """
     blocks, settings = part.blocks, part.settings
-    graph = DecoderGraph(module, part.shape, blocks.start, blocks.stop)
+    graph = DecoderGraph(module, part.shape, blocks.start, blocks.stop, part.rotation)
     models = {stage: make_float_graph(graph, settings, stage) for stage in STAGES}
     if structure(models["prefill"]) != structure(models["decode"]):
         raise RuntimeError(f"The graphs of the {view} view differ in more than their shapes.")
     del graph
     _drop_matrices(models["decode"])  # the other graph has the same, and they return as codes
-    as_inputs = is_lora if settings.lora == "inputs" else lambda _name: False
-    if seqmse is not None:
-        feeds = collect_calls(models["prefill"], part, requests[:SEQMSE_REQUESTS])
-        seqmse.fit(models["prefill"], feeds, weight_bits)
-    codes = round_weights(models["prefill"], weight_bits, rounding=seqmse or round_to_nearest, as_inputs=as_inputs)
     with _float_run(models["prefill"]) as run:
         exact_values = part.read(run, exact)
     # Ranges are measured with rounded weights: the quantized graph will have these values.
@@ -219,7 +228,6 @@ def _quantize_view(
     return _ViewResult(
         graphs=graphs,
         boundary={tensor: encodings[tensor] for tensor in boundary},
-        codes=codes,
         stream=outputs,
         values={EXACT: exact_values, ROUNDED: rounded_values},
     )
@@ -265,20 +273,6 @@ def _float_run(model: onnx.ModelProto) -> Iterator[RunGraph]:
         yield lambda _tokens, feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
-def collect_calls(model: onnx.ModelProto, part: Part, requests: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """The inputs of every call of a float graph for chunks, over some requests."""
-    calls: list[dict[str, np.ndarray]] = []
-    with _float_run(model) as run:
-
-        def run_and_note(tokens: int, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-            calls.append(dict(feeds))
-            return run(tokens, feeds)
-
-        for request in requests:
-            part.read(run_and_note, request)
-    return calls
-
-
 def _calibrate(
     model: onnx.ModelProto, part: Part, requests: list[np.ndarray]
 ) -> tuple[dict[str, Range], list[np.ndarray], dict[str, np.ndarray]]:
@@ -303,22 +297,6 @@ def codes_digest(codes: Mapping[str, WeightCodes]) -> str:
             digest.update(name.encode())
             digest.update(codes[name].codes.tobytes())
             digest.update(codes[name].scales.tobytes())
+            if codes[name].multiples is not None:
+                digest.update(codes[name].multiples.tobytes())
     return digest.hexdigest()
-
-
-def base_codes(
-    base: Any, shape: DecoderShape, blocks: range, scales: Mapping[str, np.ndarray] | None = None
-) -> dict[str, WeightCodes]:
-    """Codes of a part's matrices from the base alone: without graph, calibration or adapter.
-
-    Rounded with `scales` by name where given (as SeqMSE chose them), otherwise to nearest.
-    """
-    codes = {}
-    for name, value in DecoderGraph(base, shape, blocks.start, blocks.stop).named_buffers():
-        if value.ndim == 2:
-            weight, bits = value.cpu().numpy(), weight_bits(name)
-            if scales is not None and name in scales:
-                codes[name] = round_with_scales(weight, scales[name], bits, 1)
-            else:
-                codes[name] = round_to_nearest(name, weight, bits, 1)
-    return codes

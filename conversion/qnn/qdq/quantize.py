@@ -1,4 +1,4 @@
-"""Float graph + ranges → QDQ graph: 16-bit activations, symmetric int4 or int8 weights with a scale per channel.
+"""Float graph + ranges → QDQ graph: 16-bit activations, symmetric int4 or int8 weights, scales by channel or group.
 
 Inputs and outputs of the graph, including caches, are quantized too, so nothing is converted between calls.
 """
@@ -14,7 +14,6 @@ from conversion.qnn.qdq.encoding import (
     LEVELS,
     Encoding,
     Range,
-    Rounding,
     WeightCodes,
     constant_encoding,
     round_to_nearest,
@@ -112,10 +111,9 @@ def round_weights(
     model: onnx.ModelProto,
     bits_of: Callable[[str], int],
     *,
-    rounding: Rounding = round_to_nearest,
     as_inputs: Callable[[str], bool] = lambda _name: False,
 ) -> dict[str, WeightCodes]:
-    """Codes of every matrix and kernel in a float graph, by name.
+    """Codes of every matrix and kernel in a float graph, rounded to nearest, by name.
 
     Args:
         bits_of: 4 or 8 for the name of a weight.
@@ -123,7 +121,7 @@ def round_weights(
             NPU supports a scale per channel only for constants.
     """
     return {
-        name: rounding(name, weight, bits_of(name), None if as_inputs(name) else axis)
+        name: round_to_nearest(weight, bits_of(name), None if as_inputs(name) else axis)
         for name, (weight, axis) in weights_of(model).items()
     }
 
@@ -265,9 +263,24 @@ class _Quantizer:
             self.graph.input.append(helper.make_tensor_value_info(name, kind, weight.codes.shape))
         else:
             self._constant(name, weight.codes.astype(dtype))
+        if weight.multiples is not None:
+            self._decode_groups(name, weight, dtype)
+            return
         attributes = {} if weight.axis is None else {"axis": weight.axis}
         scale = self._scale(name, weight.scales, np.zeros(weight.scales.shape, dtype))
         self._decode(name, [name, *scale], **attributes)
+
+    def _decode_groups(self, name: str, weight: WeightCodes, dtype: np.dtype) -> None:
+        """A matrix with a scale per group: the compiler knows this pair of decoders, and only before a MatMul.
+
+        Before a Gemm without transposition it compiles them to something wrong (QAIRT 2.51).
+        """
+        multiples = self._constant(f"{name}/multiples", weight.multiples)
+        scale = self._scale(name, weight.scales, np.zeros(weight.scales.shape, np.uint8))
+        steps = f"{name}/steps"
+        self._append("DequantizeLinear", [multiples, *scale], steps, axis=weight.axis)
+        zeros = self._constant(f"{steps}/zero_point", np.zeros(weight.multiples.shape, dtype))
+        self._decode(name, [name, steps, zeros], axis=0, block_size=weight.format.group_size)
 
     def _decode_constant(self, name: str, values: np.ndarray) -> None:
         """Biases, norm weights and single numbers: 16 bits."""

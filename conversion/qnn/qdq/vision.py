@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from conversion.qnn.graphs.float_onnx import to_float_onnx
+from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.graphs.vision_graph import VisionGraph
 from conversion.qnn.npu.sessions import cpu_session
 from conversion.qnn.qdq.aimet_encodings import save_with_encodings
@@ -38,14 +39,14 @@ def batches_of(tiles: list[np.ndarray], size: int) -> list[np.ndarray]:
 
 
 def quantize_vision(
-    model: Any, tiles: list[np.ndarray], batch: int, folder: Path, float_folder: Path | None = None
+    model: Any, tiles: list[np.ndarray], batch: int, rotation: Rotation, folder: Path, float_folder: Path | None = None
 ) -> VisionResult:
-    """Writes `vision.onnx`, for `batch` tiles at a time, and `vision.data` into `folder`.
+    """Writes `vision.onnx`, for `batch` tiles at a time with rotated features, and `vision.data` into `folder`.
 
     The float graph with its encodings goes into `float_folder`, if there is one. Raises `ValueError` if the float
     graph does not give the model's features for the first batch.
     """
-    graph = VisionGraph(model)
+    graph = VisionGraph(model, rotation)
     float_graph = to_float_onnx(graph, graph.example_inputs(batch), graph.input_names, graph.output_names)
     del graph
     codes = round_weights(float_graph, lambda _name: VISION_BITS)
@@ -54,7 +55,7 @@ def quantize_vision(
         session = cpu_session(save_copy(float_graph, Path(work) / "vision.onnx"))
         features = session.run(["image_features"], {"pixel_values": batches[0]})[0]
         del session
-        _check_features(model, batches[0], features)
+        _check_features(model, batches[0], features, rotation)
         apply_codes(float_graph, codes)
         ranges = measure_ranges(float_graph, ({"pixel_values": pixels} for pixels in batches), Path(work))
     probe = {"pixel_values": batches[0], "image_features": features}
@@ -71,9 +72,9 @@ def quantize_vision(
 
 
 @torch.no_grad()
-def _check_features(model: Any, pixels: np.ndarray, found: np.ndarray) -> None:
-    """`ValueError` unless the features `found` for `pixels` are the model's own."""
-    own = model.get_image_features(torch.from_numpy(pixels)).pooler_output.float().cpu().numpy()
+def _check_features(model: Any, pixels: np.ndarray, found: np.ndarray, rotation: Rotation) -> None:
+    """`ValueError` unless the features `found` for `pixels` are the model's own, rotated."""
+    own = rotation.states(model.get_image_features(torch.from_numpy(pixels)).pooler_output).cpu().numpy()
     dtypes = {parameter.dtype for part in (model.vision_tower, model.multi_modal_projector)
               for parameter in part.parameters()}  # fmt: skip
     tolerance = TOLERANCE if dtypes == {torch.float32} else TOLERANCE_16_BITS

@@ -127,7 +127,7 @@ def test_weights_of_another_base_are_told(bundle, pair):
     with torch.no_grad():
         base.model.layers[0].mlp.up_proj.weight[0].mul_(-1)
     (check,) = [check for check in verify_bundle(bundle, base=base) if check.name == "weights of the text graphs"]
-    assert not check.ok and "part 0 are not those of the base alone" in check.detail
+    assert not check.ok and "blocks.0.up_proj.weight of part 0 is not the base's" in check.detail
 
 
 def weights_check(folder, base=None):
@@ -143,7 +143,7 @@ def test_norms_and_embeddings_of_another_base_are_told(bundle, pair):
         base.model.embed_tokens.weight[5] += 0.1
     check = weights_check(bundle, base)
     assert not check.ok
-    assert "blocks.0.input_norm.weight of part 1, text_decode, is not the base's" in check.detail
+    assert "blocks.0.q_proj.weight of part 1 is not the base's" in check.detail  # its norm's weights are in it
     assert "1 of 128 embeddings are not the base's" in check.detail
 
 
@@ -151,7 +151,7 @@ def test_a_base_that_is_there_is_compared_with_unasked(copy, pair):
     assert weights_check(copy).detail.endswith("not compared with a base: give --base")
     facts = Bundle(copy).metadata
     for name, told in (
-        (str(pair.parent / "base"), "equal, code by code, to the base alone"),
+        (str(pair.parent / "base"), "those of the base alone"),
         ("/no/where", "give --base"),
     ):
         facts["base"]["name_or_path"] = name
@@ -259,7 +259,7 @@ def test_a_runner_says_nearly_what_the_model_says(bundle, pair, backend):
     with torch.no_grad():
         expected = model(input_ids=request["input_ids"][None], pixel_values=request["pixel_values"]).logits[0].numpy()
     found = runner.logits(request["input_ids"], request["pixel_values"].numpy())
-    assert agreement(found, expected).cosine > 0.7  # of 4 bits in 64 dimensions no more is left
+    assert agreement(found, expected).cosine > 0.98
     text = runner.logits(request["input_ids"][:5])
     assert agreement(text, runner.logits(request["input_ids"][:5], view="multimodal")).cosine < 0.999
 

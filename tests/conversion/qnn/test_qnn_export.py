@@ -18,10 +18,13 @@ from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair, tiny_model, 
 from typer.testing import CliRunner
 
 from conversion.qnn import export as export_module
+from conversion.qnn import export_settings
 from conversion.qnn.bundle.export_state import UnfinishedExport
 from conversion.qnn.bundle.metadata import Bundle
-from conversion.qnn.export import divide_blocks, export_bundle
+from conversion.qnn.export import export_bundle
+from conversion.qnn.export_settings import divide_blocks
 from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
+from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu import sessions as npu
 from conversion.qnn.qdq.calibration import prepare_calibration
 from conversion.qnn.qdq.vision import quantize_vision
@@ -127,9 +130,9 @@ def test_an_export_of_another_program_or_base_is_no_beginning(
     with pytest.raises(KeyboardInterrupt):
         export_bundle(*arguments, calibration=requests(1), **SETTINGS)
     if changed == "torch":
-        monkeypatch.setattr(export_module, "_version", lambda _package: "0.0")
+        monkeypatch.setattr(export_settings, "_version", lambda _package: "0.0")
     elif changed == "format":
-        monkeypatch.setattr(export_module, "FORMAT_VERSION", 0)
+        monkeypatch.setattr(export_settings, "FORMAT_VERSION", 0)
     else:
         real = export_module.GenieBlueForConditionalGeneration.from_pretrained
 
@@ -179,6 +182,12 @@ def test_two_exports_to_one_place_are_kept_apart(pair, tmp_path, dies_at_the_vis
         ({"lora": "merged"}, "`lora` is 'merged'"),
         ({"cache_bits": 4}, "`cache_bits` is 4"),
         ({"vision_tiles": 0}, "`vision_tiles` is 0"),
+        ({"llm": "w2a16"}, "`llm` is 'w2a16'"),
+        ({"group_size": 48}, "`group_size` is 48"),
+        ({"llm": "w4a16", "group_size": 64}, "intermediate_size of 96 is no multiple of the group size 64"),
+        ({"bits_per_weight": 5}, "belongs to `llm='mixed'`: w8a16"),
+        ({"llm": "mixed", "bits_per_weight": 4.1}, "`bits_per_weight` is 4.1: expected 4.25"),
+        ({"embedding_bits": 4}, "`embedding_bits` is 4"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_any_weights_are_read(
@@ -267,18 +276,18 @@ def test_a_vision_tower_that_computes_something_else_is_refused(tmp_path, dtype,
     tiles = [request["pixel_values"][0].numpy() for request in requests(1) if "pixel_values" in request]
     model.multi_modal_projector.register_forward_hook(lambda _module, _inputs, output: output * factor)
     with pytest.raises(ValueError, match="something other than a SigLIP"):
-        quantize_vision(model, tiles, 1, tmp_path)
+        quantize_vision(model, tiles, 1, Rotation(64), tmp_path)
 
 
 def test_the_longest_requests_are_the_probe_and_short_ones_are_warned_of(caplog):
     model = two_blocks()
     short, long = requests(1), requests(2)[2:]
     short = [{**request, "input_ids": list(request["input_ids"])[:9]} for request in short]
-    found = prepare_calibration(model, [*short, *long], CHUNK, CONTEXT).requests
+    found = prepare_calibration(model, [*short, *long], Rotation(64), CHUNK, CONTEXT).requests
     assert [len(array) for array in found["text"]] == [24, 24, 9, 5]
     assert [len(array) for array in found["multimodal"]] == [28, 9] and not caplog.records
     with caplog.at_level(logging.WARNING):
-        prepare_calibration(model, short, CHUNK, CONTEXT)
+        prepare_calibration(model, short, Rotation(64), CHUNK, CONTEXT)
     assert [record.getMessage()[:30] for record in caplog.records] == [
         "The longest text request of th", "The longest multimodal request",
     ]  # fmt: skip
@@ -361,16 +370,22 @@ def invoke(*arguments):
 
 @pytest.mark.slow
 def test_the_command_exports_a_bundle_and_says_so_in_json(pair, chats, tmp_path):
-    result = invoke(
+    command = (
         pair, "--out", tmp_path / "bundle", "--soc", "sm8750", "--calibration", chats, "--samples", 4,
         "--chunk-length", CHUNK, "--context-length", CONTEXT, "--json",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
+    # A random model of 64 channels has little left in 4 bits.
+    result = invoke(*command, "--eval-data", chats)
+    assert result.exit_code == 1, result.output
     told = json.loads(result.stdout)
+    assert told["verdict"]["result"] == "failed" and not told["verdict"]["accepted"]
+    assert set(told["verdict"]["logits"]) == {"text", "multimodal"} and told["verdict"]["answers"][0]["count"] == 20
+    readme = (tmp_path / "bundle" / "README.md").read_text()
+    assert "do not ship it" in readme and "bits a weight on average" in readme
     assert os.path.samefile(told["bundle"], tmp_path / "bundle")
     assert {"metadata.json", "vision/vision.bin", "language_0/language_0.bin"} <= set(told["files"])
     assert Bundle(told["bundle"]).changed_files() == []
-    assert "[1/3] vision tower" in result.stderr
+    assert "[1/4] vision tower" in result.stderr
 
 
 def test_the_command_refuses_before_it_reads_an_image(pair, chats, tmp_path, monkeypatch):

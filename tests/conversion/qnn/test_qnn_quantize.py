@@ -29,8 +29,10 @@ from conversion.qnn.graphs.vision_graph import VisionGraph
 from conversion.qnn.npu.compile import CompileError
 from conversion.qnn.npu.sessions import cpu_session, npu_session
 from conversion.qnn.npu.soc import find_soc
-from conversion.qnn.qdq.encoding import Encoding, round_to_nearest
-from conversion.qnn.qdq.quantize import encodings_of, quantize_graph, round_weights, tensor_groups
+from conversion.qnn.qdq.encoding import Encoding, WeightFormat, round_to_nearest
+from conversion.qnn.qdq.files import read_codes
+from conversion.qnn.qdq.matrix_rounding import round_matrix
+from conversion.qnn.qdq.quantize import encodings_of, quantize_graph, round_weights, tensor_groups, weights_of
 from conversion.qnn.qdq.ranges import RangeMeter, measure_ranges
 from conversion.qnn.qdq.stored_graphs import save_copy
 from modeling_genieblue import GenieBlueForConditionalGeneration
@@ -80,12 +82,20 @@ def float_view(tmp_path_factory):
 class CodedView:
     """Both quantized graphs of a view."""
 
-    def __init__(self, source, folder, *, bits=4, cache_bits=16):
+    def __init__(self, source, folder, *, bits=4, group_size=0, cache_bits=16):
         self.shape = source.shape
         blocks = range(self.shape.num_blocks)
         tied = dict(zip(cache_names(blocks, "in"), cache_names(blocks, "out"), strict=True))
         self.encodings = encodings_of(source.models[CHUNK], source.ranges, tied, cache_bits=cache_bits)
         self.codes = round_weights(source.models[1], lambda name: 8 if "lora" in name else bits)
+        if group_size:
+            form = WeightFormat(bits, group_size)
+            matrices = {name: weight for name, (weight, _) in weights_of(source.models[1]).items()}
+            self.codes |= {
+                name: round_matrix(torch.from_numpy(weight.copy()), form)
+                for name, weight in matrices.items()
+                if "lora" not in name
+            }
         self.paths = {}
         for tokens, model in source.models.items():
             quantized = quantize_graph(model, self.encodings, self.codes, name=f"{source.view}_{tokens}")
@@ -168,6 +178,19 @@ def test_the_emulator_gives_what_the_quantized_graphs_give_on_the_cpu(float_view
     assert agreement(found["cpu"], logits).cosine > 0.98
 
 
+def test_the_emulator_knows_scales_by_group(float_view, tmp_path):
+    source = float_view("llama", "text")
+    coded = CodedView(source, tmp_path, group_size=32)
+    embeddings, _ = embeddings_and_logits(source.model, "text", CHUNK, seed=5)
+    found = [coded.decoder(open_session).read(embeddings) for open_session in (open_on_npu, cpu_session)]
+    assert agreement(*found).is_close and agreement(*found).cosine > 0.9999
+    stored = read_codes(coded.paths[1])
+    for name, weight in coded.codes.items():
+        assert stored[name].format == weight.format
+        assert np.array_equal(stored[name].decode(), weight.decode())
+    assert stored["head.weight"].format == WeightFormat(4, 32)
+
+
 def test_a_cache_of_8_bits_is_half_as_large_and_compiles(float_view, tmp_path):
     source = float_view("llama", "text")
     coded = CodedView(source, tmp_path, cache_bits=8)
@@ -195,7 +218,7 @@ def test_matrices_have_4_bits_and_lora_8(float_view, tmp_path):
 
 def test_rounding_keeps_every_value_within_half_a_step_of_its_channel():
     weight = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32) * [1, 10, 0.1, 3, 1e-12]
-    found = round_to_nearest("", weight.astype(np.float32), 4, 1)
+    found = round_to_nearest(weight.astype(np.float32), 4, 1)
     assert found.scales.shape == (5,)
     assert (np.abs(found.decode() - weight) <= found.scales / 2 + 1e-6).all()
 

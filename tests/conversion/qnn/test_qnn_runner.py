@@ -31,7 +31,7 @@ def metadata():
     graphs = {f"{v}_{s}": {**graph, **views[v], "tokens": tokens} for v in views for s, tokens in stages.items()}
     names = ("ctx.onnx", "qdq.onnx", "vision.bin", "language.bin", "embeddings.raw")
     return {
-        "format_version": 2,
+        "format_version": 3,
         "soc": {"name": "sm8750"},
         "compiler": "none",
         "base": {"name_or_path": None, "revision": None, "fingerprint": None},
@@ -69,7 +69,7 @@ def test_metadata_as_they_are_written_are_taken(tmp_path):
 
 
 def test_another_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has format 1, this program reads 2"):
+    with pytest.raises(ValueError, match="has format 1, this program reads 3"):
         Bundle(save(tmp_path, signed({**metadata(), "format_version": 1})))
 
 

@@ -1,0 +1,87 @@
+"""The verdict on a bundle: what is measured on requests that were held back, the limits, and what is said."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
+
+from tiny_qnn import SETTINGS, requests, save_pair
+
+from conversion.qnn import verdict as verdict_module
+from conversion.qnn.bundle.metadata import Bundle
+from conversion.qnn.bundle.verdict_text import describe
+from conversion.qnn.export import export_bundle
+from conversion.qnn.verdict import judge
+from conversion.qnn.verify import verify_bundle
+from genieblue.cli.qnn import HELD_OUT, divide_chats
+from modeling_genieblue import GenieBlueForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return GenieBlueForConditionalGeneration.from_pretrained(save_pair(tmp_path_factory.mktemp("pair")))
+
+
+@pytest.fixture(scope="module")
+def bundle(model, tmp_path_factory):
+    """One bundle with 8 bits, to be read only."""
+    folder = tmp_path_factory.mktemp("out") / "bundle"
+    return export_bundle(model.name_or_path, folder, calibration=requests(), held_out=requests(4)[6:], **SETTINGS)
+
+
+def test_8_bits_pass_on_requests_that_were_held_back(bundle):
+    verdict = Bundle(bundle).metadata["verdict"]
+    assert (verdict["result"], verdict["accepted"], verdict["reasons"]) == ("passed", True, [])
+    assert {view: found["requests"] for view, found in verdict["logits"].items()} == {"text": 1, "multimodal": 1}
+    readme = (bundle / "README.md").read_text()
+    assert all(line in readme for line in describe(verdict)) and "answers were not measured" in readme
+
+
+def test_labels_choose_the_logits_that_count(model, bundle):
+    request = {**requests(1)[0]}
+    request["labels"] = [-100] * (len(request["input_ids"]) - 3) + [5, 6, 7]
+    found = judge(model, bundle, [request], None, False)
+    assert found["logits"]["text"]["tokens"] == 3 and 0.9 < found["logits"]["text"]["perplexity_ratio"] < 1.1
+    assert found["result"] == "not measured" and "for the multimodal view" in found["reasons"][0]
+
+
+def answering(difference, standard_error=0.02):
+    score = {"task": "all", "first": 0.8, "second": 0.8 + difference, "difference": difference, "count": 100}
+    return lambda _model, _runner: [{**score, "standard_error": standard_error}]
+
+
+def test_answers_that_are_lost_by_more_than_chance_fail(model, bundle):
+    held_out = requests(4)[6:]
+    failed = judge(model, bundle, held_out, answering(-0.08), False)
+    assert (failed["result"], failed["accepted"]) == ("failed", False)
+    assert failed["reasons"] == ["the answers lose 8.0 ± 2.0 points, more than 3"]
+    assert "answers, all: 80.0% by the model, 72.0% by the bundle, of 100" in describe(failed)
+    assert judge(model, bundle, held_out, answering(-0.08), True)["accepted"]
+    assert judge(model, bundle, held_out, answering(-0.04), False)["result"] == "passed"
+
+
+@pytest.mark.slow
+def test_4_bits_of_a_random_model_fail_and_the_bundle_says_so(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict_module, "SMALLEST_COSINE", 0.9999)
+    settings = {**SETTINGS, "llm": "mixed", "bits_per_weight": 5.0, "embedding_bits": 8}
+    folder = export_bundle(
+        model.name_or_path, tmp_path / "bundle", calibration=requests(), held_out=requests(4)[6:], **settings
+    )
+    facts = Bundle(folder).metadata
+    assert facts["verdict"]["result"] == "failed" and 4.25 < facts["bits_per_weight"] <= 5.0
+    assert facts["embeddings"]["dtype"] == "uint8" and facts["eight_bits"]
+    assert "do not ship it" in (folder / "README.md").read_text()
+    failed = {check.name: check.detail for check in verify_bundle(folder) if not check.ok}
+    assert "below 0.9999" in failed["verdict of the export"]
+
+
+def test_chats_are_held_back_of_both_kinds_and_never_the_only_one():
+    def chats(texts, images):
+        return [SimpleNamespace(images=[1] * (place >= texts)) for place in range(texts + images)]
+
+    kept, held = divide_chats(chats(36, 36))
+    assert len(kept) == 72 - HELD_OUT and [bool(chat.images) for chat in held] == [False] * 4 + [True] * 4
+    kept, held = divide_chats(chats(15, 1))
+    assert not [chat for chat in held if chat.images] and len(kept) + len(held) == 16
+    assert divide_chats(chats(1, 2))[1] == []
