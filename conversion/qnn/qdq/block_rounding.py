@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from conversion.qnn.graphs.chunked_decoder import DecoderShape, causal_mask
-from conversion.qnn.graphs.decoder_graph import Block, DecoderGraph
+from conversion.qnn.graphs.decoder_graph import Block, DecoderGraph, Projection
 from conversion.qnn.graphs.names import is_lora
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.qdq.encoding import WeightCodes, WeightFormat, round_to_nearest
@@ -91,7 +91,9 @@ def _inputs(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         return lambda _module, inputs: seen.update({name: inputs[0][0]})
 
     handles = [
-        child.register_forward_pre_hook(note(name)) for name, child in block.named_children() if name.endswith("_proj")
+        child.register_forward_pre_hook(note(name))
+        for name, child in block.named_children()
+        if isinstance(child, Projection)
     ]
     try:
         yield seen
