@@ -145,7 +145,7 @@ def test_models_that_differ_in_more_than_lora_are_refused(with_inputs, pair, tmp
             parameter.mul_(10)
 
     def one_larger(name, parameter):
-        if ".lora_A." in name and "layers.0" in name and "q_proj" in name:
+        if ".lora_B." in name and "layers.0" in name and "q_proj" in name:  # a first factor's would be rotated
             parameter[0, 0] = 100
 
     for change, sentence in (

@@ -364,7 +364,7 @@ def test_verify_checks_a_bundle(bundle, pair):
     found = run_json("verify", bundle, "--base", pair.parent / "base", "--json")
     assert found["ok"]
     (check,) = [check for check in found["checks"] if check["name"] == "weights of the text graphs"]
-    assert "to the base alone" in check["detail"]
+    assert "those of the base alone" in check["detail"]
 
 
 def test_a_folder_that_is_no_bundle_and_a_strange_backend_are_refused(tmp_path):
