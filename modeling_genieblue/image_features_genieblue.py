@@ -80,10 +80,11 @@ class ImageFeaturesMixin:
         """Zero, with a gradient of zero for each parameter that a batch without images leaves out.
 
         `DistributedDataParallel` waits for a gradient of every parameter, whatever the other processes have seen. FSDP
-        gathers parameters as they are used, which all processes must do at once: here, for a black tile.
+        gathers parameters as they are used, and DeepSpeed's ZeRO adds up gradients in the order in which they come:
+        that must be the same in all processes, which is why there a black tile takes the way of an image.
         """
         trained = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
-        if any(hasattr(each, "full_tensor") for each in trained):
+        if any(hasattr(each, "full_tensor") or hasattr(each, "get_full_hp_param") for each in trained):
             vision = self.config.vision_config
             tile = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=trained[0].device)
             features: Any = self.get_image_features(tile, return_dict=True)

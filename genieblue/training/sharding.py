@@ -29,9 +29,10 @@ def wants_fsdp(setting: bool) -> bool:
     asked = {name: value.lower() for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
     if asked.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "DeepSpeed is not supported: ZeRO-3 would split up the base's weights, and its checkpoints could not be "
-            "resumed with another number of processes. Use `accelerate launch --use_fsdp --fsdp_version 2`, or `fsdp` "
-            "(--fsdp)."
+            "DeepSpeed is not supported: Trainer would replace the optimizer with its rates by part, and write and "
+            "resume DeepSpeed's checkpoints alone; on GPUs the engine turns off our bfloat16 autocast; ZeRO-3 splits "
+            "up the base's weights. Use `accelerate launch --use_fsdp --fsdp_version 2`, or `fsdp` (--fsdp), which "
+            "takes less memory than ZeRO-2."
         )
     if asked.get("ACCELERATE_USE_FSDP") != "true":
         return setting or TAKEN_OVER in os.environ

@@ -1,4 +1,4 @@
-"""Training by several processes: `DistributedDataParallel`, with and without gradient checkpointing."""
+"""Training by several processes: `DistributedDataParallel`, with and without gradient checkpointing; ZeRO."""
 
 import socket
 
@@ -50,6 +50,22 @@ def test_processes_with_and_without_images_train_one_model(setting, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     moved = {name.split(".")[0] for name, value in one.items() if not torch.equal(value, untrained[name])}
     assert moved == {"vision_tower", "multi_modal_projector", "multimodal_language_model"}
+
+
+def test_gradients_come_in_one_order_with_and_without_images_under_zero():
+    """Processes of DeepSpeed's ZeRO add up buckets that each fills as gradients come, whatever they belong to."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    model = tiny_genieblue().train()
+    order = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.get_full_hp_param = None  # as ZeRO marks what it trains
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    for ids, pixel_values in ((row(5, IMAGE, 9, 40, 41), tiles()), (prompt(), None)):
+        model(ids, pixel_values=pixel_values, labels=ids, view="multimodal").loss.backward()
+    distributed.destroy_process_group()
+    half = len(order) // 2
+    assert order[:half] == order[half:]
 
 
 def test_data_parallel_is_refused_by_name():
