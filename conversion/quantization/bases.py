@@ -133,10 +133,22 @@ def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> 
 def check_existing_base(
     name: str | os.PathLike, recipe: QuantizationRecipe, config: GenieBlueConfig, access: dict[str, Any]
 ) -> dict[str, Any]:
-    """The recorded settings of a quantized base.
+    """The recorded settings of a quantized base, as from `read_matching_base`; they must match `recipe` too."""
+    settings = read_matching_base(name, config, access)
+    for part in (*BASE_PARTS, "group_size", "activations"):
+        if settings.get(part) != getattr(recipe, part):
+            raise ValueError(
+                f"{name} has {part} {settings.get(part)}, but {getattr(recipe, part)} was requested: request "
+                "what it has, or leave it out to make a new one."
+            )
+    return settings
 
-    Raises `ValueError` if it is not quantized, does not match `recipe`, or was made from a different base than the one
-    in `config`; `OSError` if it does not exist. No weights are read.
+
+def read_matching_base(name: str | os.PathLike, config: GenieBlueConfig, access: dict[str, Any]) -> dict[str, Any]:
+    """The recorded settings of a quantized copy of the base in `config`.
+
+    Raises `ValueError` if it is not quantized, or was made from another base; `OSError` if it does not exist. No
+    weights are read.
     """
     is_folder = os.path.isdir(name)
     if not is_folder and (is_path(name) or "/" not in os.fspath(name)):
@@ -144,19 +156,15 @@ def check_existing_base(
     settings = read_base_quantization(name, **access)
     if settings is None:
         unseen = "" if is_folder else ", or it cannot be reached on the Hub"
-        raise ValueError(f"{name} is not a base quantized by GenieBlue{unseen}: leave it out to make a new one.")
-    for part in (*BASE_PARTS, "group_size", "activations"):
-        if settings.get(part) != getattr(recipe, part):
-            raise ValueError(
-                f"{name} has {part} {settings.get(part)}, but {getattr(recipe, part)} was requested: request "
-                "what it has, or leave it out to make a new one."
-            )
+        raise ValueError(
+            f"{name} is not a base quantized by GenieBlue{unseen}: give one that `genieblue quantize` made."
+        )
     made_from, own = (settings.get("source") or {}).get("fingerprint"), config.base_model_fingerprint
     if made_from and own and made_from != own:
         raise ValueError(
             f"{name} is not a quantized copy of this model's base, {config.base_model_name_or_path}: it was made from "
-            f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Leave it out to make a "
-            "new one."
+            f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Give a copy of this base, "
+            "which `genieblue quantize` makes."
         )
     return settings
 
@@ -168,14 +176,22 @@ def use_existing_base(
 
     `settings` come from `check_existing_base`. Returns samples of its tensors; raises `ValueError` for another base.
     """
-    is_recorded = bool((settings.get("source") or {}).get("fingerprint") and model.config.base_model_fingerprint)
-    base = load_quantized_base(name, trust_remote_code=model.language_model.is_remote_code(), **access)
-    _copy_rounded_values(base, model.language_model, name, is_recorded)
+    base = take_rounded_values(model, name, settings, access)
     model.config.base_model_name_or_path = os.path.realpath(name) if os.path.isdir(name) else str(name)
     # The commit that was just loaded, from the cache.
     model.config.base_model_revision = None if os.path.isdir(name) else hub_commit(name, None, **access)
     model.config.base_model_fingerprint = weight_file_hashes(name, model.config.base_model_revision, **access)
     return tensor_samples(quantized_values(base))
+
+
+def take_rounded_values(
+    model: Any, name: str | os.PathLike, settings: dict[str, Any], access: dict[str, Any]
+) -> nn.Module:
+    """Copies the values of a quantized base into the model's own, and returns it; `ValueError` for another base."""
+    is_recorded = bool((settings.get("source") or {}).get("fingerprint") and model.config.base_model_fingerprint)
+    base = load_quantized_base(name, trust_remote_code=model.language_model.is_remote_code(), **access)
+    _copy_rounded_values(base, model.language_model, name, is_recorded)
+    return base
 
 
 def rounding_of(settings: dict[str, Any] | None, recipe: QuantizationRecipe) -> dict[str, str]:
@@ -201,7 +217,8 @@ def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_re
             )
         is_quantized = scales_of(other) is not None
         values = (other.dequantize() if is_quantized else other).float()
-        distance = float((values - parameter.float()).norm() / parameter.float().norm().clamp(min=1e-12))
+        own = parameter.to(other.dtype).float()  # what is not rounded is in the quantized base's precision
+        distance = float((values - own).norm() / own.norm().clamp(min=1e-12))
         allowed = 0.0
         if is_quantized:
             allowed = LARGEST_ROUNDING_ERROR if is_recorded else LARGEST_UNRECORDED_ERROR[other.qtype.name]

@@ -24,6 +24,7 @@ from conversion.quantization.bases import (
     write_quantized_base,
 )
 from conversion.quantization.error import measured_errors, view_logits
+from conversion.quantization.healing import warn_of_other_base
 from conversion.quantization.hessians import linear_hessians
 from conversion.quantization.precision import (
     LayerPlan,
@@ -52,6 +53,7 @@ from modeling_genieblue.model_files_genieblue import (
     MEASUREMENTS_NAME,
     QMAP_NAME,
     QUANTIZED_ADAPTER_NAME,
+    RECIPE_NAME,
     WEIGHTS_NAME,
     write_json,
 )
@@ -116,6 +118,7 @@ def quantize_genieblue(
     if model.device.type == "cpu":
         warn_of_threads()
     origin = _origin(source, places.output, load_kwargs.get("revision"), access)
+    warn_of_other_base(model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}), quantized_base, access)
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))
     before = view_logits(model)

@@ -7,7 +7,7 @@ import typer
 
 from genieblue.cli.chat import load_chat
 from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed, was_given
-from genieblue.cli.terminal import is_main_process, note, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.terminal import is_main_process, looking_for, note, print_json, quiet_transformers, stdout_for_json
 from hub_cards.short_numbers import counted
 
 
@@ -89,6 +89,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip bad samples instead of stopping.")] = False,
     base: Base = None,
+    on_quantized: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Quantized base: train what makes up for its errors."),
+    ] = None,
     dtype: Dtype = "auto",
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
@@ -129,6 +133,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     from genieblue.training import stages
     from genieblue.training.plan import format_plan
     from genieblue.training.run_file import settings_of
+    from genieblue.training.structure import GenieBlueStructure
 
     settings = settings_of(values)
     out = Path(values["out"]).expanduser()  # shells do not expand `--out=~/x`
@@ -148,12 +153,18 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     chat = load_chat(
         values["model"], values.get("base"), None, values.get("dtype", "auto"), "cpu", trust_remote_code
     )  # Trainer moves it to the GPU
+    structure = GenieBlueStructure(chat.model)
+    if (quantized := values.get("on_quantized")) is not None:
+        from conversion.quantization.healing import put_on_quantized_base
+
+        with looking_for(quantized):
+            structure.trained_on = put_on_quantized_base(chat.model, quantized)
     if plan_only:
-        found = stages.plan(chat.model, chat.processor, chats, settings, validation)
+        found = stages.plan(structure, chat.processor, chats, settings, validation)
         return {**found.as_dict(), "lines": format_plan(found)}
     try:
         result = stages.train(
-            chat.model, chat.processor, chats, out, settings, validation=validation, resume=resume, run_values=values
+            structure, chat.processor, chats, out, settings, validation=validation, resume=resume, run_values=values
         )
     except KeyboardInterrupt:
         note("\nThe run continues from its last checkpoint, if there is one, with the same command and --resume.")
@@ -164,9 +175,10 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     lines = [f"{out}: stage {settings.stage}, {steps} over {samples}{loss}{best}."]
     if is_main_process():
         note("The base's bytes are unchanged.")
-        note(
-            f"Next: genieblue train --stage 2 --model {out} --data instructions.jsonl --out …"
-            if settings.stage == 1
-            else f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}"
-        )
+        following = f"genieblue chat {out} --image photo.jpg; genieblue verify {out}"
+        if quantized is not None:
+            following = f"genieblue quantize {out} --quantized-base {quantized} --out …"
+        elif settings.stage == 1:
+            following = f"genieblue train --stage 2 --model {out} --data instructions.jsonl --out …"
+        note(f"Next: {following}")
     return {**asdict(result), "output": str(out), "lines": lines}

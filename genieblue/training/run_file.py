@@ -22,6 +22,7 @@ INPUTS: dict[str, Any] = {
     "image_root": list[str],
     "follow_links": bool,
     "base": str,
+    "on_quantized": str,
     "dtype": str,
     "trust_remote_code": bool,
     "skip_bad": bool,

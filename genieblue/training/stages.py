@@ -293,6 +293,7 @@ class _Run:
         record[SAMPLES_PER_STEP] = self.settings.samples_per_step
         record |= {"max_tiles": self.max_tiles, "bf16": self.autocast_dtype is not None}
         record |= {"num_samples": len(self.chats), "sha256 of the data": self.chats.sha256}
+        record |= self.structure.trained_on
         return json.loads(json.dumps(record))
 
     def facts(self, result: TrainingResult) -> dict[str, Any]:

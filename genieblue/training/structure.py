@@ -46,8 +46,11 @@ class GenieBlueStructure:
         ),
     }  # fmt: skip
 
-    def __init__(self, model: Any):
-        """`ValueError` for a model that cannot be trained."""
+    def __init__(self, model: Any, trained_on: Mapping[str, str] | None = None):
+        """`ValueError` for a model that cannot be trained.
+
+        `trained_on` names a quantized base whose values the model's own base has in memory.
+        """
         if model.language_model is None:
             raise ValueError(
                 "This GenieBlue has no base: create it with `from_base` or load it with `from_pretrained`."
@@ -57,6 +60,7 @@ class GenieBlueStructure:
                 "Quantized weights cannot be trained: train the 16-bit GenieBlue, then quantize it again."
             )
         self.model = model
+        self.trained_on = dict(trained_on or {})
 
     @property
     def frozen(self) -> nn.Module:
@@ -124,6 +128,8 @@ class GenieBlueStructure:
     def save(self, output: Path, processor: Any, stage: str, facts: dict[str, Any]) -> None:
         """Saves the model as a complete folder that records the `facts` of this stage and of earlier ones."""
         provenance = self.model.provenance
+        if self.trained_on:
+            stage, facts = f"{stage} on a quantized base", {**facts, **self.trained_on}
         stages = {**provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}), stage: facts}
         self.model.save_pretrained(output, processor=processor, facts={RECIPE_NAME: stages})
         provenance.training_recipe = stages
