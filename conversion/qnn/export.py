@@ -94,7 +94,8 @@ def export_bundle(
         llm: the base's matrices in `w8a16`, `w4a16`, or `mixed`: 8 bits where 4 do most damage.
         group_size: inputs of a 4-bit matrix that share a scale: 32, 64, 128, or 0 for all of an output channel.
         bits_per_weight: of the base's matrices on average in `mixed`, by default 5.
-        rounding: of these matrices: `rtn`, to nearest, or `gptq`, in which codes make up for each other's errors.
+        rounding: of these matrices: `rtn`, to nearest, or `gptq`, in which 4-bit codes make up for each
+            other's errors; those of 8 bits are always the nearest.
         embedding_bits: 16, or 8 for half the table.
         encodings: also writes `qairt/`: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
         held_out: requests like `calibration`, but others, on which the bundle is compared with the model.
@@ -111,7 +112,9 @@ def export_bundle(
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
     settings = LanguageSettings(
-        chunk_length, LONGEST_DEFAULT, cache_bits, lora, llm, group_size, rounding, embedding_bits, encodings,
+        chunk_length, LONGEST_DEFAULT, cache_bits, lora, llm, group_size,
+        "rtn" if llm == "w8a16" and rounding == "gptq" else rounding,  # only 4 bits need more than the nearest code
+        embedding_bits, encodings,
         MIXED_BITS if bits_per_weight is None and llm == "mixed" else bits_per_weight,
     )  # fmt: skip
     check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)

@@ -64,7 +64,7 @@ def qnn(
     cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
     vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
     rounding: Annotated[
-        QnnRounding, typer.Option(help="gptq: codes make up for each other's errors; rtn: to nearest, faster.")
+        QnnRounding, typer.Option(help="gptq: 4-bit codes make up for each other's errors; rtn: to nearest.")
     ] = "gptq",
     encodings: Annotated[
         bool, typer.Option("--encodings", help="Also write float graphs with AIMET .encodings, for qairt-converter.")

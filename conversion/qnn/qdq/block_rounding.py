@@ -122,11 +122,14 @@ def round_blocks(
     codes: dict[str, dict[str, WeightCodes]] = {view: {} for view in views}
 
     def visit(index: int, graphs: Mapping[str, DecoderGraph], states: States) -> None:
+        def title_of(name: str) -> str:
+            return name.replace("blocks.0.", f"blocks.{index - blocks.start}.", 1)
+
         hessians: dict[str, Hessians] = {}
         matrices = {view: {n: v for n, v in graph.named_buffers() if v.ndim == 2} for view, graph in graphs.items()}
         for view, own in matrices.items():
             for name, weight in own.items():
-                title = name.replace("blocks.0.", f"blocks.{index - blocks.start}.", 1)
+                title = title_of(name)
                 if title in codes[view]:
                     continue
                 if is_lora(name):
@@ -142,11 +145,9 @@ def round_blocks(
                 rounded = round_matrix(weight, form, hessian)
                 for user in users:
                     codes[user][title] = rounded
-        for view, graph in graphs.items():
-            for name, weight in graph.named_buffers():
-                if weight.ndim == 2:
-                    title = name.replace("blocks.0.", f"blocks.{index - blocks.start}.", 1)
-                    weight.copy_(torch.from_numpy(np.asarray(codes[view][title].decode(), np.float32)))
+        for view, own in matrices.items():
+            for name, weight in own.items():
+                weight.copy_(torch.from_numpy(np.asarray(codes[view][title_of(name)].decode(), np.float32)))
 
     walk_blocks(views, shape, blocks, streams, rotation, visit)
     return codes
