@@ -332,12 +332,14 @@ class StageTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Writes whole states, which any number of processes can resume from."""
-        groups = self._zero_groups
-        state = self.optimizer.state_dict() if groups is None else whole_state_dict(self.optimizer, groups)
-        state["state"] = {
-            index: {name: self._kept(whole(value)) for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
+        if self._zero_groups is None:
+            state = self.optimizer.state_dict()
+            state["state"] = {
+                index: {name: self._kept(whole(value)) for name, value in values.items()}
+                for index, values in state["state"].items()
+            }
+        else:
+            state = whole_state_dict(self.optimizer, self._zero_groups, self._kept)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, "optimizer.pt"))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))

@@ -6,7 +6,7 @@ other run. The engine takes the optimizer, its rates by part and its precision f
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,10 @@ def engine_settings(stage: int, settings: TrainingSettings, autocast_dtype: torc
 
 @contextlib.contextmanager
 def plain_after_zero(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts a model on its device; in the end, takes away what an engine, by then destroyed, added to it."""
+    """Puts a model on its device; in the end, takes away what an engine, by then destroyed, added to it.
+
+    After an error the engine's hooks stay: train with another object of the model.
+    """
     model.to(device)
     before = [snapshot(module) for module in model.modules()]
     trained = {each: set(vars(each)) for each in model.parameters() if each.requires_grad}
@@ -79,8 +82,11 @@ def plain_after_zero(model: nn.Module, device: torch.device) -> Iterator[None]:
             delattr(parameter, name)
 
 
-def whole_state_dict(optimizer: Any, groups: Groups) -> dict[str, Any]:
-    """An optimizer's `state_dict` as without an engine; all processes must call this to gather their shares."""
+def whole_state_dict(optimizer: Any, groups: Groups, keep: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+    """An optimizer's `state_dict` as without an engine; all processes must call this to gather their shares.
+
+    `keep` is called with each gathered state at once, and gives what stands for it.
+    """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_get_full_optimizer_state
 
     found: dict[str, Any] = {"state": {}, "param_groups": []}
@@ -90,7 +96,7 @@ def whole_state_dict(optimizer: Any, groups: Groups) -> dict[str, Any]:
         lazy_init_hp_params_optimizer_state(parameters, share, optimizer.state)
         for parameter in parameters:
             found["state"][len(found["state"])] = {
-                name: safe_get_full_optimizer_state(parameter, name) if value.dim() else value
+                name: keep(safe_get_full_optimizer_state(parameter, name) if value.dim() else value)
                 for name, value in optimizer.state[share].items()
             }
         found["param_groups"].append({**group, "params": list(range(first, len(found["state"])))})
