@@ -96,7 +96,7 @@ def whole_state_dict(optimizer: Any, groups: Groups, keep: Callable[[torch.Tenso
         lazy_init_hp_params_optimizer_state(parameters, share, optimizer.state)
         for parameter in parameters:
             found["state"][len(found["state"])] = {
-                name: keep(safe_get_full_optimizer_state(parameter, name) if value.dim() else value)
+                name: keep(safe_get_full_optimizer_state(parameter, name) if value.dim() else value.clone())
                 for name, value in optimizer.state[share].items()
             }
         found["param_groups"].append({**group, "params": list(range(first, len(found["state"])))})
