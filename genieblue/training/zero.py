@@ -1,7 +1,8 @@
 """DeepSpeed's ZeRO-1 and ZeRO-2: each device keeps a share of the optimizer states, and with 2 of the gradients.
 
 The weights stay whole on each device, so that the base and text stay as they are, and checkpoints are those of any
-other run. The engine takes the optimizer, its rates by part and its precision from the run.
+other run. The engine takes the optimizer, its rates by part and its precision from the run. It takes a step within
+`backward`: a loss that is not finite ends the run after that step, still before anything is written.
 """
 
 import contextlib
