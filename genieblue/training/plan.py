@@ -16,6 +16,7 @@ from genieblue.training.feature_cache import bytes_of_tile
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.sharding import trained_blocks
 from genieblue.training.structure import VISION_TOWER, GenieBlueStructure
+from genieblue.training.zero import BUCKET, zero_stage
 from hub_cards.short_numbers import counted, short_bytes, short_count
 
 FLOAT32 = 4  # bytes
@@ -81,15 +82,17 @@ def plan_training(
     steps = settings.steps or math.ceil(math.ceil(len(data) / per_step) * (settings.epochs or 1.0))
     passes = steps * per_step / len(data)
     own = sum(parameters.values()) - parameters["language_model"]
-    share = math.ceil(count / world) if settings.fsdp else count
+    zero = zero_stage()
+    share = math.ceil(count / world) if settings.fsdp or zero else count
+    exchanged = BUCKET if zero else count if world > 1 and not settings.fsdp else 0
     gathered = _largest_group(structure, groups) if settings.fsdp else 0
     memory = {
         "base": sum(tensor.numel() * tensor.element_size() for tensor in structure.frozen.parameters()),
-        "trained weights (float32)": share * FLOAT32,
+        "trained weights (float32)": (count + share if zero else share) * FLOAT32,
         "untrained parts": (own - count) * structure.frozen.dtype.itemsize,
-        "gradients (float32)": share * FLOAT32,
+        "gradients (float32)": (count if zero == 1 else share) * FLOAT32,
         "optimizer (AdamW, float32)": share * MOMENTS * FLOAT32,
-        "gradients being exchanged": count * FLOAT32 if world > 1 and not settings.fsdp else 0,
+        "gradients being exchanged": exchanged * FLOAT32,
         "blocks being gathered": gathered * GATHERED * FLOAT32,
         "activations (estimate)": _activations(
             structure, settings, VISION_TOWER in trained, tokens, tiles * tokens / sum(lengths), labelled

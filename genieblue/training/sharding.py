@@ -27,13 +27,6 @@ def wants_fsdp(setting: bool) -> bool:
     Raises `ValueError` for what the launcher asks for and training cannot do.
     """
     asked = {name: value.lower() for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
-    if asked.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ValueError(
-            "DeepSpeed is not supported: Trainer would replace the optimizer with its rates by part, and write and "
-            "resume DeepSpeed's checkpoints alone; on GPUs the engine turns off our bfloat16 autocast; ZeRO-3 splits "
-            "up the base's weights. Use `accelerate launch --use_fsdp --fsdp_version 2`, or `fsdp` (--fsdp), which "
-            "takes less memory than ZeRO-2."
-        )
     if asked.get("ACCELERATE_USE_FSDP") != "true":
         return setting or TAKEN_OVER in os.environ
     if asked.get("FSDP_VERSION") != "2":
@@ -65,7 +58,7 @@ def sharded_parameters(model: nn.Module, device: torch.device) -> Iterator[None]
             torch.distributed.broadcast(parameter.data, src=0)
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     trained = [item for item in model.named_parameters(remove_duplicate=False) if item[1].requires_grad]
-    before = [_snapshot(module) for module in model.modules()]
+    before = [snapshot(module) for module in model.modules()]
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in trained_blocks(model, lambda parameter: parameter.requires_grad):
         fully_shard(block, mesh=mesh, ignored_params=frozen, reshard_after_forward=True)
@@ -126,8 +119,8 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _snapshot(module: nn.Module) -> Callable[[], None]:
-    """Takes note of a module's class, attributes and hooks; the result takes away what FSDP will add.
+def snapshot(module: nn.Module) -> Callable[[], None]:
+    """Takes note of a module's class, attributes and hooks; the result takes away what FSDP or DeepSpeed will add.
 
     torch has no function that undoes `fully_shard`.
     """

@@ -36,6 +36,7 @@ from genieblue.training.sharding import sharded_parameters, wants_fsdp
 from genieblue.training.structure import VISION_TOWER, GenieBlueStructure, StageRecipe
 from genieblue.training.trainer import SAMPLES_PER_STEP, StageTrainer, TrainingProgress
 from genieblue.training.validation import ValidationAnswers, best_record, warn_of_training_data
+from genieblue.training.zero import engine_settings, plain_after_zero, zero_stage
 from modeling_genieblue.saving_genieblue import check_replaceable
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,8 @@ def _make_run(
     """A run after the checks of its model, processor and data; `ValueError` if one fails."""
     check_validates(settings, validation is not None)
     settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
+    if settings.fsdp and zero_stage():
+        raise ValueError("Both `fsdp` (--fsdp) and accelerate's --use_deepspeed are on: leave out one of them.")
     structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
     check_processor_template(processor)
     if not stop_token_ids(structure.model.generation_config):
@@ -226,12 +229,15 @@ class _Run:
         structure, settings = self.structure, self.settings
         before = tensor_digests(structure.frozen, "Hashing the base before training")
         validated = None if self.validation is None else EncodedChats(self.validation, self._collator)
-        arguments = training_arguments(settings, self.recipe, checkpoints, validates=validated is not None)
-        sharded = sharded_parameters(structure.model, arguments.device) if settings.fsdp else contextlib.nullcontext()
+        stage = zero_stage()
+        engine = engine_settings(stage, settings, self.autocast_dtype) if stage else None
+        validates = validated is not None
+        arguments = training_arguments(settings, self.recipe, checkpoints, validates=validates, deepspeed=engine)
+        shared = sharded_parameters if settings.fsdp else plain_after_zero if stage else None
         with (
             prepared_for_training(structure, tuple(self.learning_rates), settings.gradient_checkpointing),
             naming_memory_settings(settings, self.max_tiles),
-            sharded,
+            shared(structure.model, arguments.device) if shared else contextlib.nullcontext(),
             self._feature_cache(checkpoints, plan),
         ):
             groups = structure.parameter_groups(
@@ -266,6 +272,7 @@ class _Run:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if self.validation is not None:
                 trainer.take_best()
+            trainer.accelerator.free_memory()
         check_finite_weights(structure, tuple(self.learning_rates))
         check_base_unchanged(before, tensor_digests(structure.frozen, "Hashing the base after training"))
         return trainer
@@ -335,7 +342,12 @@ def _result(trainer: StageTrainer, output: Path, num_samples: int) -> TrainingRe
 
 
 def training_arguments(
-    settings: TrainingSettings, recipe: StageRecipe, checkpoints: Path, *, validates: bool = False
+    settings: TrainingSettings,
+    recipe: StageRecipe,
+    checkpoints: Path,
+    *,
+    validates: bool = False,
+    deepspeed: dict[str, Any] | None = None,
 ) -> TrainingArguments:
     """The `TrainingArguments` of a stage."""
     epochs = 1.0 if settings.steps is None and settings.epochs is None else settings.epochs
@@ -371,6 +383,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,  # the model gives a gradient to all, also without images
         ddp_broadcast_buffers=False,  # the same in all processes
         use_cpu=not torch.cuda.is_available(),
+        deepspeed=deepspeed,
     )
     # Several devices in one process would split `pixel_values` by rows; torchrun starts one process per device.
     arguments._n_gpu = min(1, arguments.n_gpu)

@@ -27,6 +27,7 @@ from genieblue.training.checkpoints import SETTINGS, TRAINED, UNFINISHED
 from genieblue.training.plan import remaining
 from genieblue.training.sharding import gathered, share_like, whole
 from genieblue.training.validation import BEST, best_record, replaced_best
+from genieblue.training.zero import load_whole_state_dict, whole_state_dict
 from modeling_genieblue.model_files_genieblue import some
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL
 
@@ -125,6 +126,11 @@ class StageTrainer(Trainer):
         """
         super().__init__(*args, **kwargs)
         self.is_distributed_loading_by_transformers = is_sharded  # keeps accelerate from wrapping it in DDP
+        # With DeepSpeed, of which accelerate makes the engine: Trainer itself would replace the optimizer, and write
+        # and resume checkpoints of DeepSpeed alone.
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        self._zero_groups = groups if self.is_deepspeed_enabled else None
+        self.is_deepspeed_enabled = False
         self.remove_callback(PrinterCallback)
         self.add_callback(LastLoss)
         self._part_rates = PartRates()
@@ -326,11 +332,14 @@ class StageTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Writes whole states, which any number of processes can resume from."""
-        state = self.optimizer.state_dict()
-        state["state"] = {
-            index: {name: self._kept(whole(value)) for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
+        if self._zero_groups is None:
+            state = self.optimizer.state_dict()
+            state["state"] = {
+                index: {name: self._kept(whole(value)) for name, value in values.items()}
+                for index, values in state["state"].items()
+            }
+        else:
+            state = whole_state_dict(self.optimizer, self._zero_groups, self._kept)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, "optimizer.pt"))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
@@ -344,10 +353,13 @@ class StageTrainer(Trainer):
             return
         folder = Path(checkpoint)
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for index, values in state["state"].items():
-            state["state"][index] = {name: share_like(value, parameters[index]) for name, value in values.items()}
-        self.optimizer.load_state_dict(state)
+        if self._zero_groups is None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            for index, values in state["state"].items():
+                state["state"][index] = {name: share_like(value, parameters[index]) for name, value in values.items()}
+            self.optimizer.load_state_dict(state)
+        else:
+            load_whole_state_dict(self.optimizer, self._zero_groups, state)
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

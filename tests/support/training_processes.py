@@ -16,11 +16,14 @@ from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training.stages import train
 
 ROOT = Path(__file__).parents[2]
+DEEPSPEED = ROOT / ".venvs/deepspeed/bin/python"
+ACCELERATE = ["accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run"],
-    "accelerate": ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_machines=1",
-                   "--mixed_precision=no", "--dynamo_backend=no"],
-}  # fmt: skip
+    "accelerate": [*ACCELERATE, "--use_fsdp", "--fsdp_version=2"],
+    "ZeRO-1": [*ACCELERATE, "--use_deepspeed", "--zero_stage=1"],
+    "ZeRO-2": [*ACCELERATE, "--use_deepspeed", "--zero_stage=2"],
+}
 
 
 def launch(number: int, *command: str, launcher: str = "torchrun") -> subprocess.CompletedProcess[str]:
@@ -28,12 +31,14 @@ def launch(number: int, *command: str, launcher: str = "torchrun") -> subprocess
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    how = {"torchrun": ["--nproc-per-node", str(number), "--master-port", port],
-           "accelerate": ["--num_processes", str(number), "--main_process_port", port]}  # fmt: skip
+    how = ["--num_processes", str(number), "--main_process_port", port]
+    if launcher == "torchrun":
+        how = ["--nproc-per-node", str(number), "--master-port", port]
+    python = str(DEEPSPEED) if launcher.startswith("ZeRO") else sys.executable
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    started = [sys.executable, "-m", *LAUNCHERS[launcher], *how[launcher], *command]
-    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    started = [python, "-m", *LAUNCHERS[launcher], *how, *command]
+    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,6 @@ def test_the_command_prints_once_and_saves_once(base, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported.*autocast.*base.*--use_fsdp"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "--fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
     ],

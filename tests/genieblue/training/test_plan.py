@@ -62,6 +62,18 @@ def test_with_fsdp_a_device_has_its_share_of_what_is_trained_and_all_of_the_base
     assert sum(shared.memory.values()) < sum(replicated.memory.values())
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_with_zero_a_device_has_all_weights_and_shares_of_the_rest(stage, pair, monkeypatch):
+    count = sum(of(pair).trained.values())
+    for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": str(stage)}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    memory = of(pair).memory
+    assert memory["trained weights (float32)"] == pytest.approx((1 + 1 / 4) * 4 * count, abs=4)
+    assert memory["gradients (float32)"] == pytest.approx(4 * count if stage == 1 else count, abs=4)
+    assert memory["optimizer (AdamW, float32)"] == pytest.approx(8 * count / 4, abs=8)
+
+
 @pytest.mark.parametrize("options", [{"epochs": 3}, {"steps": 5}, {"epochs": 2, "gradient_accumulation": 2}], ids=str)
 def test_the_steps_are_those_of_the_run(base, tmp_path, options):
     model, processor = make_model(base)
