@@ -66,6 +66,7 @@ class Quantization:
     other_precision: dict[str, str] = field(default_factory=dict)  # layer -> precision and reason
     other_rounding: dict[str, str] = field(default_factory=dict)  # part -> rounding, and for how many of its layers
     source: str | None = None  # Hub id of the unquantized GenieBlue
+    verdict: dict[str, Any] | None = None  # on what quantization costs: `conversion.verdict`
 
     @property
     def changes_base(self) -> bool:
@@ -232,6 +233,7 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
         other_precision=recorded.get("other_precision") or {},
         other_rounding=recorded.get("other_rounding") or {},
         source=source if is_hub_id(source, folder) and "/" in source else None,
+        verdict=recorded.get("verdict"),
     )
 
 

@@ -39,14 +39,18 @@ PUBLISHED_NAMES = (CONFIG_NAME, QUANTIZED_WEIGHTS_NAME, QMAP_NAME, CARD_NAME, *B
 FOREIGN_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS)
 
 
-def publish_quantized_base(folder: str | Path, repo_id: str, **commit: Any) -> CommitInfo:
+def publish_quantized_base(
+    folder: str | Path, repo_id: str, *, accept_loss: bool = False, **commit: Any
+) -> CommitInfo:
     """Checks the folder of a quantized base and pushes it to the Hub as one commit; creates the repo if needed.
 
-    `commit` are options of `one_commit.send`, such as `token` and `private`. Raises `ValueError` with every problem
-    found, before anything is uploaded; the Hub's own errors pass through.
+    `accept_loss` publishes it in spite of a verdict that it lost too much. `commit` are options of `one_commit.send`,
+    such as `token` and `private`. Raises `ValueError` with every problem found, before anything is uploaded; the Hub's
+    own errors pass through.
     """
     folder = Path(folder)
-    check_no_problems(folder, find_base_problems(folder))
+    settings = check_is_quantized_base(folder)
+    check_no_problems(folder, [*find_base_problems(folder), *([] if accept_loss else verdict_problems(settings))])
     upload = Upload(
         files={name: folder / name for name in base_files_to_publish(folder)},
         message="Upload quantized base",
@@ -65,6 +69,17 @@ def find_base_problems(folder: Path) -> list[str]:
     """
     check_is_quantized_base(folder)
     return [*_weight_problems(folder), *code_problems(folder, (CODE_CLASS,)), *tokenizer_problems(folder)]
+
+
+def verdict_problems(quantization: dict[str, Any] | None) -> list[str]:
+    """The verdict in the settings of something quantized, if it failed and that was not accepted."""
+    verdict = (quantization or {}).get("verdict") or {}
+    if verdict.get("accepted", True):
+        return []
+    return [
+        f"Quantization costs too much: {'; '.join(verdict['reasons'])}. Quantize it less, or accept the loss "
+        "(--accept-loss)."
+    ]
 
 
 def base_files_to_publish(folder: Path) -> list[str]:

@@ -50,6 +50,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "other_rounding": settings.get("other_rounding") or {},
         "tokenizer_needs_code": "AutoTokenizer" in auto_map,
         "licence": licence,
+        "verdict": settings.get("verdict"),
     }
     precisions = [settings[part] for part in BASE_PARTS if settings[part] != "w16a16"]
     metadata = card_metadata(

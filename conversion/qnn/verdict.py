@@ -19,10 +19,12 @@ from conversion.qnn.bundle.verdict_text import FAILED, PASSED, UNKNOWN
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.graphs.names import VIEWS
 from conversion.qnn.npu.sessions import cpu_session
+from conversion.verdict import Limits
 
 logger = logging.getLogger(__name__)
 # Limits of the logits in each view, and of the loss of answers in points.
-SMALLEST_COSINE, LARGEST_RATIO, LARGEST_LOSS = 0.98, 1.15, 3.0
+SMALLEST_COSINE = 0.98
+LARGEST_RATIO, LARGEST_LOSS = Limits().perplexity_ratio, Limits().answer_loss
 # (model, runner of the bundle) → paired differences of their answers by task, the first over all tasks; entries as in
 # `genieblue.evaluation.evaluate.Difference`.
 Answers = Callable[[Any, QnnRunner], list[dict[str, Any]]]

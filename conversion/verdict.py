@@ -1,0 +1,207 @@
+"""The verdict on a quantized model: what it loses against the 16-bit one on held-out data, and if that is too much.
+
+A quantized model can lose most of its answers while its files, its codes and its text view are all in order. Only its
+answers show it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+PASSED, FAILED, UNDECIDED, UNKNOWN = "passed", "failed", "too few samples to tell", "not measured"
+VIEWS = ("text", "multimodal")
+Losses = Sequence[tuple[float, int]]  # by sample: the negative log-likelihood of its tokens, in nats, and how many
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest loss that passes; `ValueError` for a limit that cannot be one.
+
+    Attributes:
+        answer_loss: points of the score (0 to 100) over all samples of a view.
+        perplexity_ratio: perplexity of the quantized model over that of the 16-bit one.
+    """
+
+    answer_loss: float = 3.0
+    perplexity_ratio: float = 1.15
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.answer_loss <= 100:
+            raise ValueError(
+                f"The largest loss of answers is {self.answer_loss:g}: expected points from 0 to 100 "
+                "(--max-answer-loss)."
+            )
+        if not 1 <= self.perplexity_ratio < math.inf:
+            raise ValueError(
+                f"The largest ratio of perplexities is {self.perplexity_ratio:g}: expected at least 1, for no change "
+                "(--max-perplexity-ratio)."
+            )
+
+
+class HeldOut(Protocol):
+    """What models are compared on."""
+
+    def measure(self, model: Any) -> Any:
+        """What `verdict` compares, of one model."""
+        ...
+
+    def logits(self, model: Any) -> dict[str, Any]:
+        """By view, float32 logits (positions, vocabulary) at the same few places for each model."""
+        ...
+
+    def verdict(
+        self, before: Any, after: Any, error_by_part: Mapping[str, Mapping[str, float]] | None = None
+    ) -> dict[str, Any]:
+        """The verdict on a quantized model measured as `after`, made from one measured as `before`."""
+        ...
+
+
+def judge(
+    views: Mapping[str, Mapping[str, Any]], limits: Limits, accept_loss: bool, remarks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The verdict as it is recorded.
+
+    Args:
+        views: by view `answers`, paired differences as in `genieblue.evaluation.evaluate.Difference`, the first over
+            all samples; and `perplexity`, entries of `perplexity_change`.
+        accept_loss: recorded if limits are exceeded.
+        remarks: sentences about the data, added to the reasons.
+
+    A loss fails if it exceeds its limit by more than one standard error of the paired difference, and passes if it is
+    below it by as much. Between the two there are too few samples to tell.
+    """
+    findings = [finding for view in VIEWS if view in views for finding in _findings(view, views[view], limits)]
+    results = [result for result, _ in findings]
+    result = next((each for each in (FAILED, UNDECIDED, PASSED) if each in results), UNKNOWN)
+    missing = [view for view in VIEWS if view not in views]
+    return {
+        "result": result,
+        "accepted": result != FAILED or accept_loss,
+        "reasons": [
+            *(reason for each, reason in findings if each != PASSED),
+            *(f"the {view} view was not measured: the data has no sample for it" for view in missing),
+            *remarks,
+        ],
+        "limits": asdict(limits),
+        "views": {view: dict(found) for view, found in views.items()},
+    }
+
+
+def nothing_measured() -> dict[str, Any]:
+    """The verdict without held-out data."""
+    return {
+        "result": UNKNOWN,
+        "accepted": True,
+        "reasons": ["no held-out data was given (--eval-data), so nothing is known about its answers"],
+    }
+
+
+def of_text_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a verdict that is about the quantized base alone, which is the text view."""
+    if "limits" not in verdict:
+        return dict(verdict)
+    views = {view: found for view, found in verdict["views"].items() if view == "text"}
+    own = judge(views, Limits(**verdict["limits"]), accept_loss=verdict["accepted"])
+    return own | {"reasons": [reason for reason in own["reasons"] if "multimodal" not in reason]}
+
+
+def perplexity_change(of: str, before: Losses, after: Losses) -> dict[str, Any]:
+    """How the perplexity of the same tokens changed; `of` says what they are.
+
+    `error` is the standard error of the ratio's logarithm, paired by sample (a ratio estimator); none for one sample.
+    """
+    tokens = sum(count for _, count in before)
+    losses = [sum(loss for loss, _ in each) / tokens for each in (before, after)]
+    change = losses[1] - losses[0]
+    rest = [(later - former) - change * count
+            for (former, count), (later, _) in zip(before, after, strict=True)]  # fmt: skip
+    size = len(rest)
+    error = None if size < 2 else math.sqrt(size / (size - 1) * sum(each**2 for each in rest)) / tokens
+    if error is not None and not math.isfinite(error):  # so is the ratio, which then fails
+        error = 0.0
+    return {
+        "of": of, "before": _exp(losses[0]), "after": _exp(losses[1]), "ratio": _exp(change), "error": error,
+        "samples": size, "tokens": tokens,
+    }  # fmt: skip
+
+
+def _exp(value: float) -> float:
+    """A large number in place of NaN and infinity, which JSON does not have and no limit allows."""
+    return math.exp(value if value < 700 else 700.0)
+
+
+def _findings(view: str, found: Mapping[str, Any], limits: Limits) -> Iterator[tuple[str, str]]:
+    """The result of each comparison, with a sentence that says why it did not pass."""
+    if found["answers"]:
+        yield _of_answers(view, found["answers"][0], limits.answer_loss)
+    for change in found["perplexity"]:
+        yield _of_perplexity(view, change, limits.perplexity_ratio)
+
+
+def _of_answers(view: str, total: Mapping[str, Any], limit: float) -> tuple[str, str]:
+    loss, error = -100 * total["difference"], answer_error(total)
+    said = f"the {view} view's answers lose {loss:.1f} ± {error:.1f} points"
+    if loss - error > limit:
+        return FAILED, f"{said}, more than {limit:g}"
+    if 100 * total["first"] <= limit:
+        return UNDECIDED, (
+            f"the 16-bit model scores only {100 * total['first']:.1f} % in the {view} view, so there is next to "
+            "nothing to lose: use another metric (--metric) or other samples"
+        )
+    if loss + error > limit:
+        return UNDECIDED, f"{said}, too near to {limit:g} for {total['count']} samples: give more"
+    return PASSED, ""
+
+
+def answer_error(total: Mapping[str, Any]) -> float:
+    """The standard error of a paired difference in points, at least the weight of one sample.
+
+    That all of a few samples agree proves little: their spread is 0 then, and of one sample there is none.
+    """
+    return 100 * max(total["standard_error"] or 0.0, 1 / total["count"])
+
+
+def _of_perplexity(view: str, change: Mapping[str, Any], limit: float) -> tuple[str, str]:
+    ratio, error = change["ratio"], change["error"]
+    said = f"the perplexity of the {change['of']} in the {view} view is {ratio:.3f} times the 16-bit model's"
+    if error is None:
+        return (PASSED, "") if ratio <= 1 else (UNDECIDED, f"{said}, from one sample: give more")
+    if ratio / math.exp(error) > limit:
+        return FAILED, f"{said}, more than {limit:g}"
+    if ratio * math.exp(error) > limit:
+        return UNDECIDED, f"{said}, too near to {limit:g} for {change['samples']} samples: give more"
+    return PASSED, ""
+
+
+def summary(verdict: Mapping[str, Any]) -> str:
+    """The verdict in one line."""
+    accepted = ", accepted" if verdict["result"] == FAILED and verdict["accepted"] else ""
+    return "; ".join([f"{verdict['result']}{accepted}", *verdict["reasons"]])
+
+
+def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of `measurements.json` for the model card."""
+    names = " and ".join(each["name"] for each in verdict.get("data", ()))
+    rows = []
+    for view, found in verdict.get("views", {}).items():
+        for each in found["answers"]:
+            task = "" if each["task"] == "all" else f", {each['task']}"
+            error = "" if each["standard_error"] is None else f" ± {100 * each['standard_error']:.1f}"
+            rows.append(
+                {
+                    "name": f"Answers of the {view} view{task}: {each['metric']}",
+                    "value": f"{100 * each['second']:.1f} %, in 16 bits {100 * each['first']:.1f} % "
+                    f"({100 * each['difference']:+.1f}{error} points)",
+                    "how": f"{each['count']} samples of {names}, greedy; ± one standard error of the difference",
+                }
+            )
+        for each in found["perplexity"]:
+            rows.append(
+                {
+                    "name": f"Perplexity of the {each['of']}, {view} view",
+                    "value": f"{each['after']:.3f}, in 16 bits {each['before']:.3f} ({each['ratio']:.3f} times)",
+                    "how": f"{each['tokens']} tokens in {each['samples']} samples of {names}",
+                }
+            )
+    return rows

@@ -1,0 +1,189 @@
+"""Held-out data for the verdict on a quantized model: answers to chats, and the perplexity of references and texts."""
+
+import hashlib
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.quantization.hessians import read_paragraphs
+from conversion.verdict import Limits, judge, perplexity_change
+from genieblue.data.chat_samples import BAD_SAMPLE, texts_of
+from genieblue.data.chats import ChatDataset
+from genieblue.evaluation.answering import ModelAnswerer
+from genieblue.evaluation.evaluate import Evaluation, ScoredAnswer, compare, evaluate
+from genieblue.evaluation.samples import EvaluationDataset
+from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
+
+logger = logging.getLogger(__name__)
+
+TEXT_SUFFIXES = (".txt", ".md")
+LONGEST_ANSWER = 64  # new tokens, as in `genieblue eval`
+WINDOW, WINDOWS = 512, 32  # tokens of a text that are predicted from one another; the first windows of a file
+COMPARED_SAMPLES, COMPARED_TOKENS = 8, 32  # of each view, for the error by part
+REFERENCES, PLAIN_TEXT = "reference answers", "plain text"
+# A Japanese text has all three, in any proportion.
+SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
+
+
+@dataclass
+class Measured:
+    """What one model does on the data: scored answers, and by view and kind of text the losses of its samples."""
+
+    answers: list[ScoredAnswer] = field(default_factory=list)
+    losses: dict[tuple[str, str], list[tuple[float, int]]] = field(default_factory=dict)
+
+
+class HeldOutData:
+    """Chats as for `genieblue eval`, and plain texts (`.txt`, `.md`), to compare models on: a `verdict.HeldOut`.
+
+    The answers to chats are scored, and the perplexity of their references is measured, each in the sample's own view;
+    that of plain texts in the text view, in the first windows of 512 tokens that do not overlap.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str | Path],
+        processor: Any,
+        *,
+        metric: str | None = None,
+        limits: Limits | None = None,
+        accept_loss: bool = False,
+    ):
+        """`ValueError` or `OSError` for data that is missing, empty or bad, chats without a reference among it.
+
+        `metric` is for samples that name none.
+        """
+        self.processor, self.limits, self.accept_loss = processor, limits or Limits(), accept_loss
+        self.remarks: list[str] = []  # what makes the verdict worth less
+        self.chats: list[EvaluationDataset] = []
+        self.data: list[dict[str, Any]] = []
+        self._paragraphs: list[str] = []
+        self._windows: list[list[int]] = []
+        for source in sources:
+            name = Path(source).name
+            if Path(source).suffix in TEXT_SUFFIXES:
+                paragraphs = read_paragraphs(source)
+                self._paragraphs += paragraphs
+                self._windows += self._windows_of("\n\n".join(paragraphs))
+                sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+            else:
+                self.chats.append(EvaluationDataset(source, metric=metric))
+                sha256 = self.chats[-1].sha256
+            self.data.append({"name": name, "sha256": sha256})
+
+    def _windows_of(self, text: str) -> list[list[int]]:
+        ids = self.processor.tokenizer(text, verbose=False)["input_ids"]
+        size = min(WINDOW, self.processor.tokenizer.model_max_length)
+        windows = [ids[start : start + size] for start in range(0, min(len(ids), size * WINDOWS), size)]
+        return [window for window in windows if len(window) > 1]
+
+    def measure(self, model: Any) -> Measured:
+        """Answers and losses of a 16-bit or quantized GenieBlue; `ValueError` that names a sample it cannot answer."""
+        answerer = ModelAnswerer(model, self.processor)
+        measured = Measured()
+        for dataset in self.chats:
+            measured.answers += evaluate(answerer, dataset, max_new_tokens=LONGEST_ANSWER).answers
+        for view, of, logits, ids in self._predictions(answerer):
+            loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+            measured.losses.setdefault((view, of), []).append((float(loss), len(ids)))
+        return measured
+
+    def logits(self, model: Any) -> dict[str, torch.Tensor]:
+        """By view, logits (positions, vocabulary) of the first tokens of the first few references, or of texts."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for view, _, logits, _ in self._predictions(ModelAnswerer(model, self.processor), COMPARED_SAMPLES):
+            if len(found.setdefault(view, [])) < COMPARED_SAMPLES:
+                found[view].append(logits[:COMPARED_TOKENS].cpu())
+        return {view: torch.cat(each) for view, each in found.items()}
+
+    def _predictions(
+        self, answerer: ModelAnswerer, most: int | None = None
+    ) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+        """View, kind, logits (tokens, vocabulary), ids (tokens,) of each sample, or of the first `most` of a view."""
+        seen: Counter[str] = Counter()
+        for dataset in self.chats:
+            for place in range(len(dataset)):
+                sample = dataset[place]
+                view = answerer.view(sample)
+                seen[view] += 1
+                if most is not None and seen[view] > most:
+                    continue
+                try:
+                    logits, ids = answerer.reference_logits(sample)
+                except BAD_SAMPLE as error:
+                    raise ValueError(f"{sample.where}: {error}") from error
+                yield view, REFERENCES, logits, ids
+        for window in self._windows[:most]:
+            ids = torch.tensor([window], device=answerer.model.device)
+            with torch.no_grad():
+                logits = answerer.model(input_ids=ids, view=TEXT, use_cache=False).logits
+            yield TEXT, PLAIN_TEXT, logits[0, :-1].float(), ids[0, 1:]
+
+    def verdict(
+        self, before: Measured, after: Measured, error_by_part: Mapping[str, Mapping[str, float]] | None = None
+    ) -> dict[str, Any]:
+        """The verdict on a quantized model measured as `after`, made from one measured as `before`."""
+        views = {}
+        for view in (TEXT, MULTIMODAL):
+            one, other = (
+                Evaluation([each for each in found.answers if each.view == view]) for found in (before, after)
+            )
+            answers = [asdict(each) for each in compare(one, other)] if one.answers else []
+            perplexity = [
+                perplexity_change(of, losses, after.losses[own, of])
+                for (own, of), losses in before.losses.items()
+                if own == view
+            ]
+            if perplexity:
+                views[view] = {"answers": answers, "perplexity": perplexity}
+        found = judge(views, self.limits, self.accept_loss, self.remarks)
+        return found | {"data": self.data, "error_by_part": dict(error_by_part or {})}
+
+    def compare_with_calibration(self, files: Iterable[Path], image_folder: Path | None = None) -> None:
+        """Warns, and remarks in the verdict, if data is also calibrated on, or that is in another script.
+
+        Languages of one script cannot be told apart.
+        """
+        shared, texts = 0, []
+        own = {number for dataset in self.chats for number in dataset.sample_hashes()}
+        for path in files:
+            if path.suffix == ".jsonl":
+                chats = ChatDataset(path, image_folder=image_folder, skip_bad=None)
+                shared += len(own & chats.sample_hashes())
+                texts += _texts(chats)
+            else:
+                texts += read_paragraphs(path)
+        shared += len(set(self._paragraphs) & set(texts))
+        if shared:
+            self._remark(f"{shared} of its samples or paragraphs are in the calibration data too, so it is too kind")
+        held_out = [*self._paragraphs, *(text for chats in self.chats for text in _texts(chats))]
+        scripts = [_main_script(each) for each in (texts, held_out)]
+        if None not in scripts and scripts[0] != scripts[1]:
+            self._remark(
+                f"the calibration data is mostly {str(scripts[0]).title()}, but this {str(scripts[1]).title()}"
+            )
+
+    def _remark(self, sentence: str) -> None:
+        logger.warning("About the verdict: %s.", sentence)
+        self.remarks.append(sentence)
+
+
+def _texts(chats: ChatDataset) -> Iterator[str]:
+    for place in range(min(len(chats), 256)):
+        yield from texts_of(chats[place].messages)
+
+
+def _main_script(texts: Iterable[str]) -> str | None:
+    """The script of most letters, by their names in Unicode, such as `LATIN`; `None` if there are no letters."""
+    letters = (letter for text in texts for letter in text[:1000] if letter.isalpha())
+    names = Counter(unicodedata.name(letter, "?").split(" ")[0].split("-")[0] for letter in letters)
+    scripts: Counter[str] = Counter()
+    for name, count in names.items():
+        scripts[SCRIPTS.get(name, name)] += count
+    return scripts.most_common(1)[0][0] if scripts else None
