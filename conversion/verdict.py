@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-PASSED, FAILED, UNDECIDED, UNKNOWN = "passed", "failed", "too few samples to tell", "not measured"
+from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN
+
 VIEWS = ("text", "multimodal")
+Finding = tuple[str, str]  # the result of one comparison, and a sentence that says why it did not pass
 Losses = Sequence[tuple[float, int]]  # by sample: the negative log-likelihood of its tokens, in nats, and how many
 
 
@@ -58,7 +60,12 @@ class HeldOut(Protocol):
 
 
 def judge(
-    views: Mapping[str, Mapping[str, Any]], limits: Limits, accept_loss: bool, remarks: Sequence[str] = ()
+    views: Mapping[str, Mapping[str, Any]],
+    limits: Limits,
+    accept_loss: bool,
+    *,
+    remarks: Sequence[str] = (),
+    expected: Sequence[str] = VIEWS,
 ) -> dict[str, Any]:
     """The verdict as it is recorded.
 
@@ -66,26 +73,22 @@ def judge(
         views: by view `answers`, paired differences as in `genieblue.evaluation.evaluate.Difference`, the first over
             all samples; and `perplexity`, entries of `perplexity_change`.
         accept_loss: recorded if limits are exceeded.
-        remarks: sentences about the data, added to the reasons.
-
-    A loss fails if it exceeds its limit by more than one standard error of the paired difference, and passes if it is
-    below it by as much. Between the two there are too few samples to tell.
+        remarks: sentences about the data.
+        expected: views that are named if they are missing.
     """
-    findings = [finding for view in VIEWS if view in views for finding in _findings(view, views[view], limits)]
+    found = decide([each for view in views for each in _findings(view, views[view], limits)], accept_loss)
+    found["reasons"] += [
+        f"the {view} view was not measured: the data has no sample for it" for view in expected if view not in views
+    ]
+    return found | {"remarks": list(remarks), "limits": asdict(limits), "views": dict(views)}
+
+
+def decide(findings: Sequence[Finding], accept_loss: bool) -> dict[str, Any]:
+    """Result, acceptance and reasons of a verdict: the worst of its findings decides."""
     results = [result for result, _ in findings]
-    result = next((each for each in (FAILED, UNDECIDED, PASSED) if each in results), UNKNOWN)
-    missing = [view for view in VIEWS if view not in views]
-    return {
-        "result": result,
-        "accepted": result != FAILED or accept_loss,
-        "reasons": [
-            *(reason for each, reason in findings if each != PASSED),
-            *(f"the {view} view was not measured: the data has no sample for it" for view in missing),
-            *remarks,
-        ],
-        "limits": asdict(limits),
-        "views": {view: dict(found) for view, found in views.items()},
-    }
+    result = next((each for each in (FAILED, UNKNOWN, UNDECIDED, PASSED) if each in results), UNKNOWN)
+    reasons = [reason for _, reason in findings if reason]
+    return {"result": result, "accepted": result != FAILED or accept_loss, "reasons": reasons}
 
 
 def nothing_measured() -> dict[str, Any]:
@@ -102,8 +105,9 @@ def of_text_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
     if "limits" not in verdict:
         return dict(verdict)
     views = {view: found for view, found in verdict["views"].items() if view == "text"}
-    own = judge(views, Limits(**verdict["limits"]), accept_loss=verdict["accepted"])
-    return own | {"reasons": [reason for reason in own["reasons"] if "multimodal" not in reason]}
+    limits, remarks = Limits(**verdict["limits"]), verdict["remarks"]
+    found = judge(views, limits, accept_loss=verdict["accepted"], remarks=remarks, expected=("text",))
+    return found | {"data": verdict["data"]}
 
 
 def perplexity_change(of: str, before: Losses, after: Losses) -> dict[str, Any]:
@@ -131,23 +135,31 @@ def _exp(value: float) -> float:
     return math.exp(value if value < 700 else 700.0)
 
 
-def _findings(view: str, found: Mapping[str, Any], limits: Limits) -> Iterator[tuple[str, str]]:
-    """The result of each comparison, with a sentence that says why it did not pass."""
+def _findings(view: str, found: Mapping[str, Any], limits: Limits) -> Iterator[Finding]:
     if found["answers"]:
-        yield _of_answers(view, found["answers"][0], limits.answer_loss)
+        yield answers_finding(f"the {view} view's answers", found["answers"][0], limits.answer_loss)
     for change in found["perplexity"]:
-        yield _of_perplexity(view, change, limits.perplexity_ratio)
+        yield _perplexity_finding(view, change, limits.perplexity_ratio)
 
 
-def _of_answers(view: str, total: Mapping[str, Any], limit: float) -> tuple[str, str]:
-    loss, error = -100 * total["difference"], answer_error(total)
-    said = f"the {view} view's answers lose {loss:.1f} ± {error:.1f} points"
+def answers_finding(what: str, total: Mapping[str, Any], limit: float) -> Finding:
+    """A loss fails if it exceeds its limit by more than its standard error, and passes if it is below it by as much.
+
+    Between the two there are too few samples to tell.
+
+    Args:
+        what: names the answers in the sentence.
+        total: the paired difference over all samples, as in `genieblue.evaluation.evaluate.Difference`.
+        limit: in points.
+    """
+    loss, error, most = -100 * total["difference"], answer_error(total), 100 * total["first"]
+    said = f"{what} lose {loss:.1f} ± {error:.1f} points"
     if loss - error > limit:
         return FAILED, f"{said}, more than {limit:g}"
-    if 100 * total["first"] <= limit:
+    if most <= limit:
         return UNDECIDED, (
-            f"the 16-bit model scores only {100 * total['first']:.1f} % in the {view} view, so there is next to "
-            "nothing to lose: use another metric (--metric) or other samples"
+            f"{what} score only {most:.1f} % in 16 bits, so they cannot lose more than {limit:g} points: use other "
+            "samples or another metric"
         )
     if loss + error > limit:
         return UNDECIDED, f"{said}, too near to {limit:g} for {total['count']} samples: give more"
@@ -162,7 +174,7 @@ def answer_error(total: Mapping[str, Any]) -> float:
     return 100 * max(total["standard_error"] or 0.0, 1 / total["count"])
 
 
-def _of_perplexity(view: str, change: Mapping[str, Any], limit: float) -> tuple[str, str]:
+def _perplexity_finding(view: str, change: Mapping[str, Any], limit: float) -> Finding:
     ratio, error = change["ratio"], change["error"]
     said = f"the perplexity of the {change['of']} in the {view} view is {ratio:.3f} times the 16-bit model's"
     if error is None:
@@ -172,36 +184,3 @@ def _of_perplexity(view: str, change: Mapping[str, Any], limit: float) -> tuple[
     if ratio * math.exp(error) > limit:
         return UNDECIDED, f"{said}, too near to {limit:g} for {change['samples']} samples: give more"
     return PASSED, ""
-
-
-def summary(verdict: Mapping[str, Any]) -> str:
-    """The verdict in one line."""
-    accepted = ", accepted" if verdict["result"] == FAILED and verdict["accepted"] else ""
-    return "; ".join([f"{verdict['result']}{accepted}", *verdict["reasons"]])
-
-
-def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Rows of `measurements.json` for the model card."""
-    names = " and ".join(each["name"] for each in verdict.get("data", ()))
-    rows = []
-    for view, found in verdict.get("views", {}).items():
-        for each in found["answers"]:
-            task = "" if each["task"] == "all" else f", {each['task']}"
-            error = "" if each["standard_error"] is None else f" ± {100 * each['standard_error']:.1f}"
-            rows.append(
-                {
-                    "name": f"Answers of the {view} view{task}: {each['metric']}",
-                    "value": f"{100 * each['second']:.1f} %, in 16 bits {100 * each['first']:.1f} % "
-                    f"({100 * each['difference']:+.1f}{error} points)",
-                    "how": f"{each['count']} samples of {names}, greedy; ± one standard error of the difference",
-                }
-            )
-        for each in found["perplexity"]:
-            rows.append(
-                {
-                    "name": f"Perplexity of the {each['of']}, {view} view",
-                    "value": f"{each['after']:.3f}, in 16 bits {each['before']:.3f} ({each['ratio']:.3f} times)",
-                    "how": f"{each['tokens']} tokens in {each['samples']} samples of {names}",
-                }
-            )
-    return rows

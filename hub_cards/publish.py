@@ -22,13 +22,8 @@ from hub_cards.model_folder import (
     read_tensor_sizes,
 )
 from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
-from hub_cards.publish_base import (
-    base_files_to_publish,
-    find_base_problems,
-    map_problems,
-    published_base,
-    verdict_problems,
-)
+from hub_cards.publish_base import base_files_to_publish, find_base_problems, map_problems, published_base
+from hub_cards.verdicts import verdict_problems
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
@@ -111,8 +106,8 @@ def publish_folder(
     """
     folder = Path(folder)
     config = _config_to_publish(folder, base, commit.get("token"))
-    if accept_loss:
-        ((config.get("quantization") or {}).get("verdict") or {})["accepted"] = True
+    if accept_loss and (verdict := (config.get("quantization") or {}).get("verdict")):
+        verdict["accepted"] = True
     check_no_problems(folder, find_problems(folder, config))
     files: dict[str, Path | bytes] = {name: folder / name for name in files_to_publish(folder, config)}
     if config != read_model_config(folder):

@@ -12,6 +12,7 @@ from hub_cards.code_files import code_files, code_problems, tokenizer_problems
 from hub_cards.model_folder import check_is_quantized_base, read_tensor_sizes
 from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
 from hub_cards.quantized_base_card import render_quantized_base_card
+from hub_cards.verdicts import verdict_problems
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
     CODE_FILES,
@@ -69,17 +70,6 @@ def find_base_problems(folder: Path) -> list[str]:
     """
     check_is_quantized_base(folder)
     return [*_weight_problems(folder), *code_problems(folder, (CODE_CLASS,)), *tokenizer_problems(folder)]
-
-
-def verdict_problems(quantization: dict[str, Any] | None) -> list[str]:
-    """The verdict in the settings of something quantized, if it failed and that was not accepted."""
-    verdict = (quantization or {}).get("verdict") or {}
-    if verdict.get("accepted", True):
-        return []
-    return [
-        f"Quantization costs too much: {'; '.join(verdict['reasons'])}. Quantize it less, or accept the loss "
-        "(--accept-loss)."
-    ]
 
 
 def base_files_to_publish(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from conversion.quantization.precision import (
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.quantization.rounding import round_weight
 from conversion.staging import explained_full_disk
-from conversion.verdict import HeldOut, measurement_rows, nothing_measured
+from conversion.verdict import HeldOut, nothing_measured
+from hub_cards.verdicts import measurement_rows
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
@@ -120,7 +122,8 @@ def quantize_genieblue(
     check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
     existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
 
-    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    load = partial(GenieBlueForConditionalGeneration.from_pretrained, source, dtype=recipe.dtype, **load_kwargs)
+    model = load()
     if model.device.type == "cpu":
         warn_of_threads()
     origin = _origin(source, places.output, load_kwargs.get("revision"), access)
@@ -142,11 +145,8 @@ def quantize_genieblue(
         rounded.config.quantization["source"] = origin
         # Saved once in passing, to measure what a user will load.
         rounded.save_pretrained(staging / "trial")
-        by_part = {}
-        if held_out is not None:
-            exact = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
-            by_part = errors_by_part(exact, rounded, held_out.logits)
-            del exact
+        # `model` has the rounded values by now, so the exact ones are read again.
+        by_part = {} if held_out is None else errors_by_part(load(), rounded, held_out.logits)
         quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **reload)
         errors, facts = measured_errors(before, view_logits(quantized), recipe)
         verdict = nothing_measured()

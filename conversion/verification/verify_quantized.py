@@ -20,8 +20,9 @@ from conversion.quantization.precision import (
     plan_own_parts,
 )
 from conversion.quantization.rounding import TOP_CODE
-from conversion.verdict import FAILED, nothing_measured, summary
+from conversion.verdict import nothing_measured
 from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, foreign_code
+from hub_cards.verdicts import FAILED, summary
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,

@@ -114,7 +114,6 @@ def quantize(
         group_size=int(group_size),
         activations=activations,
     )
-    out = out.expanduser()
     options = loading_options(revision, trust_remote_code)
     with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
         quiet_transformers()
@@ -131,7 +130,7 @@ def quantize(
             model,
             out,
             recipe,
-            base_output=None if base_out is None else base_out.expanduser(),
+            base_output=base_out,
             quantized_base=quantized_base,
             self_contained=self_contained,
             samples=data,

@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from conversion.verdict import Limits, answer_error
 from genieblue.cli.options import Metric
 from genieblue.cli.terminal import print_table
+from hub_cards.verdicts import summary
 
 EvalData = Annotated[
     list[str] | None,
@@ -17,10 +19,11 @@ EvalMetric = Annotated[
     typer.Option(help="For held-out chats that name none; default: choice with `choices`, else exact."),
 ]
 MaxAnswerLoss = Annotated[
-    float | None, typer.Option(help="Points that the answers of a view may lose; default: 3.", show_default=False)
+    float | None, typer.Option(help=f"Points that the answers of a view may lose; default: {Limits.answer_loss:g}.")
 ]
 MaxPerplexityRatio = Annotated[
-    float | None, typer.Option(help="Perplexity over that in 16 bits; default: 1.15.", show_default=False)
+    float | None,
+    typer.Option(help=f"Largest perplexity over that in 16 bits; default: {Limits.perplexity_ratio:g}."),
 ]
 AcceptLoss = Annotated[
     bool, typer.Option("--accept-loss", help="Exit with 0, and allow `push`, even if the verdict is that it failed.")
@@ -37,7 +40,6 @@ def open_held_out(
         for name in [name for name, value in given.items() if value is not None] + ["--accept-loss"] * accept_loss:
             raise typer.BadParameter("It is about held-out data: give some with --eval-data.", param_hint=name)
         return None
-    from conversion.verdict import Limits
     from genieblue.evaluation.held_out import HeldOutData
     from modeling_genieblue import GenieBlueProcessor
 
@@ -49,8 +51,6 @@ def open_held_out(
 
 def show_verdict(verdict: Mapping[str, Any]) -> None:
     """Prints the tables of a verdict, and the verdict itself."""
-    from conversion.verdict import answer_error, summary
-
     views = verdict.get("views", {})
     answers = [
         (

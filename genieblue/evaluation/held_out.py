@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,12 +24,11 @@ from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md")
-LONGEST_ANSWER = 64  # new tokens, as in `genieblue eval`
 WINDOW, WINDOWS = 512, 32  # tokens of a text that are predicted from one another; the first windows of a file
 COMPARED_SAMPLES, COMPARED_TOKENS = 8, 32  # of each view, for the error by part
 REFERENCES, PLAIN_TEXT = "reference answers", "plain text"
 # A Japanese text has all three, in any proportion.
-SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
+SCRIPTS = dict.fromkeys(("Cjk", "Hiragana", "Katakana"), "Chinese or Japanese")
 
 
 @dataclass
@@ -75,6 +75,8 @@ class HeldOutData:
             else:
                 self.chats.append(EvaluationDataset(source, metric=metric))
                 sha256 = self.chats[-1].sha256
+            if sha256 in (each["sha256"] for each in self.data):
+                raise ValueError(f"{source} is given twice: more samples must be other samples.")
             self.data.append({"name": name, "sha256": sha256})
 
     def _windows_of(self, text: str) -> list[list[int]]:
@@ -88,7 +90,7 @@ class HeldOutData:
         answerer = ModelAnswerer(model, self.processor)
         measured = Measured()
         for dataset in self.chats:
-            measured.answers += evaluate(answerer, dataset, max_new_tokens=LONGEST_ANSWER).answers
+            measured.answers += evaluate(answerer, dataset).answers
         for view, of, logits, ids in self._predictions(answerer):
             loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
             measured.losses.setdefault((view, of), []).append((float(loss), len(ids)))
@@ -105,7 +107,10 @@ class HeldOutData:
     def _predictions(
         self, answerer: ModelAnswerer, most: int | None = None
     ) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
-        """View, kind, logits (tokens, vocabulary), ids (tokens,) of each sample, or of the first `most` of a view."""
+        """View, kind, logits (tokens, vocabulary), ids (tokens,) of each sample.
+
+        With `most`, only of the first so many of a view, and of the beginnings of texts.
+        """
         seen: Counter[str] = Counter()
         for dataset in self.chats:
             for place in range(len(dataset)):
@@ -120,6 +125,7 @@ class HeldOutData:
                     raise ValueError(f"{sample.where}: {error}") from error
                 yield view, REFERENCES, logits, ids
         for window in self._windows[:most]:
+            window = window if most is None else window[: COMPARED_TOKENS + 1]
             ids = torch.tensor([window], device=answerer.model.device)
             with torch.no_grad():
                 logits = answerer.model(input_ids=ids, view=TEXT, use_cache=False).logits
@@ -142,7 +148,7 @@ class HeldOutData:
             ]
             if perplexity:
                 views[view] = {"answers": answers, "perplexity": perplexity}
-        found = judge(views, self.limits, self.accept_loss, self.remarks)
+        found = judge(views, self.limits, self.accept_loss, remarks=self.remarks)
         return found | {"data": self.data, "error_by_part": dict(error_by_part or {})}
 
     def compare_with_calibration(self, files: Iterable[Path], image_folder: Path | None = None) -> None:
@@ -165,9 +171,7 @@ class HeldOutData:
         held_out = [*self._paragraphs, *(text for chats in self.chats for text in _texts(chats))]
         scripts = [_main_script(each) for each in (texts, held_out)]
         if None not in scripts and scripts[0] != scripts[1]:
-            self._remark(
-                f"the calibration data is mostly {str(scripts[0]).title()}, but this {str(scripts[1]).title()}"
-            )
+            self._remark(f"most letters of the calibration data are {scripts[0]}, but those of this data {scripts[1]}")
 
     def _remark(self, sentence: str) -> None:
         logger.warning("About the verdict: %s.", sentence)
@@ -180,9 +184,9 @@ def _texts(chats: ChatDataset) -> Iterator[str]:
 
 
 def _main_script(texts: Iterable[str]) -> str | None:
-    """The script of most letters, by their names in Unicode, such as `LATIN`; `None` if there are no letters."""
+    """The script of most letters, by their names in Unicode, such as `Latin`; `None` if there are no letters."""
     letters = (letter for text in texts for letter in text[:1000] if letter.isalpha())
-    names = Counter(unicodedata.name(letter, "?").split(" ")[0].split("-")[0] for letter in letters)
+    names = Counter(re.split("[ -]", unicodedata.name(letter, "?"))[0].title() for letter in letters)
     scripts: Counter[str] = Counter()
     for name, count in names.items():
         scripts[SCRIPTS.get(name, name)] += count

@@ -49,7 +49,7 @@ def test_a_failed_verdict_is_written_everywhere_and_not_published(tmp_path):
     assert leftovers(tmp_path) == ["base", "genieblue"]
     assert settings(tmp_path / "genieblue")["verdict"] == report.verdict
     card = (tmp_path / "genieblue/README.md").read_text()
-    assert "**failed**; the multimodal view's answers lose 25.0 ± 1.0 points, more than 3" in card
+    assert "costs**: failed; the multimodal view's answers lose 25.0 ± 1.0 points, more than 3" in card
     assert "65.0 %, in 16 bits 90.0 % (-25.0 ± 1.0 points)" in card
     with pytest.raises(ValueError, match="Quantization costs too much: the multimodal view's answers lose 25"):
         publish_folder(tmp_path / "genieblue", "you/reader")
@@ -59,7 +59,8 @@ def test_a_failed_verdict_is_written_everywhere_and_not_published(tmp_path):
 
 def test_a_failed_text_view_is_the_bases_too(tmp_path):
     quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25, view="text")}, llm="w8a16", rounding="rtn")
-    assert "**failed**; the text view's answers lose" in (tmp_path / "base/README.md").read_text()
+    assert "costs**: failed; the text view's answers lose" in (tmp_path / "base/README.md").read_text()
+    assert "| Answers of the text view: exact | 65.0 %, in 16 bits 90.0 %" in (tmp_path / "base/README.md").read_text()
     with pytest.raises(ValueError, match="Quantization costs too much: the text view"):
         publish_quantized_base(tmp_path / "base", "you/base")
 
@@ -75,15 +76,15 @@ def test_an_inner_base_records_it_as_well(tmp_path):
 
 def test_an_accepted_loss_is_marked_and_may_be_published(tmp_path):
     quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25, accept_loss=True)}, llm="w8a16", rounding="rtn")
-    assert "**failed (accepted)**" in (tmp_path / "genieblue/README.md").read_text()
+    assert "costs**: failed, accepted; the multi" in (tmp_path / "genieblue/README.md").read_text()
     assert not any("costs too much" in problem for problem in find_problems(tmp_path / "genieblue"))
 
 
 def test_without_data_it_says_that_nothing_was_measured():
     verdict = settings(quantized_pair() / "genieblue")["verdict"]
     assert (verdict["result"], verdict["accepted"]) == ("not measured", True)
-    assert "**not measured**; no held-out data was given" in (quantized_pair() / "genieblue/README.md").read_text()
-    assert "**not measured**" in (quantized_pair() / "base/README.md").read_text()
+    for folder in ("genieblue", "base"):
+        assert "costs**: not measured; no held-out data" in (quantized_pair() / folder / "README.md").read_text()
 
 
 def test_a_bad_sample_is_named_before_anything_is_rounded(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import json
 import pytest
 from command_line import error_of, run, run_json
 from PIL import Image
-from tiny_models import tiny_tokenizer
 from tiny_quantized import save_large_pair
+from transformers import AutoTokenizer
 
 from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 
@@ -18,7 +18,7 @@ def model(tmp_path_factory):
     folder = save_large_pair(tmp_path_factory.mktemp("source"))
     config = GenieBlueConfig.from_pretrained(folder)
     GenieBlueProcessor.from_base(
-        tiny_tokenizer(),
+        AutoTokenizer.from_pretrained(folder.parent / "base-llm"),
         image_token_id=config.image_token_id,
         image_seq_length=config.image_seq_length,
         tile_size=config.vision_config.image_size,
@@ -57,6 +57,12 @@ def test_too_much_loss_ends_with_1_and_one_json_document(model, data, tmp_path):
     assert verdict["limits"] == {"answer_loss": 3.0, "perplexity_ratio": 1.0}
     assert set(verdict["views"]) == {"text", "multimodal"} and "llm" in verdict["error_by_part"]
     assert verdict["accepted"]
+
+
+def test_without_data_it_says_that_nothing_was_measured(model, tmp_path):
+    result = run("quantize", model, "--out", tmp_path / "new", "--llm", "w8a16")
+    assert "Verdict: not measured; no held-out data was given (--eval-data)" in result.stdout
+    assert "as recorded: not measured" in run("verify", tmp_path / "new").stdout
 
 
 @pytest.mark.parametrize(

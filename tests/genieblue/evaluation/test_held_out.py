@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_genieblue import change_adapter
 from training_setup import make_base, make_model
 
-from conversion.verdict import FAILED, UNDECIDED, Limits
+from conversion.verdict import Limits
 from genieblue.evaluation.held_out import PLAIN_TEXT, REFERENCES, HeldOutData
+from hub_cards.verdicts import FAILED, UNDECIDED
 
 WORDS = "The answer is in the question, and the question is in the other answer.\n\n"
 
@@ -108,6 +109,12 @@ def test_chats_without_a_reference_are_refused_with_file_and_line(pair, write):
         HeldOutData([write(question("How many?"), question("How many?", None))], pair[1])
 
 
+def test_data_that_is_given_twice_is_refused(pair, write):
+    path = write(question("How many?"))
+    with pytest.raises(ValueError, match="given twice"):
+        HeldOutData([path, path], pair[1])
+
+
 def test_an_empty_text_is_refused(pair, write):
     with pytest.raises(ValueError, match="no text"):
         HeldOutData([write("\n", name="text.txt")], pair[1])
@@ -125,7 +132,8 @@ def test_data_that_is_calibrated_on_is_remarked_on(pair, write, caplog):
 def test_calibration_in_another_script_is_remarked_on(pair, write):
     data = HeldOutData([write(question("How many?"))], pair[1])
     data.compare_with_calibration([write("これは本です。今日は天気がいいです。", name="other.txt")])
-    assert data.remarks == ["the calibration data is mostly Cjk, but this Latin"]
+    (remark,) = data.remarks
+    assert remark == "most letters of the calibration data are Chinese or Japanese, but those of this data Latin"
 
 
 def test_other_data_in_the_same_script_is_not(pair, write):
