@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN
+from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN, answer_error
 
-VIEWS = ("text", "multimodal")
+VIEWS = {"text": "chat without images and no text", "multimodal": "chat with images"}  # what each is measured on
 Finding = tuple[str, str]  # the result of one comparison, and a sentence that says why it did not pass
 Losses = Sequence[tuple[float, int]]  # by sample: the negative log-likelihood of its tokens, in nats, and how many
 
@@ -65,7 +65,7 @@ def judge(
     accept_loss: bool,
     *,
     remarks: Sequence[str] = (),
-    expected: Sequence[str] = VIEWS,
+    expected: Sequence[str] = tuple(VIEWS),
 ) -> dict[str, Any]:
     """The verdict as it is recorded.
 
@@ -78,7 +78,7 @@ def judge(
     """
     found = decide([each for view in views for each in _findings(view, views[view], limits)], accept_loss)
     found["reasons"] += [
-        f"the {view} view was not measured: the data has no sample for it" for view in expected if view not in views
+        f"the {view} view was not measured: the data has no {VIEWS[view]}" for view in expected if view not in views
     ]
     return found | {"remarks": list(remarks), "limits": asdict(limits), "views": dict(views)}
 
@@ -132,7 +132,7 @@ def perplexity_change(of: str, before: Losses, after: Losses) -> dict[str, Any]:
 
 def _exp(value: float) -> float:
     """A large number in place of NaN and infinity, which JSON does not have and no limit allows."""
-    return math.exp(value if value < 700 else 700.0)
+    return math.exp(max(value, -30.0) if value < 30 else 30.0)
 
 
 def _findings(view: str, found: Mapping[str, Any], limits: Limits) -> Iterator[Finding]:
@@ -166,21 +166,14 @@ def answers_finding(what: str, total: Mapping[str, Any], limit: float) -> Findin
     return PASSED, ""
 
 
-def answer_error(total: Mapping[str, Any]) -> float:
-    """The standard error of a paired difference in points, at least the weight of one sample.
-
-    That all of a few samples agree proves little: their spread is 0 then, and of one sample there is none.
-    """
-    return 100 * max(total["standard_error"] or 0.0, 1 / total["count"])
-
-
 def _perplexity_finding(view: str, change: Mapping[str, Any], limit: float) -> Finding:
     ratio, error = change["ratio"], change["error"]
     said = f"the perplexity of the {change['of']} in the {view} view is {ratio:.3f} times the 16-bit model's"
     if error is None:
         return (PASSED, "") if ratio <= 1 else (UNDECIDED, f"{said}, from one sample: give more")
-    if ratio / math.exp(error) > limit:
+    loss, most = math.log(ratio), math.log(limit)  # a power of a large error would overflow
+    if loss - error > most:
         return FAILED, f"{said}, more than {limit:g}"
-    if ratio * math.exp(error) > limit:
+    if loss + error > most:
         return UNDECIDED, f"{said}, too near to {limit:g} for {change['samples']} samples: give more"
     return PASSED, ""

@@ -12,6 +12,14 @@ def summary(verdict: Mapping[str, Any]) -> str:
     return "; ".join([f"{verdict['result']}{accepted}", *verdict["reasons"], *verdict.get("remarks", ())])
 
 
+def answer_error(total: Mapping[str, Any]) -> float:
+    """The standard error of a paired difference in points, at least the weight of one sample.
+
+    That all of a few samples agree proves little: their spread is 0 then, and of one sample there is none.
+    """
+    return 100 * max(total["standard_error"] or 0.0, 1 / total["count"])
+
+
 def verdict_problems(quantization: Mapping[str, Any] | None) -> list[str]:
     """The verdict in the settings of something quantized, if it failed and that was not accepted."""
     verdict = (quantization or {}).get("verdict") or {}
@@ -30,12 +38,11 @@ def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
     for view, found in verdict.get("views", {}).items():
         for each in found["answers"]:
             task = "" if each["task"] == "all" else f", {each['task']}"
-            error = "" if each["standard_error"] is None else f" ± {100 * each['standard_error']:.1f}"
             rows.append(
                 {
                     "name": f"Answers of the {view} view{task}: {each['metric']}",
                     "value": f"{100 * each['second']:.1f} %, in 16 bits {100 * each['first']:.1f} % "
-                    f"({100 * each['difference']:+.1f}{error} points)",
+                    f"({100 * each['difference']:+.1f} ± {answer_error(each):.1f} points)",
                     "how": f"{each['count']} samples of {names}, greedy; ± one standard error of the difference",
                 }
             )

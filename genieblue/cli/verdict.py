@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from conversion.verdict import Limits, answer_error
+from conversion.verdict import Limits
 from genieblue.cli.options import Metric
 from genieblue.cli.terminal import print_table
-from hub_cards.verdicts import summary
+from hub_cards.verdicts import answer_error, summary
 
 EvalData = Annotated[
     list[str] | None,

@@ -73,6 +73,13 @@ def test_losses_that_are_no_numbers_fail():
     assert found["result"] == FAILED and math.isfinite(found["views"]["multimodal"]["perplexity"][0]["ratio"])
 
 
+def test_losses_far_beyond_all_limits_fail():
+    before, after = [(1.0, 1)] * 3, [(1.0, 1), (1e5, 1), (1e6, 1)]
+    assert verdict(None, perplexity_change("plain text", before, after))["result"] == UNDECIDED
+    assert verdict(None, perplexity_change("plain text", before, [(1e5, 1)] * 3))["result"] == FAILED
+    assert verdict(None, perplexity_change("plain text", [(1e5, 1)] * 3, before))["result"] == PASSED
+
+
 def test_one_failure_decides():
     assert verdict(answers(100, 0), change(1.0), change(2.0))["result"] == FAILED
 
@@ -85,7 +92,8 @@ def test_an_accepted_failure_stays_one():
 
 
 def test_a_view_without_samples_is_named():
-    assert verdict(answers(100, 0))["reasons"] == ["the text view was not measured: the data has no sample for it"]
+    (reason,) = verdict(answers(100, 0))["reasons"]
+    assert reason == "the text view was not measured: the data has no chat without images and no text"
 
 
 def test_remarks_about_the_data_are_kept():
