@@ -167,11 +167,11 @@ class HeldOutData:
                 texts += read_paragraphs(path)
         shared += len(set(self._paragraphs) & set(texts))
         if shared:
-            self._remark(f"{shared} of its samples or paragraphs are in the calibration data too, so it is too kind")
+            self._remark(f"{shared} held-out samples or paragraphs are calibrated on, so the verdict is too kind")
         held_out = [*self._paragraphs, *(text for chats in self.chats for text in _texts(chats))]
         scripts = [_main_script(each) for each in (texts, held_out)]
         if None not in scripts and scripts[0] != scripts[1]:
-            self._remark(f"most letters of the calibration data are {scripts[0]}, but those of this data {scripts[1]}")
+            self._remark(f"calibration data is mostly {scripts[0]}, held-out data mostly {scripts[1]}")
 
     def _remark(self, sentence: str) -> None:
         logger.warning("About the verdict: %s.", sentence)

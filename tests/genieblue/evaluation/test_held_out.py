@@ -125,15 +125,14 @@ def test_data_that_is_calibrated_on_is_remarked_on(pair, write, caplog):
     data = HeldOutData([write(*chats), write(WORDS, "Other text.", name="text.txt")], pair[1])
     with caplog.at_level(logging.WARNING):
         data.compare_with_calibration([write(chats[1], name="calibration.jsonl"), write(WORDS, name="more.txt")])
-    assert "2 of its samples or paragraphs are in the calibration data" in data.remarks[0]
+    assert "2 held-out samples or paragraphs are calibrated on" in data.remarks[0]
     assert "too kind" in caplog.text
 
 
 def test_calibration_in_another_script_is_remarked_on(pair, write):
     data = HeldOutData([write(question("How many?"))], pair[1])
     data.compare_with_calibration([write("これは本です。今日は天気がいいです。", name="other.txt")])
-    (remark,) = data.remarks
-    assert remark == "most letters of the calibration data are Chinese or Japanese, but those of this data Latin"
+    assert data.remarks == ["calibration data is mostly Chinese or Japanese, held-out data mostly Latin"]
 
 
 def test_other_data_in_the_same_script_is_not(pair, write):
