@@ -8,6 +8,8 @@ from PIL import Image
 from tiny_quantized import save_large_pair
 from transformers import AutoTokenizer
 
+from conversion.quantization import quantize as quantize_module
+from conversion.quantization.quantize import QuantizationReport
 from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
@@ -44,12 +46,21 @@ def test_it_ends_with_tables_and_a_verdict(model, data, tmp_path):
     assert any(line.startswith("reference answers, multimodal view") for line in lines)
     assert any(line.startswith("vision_tower") and line.split()[1] == "–" for line in lines)
     # Random weights answer nothing.
-    assert any(
-        line.startswith("Verdict: too few samples to tell; the 16-bit model scores only 0.0 %") for line in lines
-    )
+    said = "Verdict: too few samples to tell; the text view's answers score only 0.0 % in 16 bits"
+    assert any(line.startswith(said) for line in lines)
 
 
-def test_too_much_loss_ends_with_1_and_one_json_document(model, data, tmp_path):
+def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monkeypatch):
+    verdict = {"result": "failed", "accepted": False, "reasons": ["it lost too much"]}
+    report = QuantizationReport(model, "base", {}, {}, verdict)
+    monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
+    command = "quantize", model, "--out", tmp_path / "new"
+    result = run(*command, code=1)
+    assert "Verdict: failed; it lost too much." in result.stdout and "--accept-loss accepts it" in result.stderr
+    assert run_json(*command, "--json", code=1)["verdict"] == verdict
+
+
+def test_the_json_document_has_the_whole_verdict(model, data, tmp_path):
     options = ["--llm", "w4a16", "--rounding", "rtn", "--group-size", 128, "--eval-data", data]
     options += ["--max-perplexity-ratio", "1"]
     document = run_json("quantize", model, "--out", tmp_path / "new", *options, "--accept-loss", "--json")
