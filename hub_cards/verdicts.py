@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PASSED, FAILED, UNDECIDED, UNKNOWN = "passed", "failed", "too few samples to tell", "not measured"
+REFERENCES, PLAIN_TEXT = "reference answers", "plain text"  # what perplexities are of
 
 
 def summary(verdict: Mapping[str, Any]) -> str:
@@ -33,7 +34,8 @@ def verdict_problems(quantization: Mapping[str, Any] | None) -> list[str]:
 
 def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
     """What a verdict measured, as rows of `measurements.json`."""
-    names = " and ".join(each["name"] for each in verdict.get("data", ()))
+    names = {of: " and ".join(each["name"] for each in verdict.get("data", ()) if each["of"] == of)
+             for of in (REFERENCES, PLAIN_TEXT)}  # fmt: skip
     rows = []
     for view, found in verdict.get("views", {}).items():
         for each in found["answers"]:
@@ -43,7 +45,8 @@ def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
                     "name": f"Answers of the {view} view{task}: {each['metric']}",
                     "value": f"{100 * each['second']:.1f} %, in 16 bits {100 * each['first']:.1f} % "
                     f"({100 * each['difference']:+.1f} ± {answer_error(each):.1f} points)",
-                    "how": f"{each['count']} samples of {names}, greedy; ± one standard error of the difference",
+                    "how": f"{each['count']} samples of {names[REFERENCES]}, greedy; ± one standard error of the "
+                    "difference",
                 }
             )
         for each in found["perplexity"]:
@@ -51,7 +54,7 @@ def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
                 {
                     "name": f"Perplexity of the {each['of']}, {view} view",
                     "value": f"{each['after']:.3f}, in 16 bits {each['before']:.3f} ({each['ratio']:.3f} times)",
-                    "how": f"{each['tokens']} tokens in {each['samples']} samples of {names}",
+                    "how": f"{each['tokens']} tokens in {each['samples']} samples of {names[each['of']]}",
                 }
             )
     return rows

@@ -19,6 +19,7 @@ from genieblue.data.chats import ChatDataset
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import Evaluation, ScoredAnswer, compare, evaluate
 from genieblue.evaluation.samples import EvaluationDataset
+from hub_cards.verdicts import PLAIN_TEXT, REFERENCES
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md")
 WINDOW, WINDOWS = 512, 32  # tokens of a text that are predicted from one another; the first windows of a file
 COMPARED_SAMPLES, COMPARED_TOKENS = 8, 32  # of each view, for the error by part
-REFERENCES, PLAIN_TEXT = "reference answers", "plain text"
 # A Japanese text has all three, in any proportion.
 SCRIPTS = dict.fromkeys(("Cjk", "Hiragana", "Katakana"), "Chinese or Japanese")
 
@@ -66,8 +66,8 @@ class HeldOutData:
         self._paragraphs: list[str] = []
         self._windows: list[list[int]] = []
         for source in sources:
-            name = Path(source).name
-            if Path(source).suffix in TEXT_SUFFIXES:
+            of = PLAIN_TEXT if Path(source).suffix in TEXT_SUFFIXES else REFERENCES
+            if of == PLAIN_TEXT:
                 paragraphs = read_paragraphs(source)
                 self._paragraphs += paragraphs
                 self._windows += self._windows_of("\n\n".join(paragraphs))
@@ -77,7 +77,7 @@ class HeldOutData:
                 sha256 = self.chats[-1].sha256
             if sha256 in (each["sha256"] for each in self.data):
                 raise ValueError(f"{source} is given twice: more samples must be other samples.")
-            self.data.append({"name": name, "sha256": sha256})
+            self.data.append({"name": Path(source).name, "sha256": sha256, "of": of})
 
     def _windows_of(self, text: str) -> list[list[int]]:
         ids = self.processor.tokenizer(text, verbose=False)["input_ids"]

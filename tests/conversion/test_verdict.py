@@ -6,7 +6,16 @@ import pytest
 
 from conversion.verdict import Limits, judge, nothing_measured, of_text_view, perplexity_change
 from genieblue.evaluation.metrics import standard_error
-from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN, measurement_rows, summary
+from hub_cards.verdicts import (
+    FAILED,
+    PASSED,
+    PLAIN_TEXT,
+    REFERENCES,
+    UNDECIDED,
+    UNKNOWN,
+    measurement_rows,
+    summary,
+)
 
 
 def answers(kept: int, lost: int, wrong: int = 0) -> list[dict]:
@@ -130,7 +139,12 @@ def test_a_base_is_judged_by_its_text_view_only():
 
 
 def test_rows_for_the_card_have_both_scores():
-    found = verdict(answers(75, 25), change(1.2)) | {"data": [{"name": "held-out.jsonl", "sha256": ""}]}
+    found = verdict(answers(75, 25), change(1.2)) | {
+        "data": [{"name": "held-out.jsonl", "of": REFERENCES}, {"name": "text.md", "of": PLAIN_TEXT}]
+    }  # fmt: skip
     rows = measurement_rows(found)
-    assert rows[0]["value"].startswith("75.0 %, in 16 bits 100.0 % (-25.0 ± ") and "held-out.jsonl" in rows[0]["how"]
-    assert "(1.200 times)" in rows[1]["value"]
+    assert (
+        rows[0]["value"].startswith("75.0 %, in 16 bits 100.0 % (-25.0 ± ")
+        and " of held-out.jsonl, greedy" in rows[0]["how"]
+    )
+    assert "(1.200 times)" in rows[1]["value"] and rows[1]["how"].endswith(" of text.md")

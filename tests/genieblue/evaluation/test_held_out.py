@@ -10,8 +10,8 @@ from tiny_genieblue import change_adapter
 from training_setup import make_base, make_model
 
 from conversion.verdict import Limits
-from genieblue.evaluation.held_out import PLAIN_TEXT, REFERENCES, HeldOutData
-from hub_cards.verdicts import FAILED, UNDECIDED
+from genieblue.evaluation.held_out import HeldOutData
+from hub_cards.verdicts import FAILED, PLAIN_TEXT, REFERENCES, UNDECIDED
 
 WORDS = "The answer is in the question, and the question is in the other answer.\n\n"
 
@@ -51,7 +51,9 @@ def test_each_sample_is_measured_in_its_view(pair, write):
     assert set(measured.losses) == {("text", REFERENCES), ("multimodal", REFERENCES), ("text", PLAIN_TEXT)}
     verdict = data.verdict(measured, data.measure(model))
     assert [each["ratio"] for view in verdict["views"].values() for each in view["perplexity"]] == [1.0] * 3
-    assert [each["name"] for each in verdict["data"]] == ["held-out.jsonl", "text.md"]
+    assert [(each["name"], each["of"]) for each in verdict["data"]] == [
+        ("held-out.jsonl", REFERENCES), ("text.md", PLAIN_TEXT)
+    ]  # fmt: skip
     assert all(len(each["sha256"]) == 64 for each in verdict["data"])
 
 
