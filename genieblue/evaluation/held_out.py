@@ -73,7 +73,7 @@ class HeldOutData:
                 self._windows += self._windows_of("\n\n".join(paragraphs))
                 sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest()
             else:
-                self.chats.append(EvaluationDataset(source, metric=metric))
+                self.chats.append(EvaluationDataset(source, metric=metric, skip_bad=None))
                 sha256 = self.chats[-1].sha256
             if sha256 in (each["sha256"] for each in self.data):
                 raise ValueError(f"{source} is given twice: more samples must be other samples.")
@@ -167,7 +167,7 @@ class HeldOutData:
                 texts += read_paragraphs(path)
         shared += len(set(self._paragraphs) & set(texts))
         if shared:
-            self._remark(f"{shared} held-out samples or paragraphs are calibrated on, so the verdict is too kind")
+            self._remark(f"{shared} held-out samples or paragraphs are in the calibration data too, so it is too kind")
         held_out = [*self._paragraphs, *(text for chats in self.chats for text in _texts(chats))]
         scripts = [_main_script(each) for each in (texts, held_out)]
         if None not in scripts and scripts[0] != scripts[1]:

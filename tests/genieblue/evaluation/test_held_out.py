@@ -107,7 +107,7 @@ def test_one_sample_is_too_few(pair, write):
 
 
 def test_chats_without_a_reference_are_refused_with_file_and_line(pair, write):
-    with pytest.raises(ValueError, match="held-out.jsonl:2"):
+    with pytest.raises(ValueError, match="held-out.jsonl:2: there is no reference: give `answers`.* Correct it.$"):
         HeldOutData([write(question("How many?"), question("How many?", None))], pair[1])
 
 
@@ -127,7 +127,7 @@ def test_data_that_is_calibrated_on_is_remarked_on(pair, write, caplog):
     data = HeldOutData([write(*chats), write(WORDS, "Other text.", name="text.txt")], pair[1])
     with caplog.at_level(logging.WARNING):
         data.compare_with_calibration([write(chats[1], name="calibration.jsonl"), write(WORDS, name="more.txt")])
-    assert "2 held-out samples or paragraphs are calibrated on" in data.remarks[0]
+    assert "2 held-out samples or paragraphs are in the calibration data too" in data.remarks[0]
     assert "too kind" in caplog.text
 
 
