@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md")
 WINDOW, WINDOWS = 512, 32  # tokens of a text that are predicted from one another; the first windows of a file
+STRETCH = 64  # tokens of a window that count as one sample: of a short text, windows are too few for a standard error
 COMPARED_SAMPLES, COMPARED_TOKENS = 8, 32  # of each view, for the error by part
 # A Japanese text has all three, in any proportion.
 SCRIPTS = dict.fromkeys(("Cjk", "Hiragana", "Katakana"), "Chinese or Japanese")
@@ -92,8 +93,9 @@ class HeldOutData:
         for dataset in self.chats:
             measured.answers += evaluate(answerer, dataset).answers
         for view, of, logits, ids in self._predictions(answerer):
-            loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
-            measured.losses.setdefault((view, of), []).append((float(loss), len(ids)))
+            losses = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
+            samples = losses.split(STRETCH if of == PLAIN_TEXT else len(losses))
+            measured.losses.setdefault((view, of), []).extend((float(each.sum()), len(each)) for each in samples)
         return measured
 
     def logits(self, model: Any) -> dict[str, torch.Tensor]:
