@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hub_cards.model_folder import BASE_PARTS, PartSize, count_parts, read_model_config
 from hub_cards.short_numbers import short_bytes, short_count
+from hub_cards.verdicts import summary
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
     MEASUREMENTS_NAME,
@@ -66,6 +67,7 @@ class Quantization:
     other_precision: dict[str, str] = field(default_factory=dict)  # layer -> precision and reason
     other_rounding: dict[str, str] = field(default_factory=dict)  # part -> rounding, and for how many of its layers
     source: str | None = None  # Hub id of the unquantized GenieBlue
+    verdict: str | None = None  # on what quantization costs
 
     @property
     def changes_base(self) -> bool:
@@ -232,6 +234,7 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
         other_precision=recorded.get("other_precision") or {},
         other_rounding=recorded.get("other_rounding") or {},
         source=source if is_hub_id(source, folder) and "/" in source else None,
+        verdict=summary(recorded["verdict"]) if recorded.get("verdict") else None,
     )
 
 

@@ -23,6 +23,7 @@ from hub_cards.model_folder import (
 )
 from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
 from hub_cards.publish_base import base_files_to_publish, find_base_problems, map_problems, published_base
+from hub_cards.verdicts import verdict_problems
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
@@ -87,7 +88,9 @@ STALE_PATTERNS = (
 )
 
 
-def publish_folder(folder: str | Path, repo_id: str, *, base: str | None = None, **commit: Any) -> CommitInfo:
+def publish_folder(
+    folder: str | Path, repo_id: str, *, base: str | None = None, accept_loss: bool = False, **commit: Any
+) -> CommitInfo:
     """Checks the folder of a saved GenieBlue and pushes it to the Hub as one commit; creates the repo if needed.
 
     A missing card is written into the folder. A generated, unedited card is rendered again for `repo_id`, but never
@@ -96,12 +99,15 @@ def publish_folder(folder: str | Path, repo_id: str, *, base: str | None = None,
 
     `base` (`you/base` or `you/base@commit`) is the Hub repository of a base that the folder records as a local path;
     its weight files must have the recorded sha256. The upload records it at its commit; the folder does not change.
+    `accept_loss` publishes a quantized model in spite of a verdict that it lost too much, which its card keeps.
     `commit` are options of `one_commit.send`, such as `token` and `private`.
 
     Raises `ValueError` with every problem found, before anything is uploaded; the Hub's own errors pass through.
     """
     folder = Path(folder)
     config = _config_to_publish(folder, base, commit.get("token"))
+    if accept_loss and (verdict := (config.get("quantization") or {}).get("verdict")):
+        verdict["accepted"] = True
     check_no_problems(folder, find_problems(folder, config))
     files: dict[str, Path | bytes] = {name: folder / name for name in files_to_publish(folder, config)}
     if config != read_model_config(folder):
@@ -155,6 +161,7 @@ def find_problems(folder: str | Path, config: dict[str, Any] | None = None) -> l
         *_adapter_problems(folder, recorded),
         *code_problems(folder, ("AutoConfig", "AutoModel")),
         *_processor_problems(folder),
+        *verdict_problems(config.get("quantization")),
     ]
     # Last, as every byte is read. Nobody could load these from the Hub.
     return problems or [f"{problem}." for problem in changed_weights(folder, recorded)]

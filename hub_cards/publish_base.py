@@ -12,6 +12,7 @@ from hub_cards.code_files import code_files, code_problems, tokenizer_problems
 from hub_cards.model_folder import check_is_quantized_base, read_tensor_sizes
 from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
 from hub_cards.quantized_base_card import render_quantized_base_card
+from hub_cards.verdicts import verdict_problems
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
     CODE_FILES,
@@ -39,14 +40,18 @@ PUBLISHED_NAMES = (CONFIG_NAME, QUANTIZED_WEIGHTS_NAME, QMAP_NAME, CARD_NAME, *B
 FOREIGN_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS)
 
 
-def publish_quantized_base(folder: str | Path, repo_id: str, **commit: Any) -> CommitInfo:
+def publish_quantized_base(
+    folder: str | Path, repo_id: str, *, accept_loss: bool = False, **commit: Any
+) -> CommitInfo:
     """Checks the folder of a quantized base and pushes it to the Hub as one commit; creates the repo if needed.
 
-    `commit` are options of `one_commit.send`, such as `token` and `private`. Raises `ValueError` with every problem
-    found, before anything is uploaded; the Hub's own errors pass through.
+    `accept_loss` publishes it in spite of a verdict that it lost too much. `commit` are options of `one_commit.send`,
+    such as `token` and `private`. Raises `ValueError` with every problem found, before anything is uploaded; the Hub's
+    own errors pass through.
     """
     folder = Path(folder)
-    check_no_problems(folder, find_base_problems(folder))
+    settings = check_is_quantized_base(folder)
+    check_no_problems(folder, [*find_base_problems(folder), *([] if accept_loss else verdict_problems(settings))])
     upload = Upload(
         files={name: folder / name for name in base_files_to_publish(folder)},
         message="Upload quantized base",

@@ -14,6 +14,7 @@ from hub_cards.model_card import (
     folder_facts,
 )
 from hub_cards.model_folder import BASE_PARTS, PartSize, check_is_quantized_base, parameter_sizes
+from hub_cards.verdicts import measurement_rows, summary
 from modeling_genieblue.model_files_genieblue import CARD_NAME, QUANTIZED_WEIGHTS_NAME, is_hub_id, read_json
 
 
@@ -37,6 +38,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
     on_hub = is_hub_id(origin["name"], folder) and "/" in origin["name"]
     licence, languages = _facts(folder, origin if on_hub else None, source)
     sizes = parameter_sizes(folder / QUANTIZED_WEIGHTS_NAME).values()
+    verdict = settings.get("verdict") or {}
     auto_map = read_json(folder / "config.json").get("auto_map") or {}
     info = {
         "repo_name": repo_name,
@@ -50,6 +52,8 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "other_rounding": settings.get("other_rounding") or {},
         "tokenizer_needs_code": "AutoTokenizer" in auto_map,
         "licence": licence,
+        "verdict": summary(verdict) if verdict else None,
+        "measurements": measurement_rows(verdict),
     }
     precisions = [settings[part] for part in BASE_PARTS if settings[part] != "w16a16"]
     metadata = card_metadata(

@@ -6,7 +6,8 @@ figures of a toy model: a real one can lose all of its answers at 4 bits while e
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,15 @@ import torch
 from conversion.qnn.agreement import agreement
 from conversion.qnn.bundle.metadata import Bundle
 from conversion.qnn.bundle.runner import QnnRunner, ViewGraphs
-from conversion.qnn.bundle.verdict_text import FAILED, PASSED, UNKNOWN
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.graphs.names import VIEWS
 from conversion.qnn.npu.sessions import cpu_session
+from conversion.verdict import Finding, Limits, answers_finding, decide
+from hub_cards.verdicts import FAILED, PASSED, UNKNOWN
 
 logger = logging.getLogger(__name__)
-# Limits of the logits in each view, and of the loss of answers in points.
-SMALLEST_COSINE, LARGEST_RATIO, LARGEST_LOSS = 0.98, 1.15, 3.0
+SMALLEST_COSINE = 0.98  # of the logits in each view
+LIMITS = Limits()
 # (model, runner of the bundle) → paired differences of their answers by task, the first over all tasks; entries as in
 # `genieblue.evaluation.evaluate.Difference`.
 Answers = Callable[[Any, QnnRunner], list[dict[str, Any]]]
@@ -47,21 +49,16 @@ def judge(
     runner = QnnRunner(folder)
     logits = _compare_logits(model, runner, list(held_out))
     scores = None if answers is None else answers(model, runner)
-    reasons = [*_logit_reasons(logits), *_answer_reasons(scores or [])]
-    missing = [view for view in VIEWS if view not in logits]
-    result = FAILED if reasons else UNKNOWN if missing else PASSED
-    if missing and not reasons:
-        reasons = [f"no held-out request for the {' and the '.join(missing)} view: give more calibration chats"]
-    return {
-        "result": result,
-        "accepted": result != FAILED or accept_loss,
-        "reasons": reasons,
+    findings = [finding for view, found in logits.items() for finding in _logit_findings(view, found)]
+    if scores:
+        findings.append(answers_finding("the answers", scores[0], LIMITS.answer_loss))
+    findings += [(UNKNOWN, f"no held-out request for the {view} view: give more calibration chats")
+                 for view in VIEWS if view not in logits]  # fmt: skip
+    return decide(findings, accept_loss) | {
         "logits": logits,
         "answers": scores,
-        "limits": {
-            "cosine": SMALLEST_COSINE, "perplexity_ratio": LARGEST_RATIO, "points of answers": LARGEST_LOSS
-        },
-    }  # fmt: skip
+        "limits": {"cosine": SMALLEST_COSINE, **asdict(LIMITS)},
+    }
 
 
 def _compare_logits(model: Any, runner: QnnRunner, requests: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -153,23 +150,10 @@ def bundle_logits(bundle: Bundle, view: str, requests: list[np.ndarray]) -> list
     return requests
 
 
-def _logit_reasons(logits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each limit that the logits exceed."""
-    reasons = []
-    for view, found in logits.items():
-        if found["cosine"] < SMALLEST_COSINE:
-            reasons.append(f"the {view} view's logits have a cosine of {found['cosine']:.4f}, below {SMALLEST_COSINE}")
-        ratio = found["perplexity_ratio"]
-        if ratio is not None and ratio > LARGEST_RATIO:
-            reasons.append(f"the {view} view's perplexity is {ratio:.3f} times the model's, more than {LARGEST_RATIO}")
-    return reasons
-
-
-def _answer_reasons(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence if the loss over all tasks exceeds its limit by more than chance."""
-    if not scores:
-        return []
-    loss, error = -100 * scores[0]["difference"], 100 * (scores[0]["standard_error"] or 0.0)
-    if loss - error <= LARGEST_LOSS:
-        return []
-    return [f"the answers lose {loss:.1f} ± {error:.1f} points, more than {LARGEST_LOSS:g}"]
+def _logit_findings(view: str, found: Mapping[str, Any]) -> Iterator[Finding]:
+    yield PASSED, ""
+    if found["cosine"] < SMALLEST_COSINE:
+        yield FAILED, f"the {view} view's logits have a cosine of {found['cosine']:.4f}, below {SMALLEST_COSINE}"
+    ratio, limit = found["perplexity_ratio"], LIMITS.perplexity_ratio
+    if ratio is not None and ratio > limit:
+        yield FAILED, f"the {view} view's perplexity is {ratio:.3f} times the model's, more than {limit:g}"

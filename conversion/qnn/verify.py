@@ -14,7 +14,7 @@ import numpy as np
 from conversion.qnn.agreement import Agreement, agreement, worst
 from conversion.qnn.bundle.metadata import PROBE, Bundle, encoding_of
 from conversion.qnn.bundle.runner import CodedGraph, ViewGraphs
-from conversion.qnn.bundle.verdict_text import FAILED, describe
+from conversion.qnn.bundle.verdict_text import describe
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
 from conversion.qnn.graphs.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora
@@ -28,6 +28,7 @@ from conversion.qnn.qdq.language import codes_digest, probe_lengths
 from conversion.qnn.qdq.matrix_rounding import round_matrix
 from conversion.qnn.verdict import SMALLEST_COSINE
 from conversion.verification.verify import Check
+from hub_cards.verdicts import FAILED
 
 logger = logging.getLogger(__name__)
 SIZE_TOLERANCE = 0.02

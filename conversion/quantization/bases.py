@@ -15,6 +15,7 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
+from conversion.verdict import of_text_view
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
@@ -279,6 +280,14 @@ def write_quantized_base(
         config["quantization_config"]["base_auto_map"] = own_map
     write_json(folder / CONFIG_NAME, config)
     write_quantized_base_card(folder, source)
+
+
+def record_verdict(folder: Path, verdict: dict[str, Any]) -> None:
+    """Records in a quantized base's folder and card what a GenieBlue's verdict says about its text view."""
+    config = read_settings(folder / CONFIG_NAME)
+    config["quantization_config"]["verdict"] = of_text_view(verdict)
+    write_json(folder / CONFIG_NAME, config)
+    write_quantized_base_card(folder)
 
 
 def plain_state(tree: nn.Module, kinds: dict[str, str]) -> dict[str, torch.Tensor]:

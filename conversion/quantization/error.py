@@ -1,10 +1,12 @@
-"""The error of a quantized GenieBlue against the 16-bit one, per view."""
+"""The error of a quantized GenieBlue against the 16-bit one, per view and by part."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from conversion.verification.saved_model import PROMPTS, logits_of
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 ViewLogits = dict[str, torch.Tensor]  # float32 logits (positions, vocabulary) on fixed requests, by view
 
@@ -29,8 +31,7 @@ def measured_errors(before: ViewLogits, after: ViewLogits, recipe: Any) -> tuple
     """Relative L2 error of the logits by view, and the same as rows for the model card."""
     errors, rows = {}, []
     for view, place in (("text", ""), ("multimodal", " after one tile with a pattern")):
-        # Softmax ignores a constant, so it is no error.
-        exact, rounded = (logits[view] - logits[view].mean(dim=-1, keepdim=True) for logits in (before, after))
+        exact, rounded = _centred(before[view]), _centred(after[view])
         errors[view] = float((rounded - exact).norm() / exact.norm())
         agreeing = float((rounded.argmax(-1) == exact.argmax(-1)).float().mean())
         rows.append(
@@ -41,3 +42,51 @@ def measured_errors(before: ViewLogits, after: ViewLogits, recipe: Any) -> tuple
             }
         )
     return errors, rows
+
+
+def errors_by_part(exact: Any, rounded: Any, logits: Callable[[Any], ViewLogits]) -> dict[str, dict[str, float]]:
+    """Relative L2 error of the logits by view, with only one part rounded at a time; unchanged parts are absent.
+
+    Args:
+        exact: the 16-bit model; unchanged afterwards.
+        rounded: the same with the rounded values of all parts, in 16 bits; unchanged afterwards.
+    """
+    before, errors = logits(exact), {}
+    others = _parameters_by_part(rounded)
+    for part, own in _parameters_by_part(exact).items():
+        pairs = [pair for pair in zip(own, others[part], strict=True) if not torch.equal(*pair)]
+        if not pairs:
+            continue
+        _swap(pairs)  # so that no part is in memory twice
+        after = logits(exact)
+        _swap(pairs)
+        errors[part] = {
+            view: float((_centred(after[view]) - _centred(values)).norm() / _centred(values).norm())
+            for view, values in before.items()
+        }
+    return errors
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    """Logits without their mean: softmax ignores a constant, so it is no error."""
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+
+def _parameters_by_part(model: Any) -> dict[str, list[torch.Tensor]]:
+    """The base, with its embeddings and LM head, counts as `llm`."""
+    adapter = [(name, parameter) for name, _, parameter in adapter_parameters(model.multimodal_language_model)]
+    return {
+        "vision_tower": list(model.vision_tower.parameters()),
+        "multi_modal_projector": list(model.multi_modal_projector.parameters()),
+        "llm": list(model.language_model.parameters()),
+        "replicated_blocks": [parameter for name, parameter in adapter if ".lora_" not in name],
+        "lora": [parameter for name, parameter in adapter if ".lora_" in name],
+    }
+
+
+def _swap(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Swaps values, by way of `.data`: a model refuses requests once the values of its base are seen to change."""
+    for one, other in pairs:
+        kept = one.data.clone()
+        one.data.copy_(other.data)
+        other.data.copy_(kept)

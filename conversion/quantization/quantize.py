@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from conversion.quantization.bases import (
     check_places,
     check_source,
     plain_state,
+    record_verdict,
     rounding_of,
     save_aligned,
     use_existing_base,
     write_quantized_base,
 )
-from conversion.quantization.error import measured_errors, view_logits
+from conversion.quantization.error import errors_by_part, measured_errors, view_logits
 from conversion.quantization.healing import warn_of_other_base
 from conversion.quantization.hessians import linear_hessians
 from conversion.quantization.precision import (
@@ -37,6 +39,8 @@ from conversion.quantization.precision import (
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.quantization.rounding import round_weight
 from conversion.staging import explained_full_disk
+from conversion.verdict import HeldOut, nothing_measured
+from hub_cards.verdicts import measurement_rows
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
@@ -71,12 +75,13 @@ VISION_BLOCKS = "encoder.layers"
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """The output folders, the layers in another precision with the reason, and the error of each view."""
+    """The output folders, the layers in another precision with the reason, the error of each view, and the verdict."""
 
     output: Path
     base: str
     other_precision: dict[str, str]
     errors: dict[str, float]
+    verdict: dict[str, Any]
 
 
 def quantize_genieblue(
@@ -88,6 +93,7 @@ def quantize_genieblue(
     quantized_base: str | os.PathLike | None = None,
     self_contained: bool = False,
     samples: CalibrationSamples | None = None,
+    held_out: HeldOut | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     **load_kwargs: Any,
@@ -99,6 +105,8 @@ def quantize_genieblue(
         quantized_base: folder or Hub id of a quantized base to reuse; none is written then.
         self_contained: puts the quantized base into the subfolder `base` of `output`.
         samples: calibration data, which `gptq` needs.
+        held_out: data for the verdict; without any, it says that nothing was measured. What fails is written too, and
+            marked in `config.json` and the card: publishing refuses it.
         load_kwargs: how `source` is loaded (`token`, `revision`, `trust_remote_code`, …).
 
     Raises `ValueError` or `OSError`, leaving nothing half-written, for an already quantized source, folders in use, a
@@ -114,7 +122,8 @@ def quantize_genieblue(
     check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
     existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
 
-    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=recipe.dtype, **load_kwargs)
+    load = partial(GenieBlueForConditionalGeneration.from_pretrained, source, dtype=recipe.dtype, **load_kwargs)
+    model = load()
     if model.device.type == "cpu":
         warn_of_threads()
     origin = _origin(source, places.output, load_kwargs.get("revision"), access)
@@ -122,6 +131,8 @@ def quantize_genieblue(
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))
     before = view_logits(model)
+    # Before any rounding, which takes long, so that a bad sample is named early.
+    measured = None if held_out is None else held_out.measure(model)
 
     with (
         explained_full_disk(places.output, places.new_base),
@@ -134,16 +145,24 @@ def quantize_genieblue(
         rounded.config.quantization["source"] = origin
         # Saved once in passing, to measure what a user will load.
         rounded.save_pretrained(staging / "trial")
+        # `model` has the rounded values by now, so the exact ones are read again.
+        by_part = {} if held_out is None else errors_by_part(load(), rounded, held_out.logits)
         quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **reload)
         errors, facts = measured_errors(before, view_logits(quantized), recipe)
+        verdict = nothing_measured()
+        if held_out is not None:
+            verdict = held_out.verdict(measured, held_out.measure(quantized), by_part)
+        quantized.config.quantization["verdict"] = verdict
+        if existing is None and recipe.changes_base:
+            record_verdict(inner_base if new_base is not None else staging / "trial" / INNER_BASE, verdict)
         if new_base is not None:
             # Before the GenieBlue, which must never point at a missing base, and whose card reads the base's. If the
             # save fails, the context puts the old base back.
             new_base.put_in_place()
             quantized.config.base_model_name_or_path = str(places.new_base)
-        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: facts})
+        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: [*facts, *measurement_rows(verdict)]})
     other = quantized.config.quantization["other_precision"]
-    return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors)
+    return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors, verdict)
 
 
 @dataclass(frozen=True)

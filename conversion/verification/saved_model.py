@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modeling_genieblue
+from conversion.verdict import HeldOut
 from hub_cards.model_folder import read_model_config
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.addresses_genieblue import refuse_address
@@ -71,6 +72,7 @@ class SavedModel:
 
     def __init__(self, name: str, base: Any, revision: str | None, hub: dict, trust: bool, dtype: Any, device: Any):
         self.name, self.hub, self.trust, self.dtype, self.device = name, hub, trust, dtype, device
+        self.held_out: HeldOut | None = None
         refuse_address(base, "The base")
         self.is_local = os.path.isdir(name)
         check_folder_or_id(name)

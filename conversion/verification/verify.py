@@ -15,10 +15,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from conversion.verdict import HeldOut
 from conversion.verification import clean_process
 from conversion.verification.answer_boundaries import check_answer_boundaries
 from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, foreign_code, logits_of
-from conversion.verification.verify_quantized import check_quantization, find_invalid_values, may_run_code_of_base
+from conversion.verification.verify_quantized import (
+    check_quantization,
+    check_verdict,
+    find_invalid_values,
+    may_run_code_of_base,
+)
 from hub_cards.model_folder import adapter_weights, not_finite, own_weight_files, read_model_config, read_tensor_sizes
 from modeling_genieblue import GenieBlueProcessor
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
@@ -80,6 +86,7 @@ def verify_model(
     trust_remote_code: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    held_out: HeldOut | None = None,
     on_check: Callable[[Check], None] | None = None,
 ) -> list[Check]:
     """Runs every check on a saved GenieBlue (folder or Hub id); an exception fails its check, and the others go on.
@@ -91,6 +98,7 @@ def verify_model(
         base: folder or Hub id of the base, if it is not at the recorded location; it must be the same base.
         trust_remote_code: allows code from the *base's* repository to run.
         dtype: dtype of the comparisons; `"auto"` is the base's own.
+        held_out: data to repeat the verdict on a quantized GenieBlue with; otherwise the recorded one is reported.
         on_check: called with each check when it is done.
 
     Raises `ValueError` or `OSError` only if `model` is not a GenieBlue.
@@ -98,8 +106,13 @@ def verify_model(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     hub = {key: value for key, value in hub.items() if value is not None}
     subject = SavedModel(os.fspath(model), base, revision, hub, trust_remote_code, dtype, device)
+    subject.held_out = held_out
+    if held_out is not None and not subject.is_quantized:
+        raise ValueError(f"{model} is not quantized, so there is nothing to compare it with: leave out --eval-data.")
     checks = []
     for name, function in CHECKS.items():
+        if name in ONLY_QUANTIZED and not subject.is_quantized:
+            continue
         name, function = QUANTIZED_CHECKS.get(name, (name, function)) if subject.is_quantized else (name, function)
         try:
             check = Check(name, True, function(subject))
@@ -376,10 +389,12 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "answer_boundaries": check_answer_boundaries,
     "text_view": check_text_view,
     "stock_peft": check_stock_peft,
+    "verdict": check_verdict,
     "remote_code": check_remote_code,
 }
 # Replacements of checks for a quantized GenieBlue.
 QUANTIZED_CHECKS = {"stock_peft": ("quantization", check_quantization)}
+ONLY_QUANTIZED = ("verdict",)
 
 
 def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tensor]:

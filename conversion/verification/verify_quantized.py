@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from conversion.quantization.error import ViewLogits, measured_errors, view_logits
+from conversion.quantization.error import measured_errors, view_logits
 from conversion.quantization.precision import (
     LayerPlan,
     QuantizationRecipe,
@@ -20,7 +20,9 @@ from conversion.quantization.precision import (
     plan_own_parts,
 )
 from conversion.quantization.rounding import TOP_CODE
+from conversion.verdict import nothing_measured
 from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, foreign_code
+from hub_cards.verdicts import FAILED, summary
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
@@ -153,7 +155,8 @@ def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:
     after = view_logits(subject.model)
     subject.release()  # the 16-bit model needs the memory
     try:
-        source, before = _logits_of_source(subject, recipe)
+        source, model = _source(subject, recipe)
+        before = view_logits(model)
     except (OSError, ValueError) as error:
         logger.info("The quantization error is not measured again: %s", error)
         return _recorded_errors(subject, error)
@@ -166,8 +169,24 @@ def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:
     return f"relative L2 error of the logits, measured again against {source}: {listed}"
 
 
-def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[str, ViewLogits]:
-    """Name and logits of the 16-bit GenieBlue; `OSError` or `ValueError` if it is not available."""
+def check_verdict(subject: SavedModel) -> str:
+    """The verdict on what quantization costs is not that it is too much, unless that was accepted."""
+    recorded = subject.config.quantization.get("verdict") or nothing_measured()
+    verdict, how = recorded, "as recorded: "
+    if subject.held_out is not None:
+        after = subject.held_out.measure(subject.model)
+        subject.release()  # the 16-bit model needs the memory
+        source, model = _source(subject, _recipe(subject.config.quantization))
+        verdict, how = subject.held_out.verdict(subject.held_out.measure(model), after), f"against {source}: "
+        was_accepted = recorded["result"] == FAILED and recorded["accepted"]
+        verdict["accepted"] = verdict["accepted"] or was_accepted
+    if not verdict["accepted"]:
+        raise CheckFailed(how + summary(verdict))
+    return how + summary(verdict)
+
+
+def _source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[str, GenieBlueForConditionalGeneration]:
+    """Name of the 16-bit GenieBlue, and the model; `OSError` or `ValueError` if it is not available."""
     origin = subject.config.quantization.get("source") or {}
     name, where = origin.get("name"), {}
     if not isinstance(name, str):
@@ -183,7 +202,7 @@ def _logits_of_source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[
     model = GenieBlueForConditionalGeneration.from_pretrained(
         name, dtype=recipe.dtype, trust_remote_code=subject.trust, **where
     )
-    return name, view_logits(model.to(subject.device))
+    return name, model.to(subject.device)
 
 
 def _recorded_errors(subject: SavedModel, reason: Exception) -> str:

@@ -71,7 +71,6 @@ def evaluate(
         from genieblue.evaluation.samples import EvaluationDataset
 
         if out is not None:
-            out = out.expanduser()
             check_report_folder(out)
         dataset = EvaluationDataset(
             data,

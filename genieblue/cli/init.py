@@ -34,7 +34,6 @@ def init(
     quiet_transformers()
     from conversion.create import create_genieblue
 
-    out = out.expanduser()
     folder = create_genieblue(
         base,
         vision,
@@ -57,7 +56,7 @@ def init(
 def read_template(path: Path) -> str:
     """Text of the file given as --chat-template; `OSError` if it cannot be read."""
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise OSError(f"--chat-template {path} cannot be read ({reason}): expected a Jinja text file.") from error

@@ -18,6 +18,9 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Publish a quantized model whose verdict is that it failed.")
+    ] = False,
     token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.")] = None,
 ) -> None:
     """Publish a GenieBlue or a quantized base.
@@ -31,7 +34,8 @@ def push(
 
     quiet_hub()
     options = {
-        "private": private, "token": token, "revision": revision, "commit_message": message, "create_pr": create_pr
+        "private": private, "token": token, "revision": revision, "commit_message": message, "create_pr": create_pr,
+        "accept_loss": accept_loss,
     }  # fmt: skip
     if read_base_quantization(folder) is None:
         commit = publish_folder(folder, repo_id, base=base, **options)

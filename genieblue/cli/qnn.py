@@ -23,7 +23,6 @@ from genieblue.cli.terminal import looking_for, note, print_json, quiet_transfor
 from hub_cards.short_numbers import short_bytes
 
 HELD_OUT = 8  # calibration chats that only the verdict reads
-LONGEST_ANSWER = 64  # tokens of an answer to --eval-data
 
 export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -103,7 +102,7 @@ def qnn(
         chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
         bundle = export_bundle(
             model,
-            out.expanduser(),
+            out,
             soc=soc,
             calibration=map(encode, chats),  # lazy: images are read after all other checks
             chunk_length=chunk_length,
@@ -158,8 +157,8 @@ def answers_to(data: Path) -> Callable[[Any, Any], list[dict[str, Any]]]:
     dataset = EvaluationDataset(data)
 
     def measure(model: Any, runner: Any) -> list[dict[str, Any]]:
-        first = evaluate(ModelAnswerer(model, runner.processor), dataset, max_new_tokens=LONGEST_ANSWER)
-        second = evaluate(BundleAnswerer(runner), dataset, max_new_tokens=LONGEST_ANSWER)
+        first = evaluate(ModelAnswerer(model, runner.processor), dataset)
+        second = evaluate(BundleAnswerer(runner), dataset)
         return [asdict(difference) for difference in compare(first, second)]
 
     return measure
@@ -198,7 +197,7 @@ def adapter(
     quiet_transformers()
     options = loading_options(revision, trust_remote_code)
     with looking_for(model):
-        path = export_adapter(model, bundle.expanduser(), out.expanduser(), base_model=base, **options)
+        path = export_adapter(model, bundle, out, base_model=base, **options)
     typer.echo(f"{path}: {short_bytes(path.stat().st_size)}")
     note(f"Next: genieblue chat --qnn {bundle} --adapter {path} --image photo.jpg --prompt …")
 
@@ -236,5 +235,4 @@ def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
     from conversion.qnn.bundle.runner import QnnRunner
     from genieblue.serving.qnn_conversation import QnnChat
 
-    folder, file = Path(bundle).expanduser(), adapter and adapter.expanduser()  # shells do not expand `--qnn=~/x`
-    return QnnChat(QnnRunner(folder, backend=backend, adapter=file))
+    return QnnChat(QnnRunner(Path(bundle), backend=backend, adapter=adapter))

@@ -31,6 +31,15 @@ from genieblue.cli.terminal import (
     quiet_transformers,
     stdout_for_json,
 )
+from genieblue.cli.verdict import (
+    AcceptLoss,
+    EvalData,
+    EvalMetric,
+    MaxAnswerLoss,
+    MaxPerplexityRatio,
+    open_held_out,
+    show_verdict,
+)
 from hub_cards.short_numbers import short_bytes
 
 
@@ -54,6 +63,11 @@ def quantize(
     image_folder: CalibrationImages = None,
     samples: Annotated[int, typer.Option(min=1, help="Maximum calibration samples of each kind.")] = 64,
     sample_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration text.")] = 512,
+    eval_data: EvalData = None,
+    metric: EvalMetric = None,
+    max_answer_loss: MaxAnswerLoss = None,
+    max_perplexity_ratio: MaxPerplexityRatio = None,
+    accept_loss: AcceptLoss = False,
     activations: Annotated[
         Activations, typer.Option(help="Dtype of activations and unquantized weights.")
     ] = "bfloat16",
@@ -73,6 +87,9 @@ def quantize(
 
     The default is the paper's recipe for phones: LLM W4A16; vision tower, projector and LoRA W8A16. The quantized base
     is a separate repository, which any number of adapters and plain users can share.
+
+    With --eval-data it ends with a verdict: answers and perplexity against those in 16 bits. If too much is lost, the
+    folder is written and marked, `push` refuses it, and the exit code is 1.
     """
     from conversion.quantization.precision import QuantizationRecipe
     from conversion.quantization.quantize import quantize_genieblue
@@ -97,24 +114,27 @@ def quantize(
         group_size=int(group_size),
         activations=activations,
     )
-    out = out.expanduser()
     options = loading_options(revision, trust_remote_code)
     with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
         quiet_transformers()
+        held_out = open_held_out(eval_data, model, options, metric, max_answer_loss, max_perplexity_ratio, accept_loss)
         data = None
         if calibration:
             processor = GenieBlueProcessor.from_pretrained(model, **options)
             data = read_calibration(
                 calibration, processor, count=samples, length=sample_length, image_folder=image_folder
             )
+            if held_out is not None:
+                held_out.compare_with_calibration(calibration, image_folder)
         report = quantize_genieblue(
             model,
             out,
             recipe,
-            base_output=None if base_out is None else base_out.expanduser(),
+            base_output=base_out,
             quantized_base=quantized_base,
             self_contained=self_contained,
             samples=data,
+            held_out=held_out,
             overwrite=overwrite,
             progress=progress_bar,
             **options,
@@ -124,9 +144,16 @@ def quantize(
     precisions = {**recipe.parts(), "language_model": recipe.llm}
     if json_output:
         _print_json_report(report, sizes, precisions)
-        return
-    _print_report(report, sizes, precisions, recipe.activations)
-    note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
+    else:
+        _print_report(report, sizes, precisions, recipe.activations)
+    if not report.verdict["accepted"]:
+        note(
+            f"{out} is marked as failed, and `push` refuses it. Less is lost with --calibration, a smaller "
+            "--group-size, or w8a16 for the part with the largest error; --accept-loss accepts it."
+        )
+        raise typer.Exit(1)
+    if not json_output:
+        note(f"Next: genieblue chat {out} --image photo.jpg; genieblue verify {out}")
 
 
 def _print_json_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str]) -> None:
@@ -141,6 +168,7 @@ def _print_json_report(report: Any, sizes: dict[str, Any], precisions: dict[str,
             "parts": parts,
             "errors": report.errors,
             "other_precision": report.other_precision,
+            "verdict": report.verdict,
         }
     )
 
@@ -155,6 +183,7 @@ def _print_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str]
         note(f"{name}: {reason}")
     for view, error in report.errors.items():
         typer.echo(f"Error of the {view} view's logits against {activations}: {error:.3f} (relative L2)")
+    show_verdict(report.verdict)
     typer.echo(f"{report.output}, on the base {report.base}")
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -30,11 +31,16 @@ from genieblue.cli.errors import (
 OUR_PACKAGES = ("genieblue", "conversion", "hub_cards", "modeling_genieblue")
 # The launcher ends all processes once one fails, so an error that all have is printed once, by the main one.
 SECONDS_TO_FAIL_FIRST = 5
+FREE_TEXT = ("--prompt", "-p", "--message")  # options that may begin with `~` but name no file
 _debug = False
 
 
 class ReportingGroup(TyperGroup):
     """Turns errors that the user can fix into one message on stderr and exit code 1."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Expands `~` for all commands: shells leave it as it is in `--out=~/x`."""
+        return super().parse_args(ctx, with_home(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; `--debug` or GENIEBLUE_DEBUG=1 keeps tracebacks."""
@@ -52,6 +58,16 @@ class ReportingGroup(TyperGroup):
             typer.secho("Error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
             typer.echo(message, err=True)
             raise typer.Exit(1) from error
+
+
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """Arguments of the command line with the home folder in place of `~`, but for free text."""
+    found = []
+    for before, argument in pairwise(["", *arguments]):
+        option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        is_text = (option if sign else before) in FREE_TEXT
+        found.append(argument if is_text else option + sign + os.path.expanduser(value))
+    return found
 
 
 def is_main_process() -> bool:

@@ -136,7 +136,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     from genieblue.training.structure import GenieBlueStructure
 
     settings = settings_of(values)
-    out = Path(values["out"]).expanduser()  # shells do not expand `--out=~/x`
+    out = Path(values["out"])
     stages.check_validates(settings, "eval_data" in values)
     stages.check_trackers(settings.report_to)
     stages.check_output(out.absolute())

@@ -5,9 +5,20 @@ from typing import Any
 import typer
 
 from genieblue.cli.errors import command_line_message, with_hints
-from genieblue.cli.options import Base, BaseCode, Device, Dtype, Json, Model, Revision, check_unused_options
+from genieblue.cli.options import (
+    Base,
+    BaseCode,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Revision,
+    check_unused_options,
+    loading_options,
+)
 from genieblue.cli.qnn import is_bundle, verify_qnn_bundle
 from genieblue.cli.terminal import choose_device, looking_for, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.verdict import EvalData, EvalMetric, MaxAnswerLoss, MaxPerplexityRatio, open_held_out
 
 
 def verify(
@@ -18,17 +29,24 @@ def verify(
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    eval_data: EvalData = None,
+    metric: EvalMetric = None,
+    max_answer_loss: MaxAnswerLoss = None,
+    max_perplexity_ratio: MaxPerplexityRatio = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
     """Verify a GenieBlue or an exported bundle.
 
     Each check prints one line. The exit code is 1 if any check fails. The last check runs the Python files of the
     model's repository, in a separate process. For a bundle, --base is the model to compare its text graphs with.
+
+    --eval-data repeats the verdict on a quantized GenieBlue, against the 16-bit one that it was made from.
     """
     bundled = is_bundle(model)
     if bundled:
         code = ("trust_remote_code",) if base is None else ()  # it applies to the base
-        names = ("revision", "dtype", "device", *code)
+        verdict = ("eval_data", "metric", "max_answer_loss", "max_perplexity_ratio")
+        names = ("revision", "dtype", "device", *verdict, *code)
         check_unused_options(ctx, names, "a bundle, which is fixed when it is compiled")
 
     def message_of(check: Any) -> str:
@@ -45,12 +63,15 @@ def verify(
         else:
             from conversion.verification.verify import verify_model
 
+            options = loading_options(revision, trust_remote_code)
+            held_out = open_held_out(eval_data, model, options, metric, max_answer_loss, max_perplexity_ratio)
             checks = verify_model(
                 model,
                 base=base,
                 revision=revision,
                 dtype=dtype,
                 device=choose_device(device),
+                held_out=held_out,
                 trust_remote_code=trust_remote_code,
                 on_check=show_check,
             )

@@ -1,6 +1,7 @@
 """Answers of a PyTorch model to evaluation samples, in batches, and likelihoods of given answers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +101,17 @@ class ModelAnswerer:
             logits = self.model(**inputs, view=self.view(sample), use_cache=False).logits
             found += _summed_log_likelihoods(logits, labels.to(logits.device))
         return found
+
+    @torch.no_grad()
+    def reference_logits(self, sample: EvaluationSample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 logits (tokens, vocabulary) for the first reference, with its stop token, and its ids (tokens,)."""
+        pixels, num_tiles = image_tiles(self.processor, sample)
+        reference = replace(sample, choices=sample.references[:1])
+        ((prompt, answer),) = choice_rows(self.processor, reference, num_tiles, self._stop_ids)
+        images = {} if pixels is None else {"pixel_values": pixels.to(self.model.device)}
+        ids = torch.tensor([prompt + answer], device=self.model.device)
+        logits = self.model(input_ids=ids, **images, view=self.view(sample), use_cache=False).logits[0]
+        return logits[len(prompt) - 1 : -1].float(), ids[0, len(prompt) :]
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         """The ids up to the first stop token, behind which a batch is padded."""

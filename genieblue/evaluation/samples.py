@@ -85,6 +85,8 @@ def parse_sample(
     choices = _strings(raw.get("choices"), "choices", where)
     if answers:
         rest = _with_answer(rest, answers[0])
+    elif _turns(rest)[2] in ("user", "human"):
+        raise ValueError(f"{where}: there is no reference: give `answers`, or end the chat with the right answer.")
     chat = parse_chat(rest, where, image_folders)
     references = answers or ("".join(texts_of(chat.messages[-1:])),)
     chosen = _metric(raw.get("metric"), metric, choices, where)
@@ -129,11 +131,18 @@ def _strings(value: Any, key: str, where: str) -> tuple[str, ...]:
 
 def _with_answer(raw: dict[str, Any], answer: str) -> dict[str, Any]:
     """A sample whose chat ends with `answer`, in place of the answer that it may end with."""
-    key = next((key for key in ("messages", "conversations") if not is_missing(raw.get(key))), None)
-    turns = raw.get(key) if key else None
-    if not isinstance(turns, (list, tuple)) or not turns:
+    key, turns, role = _turns(raw)
+    if not turns:
         return raw  # named as a bad sample by `parse_chat`
-    last = turns[-1]
-    role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
     kept = turns[:-1] if role in ("assistant", "gpt") else turns
-    return {**raw, str(key): [*kept, {"role": "assistant", "content": answer}]}
+    return {**raw, key: [*kept, {"role": "assistant", "content": answer}]}
+
+
+def _turns(raw: dict[str, Any]) -> tuple[str, list[Any], Any]:
+    """The key of a chat's turns, the turns, and the role of the last one."""
+    key = next((key for key in ("messages", "conversations") if not is_missing(raw.get(key))), "messages")
+    turns = raw.get(key)
+    if not isinstance(turns, (list, tuple)) or not turns:
+        return key, [], None
+    last = turns[-1]
+    return key, list(turns), (last.get("role") or last.get("from")) if isinstance(last, dict) else None

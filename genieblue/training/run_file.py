@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def _as_type(value: Any, wanted: Any) -> Any:
         except ValueError:
             raise ValueError("a number") from None
     if wanted is str and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
+        return os.path.expanduser(str(value))  # all of them name something: a folder, a file, a dtype …
     if type(value) is not wanted:
         raise ValueError({int: "a whole number", bool: "true or false", str: "a text"}.get(wanted, "a number"))
     return value

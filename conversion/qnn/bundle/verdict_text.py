@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-PASSED, FAILED, UNKNOWN = "passed", "failed", "not measured"
+from hub_cards.verdicts import summary
 
 
 def describe(verdict: Mapping[str, Any]) -> list[str]:
@@ -23,5 +23,4 @@ def describe(verdict: Mapping[str, Any]) -> list[str]:
     ]
     if verdict["answers"] is None:
         lines.append("answers were not measured")
-    accepted = ", accepted" if verdict["result"] == FAILED and verdict["accepted"] else ""
-    return [*lines, "; ".join([f"verdict: {verdict['result']}{accepted}", *verdict["reasons"]])]
+    return [*lines, f"verdict: {summary(verdict)}"]

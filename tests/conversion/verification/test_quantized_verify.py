@@ -24,7 +24,7 @@ OWN, ADAPTER = "genieblue/model.safetensors", "genieblue/language_adapter/quanti
 BASE = "base/quantized_model.safetensors"
 NAMES = [
     "folder", "own_files", "base_files", "language_adapter", "tokenizer", "answer_boundaries", "text_view",
-    "quantization", "remote_code",
+    "quantization", "verdict", "remote_code",
 ]  # fmt: skip
 WITHOUT_CODE = "folder own_files base_files language_adapter tokenizer text_view stock_peft"
 

@@ -16,6 +16,7 @@ from tiny_genieblue import save_tiny_pair, train_a_little
 from tiny_models import save_tiny_base
 
 from conversion.verification import verify
+from genieblue.cli.terminal import with_home
 
 TABLE_PARTS = ["language_model", "vision_tower", "multi_modal_projector", "replicated_blocks", "lora"]
 pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
@@ -34,6 +35,13 @@ def test_help_comes_without_the_heavy_libraries():
     assert output.splitlines()[-1] == "[]"
     for command in ("init", "train", "chat", "info", "params", "verify", "push", "demo"):
         assert f"  {command} " in output
+
+
+def test_the_home_folder_is_expanded_but_in_free_text(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["train", "--out=~/x", "--model", "~/m", "-i", "~", "--prompt", "~/x?", "--prompt=~/x?", "-p", "~", "a~/b"]
+    expected = ["train", "--out=/home/me/x", "--model", "/home/me/m", "-i", "/home/me", *given[6:]]
+    assert with_home(given) == expected
 
 
 @pytest.mark.parametrize(

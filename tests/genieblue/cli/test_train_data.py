@@ -111,3 +111,14 @@ def test_wrong_data_is_refused_before_the_model_is_loaded(options, message, fold
     monkeypatch.chdir(folder)
     monkeypatch.setattr("genieblue.cli.train.load_chat", lambda *arguments: pytest.fail("loaded"))
     assert message in error_of("train", "--stage", 2, "--model", "m", "--out", tmp_path / "out", *options)
+
+
+def test_the_home_folder_is_expanded_in_every_option(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, path in {"m": model, "base": model.parent / "base"}.items():
+        (tmp_path / name).symlink_to(path)
+    for name in ("a.jsonl", "red.png"):
+        shutil.copy(folder / name, tmp_path)
+    command = ["train", "--stage", 2, "--model=~/m", "--base=~/base", "--data=~/a.jsonl", "--out=~/out", "--plan"]
+    run(*command)
+    assert f"{tmp_path}/missing is not a local folder" in error_of(*command, "--on-quantized=~/missing")

@@ -45,7 +45,7 @@ def test_a_samples_own_metric_wins_over_the_common_one():
         ({"choices": ["three", "three"]}, "found 1"),
         ({"choices": ["one", "two"]}, "'three' is not among the choices"),
         ({"answers": [{}, "x"]}, "'answers' is .*expected a text"),
-        ({"messages": QUESTION["messages"]}, "ending with the assistant"),
+        ({"messages": QUESTION["messages"]}, "there is no reference: give `answers`"),
         ({"messages": []}, "expected a list of turns"),
         ({"video": "a.mp4"}, "the key 'video'"),
     ],

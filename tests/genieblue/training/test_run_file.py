@@ -31,6 +31,13 @@ def test_numbers_texts_and_mappings_get_their_types(tmp_path):
     assert (settings.adam_betas, settings.report_to) == ((0.9, 0.95), ("tensorboard",))
 
 
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = read(tmp_path, "model: ~/m\non_quantized: ~/q\ndata: [~/a.jsonl]\n")
+    assert [values["model"], values["on_quantized"]] == [f"{tmp_path}/m", f"{tmp_path}/q"]
+    assert values["data"] == [f"{tmp_path}/a.jsonl"]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

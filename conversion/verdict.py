@@ -1,0 +1,179 @@
+"""The verdict on a quantized model: what it loses against the 16-bit one on held-out data, and if that is too much.
+
+A quantized model can lose most of its answers while its files, its codes and its text view are all in order. Only its
+answers show it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN, answer_error
+
+VIEWS = {"text": "chat without images and no text", "multimodal": "chat with images"}  # what each is measured on
+Finding = tuple[str, str]  # the result of one comparison, and a sentence that says why it did not pass
+Losses = Sequence[tuple[float, int]]  # by sample: the negative log-likelihood of its tokens, in nats, and how many
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest loss that passes; `ValueError` for a limit that cannot be one.
+
+    Attributes:
+        answer_loss: points of the score (0 to 100) over all samples of a view.
+        perplexity_ratio: perplexity of the quantized model over that of the 16-bit one.
+    """
+
+    answer_loss: float = 3.0
+    perplexity_ratio: float = 1.15
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.answer_loss <= 100:
+            raise ValueError(
+                f"The largest loss of answers is {self.answer_loss:g}: expected points from 0 to 100 "
+                "(--max-answer-loss)."
+            )
+        if not 1 <= self.perplexity_ratio < math.inf:
+            raise ValueError(
+                f"The largest ratio of perplexities is {self.perplexity_ratio:g}: expected at least 1, for no change "
+                "(--max-perplexity-ratio)."
+            )
+
+
+class HeldOut(Protocol):
+    """What models are compared on."""
+
+    def measure(self, model: Any) -> Any:
+        """What `verdict` compares, of one model."""
+        ...
+
+    def logits(self, model: Any) -> dict[str, Any]:
+        """By view, float32 logits (positions, vocabulary) at the same few places for each model."""
+        ...
+
+    def verdict(
+        self, before: Any, after: Any, error_by_part: Mapping[str, Mapping[str, float]] | None = None
+    ) -> dict[str, Any]:
+        """The verdict on a quantized model measured as `after`, made from one measured as `before`."""
+        ...
+
+
+def judge(
+    views: Mapping[str, Mapping[str, Any]],
+    limits: Limits,
+    accept_loss: bool,
+    *,
+    remarks: Sequence[str] = (),
+    expected: Sequence[str] = tuple(VIEWS),
+) -> dict[str, Any]:
+    """The verdict as it is recorded.
+
+    Args:
+        views: by view `answers`, paired differences as in `genieblue.evaluation.evaluate.Difference`, the first over
+            all samples; and `perplexity`, entries of `perplexity_change`.
+        accept_loss: recorded if limits are exceeded.
+        remarks: sentences about the data.
+        expected: views that are named if they are missing.
+    """
+    found = decide([each for view in views for each in _findings(view, views[view], limits)], accept_loss)
+    found["reasons"] += [
+        f"the {view} view was not measured: the data has no {VIEWS[view]}" for view in expected if view not in views
+    ]
+    return found | {"remarks": list(remarks), "limits": asdict(limits), "views": dict(views)}
+
+
+def decide(findings: Sequence[Finding], accept_loss: bool) -> dict[str, Any]:
+    """Result, acceptance and reasons of a verdict: the worst of its findings decides."""
+    results = [result for result, _ in findings]
+    result = next((each for each in (FAILED, UNKNOWN, UNDECIDED, PASSED) if each in results), UNKNOWN)
+    reasons = [reason for _, reason in findings if reason]
+    return {"result": result, "accepted": result != FAILED or accept_loss, "reasons": reasons}
+
+
+def nothing_measured() -> dict[str, Any]:
+    """The verdict without held-out data."""
+    return {
+        "result": UNKNOWN,
+        "accepted": True,
+        "reasons": ["no held-out data was given (--eval-data), so nothing is known about its answers"],
+    }
+
+
+def of_text_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a verdict that is about the quantized base alone, which is the text view."""
+    if "limits" not in verdict:
+        return dict(verdict)
+    views = {view: found for view, found in verdict["views"].items() if view == "text"}
+    limits, remarks = Limits(**verdict["limits"]), verdict["remarks"]
+    found = judge(views, limits, accept_loss=verdict["accepted"], remarks=remarks, expected=("text",))
+    return found | {"data": verdict["data"]}
+
+
+def perplexity_change(of: str, before: Losses, after: Losses) -> dict[str, Any]:
+    """How the perplexity of the same tokens changed; `of` says what they are.
+
+    `error` is the standard error of the ratio's logarithm, paired by sample (a ratio estimator); none for one sample.
+    """
+    tokens = sum(count for _, count in before)
+    losses = [sum(loss for loss, _ in each) / tokens for each in (before, after)]
+    change = losses[1] - losses[0]
+    rest = [(later - former) - change * count
+            for (former, count), (later, _) in zip(before, after, strict=True)]  # fmt: skip
+    size = len(rest)
+    error = None if size < 2 else math.sqrt(size / (size - 1) * sum(each**2 for each in rest)) / tokens
+    if error is not None and not math.isfinite(error):  # so is the ratio, which then fails
+        error = 0.0
+    return {
+        "of": of, "before": _exp(losses[0]), "after": _exp(losses[1]), "ratio": _exp(change), "error": error,
+        "samples": size, "tokens": tokens,
+    }  # fmt: skip
+
+
+def _exp(value: float) -> float:
+    """A large number in place of NaN and infinity, which JSON does not have and no limit allows."""
+    return math.exp(max(value, -30.0) if value < 30 else 30.0)
+
+
+def _findings(view: str, found: Mapping[str, Any], limits: Limits) -> Iterator[Finding]:
+    if found["answers"]:
+        yield answers_finding(f"the {view} view's answers", found["answers"][0], limits.answer_loss)
+    for change in found["perplexity"]:
+        yield _perplexity_finding(view, change, limits.perplexity_ratio)
+
+
+def answers_finding(what: str, total: Mapping[str, Any], limit: float) -> Finding:
+    """A loss fails if it exceeds its limit by more than its standard error, and passes if it is below it by as much.
+
+    Between the two there are too few samples to tell.
+
+    Args:
+        what: names the answers in the sentence.
+        total: the paired difference over all samples, as in `genieblue.evaluation.evaluate.Difference`.
+        limit: in points.
+    """
+    loss, error, most = -100 * total["difference"], answer_error(total), 100 * total["first"]
+    said = f"{what} lose {loss:.1f} ± {error:.1f} points"
+    if loss - error > limit:
+        return FAILED, f"{said}, more than {limit:g}"
+    if most <= limit:
+        return UNDECIDED, (
+            f"{what} score only {most:.1f} % in 16 bits, so they cannot lose more than {limit:g} points: use other "
+            "samples or another metric"
+        )
+    if loss + error > limit:
+        return UNDECIDED, f"{said}, too near to {limit:g} for {total['count']} samples: give more"
+    return PASSED, ""
+
+
+def _perplexity_finding(view: str, change: Mapping[str, Any], limit: float) -> Finding:
+    ratio, error = change["ratio"], change["error"]
+    said = f"the perplexity of the {change['of']} in the {view} view is {ratio:.3f} times the 16-bit model's"
+    if error is None:
+        return (PASSED, "") if ratio <= 1 else (UNDECIDED, f"{said}, from one sample: give more")
+    loss, most = math.log(ratio), math.log(limit)  # a power of a large error would overflow
+    if loss - error > most:
+        return FAILED, f"{said}, more than {limit:g}"
+    if loss + error > most:
+        return UNDECIDED, f"{said}, too near to {limit:g} for {change['samples']} samples: give more"
+    return PASSED, ""

@@ -1,0 +1,150 @@
+"""The verdict of `quantize`: what is measured when, what a failed one leaves behind, and the error of each part."""
+
+import json
+
+import pytest
+import torch
+from tiny_quantized import PIXELS, REQUEST, TEXT, large_pair, leftovers, load, quantize, quantized_pair
+
+from conversion.quantization.error import errors_by_part
+from conversion.verdict import Limits, judge
+from conversion.verification import verify
+from conversion.verification.verify import CHECKS, verify_model
+from hub_cards.publish import find_problems, publish_folder
+from hub_cards.publish_base import publish_quantized_base
+from hub_cards.verdicts import REFERENCES
+
+
+class AlwaysLost:
+    """Held-out data on which one view of a quantized model loses `points`."""
+
+    def __init__(self, points: float, view: str = "multimodal", accept_loss: bool = False):
+        self.points, self.view, self.accept_loss = points, view, accept_loss
+        self.measured = []
+
+    def measure(self, model):
+        self.measured.append(type(model).__name__)
+        return self.measured[-1]
+
+    def logits(self, model):
+        with torch.no_grad():
+            return {"text": model(TEXT).logits[0], "multimodal": model(REQUEST, pixel_values=PIXELS).logits[0]}
+
+    def verdict(self, before, after, error_by_part=None):
+        assert (before, after) == ("GenieBlueForConditionalGeneration", "QuantizedGenieBlueForConditionalGeneration")
+        lost = self.points / 100
+        total = {"task": "all", "metric": "exact", "first": 0.9, "second": 0.9 - lost, "difference": -lost,
+                 "standard_error": 0.01, "better": 0, "worse": 9, "count": 400}  # fmt: skip
+        found = judge({self.view: {"answers": [total], "perplexity": []}}, Limits(), self.accept_loss)
+        return found | {"data": [{"name": "mine.jsonl", "of": REFERENCES}], "error_by_part": error_by_part or {}}
+
+
+def settings(folder, key="quantization"):
+    return json.loads((folder / "config.json").read_text())[key]
+
+
+def test_a_failed_verdict_is_written_everywhere_and_not_published(tmp_path):
+    held_out = AlwaysLost(25)
+    report = quantize(large_pair(), tmp_path, {"held_out": held_out}, llm="w8a16", rounding="rtn")
+    assert report.verdict["result"] == "failed" and not report.verdict["accepted"]
+    assert leftovers(tmp_path) == ["base", "genieblue"]
+    assert settings(tmp_path / "genieblue")["verdict"] == report.verdict
+    card = (tmp_path / "genieblue/README.md").read_text()
+    assert "costs**: failed; the multimodal view's answers lose 25.0 ± 1.0 points, more than 3" in card
+    assert "65.0 %, in 16 bits 90.0 % (-25.0 ± 1.0 points)" in card
+    with pytest.raises(ValueError, match="Quantization costs too much: the multimodal view's answers lose 25"):
+        publish_folder(tmp_path / "genieblue", "you/reader")
+    # Its text view was not measured, so nothing speaks against the base.
+    assert settings(tmp_path / "base", "quantization_config")["verdict"]["result"] == "not measured"
+
+
+def test_a_failed_text_view_is_the_bases_too(tmp_path):
+    quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25, view="text")}, llm="w8a16", rounding="rtn")
+    assert "costs**: failed; the text view's answers lose" in (tmp_path / "base/README.md").read_text()
+    assert "| Answers of the text view: exact | 65.0 %, in 16 bits 90.0 %" in (tmp_path / "base/README.md").read_text()
+    with pytest.raises(ValueError, match="Quantization costs too much: the text view"):
+        publish_quantized_base(tmp_path / "base", "you/base")
+
+
+def test_an_inner_base_records_it_as_well(tmp_path):
+    options = {"held_out": AlwaysLost(25, view="text", accept_loss=True), "self_contained": True}
+    quantize(large_pair(), tmp_path, options, llm="w8a16", rounding="rtn")
+    inner = settings(tmp_path / "genieblue/base", "quantization_config")["verdict"]
+    assert (inner["result"], inner["accepted"]) == ("failed", True)
+    assert find_problems(tmp_path / "genieblue") == []
+    assert load(tmp_path / "genieblue").config.quantization["verdict"]["accepted"]
+
+
+def test_an_accepted_loss_is_marked_and_may_be_published(tmp_path):
+    quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25, accept_loss=True)}, llm="w8a16", rounding="rtn")
+    assert "costs**: failed, accepted; the multi" in (tmp_path / "genieblue/README.md").read_text()
+    assert not any("costs too much" in problem for problem in find_problems(tmp_path / "genieblue"))
+
+
+def test_without_data_it_says_that_nothing_was_measured():
+    verdict = settings(quantized_pair() / "genieblue")["verdict"]
+    assert (verdict["result"], verdict["accepted"]) == ("not measured", True)
+    for folder in ("genieblue", "base"):
+        assert "costs**: not measured; no held-out data" in (quantized_pair() / folder / "README.md").read_text()
+
+
+def test_a_bad_sample_is_named_before_anything_is_rounded(tmp_path, monkeypatch):
+    held_out = AlwaysLost(0)
+    monkeypatch.setattr(held_out, "measure", lambda model: (_ for _ in ()).throw(ValueError("held-out.jsonl:3")))
+    with pytest.raises(ValueError, match="held-out.jsonl:3"):
+        quantize(large_pair(), tmp_path / "new", {"held_out": held_out})
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_error_by_part_is_of_each_part_alone(tmp_path):
+    report = quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(0)}, lora="w16a16")
+    parts = report.verdict["error_by_part"]
+    assert set(parts) == {"vision_tower", "multi_modal_projector", "llm", "replicated_blocks"}
+    assert all(parts[part]["text"] == 0 for part in parts if part != "llm")
+    assert all(0 < errors["multimodal"] < 1 for errors in parts.values())
+    assert parts["llm"]["text"] == pytest.approx(report.errors["text"], rel=1)
+
+
+def test_measuring_by_part_changes_neither_model():
+    exact, rounded = load(large_pair()), load(large_pair())
+    with torch.no_grad():
+        rounded.vision_tower.encoder.layers[0].mlp.fc1.weight.data.mul_(1.5)
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in (exact, rounded)]
+    errors = errors_by_part(exact, rounded, AlwaysLost(0).logits)
+    assert list(errors) == ["vision_tower"] and errors["vision_tower"]["multimodal"] > 0
+    for model, states in zip((exact, rounded), before, strict=True):
+        assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def check(monkeypatch):
+    def only_verdict(folder, **options):
+        monkeypatch.setattr(verify, "CHECKS", {"verdict": CHECKS["verdict"]})
+        return verify_model(folder, **options)
+
+    return only_verdict
+
+
+def test_verify_reports_the_recorded_verdict(check, tmp_path):
+    quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25)}, llm="w8a16", rounding="rtn")
+    (found,) = check(tmp_path / "genieblue")
+    assert not found.ok and found.detail.startswith("as recorded: failed; the multimodal view's answers lose 25.0")
+    (found,) = check(quantized_pair() / "genieblue")
+    assert found.ok and found.detail.startswith("as recorded: not measured")
+
+
+@pytest.mark.parametrize("points, ok", [(0, True), (25, False)])
+def test_verify_repeats_the_verdict_with_data(check, points, ok):
+    (found,) = check(quantized_pair() / "genieblue", held_out=AlwaysLost(points))
+    assert found.ok == ok and found.detail.startswith("against /") and "plain-llama/genieblue: " in found.detail
+
+
+def test_verify_keeps_what_was_accepted(check, tmp_path):
+    quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25, accept_loss=True)}, llm="w8a16", rounding="rtn")
+    (found,) = check(tmp_path / "genieblue", held_out=AlwaysLost(25))
+    assert found.ok and "failed, accepted" in found.detail
+
+
+def test_verify_takes_no_data_for_a_model_of_16_bits():
+    with pytest.raises(ValueError, match="is not quantized"):
+        verify_model(large_pair(), held_out=AlwaysLost(0))

@@ -1,0 +1,94 @@
+"""`genieblue quantize --eval-data`: what it prints, its exit code, and options that do not go together."""
+
+import json
+
+import pytest
+from command_line import error_of, run, run_json
+from PIL import Image
+from tiny_quantized import save_large_pair
+from transformers import AutoTokenizer
+
+from conversion.quantization import quantize as quantize_module
+from conversion.quantization.quantize import QuantizationReport
+from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
+
+pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save_large_pair(tmp_path_factory.mktemp("source"))
+    config = GenieBlueConfig.from_pretrained(folder)
+    GenieBlueProcessor.from_base(
+        AutoTokenizer.from_pretrained(folder.parent / "base-llm"),
+        image_token_id=config.image_token_id,
+        image_seq_length=config.image_seq_length,
+        tile_size=config.vision_config.image_size,
+        max_tiles=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("RGB", (48, 24), "red").save(folder / "red.png")
+    rows = [{"messages": [{"role": "user", "content": "<image>\nWhich?" if number % 2 else f"{number}?"}],
+             "answers": "red", **({"images": ["red.png"]} if number % 2 else {})} for number in range(6)]  # fmt: skip
+    (folder / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "held-out.jsonl"
+
+
+def test_it_ends_with_tables_and_a_verdict(model, data, tmp_path):
+    result = run("quantize", model, "--out", tmp_path / "new", "--llm", "w8a16", "--eval-data", data)
+    lines = result.stdout.splitlines()
+    assert any(line.split()[:3] == ["text", "all", "exact"] for line in lines)
+    assert any(line.startswith("reference answers, multimodal view") for line in lines)
+    assert any(line.startswith("vision_tower") and line.split()[1] == "–" for line in lines)
+    # Random weights answer nothing.
+    said = "Verdict: too few samples to tell; the text view's answers score only 0.0 % in 16 bits"
+    assert any(line.startswith(said) for line in lines)
+
+
+def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monkeypatch):
+    verdict = {"result": "failed", "accepted": False, "reasons": ["it lost too much"]}
+    report = QuantizationReport(model, "base", {}, {}, verdict)
+    monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
+    command = "quantize", model, "--out", tmp_path / "new"
+    result = run(*command, code=1)
+    assert "Verdict: failed; it lost too much." in result.stdout and "--accept-loss accepts it" in result.stderr
+    assert run_json(*command, "--json", code=1)["verdict"] == verdict
+
+
+def test_the_json_document_has_the_whole_verdict(model, data, tmp_path):
+    options = ["--llm", "w4a16", "--rounding", "rtn", "--group-size", 128, "--eval-data", data]
+    options += ["--max-perplexity-ratio", "1"]
+    document = run_json("quantize", model, "--out", tmp_path / "new", *options, "--accept-loss", "--json")
+    verdict = document["verdict"]
+    assert verdict["limits"] == {"answer_loss": 3.0, "perplexity_ratio": 1.0}
+    assert set(verdict["views"]) == {"text", "multimodal"} and "llm" in verdict["error_by_part"]
+    assert verdict["accepted"]
+
+
+def test_without_data_it_says_that_nothing_was_measured(model, tmp_path):
+    result = run("quantize", model, "--out", tmp_path / "new", "--llm", "w8a16")
+    assert "Verdict: not measured; no held-out data was given (--eval-data)" in result.stdout
+    assert "as recorded: not measured" in run("verify", tmp_path / "new").stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--accept-loss"], "--eval-data"),
+        (["--max-answer-loss", "2"], "--eval-data"),
+        (["--metric", "anls"], "--eval-data"),
+    ],
+)
+def test_options_about_data_need_some(model, tmp_path, options, message):
+    assert message in error_of("quantize", model, "--out", tmp_path / "new", *options, code=2)
+
+
+@pytest.mark.parametrize("limit", [["--max-answer-loss", "-1"], ["--max-perplexity-ratio", "nan"]])
+def test_impossible_limits_are_refused(model, data, tmp_path, limit):
+    error = error_of("quantize", model, "--out", tmp_path / "new", "--eval-data", data, *limit)
+    assert limit[0] in error and not (tmp_path / "new").exists()
