@@ -117,9 +117,7 @@ def text_batches(tokenizer: Any, texts: Iterable[str], length: int, count: int) 
             "give more text, or use shorter samples (--sample-length)."
         )
     if filled < count:
-        logger.warning(
-            "The calibration texts fill only %d samples of %d tokens; %d were requested.", filled, length, count
-        )
+        logger.warning("The calibration texts fill only %d of %d samples of %d tokens.", filled, count, length)
     rows = torch.tensor(tokens[: filled * own]).view(filled, -1)
     return list(torch.cat([torch.tensor(start, dtype=rows.dtype).expand(filled, -1), rows], dim=1).split(1))
 
