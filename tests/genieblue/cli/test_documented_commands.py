@@ -15,7 +15,8 @@ from genieblue.cli.app import app
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 OPTIMUM = {"optimum-cli genieblue-": "genieblue ", "optimum-cli export genieblue-": "genieblue export "}
-OF_OTHERS = {"--use_fsdp", "--fsdp_version", "--include_path", "--model"}  # accelerate's, lm-eval's, lmms-eval's
+# Of accelerate, lm-eval and lmms-eval.
+OF_OTHERS = {"--use_fsdp", "--fsdp_version", "--use_deepspeed", "--zero_stage", "--include_path", "--model"}
 
 
 def code_of(page: Path) -> Iterator[tuple[str, bool]]:
