@@ -1,0 +1,209 @@
+"""Mixed precision: which linears of the blocks have 8 bits, and in groups of how many the others share a scale."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from conversion.quantization.budget import spend
+from conversion.quantization.hessians import walk_blocks
+from conversion.quantization.precision import FORMATS
+from conversion.quantization.rounding import round_weight
+from conversion.quantization.sensitivity import damage_inputs
+from conversion.quantization.stored_size import stored_bytes
+from hub_cards.model_folder import FORMAT_TITLES
+from modeling_genieblue.language_adapter_genieblue import PEFT_PREFIX, find_blocks
+from modeling_genieblue.quantized_linears_genieblue import group_size_of
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+# Of each view: requests to measure damage on, and others to fit the rounding to. More hardly change the order.
+REQUESTS, FITTED = 4, 16
+ROWS = 128  # of a weight to measure its damage by
+COLOURS = ("tab:gray", "tab:blue", "tab:green", "tab:red")  # of the formats
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the linears that can have 4 bits may take: an average, or what is left of a size of all weights.
+
+    Raises `ValueError` unless exactly one is given.
+    """
+
+    bits_per_weight: float | None = None  # of the base's and the replicated blocks, scales and zero points included
+    max_bytes: int | None = None  # of all weights: base, replicated blocks, LoRA, vision tower, projector
+
+    def __post_init__(self) -> None:
+        if (self.bits_per_weight is None) == (self.max_bytes is None):
+            raise ValueError("Give either `bits_per_weight` or `max_bytes`.")
+
+    def bytes_for(self, linears: Iterable["MixedLinear"], others: int) -> float:
+        """Bytes that `linears` may take next to `others`; `ValueError` if they cannot be so small."""
+        linears = list(linears)
+        weights = sum(linear.weights for linear in linears)
+        least = sum(linear.sizes[0] for linear in linears)
+        if self.max_bytes is not None:
+            if self.max_bytes < others + least:
+                raise ValueError(
+                    f"The weights cannot take {self.max_bytes:,} bytes: the least is {others + least:,}, with all "
+                    f"{len(linears)} linears of the blocks at their smallest and {others:,} for what stays as it is, "
+                    "such as embeddings. Allow at least that, or choose a lower precision for another part."
+                )
+            return self.max_bytes - others
+        assert self.bits_per_weight is not None
+        if not 8 * least / weights <= self.bits_per_weight <= 8:
+            raise ValueError(
+                f"{self.bits_per_weight:g} bits per weight are not possible: expected {_up(8 * least / weights)} (4 "
+                "bits in the largest groups, scales and zero points included) to 8."
+            )
+        return self.bits_per_weight * weights / 8
+
+
+def _up(bits: float) -> str:
+    """Two decimals, never below `bits`."""
+    return f"{-(-bits * 100 // 1) / 100:.2f}"
+
+
+@dataclass
+class MixedLinear:
+    """A linear that can have 4 bits: the formats that suit it, from the smallest, with size and damage of each."""
+
+    name: str
+    weights: int
+    formats: list[str]
+    sizes: list[int]  # bytes
+    damages: list[float]  # nats per token, summed over the views that run it
+    chosen: int = 0  # of `formats`
+
+    @property
+    def format(self) -> str:
+        """The chosen format."""
+        return self.formats[self.chosen]
+
+    @property
+    def block(self) -> int:
+        """The number of its block."""
+        return next(int(part) for part in self.name.split(".") if part.isdigit())
+
+    @property
+    def kind(self) -> str:
+        """Its name in the block, without the module that holds it: `down_proj`."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether it is in a replicated block, and so in the adapter's file."""
+        return self.name.startswith(PEFT_PREFIX)
+
+    def as_json(self) -> dict[str, Any]:
+        """Its name, format and bytes, and the damage of each format in nats per token."""
+        damages = dict(zip(self.formats, self.damages, strict=True))
+        return {"name": self.name, "format": self.format, "bytes": self.sizes[self.chosen], "damages": damages}
+
+    @classmethod
+    def of_shape(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> "MixedLinear":
+        """With no damage yet."""
+        out_features, in_features = shape
+        # Several may mean the same for a narrow layer, of which the last keeps the name.
+        formats = list({_group(one, in_features): one for one in FORMATS}.values())
+        sizes = [stored_bytes(shape, _group(one, in_features), dtype) for one in formats]
+        return cls(name, out_features * in_features, formats, sizes, [0.0] * len(formats))
+
+    def add_damage(
+        self, weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        """Adds what each format costs, on some rows of the weight, which gptq rounds one by one anyway.
+
+        `inputs` are those of `damage_inputs`. They should not be among those of the Hessian, to which gptq fits its
+        errors: with fewer tokens than inputs, none would be left.
+        """
+        places = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
+        rows = weight.detach()[places.to(weight.device)].float()
+        for place, one in enumerate(self.formats):
+            size = _group(one, rows.shape[1])
+            how: Any = {"method": "gptq", "hessian": hessian, "dtype": dtype}
+            rounded = round_weight(rows, 8 if size is None else 4, size or rows.shape[1], **how)
+            errors = inputs.float() @ (rounded.dequantize() - rows).t()
+            self.damages[place] += float(errors.square().sum()) * len(weight) / len(rows)
+
+
+def _group(one: str, in_features: int) -> int | None:
+    """Codes of one scale in a row of `in_features`, `None` at 8 bits."""
+    largest = FORMATS[one]
+    return None if largest is None else group_size_of(in_features, largest)
+
+
+class MixedPrecision:
+    """Linears that can have 4 bits and share a budget; `weights` (out, in) by name."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype):
+        self.dtype = dtype
+        self.linears = [MixedLinear.of_shape(name, weight.shape, dtype) for name, weight in weights.items()]
+        self._by_weight = dict(zip(map(id, weights.values()), self.linears, strict=True))
+
+    def measure(self, view: Any, batches: Sequence[dict[str, Any]], progress: Progress) -> None:
+        """Adds the damage that each format does in `view`, which shares the weights; `batches` are its arguments."""
+        linears = ((name, module) for name, module in view.named_modules() if isinstance(module, nn.Linear))
+        names = [name for name, module in linears if id(module.weight) in self._by_weight]
+        if not names:
+            return
+        inputs = damage_inputs(view, batches[:REQUESTS], names)
+        path, _ = find_blocks(view)
+
+        def select(index: int, block: nn.Module) -> list[str]:
+            return [name for name, _ in block.named_modules() if f"{path}.{index}.{name}" in inputs]
+
+        def process(index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
+            for name, hessian in hessians.items():
+                weight = block.get_submodule(name).weight
+                rows = inputs.pop(f"{path}.{index}.{name}")
+                self._by_weight[id(weight)].add_damage(weight, hessian, rows, self.dtype)
+
+        def steps(indices: Iterable[int]) -> Iterable[int]:
+            return progress(indices, "damage of 4 bits")
+
+        walk_blocks(view, batches[REQUESTS:][:FITTED] or batches, path, process, select=select, progress=steps)
+
+    def spend(self, available: float) -> dict[str, str]:
+        """The format of each linear: most damage saved per byte first, within `available` bytes."""
+        ladders = {each.name: list(zip(each.sizes, each.damages, strict=True)) for each in self.linears}
+        places = spend(ladders, available)
+        for linear in self.linears:
+            linear.chosen = places[linear.name]
+        return {linear.name: linear.format for linear in self.linears}
+
+
+def bits_per_weight(linears: Sequence[MixedLinear]) -> float:
+    """The average, scales and zero points included."""
+    return 8 * sum(each.sizes[each.chosen] for each in linears) / sum(each.weights for each in linears)
+
+
+def draw(linears: list[MixedLinear], path: Path) -> None:
+    """Writes a PNG: the format of each linear by block, and the damage that 4 bits would have done to it."""
+    from matplotlib.figure import Figure
+
+    panels = {"base": [each for each in linears if not each.is_replicated]}
+    panels["replicated blocks"] = [each for each in linears if each.is_replicated]
+    panels = {title: own for title, own in panels.items() if own}
+    figure = Figure(figsize=(9, 2.8 * len(panels)), layout="constrained")
+    axes: Any = figure.subplots(len(panels), 1, squeeze=False)
+    most = max(each.damages[0] for each in linears) or 1.0
+    for axis, (title, own) in zip(axes[:, 0], panels.items(), strict=True):
+        kinds = list(dict.fromkeys(each.kind for each in own))
+        for place, (label, colour) in enumerate(zip(FORMATS, COLOURS, strict=True)):
+            here = [each for each in own if each.format == label]
+            axis.scatter(
+                [each.block for each in here],
+                [kinds.index(each.kind) for each in here],
+                s=[20 + 120 * each.damages[0] / most for each in here],
+                c=colour, marker="s", label=FORMAT_TITLES[label], zorder=2 + place,
+            )  # fmt: skip
+        axis.set_yticks(range(len(kinds)), kinds)
+        axis.invert_yaxis()
+        axis.set_xlabel("block")
+        axis.set_title(f"{title}: area by the damage of 4 bits", fontsize="medium")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=110, format="png")
