@@ -145,7 +145,7 @@ def choose_formats(model: Any, rows: list[torch.Tensor]) -> MixedPrecision:
     """The blocks' linears with the damage of each format measured."""
     weights = {name: linear.weight for name, linear in block_linears(model).items()}
     precision = MixedPrecision(weights, torch.bfloat16)
-    precision.measure(model, [{"input_ids": ids} for ids in rows], lambda steps, _title: steps)
+    precision.measure([(model, [{"input_ids": ids} for ids in rows])], lambda steps, _title: steps)
     return precision
 
 

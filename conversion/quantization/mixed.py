@@ -111,10 +111,8 @@ class MixedLinear:
         sizes = [stored_bytes(shape, _group(one, in_features), dtype) for one in formats]
         return cls(name, out_features * in_features, formats, sizes, [0.0] * len(formats))
 
-    def add_damage(
-        self, weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, dtype: torch.dtype
-    ) -> None:
-        """Adds what each format costs, on some rows of the weight, which gptq rounds one by one anyway.
+    def measure(self, weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, dtype: torch.dtype) -> None:
+        """Notes what each format costs, on some rows of the weight, which gptq rounds one by one anyway.
 
         `inputs` are those of `damage_inputs`. They should not be among those of the Hessian, to which gptq fits its
         errors: with fewer tokens than inputs, none would be left.
@@ -123,10 +121,12 @@ class MixedLinear:
         rows = weight.detach()[places.to(weight.device)].float()
         for place, one in enumerate(self.formats):
             size = _group(one, rows.shape[1])
-            how: Any = {"method": "gptq", "hessian": hessian, "dtype": dtype}
-            rounded = round_weight(rows, 8 if size is None else 4, size or rows.shape[1], **how)
+            rounded = round_weight(
+                rows, 8 if size is None else 4, size or rows.shape[1],
+                method="rtn" if size is None else "gptq", dtype=dtype, hessian=hessian,
+            )  # fmt: skip
             errors = inputs.float() @ (rounded.dequantize() - rows).t()
-            self.damages[place] += float(errors.square().sum()) * len(weight) / len(rows)
+            self.damages[place] = float(errors.square().sum()) * len(weight) / len(rows)
 
 
 def _group(one: str, in_features: int) -> int | None:
@@ -143,28 +143,43 @@ class MixedPrecision:
         self.linears = [MixedLinear.of_shape(name, weight.shape, dtype) for name, weight in weights.items()]
         self._by_weight = dict(zip(map(id, weights.values()), self.linears, strict=True))
 
-    def measure(self, view: Any, batches: Sequence[dict[str, Any]], progress: Progress) -> None:
-        """Adds the damage that each format does in `view`, which shares the weights; `batches` are its arguments."""
-        linears = ((name, module) for name, module in view.named_modules() if isinstance(module, nn.Linear))
-        names = [name for name, module in linears if id(module.weight) in self._by_weight]
-        if not names:
-            return
-        inputs = damage_inputs(view, batches[:REQUESTS], names)
-        path, _ = find_blocks(view)
+    def measure(self, views: Sequence[tuple[Any, Sequence[dict[str, Any]]]], progress: Progress) -> None:
+        """Adds up the damage that each format does in `views`, which share the weights.
 
-        def select(index: int, block: nn.Module) -> list[str]:
-            return [name for name, _ in block.named_modules() if f"{path}.{index}.{name}" in inputs]
+        Each comes with requests, arguments of its `forward`. The first view that runs a linear is the one to whose
+        inputs its rounding is fitted.
+        """
+        inputs: dict[int, list[torch.Tensor]] = {}  # by weight
+        for view, requests in views:
+            weights = self._weights_in(view)
+            for name, rows in damage_inputs(view, requests[:REQUESTS], list(weights)).items():
+                inputs.setdefault(id(weights[name]), []).append(rows)
+        for view, requests in views:
+            if any(id(weight) in inputs for weight in self._weights_in(view).values()):
+                self._fit(view, requests[REQUESTS:][:FITTED] or requests, inputs, progress)
 
-        def process(index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
+    def _weights_in(self, view: nn.Module) -> dict[str, torch.Tensor]:
+        linears = ((name, module.weight) for name, module in view.named_modules() if isinstance(module, nn.Linear))
+        return {name: weight for name, weight in linears if id(weight) in self._by_weight}
+
+    def _fit(
+        self, view: Any, requests: Sequence[dict[str, Any]], inputs: dict[int, list[torch.Tensor]], progress: Progress
+    ) -> None:
+        """Rounds the linears of one view for which there are `inputs`, and removes these."""
+
+        def select(_index: int, block: nn.Module) -> list[str]:
+            return [name for name, weight in self._weights_in(block).items() if id(weight) in inputs]
+
+        def process(_index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
             for name, hessian in hessians.items():
                 weight = block.get_submodule(name).weight
-                rows = inputs.pop(f"{path}.{index}.{name}")
-                self._by_weight[id(weight)].add_damage(weight, hessian, rows, self.dtype)
+                rows = torch.cat(inputs.pop(id(weight)))
+                self._by_weight[id(weight)].measure(weight, hessian, rows, self.dtype)
 
         def steps(indices: Iterable[int]) -> Iterable[int]:
             return progress(indices, "damage of 4 bits")
 
-        walk_blocks(view, batches[REQUESTS:][:FITTED] or batches, path, process, select=select, progress=steps)
+        walk_blocks(view, requests, find_blocks(view)[0], process, select=select, progress=steps)
 
     def spend(self, available: float) -> dict[str, str]:
         """The format of each linear: most damage saved per byte first, within `available` bytes."""

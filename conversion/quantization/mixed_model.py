@@ -59,8 +59,8 @@ class MixedModel:
 
     def choose(self, text: Sequence[dict], with_images: Sequence[dict], progress: Progress) -> None:
         """Measures damage on arguments of the base and of the multimodal view, and changes the plans."""
-        self._precision.measure(self._model.language_model, text, progress)
-        self._precision.measure(self._model.multimodal_language_model, with_images, progress)
+        views = (self._model.language_model, text), (self._model.multimodal_language_model, with_images)
+        self._precision.measure(views, progress)
         formats = self._precision.spend(self._available)
         self._plans.base.mix(formats)
         self._plans.adapter.mix(formats)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
-SEED = 0  # of the answers that are drawn from the model
+SEED = 0  # of the tokens that are drawn from the model's predictions
 
 
 def damage_inputs(view: Any, batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -23,45 +24,49 @@ def damage_inputs(view: Any, batches: Sequence[Mapping[str, Any]], names: Sequen
         batches: arguments of `view`; positions where an `attention_mask` is zero do not count.
         names: linears in the blocks; those that no batch reaches are left out.
     """
+    if not names:
+        return {}
     rows: dict[str, list[torch.Tensor]] = {}
     tokens = 0
-    for batch in batches:
-        mask = batch.get("attention_mask")
-        tokens += int(mask.sum()) if mask is not None else next(iter(batch.values())).shape[:2].numel()
-        for name, (inputs, gradients) in _pass(view, batch, names).items():
-            weights = gradients.float().square().mean(-1, keepdim=True).sqrt()
-            rows.setdefault(name, []).append((inputs * weights).bfloat16())  # the range of float32, half the memory
-    return {name: torch.cat(parts) * (2 * tokens) ** -0.5 for name, parts in rows.items()}
-
-
-def _pass(view: Any, batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The inputs (tokens, in) and the outputs' gradients (tokens, out) of each linear that ran."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def watch(name: str, linear: nn.Module) -> Any:
-        def after(_linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            inputs = args[0].detach().flatten(0, -2)
-            output.register_hook(lambda grad: seen.update({name: (inputs, grad.flatten(0, -2))}))
-
-        return linear.register_forward_hook(after)
-
     with _frozen(view), torch.enable_grad():
-        handles = [watch(name, view.get_submodule(name)) for name in names]
+        handles = [_weigh_inputs(view.get_submodule(name), rows.setdefault(name, [])) for name in names]
         handles.append(view.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True)))
         try:
-            arguments = dict(batch)
-            if "inputs_embeds" in arguments:
-                arguments["inputs_embeds"] = arguments["inputs_embeds"].detach().requires_grad_(True)
-            logits = view(**arguments, use_cache=False).logits.float().flatten(0, -2)
-            generator = torch.Generator(logits.device).manual_seed(SEED)
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            losses = functional.cross_entropy(logits, drawn, reduction="none")
-            mask = batch.get("attention_mask")
-            (losses if mask is None else losses * mask.flatten()).sum().backward()
+            for batch in batches:
+                tokens += _send_back(view, batch)
         finally:
             for handle in handles:
                 handle.remove()
-    return seen
+    return {name: torch.cat(parts) * (2 * tokens) ** -0.5 for name, parts in rows.items() if parts}
+
+
+def _weigh_inputs(linear: nn.Module, rows: list[torch.Tensor]) -> RemovableHandle:
+    """Appends the inputs of each pass to `rows`, times the root mean square of the gradient of their outputs."""
+
+    def after(_linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        inputs = args[0].detach().flatten(0, -2)
+
+        def weigh(gradient: torch.Tensor) -> None:
+            weights = gradient.flatten(0, -2).float().square().mean(-1, keepdim=True).sqrt()
+            rows.append((inputs * weights).bfloat16())  # the range of float32 in half the memory
+
+        output.register_hook(weigh)
+
+    return linear.register_forward_hook(after)
+
+
+def _send_back(view: Any, batch: Mapping[str, Any]) -> int:
+    """Back-propagates the log-probabilities of drawn tokens; returns the number of positions that count."""
+    arguments = dict(batch)
+    if "inputs_embeds" in arguments:
+        arguments["inputs_embeds"] = arguments["inputs_embeds"].detach().requires_grad_(True)
+    logits = view(**arguments, use_cache=False).logits.float().flatten(0, -2)
+    generator = torch.Generator(logits.device).manual_seed(SEED)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    losses = functional.cross_entropy(logits, drawn, reduction="none")
+    mask = batch.get("attention_mask")
+    (losses if mask is None else losses * mask.flatten()).sum().backward()
+    return len(losses) if mask is None else int(mask.sum())
 
 
 @contextmanager

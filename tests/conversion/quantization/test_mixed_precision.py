@@ -101,7 +101,9 @@ def test_measuring_damage_leaves_the_model_as_it_was():
     model = tiny_genieblue().multimodal_language_model
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert any(before.values())
-    damage_inputs(model, [{"input_ids": TEXT}], [next(name for name, _ in model.named_modules() if name.endswith("base_layer"))])
+    damage_inputs(
+        model, [{"input_ids": TEXT}], [next(name for name, _ in model.named_modules() if name.endswith("base_layer"))]
+    )
     after = dict(model.named_parameters())
     assert {name: parameter.requires_grad for name, parameter in after.items()} == before
     assert all(parameter.grad is None for parameter in after.values())
