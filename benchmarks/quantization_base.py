@@ -183,7 +183,7 @@ def measure(base: Path, calibration: Path, texts: Path, cases: list[str], rows: 
         bits = 16.0
         if method == "mixed":
             precision = precision or choose_formats(model, calibration_rows)
-            available = Budget(bits_per_weight=float(number)).bytes_for(precision.linears, 0)
+            available = Budget(bits_per_weight=float(number)).bytes_for(precision.linears)
             bits = round_blocks(model, "gptq", precision.spend(available), hessians)
         elif case != "bfloat16":
             one = "w8" if method == "eight" else f"w4g{number}"

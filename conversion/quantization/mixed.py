@@ -29,19 +29,18 @@ COLOURS = ("tab:gray", "tab:blue", "tab:green", "tab:red")  # of the formats
 class Budget:
     """What the linears that can have 4 bits may take: an average, or what is left of a size of all weights.
 
-    Raises `ValueError` unless exactly one is given.
+    By default as much as in the recipe's groups. Raises `ValueError` if both are given.
     """
 
     bits_per_weight: float | None = None  # of the base's and the replicated blocks, scales and zero points included
     max_bytes: int | None = None  # of all weights: base, replicated blocks, LoRA, vision tower, projector
 
     def __post_init__(self) -> None:
-        if (self.bits_per_weight is None) == (self.max_bytes is None):
-            raise ValueError("Give either `bits_per_weight` or `max_bytes`.")
+        if self.bits_per_weight is not None and self.max_bytes is not None:
+            raise ValueError("Give either `bits_per_weight` or `max_bytes`, not both.")
 
-    def bytes_for(self, linears: Iterable["MixedLinear"], others: int) -> float:
-        """Bytes that `linears` may take next to `others`; `ValueError` if they cannot be so small."""
-        linears = list(linears)
+    def bytes_for(self, linears: Sequence["MixedLinear"], planned: int = 0, others: int = 0) -> float:
+        """Bytes that `linears`, which would take `planned`, may take next to `others`; `ValueError` for too few."""
         weights = sum(linear.weights for linear in linears)
         least = sum(linear.sizes[0] for linear in linears)
         if self.max_bytes is not None:
@@ -52,7 +51,8 @@ class Budget:
                     "such as embeddings. Allow at least that, or choose a lower precision for another part."
                 )
             return self.max_bytes - others
-        assert self.bits_per_weight is not None
+        if self.bits_per_weight is None:
+            return planned
         if not 8 * least / weights <= self.bits_per_weight <= 8:
             raise ValueError(
                 f"{self.bits_per_weight:g} bits per weight are not possible: expected {_up(8 * least / weights)} (4 "

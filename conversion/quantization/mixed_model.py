@@ -8,7 +8,7 @@ from torch import nn
 
 from conversion.quantization.mixed import Budget, MixedLinear, MixedPrecision, Progress
 from conversion.quantization.precision import LayerPlan, QuantizationRecipe
-from conversion.quantization.stored_size import adapter_bytes, tree_bytes
+from conversion.quantization.stored_size import adapter_bytes, stored_bytes, tree_bytes
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
 
 
@@ -35,22 +35,25 @@ class MixedModel:
     ):
         self._model, self._plans = model, plans
         base, view = model.language_model, model.multimodal_language_model
-        weights = {}
+        weights = {stock: weight for _, stock, weight in quantized_adapter_entries(view)}
         if size_of_base is None:
-            weights = {name: base.get_submodule(name).weight for name, kind in plans.base.kinds.items()
-                       if kind == "qint4"}  # fmt: skip
-        weights |= {stock: weight for _, stock, weight in quantized_adapter_entries(view)
-                    if plans.adapter.kinds.get(stock) == "qint4"}  # fmt: skip
-        if not weights:
+            weights = {name: base.get_submodule(name).weight for name in plans.base.kinds} | weights
+        planned = {
+            name: stored_bytes(weights[name].shape, plan.group_size(name, weights[name], recipe), recipe.dtype)
+            for plan in (plans.base, plans.adapter)
+            for name, kind in plan.kinds.items()
+            if kind == "qint4" and name in weights
+        }
+        if not planned and budget != Budget():
             raise ValueError(
                 "No linear of the blocks would have 4 bits, so there is nothing to choose from: quantize `llm` or "
                 "`replicated_blocks` to w4a16, or leave out the budget."
             )
-        self._precision = MixedPrecision(weights, recipe.dtype)
+        self._precision = MixedPrecision({name: weights[name] for name in planned}, recipe.dtype)
         own = nn.ModuleDict({"vision_tower": model.vision_tower, "multi_modal_projector": model.multi_modal_projector})
-        others = tree_bytes(own, plans.own_parts, recipe) + adapter_bytes(view, plans.adapter, recipe, weights)
-        others += tree_bytes(base, plans.base, recipe, weights) if size_of_base is None else size_of_base
-        self._available = budget.bytes_for(self.linears, others)
+        others = tree_bytes(own, plans.own_parts, recipe) + adapter_bytes(view, plans.adapter, recipe, planned)
+        others += tree_bytes(base, plans.base, recipe, planned) if size_of_base is None else size_of_base
+        self._available = budget.bytes_for(self.linears, sum(planned.values()), others)
 
     @property
     def linears(self) -> list[MixedLinear]:

@@ -49,19 +49,17 @@ def quantize(
     embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = "w16a16",
     rounding: Annotated[Rounding | None, typer.Option(help="Default: gptq with --calibration, else mse.")] = None,
     group_size: Annotated[
-        GroupSize | None, typer.Option(help="4-bit weights that share one scale; default: 64.")
+        GroupSize | None, typer.Option(help="4-bit weights that share one scale; default: 64, mixed if calibrated.")
     ] = None,
     bits_per_weight: Annotated[
         float | None,
-        typer.Option(help="Mixed precision: the blocks' average, such as 4.5; 8 bits go where 4 damage most."),
+        typer.Option(help="Mixed precision of the blocks on average; default: as much as groups of 64, 4.38."),
     ] = None,
     max_bytes: Annotated[
         int | None,
-        typer.Option(parser=read_bytes, metavar="SIZE", help="Mixed precision: size of all weights, such as 1.9GB."),
+        typer.Option(parser=read_bytes, metavar="SIZE", help="The same by the size of all weights, such as 1.9GB."),
     ] = None,
-    chart: Annotated[
-        Path | None, typer.Option(help="PNG file for the chosen precisions, with --bits-per-weight or --max-bytes.")
-    ] = None,
+    chart: Annotated[Path | None, typer.Option(help="PNG file for the formats that mixed precision chooses.")] = None,
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Text file or JSONL of chats; may be repeated.")
     ] = None,
@@ -86,8 +84,8 @@ def quantize(
     """Quantize a GenieBlue and its base, for a CPU, a GPU or the Hub.
 
     The default is the paper's recipe for phones: LLM W4A16; vision tower, projector and LoRA W8A16. The quantized base
-    is a separate repository, which any number of adapters and plain users can share. With --bits-per-weight or
-    --max-bytes, the damage that 4 bits do to each linear is measured on calibration data, in both views.
+    is a separate repository, which any number of adapters and plain users can share. With --calibration, the damage
+    that 4 bits do to each linear is measured in both views, and some have 8 bits or smaller groups.
     """
     from conversion.quantization.mixed import Budget, draw
     from conversion.quantization.precision import QuantizationRecipe
@@ -101,13 +99,13 @@ def quantize(
         raise typer.BadParameter(f"{chosen} uses no calibration samples: leave out --calibration or use gptq.")
     if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
         raise typer.BadParameter("--image-folder is for images in a JSONL file: give one with --calibration.")
-    budget = None
-    if bits_per_weight is not None or max_bytes is not None:
-        if group_size is not None:
-            raise typer.BadParameter("Mixed precision chooses the groups too: leave out --group-size.")
-        if not calibration:
-            raise typer.BadParameter("Mixed precision is chosen by measured damage: give --calibration.")
-        budget = Budget(bits_per_weight, max_bytes)
+    budget = Budget(bits_per_weight, max_bytes)
+    if budget != Budget() and group_size is not None:
+        raise typer.BadParameter("Mixed precision chooses the groups too: leave out --group-size.")
+    if budget != Budget() and not calibration:
+        raise typer.BadParameter("Mixed precision is chosen by measured damage: give --calibration.")
+    if not calibration or group_size is not None:
+        budget = None
     if chart is not None:
         chart = chart.expanduser()
         _check_chart(chart, budget)
@@ -213,7 +211,7 @@ def _print_mixed(linears: list[Any]) -> None:
 
 def _check_chart(chart: Path, budget: Any) -> None:
     if budget is None:
-        raise typer.BadParameter("Without a budget nothing is chosen: give --bits-per-weight or --max-bytes.")
+        raise typer.BadParameter("Without --calibration, or with --group-size, no formats are chosen to be drawn.")
     if chart.suffix.lower() != ".png" or not chart.absolute().parent.is_dir():
         raise typer.BadParameter(f"{chart} is not a PNG file in an existing folder.", param_hint="--chart")
     import matplotlib  # noqa: F401 - a missing package is noticed before everything is rounded

@@ -100,6 +100,7 @@ def _divergence(model, batches, weight, error):
 def test_measuring_damage_leaves_the_model_as_it_was():
     model = tiny_genieblue().multimodal_language_model
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     assert any(before.values())
     damage_inputs(
         model, [{"input_ids": TEXT}], [next(name for name, _ in model.named_modules() if name.endswith("base_layer"))]
@@ -107,7 +108,7 @@ def test_measuring_damage_leaves_the_model_as_it_was():
     after = dict(model.named_parameters())
     assert {name: parameter.requires_grad for name, parameter in after.items()} == before
     assert all(parameter.grad is None for parameter in after.values())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 # What is written
@@ -179,6 +180,20 @@ def test_a_budget_of_bytes_counts_all_weights_to_the_byte(tmp_path):
     assert {"w4g64", "w4g32"} == set(formats(tmp_path).values())
 
 
+def test_without_figures_the_budget_is_the_size_of_uniform_groups(tmp_path):
+    report = mixed(tmp_path / "mixed")
+    quantize(large_pair(), tmp_path / "uniform", rounding="gptq")
+    sizes = [sum(size.bytes for size in parameter_sizes(tmp_path / one / BASE_WEIGHTS).values())
+             + sum(size.bytes for size in parameter_sizes(tmp_path / one / ADAPTER).values())
+             for one in ("mixed", "uniform")]  # fmt: skip
+    assert 0.97 * sizes[1] < sizes[0] <= sizes[1]
+    assert len({linear.format for linear in report.mixed}) > 1
+
+
+def test_without_figures_a_model_without_4_bits_is_none_of_its_business(tmp_path):
+    assert quantize(large_pair(), tmp_path, {"budget": Budget()}, rounding="gptq", llm="w8a16").mixed == []
+
+
 def test_a_reused_base_keeps_its_formats_and_the_copies_share_the_budget(made, tmp_path):
     report = mixed(tmp_path, {"quantized_base": made[0] / "base"}, bits_per_weight=7)
     assert all(linear.is_replicated for linear in report.mixed) and bits_per_weight(report.mixed) <= 7
@@ -206,10 +221,9 @@ def test_the_chart_is_a_png(made, tmp_path):
         ({"bits_per_weight": 4.1}, "4.1 bits per weight are not possible: expected 4.48"),
         ({"bits_per_weight": float("nan")}, "nan bits per weight"),
         ({"bits_per_weight": 9}, "9 bits per weight are not possible"),
-        ({}, "either `bits_per_weight` or `max_bytes`"),
-        ({"bits_per_weight": 5, "max_bytes": 10**9}, "either"),
+        ({"bits_per_weight": 5, "max_bytes": 10**9}, "either `bits_per_weight` or `max_bytes`"),
     ],
-    ids=["too few", "no number", "too many", "none", "both"],
+    ids=["too few", "no number", "too many", "both"],
 )
 def test_impossible_budgets_are_refused(tmp_path, budget, message):
     with pytest.raises(ValueError, match=message):

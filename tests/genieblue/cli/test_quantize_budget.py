@@ -27,7 +27,7 @@ def test_other_sizes_are_refused(size):
     [
         (["--bits-per-weight", "4.5"], "give --calibration"),
         (["--max-bytes", "1.9GB", "--group-size", "32"], "leave out --group-size"),
-        (["--chart", "plan.png"], "give --bits-per-weight or --max-bytes"),
+        (["--chart", "plan.png"], "no formats are chosen"),
         (["--max-bytes", "1.9GB", "--calibration", "x.txt", "--chart", "plan.svg"], "not a PNG file"),
         (["--max-bytes", "1.9GB", "--bits-per-weight", "5", "--calibration", "x.txt"], "either"),
     ],
