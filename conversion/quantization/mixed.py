@@ -12,15 +12,14 @@ from conversion.quantization.budget import spend
 from conversion.quantization.hessians import walk_blocks
 from conversion.quantization.precision import FORMATS
 from conversion.quantization.rounding import round_weight
-from conversion.quantization.sensitivity import damage_inputs
+from conversion.quantization.sensitivity import REQUESTS, balanced_hessian
 from conversion.quantization.stored_size import stored_bytes
 from hub_cards.model_folder import FORMAT_TITLES
 from modeling_genieblue.language_adapter_genieblue import PEFT_PREFIX, find_blocks
 from modeling_genieblue.quantized_linears_genieblue import group_size_of
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-# Of each view: requests to measure damage on, and others to fit the rounding to. More hardly change the order.
-REQUESTS, FITTED = 4, 16
+FITTED = 16  # requests that the rounding is fitted to before the formats are chosen, after those in `inputs_by_weight`
 ROWS = 128  # of a weight to measure its damage by
 COLOURS = ("tab:gray", "tab:blue", "tab:green", "tab:red")  # of the formats
 
@@ -114,18 +113,19 @@ class MixedLinear:
     def measure(self, weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, dtype: torch.dtype) -> None:
         """Notes what each format costs, on some rows of the weight, which gptq rounds one by one anyway.
 
-        `inputs` are those of `damage_inputs`. They should not be among those of the Hessian, to which gptq fits its
-        errors: with fewer tokens than inputs, none would be left.
+        It is rounded as later, but fitted to every other of the `inputs` and measured on the rest: with fewer tokens
+        than inputs, gptq leaves next to no error for those that it is fitted to.
         """
         places = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
         rows = weight.detach()[places.to(weight.device)].float()
+        hessian, measured = balanced_hessian(hessian, inputs[::2]), inputs[1::2].float() * 2**0.5
         for place, one in enumerate(self.formats):
             size = _group(one, rows.shape[1])
             rounded = round_weight(
                 rows, 8 if size is None else 4, size or rows.shape[1],
                 method="rtn" if size is None else "gptq", dtype=dtype, hessian=hessian,
             )  # fmt: skip
-            errors = inputs.float() @ (rounded.dequantize() - rows).t()
+            errors = measured @ (rounded.dequantize() - rows).t()
             self.damages[place] = float(errors.square().sum()) * len(weight) / len(rows)
 
 
@@ -143,38 +143,35 @@ class MixedPrecision:
         self.linears = [MixedLinear.of_shape(name, weight.shape, dtype) for name, weight in weights.items()]
         self._by_weight = dict(zip(map(id, weights.values()), self.linears, strict=True))
 
-    def measure(self, views: Sequence[tuple[Any, Sequence[dict[str, Any]]]], progress: Progress) -> None:
-        """Adds up the damage that each format does in `views`, which share the weights.
+    def measure(
+        self,
+        views: Sequence[tuple[Any, Sequence[dict[str, Any]]]],
+        inputs: Mapping[int, torch.Tensor],
+        progress: Progress,
+    ) -> None:
+        """Notes the damage that each format does to the `inputs` of `inputs_by_weight`.
 
-        Each comes with requests, arguments of its `forward`. The first view that runs a linear is the one to whose
+        The `views`, each with requests, share the weights. The first view that runs a linear is the one to whose
         inputs its rounding is fitted.
         """
-        inputs: dict[int, list[torch.Tensor]] = {}  # by weight
+        left = {weight: rows for weight, rows in inputs.items() if weight in self._by_weight}
         for view, requests in views:
-            weights = self._weights_in(view)
-            for name, rows in damage_inputs(view, requests[:REQUESTS], list(weights)).items():
-                inputs.setdefault(id(weights[name]), []).append(rows)
-        for view, requests in views:
-            if any(id(weight) in inputs for weight in self._weights_in(view).values()):
-                self._fit(view, requests[REQUESTS:][:FITTED] or requests, inputs, progress)
-
-    def _weights_in(self, view: nn.Module) -> dict[str, torch.Tensor]:
-        linears = ((name, module.weight) for name, module in view.named_modules() if isinstance(module, nn.Linear))
-        return {name: weight for name, weight in linears if id(weight) in self._by_weight}
+            if any(id(weight) in left for weight in view.parameters()):
+                self._fit(view, requests[REQUESTS:][:FITTED] or requests, left, progress)
 
     def _fit(
-        self, view: Any, requests: Sequence[dict[str, Any]], inputs: dict[int, list[torch.Tensor]], progress: Progress
+        self, view: Any, requests: Sequence[dict[str, Any]], left: dict[int, torch.Tensor], progress: Progress
     ) -> None:
-        """Rounds the linears of one view for which there are `inputs`, and removes these."""
+        """Rounds the linears of one view that are `left`, and removes these."""
 
         def select(_index: int, block: nn.Module) -> list[str]:
-            return [name for name, weight in self._weights_in(block).items() if id(weight) in inputs]
+            linears = ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
+            return [name for name, module in linears if id(module.weight) in left]
 
         def process(_index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
             for name, hessian in hessians.items():
                 weight = block.get_submodule(name).weight
-                rows = torch.cat(inputs.pop(id(weight)))
-                self._by_weight[id(weight)].measure(weight, hessian, rows, self.dtype)
+                self._by_weight[id(weight)].measure(weight, hessian, left.pop(id(weight)), self.dtype)
 
         def steps(indices: Iterable[int]) -> Iterable[int]:
             return progress(indices, "damage of 4 bits")

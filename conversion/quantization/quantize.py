@@ -27,8 +27,8 @@ from conversion.quantization.bases import (
 from conversion.quantization.error import measured_errors, view_logits
 from conversion.quantization.healing import warn_of_other_base
 from conversion.quantization.hessians import linear_hessians
-from conversion.quantization.mixed import FITTED, REQUESTS, Budget, MixedLinear
-from conversion.quantization.mixed_model import MixedModel, Plans
+from conversion.quantization.mixed import FITTED, Budget, MixedLinear
+from conversion.quantization.mixed_model import MixedModel, Plans, four_bit_weights
 from conversion.quantization.precision import (
     LayerPlan,
     QuantizationRecipe,
@@ -39,6 +39,7 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.quantization.rounding import round_weight
+from conversion.quantization.sensitivity import REQUESTS, inputs_by_weight
 from conversion.staging import explained_full_disk
 from hub_cards.model_folder import parameter_sizes
 from modeling_genieblue import (
@@ -272,9 +273,15 @@ def _round(
     base_samples = None
     if existing is not None:
         base_samples = use_existing_base(model, places.existing_base, existing, access)
-    if mixed is not None:
-        text = [{"input_ids": ids.to(model.device)} for ids in rounder.samples.text]
-        mixed.choose(text, _embedded(model, rounder, REQUESTS + FITTED), rounder.progress)
+    if rounder.uses_samples:
+        views = (
+            (model.language_model, [{"input_ids": ids.to(model.device)} for ids in rounder.samples.text]),
+            (model.multimodal_language_model, _embedded(model, rounder, REQUESTS + FITTED)),
+        )
+        weights = four_bit_weights(model, plans, is_base_rounded=existing is not None)
+        rounder.weighted_inputs = inputs_by_weight(views, set(map(id, weights.values())))
+        if mixed is not None:
+            mixed.choose(views, rounder.weighted_inputs, rounder.progress)
     if existing is None and recipe.changes_base:
         base_samples = _round_base(model, plans.base, rounder, base_folder, access)
         model.config.base_model_name_or_path = str(base_folder)

@@ -13,6 +13,7 @@ from conversion.quantization.hessians import walk_blocks
 from conversion.quantization.mixed import Progress
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.rounding import round_weight
+from conversion.quantization.sensitivity import balanced_hessian
 from modeling_genieblue.quantized_linears_genieblue import stored_tensors
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Rounder:
         self.uses_samples = recipe.rounding == "gptq"
         self.methods: dict[str, Counter[str]] = {}  # by part, the number of layers rounded with each method
         self.of_existing_base = of_existing  # as `other_rounding`
+        self.weighted_inputs: dict[int, torch.Tensor] = {}  # as from `inputs_by_weight`
 
     def other_rounding(self) -> dict[str, str]:
         """Parts with layers that were not rounded with the recipe's method, and how they were."""
@@ -78,6 +80,9 @@ class Rounder:
         if (method == "gptq" and hessian is None) or (method == "mse" and bits == 8):
             method = "rtn" if bits == 8 else "mse"
         self.note(part, method)
+        weighted = self.weighted_inputs.pop(id(weight), None)
+        if hessian is not None and weighted is not None:
+            hessian = balanced_hessian(hessian, weighted)
         rounded = round_weight(
             weight, bits, group_size or weight.shape[1], method=method, dtype=self.recipe.dtype, hessian=hessian
         )

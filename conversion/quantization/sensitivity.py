@@ -1,6 +1,6 @@
 """How much the error of each linear layer changes what a model says, from gradients on calibration requests."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,37 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+REQUESTS = 4  # of each view
 SEED = 0  # of the tokens that are drawn from the model's predictions
+SHARE = 1 / 3  # of the Hessian of weighted inputs beside that of plain ones
+TINY = 1e-30  # inputs may all be zero
+
+
+def inputs_by_weight(
+    views: Sequence[tuple[Any, Sequence[Mapping[str, Any]]]], weights: Collection[int]
+) -> dict[int, torch.Tensor]:
+    """`damage_inputs` of all `views` together, by the `id` of the linears' weights, of those in `weights`.
+
+    Each view comes with requests, of which the first few count.
+    """
+    rows: dict[int, list[torch.Tensor]] = {}
+    for view, requests in views:
+        linears = {name: id(module.weight) for name, module in view.named_modules() if isinstance(module, nn.Linear)}
+        names = [name for name, weight in linears.items() if weight in weights]
+        for name, found in damage_inputs(view, requests[:REQUESTS], names).items():
+            rows.setdefault(linears[name], []).append(found)
+    return {weight: torch.cat(parts) for weight, parts in rows.items()}
+
+
+def balanced_hessian(hessian: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """A Hessian for gptq: that of plain inputs, and a share of that of `inputs` from `damage_inputs`.
+
+    By the plain ones alone, the few tokens that all others attend to hardly count. By the others alone, the rest does
+    not, and a few requests are too few.
+    """
+    rows = inputs.to(hessian.device).float()
+    plain, weighted = (each / each.diagonal().mean().clamp(min=TINY) for each in (hessian, rows.t() @ rows))
+    return plain + SHARE * weighted
 
 
 def damage_inputs(view: Any, batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, torch.Tensor]:
