@@ -13,8 +13,8 @@ codes after each, on grids with a minimum like llama.cpp's Q4_1, and on ours, wi
 
 measure: perplexity of the questions and answers in `--texts` and of Python's held-out documentation, in windows of 512
 tokens, for the base in bfloat16 and with its blocks rounded as each of `--cases` says: method and size of the groups;
-`mixed` and the bits per weight; `eight` for 8 bits to nearest. Unlike `quantize`, gptq has its Hessians from the
-unrounded base, which are the same for all cases, and damage is measured on texts alone.
+`mixed` and the bits per weight; `eight` for 8 bits to nearest. Of the `--rows` of calibration text the first 4 are for
+gradients. Unlike `quantize`, gptq has its Hessians from the unrounded base, the same for all cases.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from conversion.quantization.hessians import linear_hessians, text_batches
 from conversion.quantization.mixed import Budget, MixedPrecision
 from conversion.quantization.precision import FORMATS
 from conversion.quantization.rounding import round_weight
+from conversion.quantization.sensitivity import REQUESTS, balanced_hessian, damage_inputs
 from conversion.quantization.stored_size import stored_bytes
 from genieblue.demo.text import held_out_stream, perplexity, split_documents
 from modeling_genieblue.language_adapter_genieblue import find_blocks
@@ -135,18 +136,18 @@ def make_base(source: Path, texts: Path, out: Path, steps: int, learning_rate: f
     return errors
 
 
-@torch.no_grad()
-def collect_hessians(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Hessians of the inputs of the blocks' linears, by name; layers that read the same input share one."""
-    return linear_hessians(model, lambda: [model(ids) for ids in rows], list(block_linears(model)))
-
-
-def choose_formats(model: Any, rows: list[torch.Tensor]) -> MixedPrecision:
-    """The blocks' linears with the damage of each format measured."""
+def calibrate(model: Any, rows: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], MixedPrecision]:
+    """Hessians by linear of the blocks, as `quantize` weighs tokens, and the damage of each format."""
     weights = {name: linear.weight for name, linear in block_linears(model).items()}
+    requests = [{"input_ids": ids} for ids in rows]
+    inputs = damage_inputs(model, requests[:REQUESTS], list(weights))
+    plain = linear_hessians(model, lambda: [model(**request) for request in requests[REQUESTS:]], list(weights))
     precision = MixedPrecision(weights, torch.bfloat16)
-    precision.measure([(model, [{"input_ids": ids} for ids in rows])], lambda steps, _title: steps)
-    return precision
+    for linear in precision.linears:
+        name = linear.name
+        linear.measure(weights[name], plain[name], inputs[name], torch.bfloat16)
+        plain[name] = balanced_hessian(plain[name], inputs.pop(name))
+    return plain, precision
 
 
 @torch.no_grad()
@@ -178,11 +179,11 @@ def measure(base: Path, calibration: Path, texts: Path, cases: list[str], rows: 
     for case in ("bfloat16", *cases):
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         method, _, number = case.partition(":")
-        if method in ("gptq", "mixed") and not hessians:
-            hessians = collect_hessians(model, calibration_rows)
+        if method in ("gptq", "mixed") and precision is None:
+            hessians, precision = calibrate(model, calibration_rows)
         bits = 16.0
         if method == "mixed":
-            precision = precision or choose_formats(model, calibration_rows)
+            assert precision is not None
             available = Budget(bits_per_weight=float(number)).bytes_for(precision.linears)
             bits = round_blocks(model, "gptq", precision.spend(available), hessians)
         elif case != "bfloat16":

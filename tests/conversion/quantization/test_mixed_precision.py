@@ -22,7 +22,7 @@ from tiny_quantized import (
 
 from conversion.quantization.budget import spend
 from conversion.quantization.mixed import Budget, bits_per_weight, draw
-from conversion.quantization.sensitivity import damage_inputs
+from conversion.quantization.sensitivity import balanced_hessian, damage_inputs
 from conversion.verification import verify
 from conversion.verification.verify import verify_model
 from hub_cards.model_folder import parameter_sizes
@@ -95,6 +95,13 @@ def _divergence(model, batches, weight, error):
     after = torch.cat([model(**batch).logits.log_softmax(-1) for batch in batches])
     weight.sub_(error)
     return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def test_tokens_whose_outputs_matter_more_weigh_more_in_the_hessian():
+    inputs = torch.tensor([[3.0, 0.0]])
+    balanced = balanced_hessian(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), inputs)
+    assert balanced[0, 0] > 1.5 * balanced[1, 1] > 0
+    assert torch.equal(balanced_hessian(torch.zeros(2, 2), torch.zeros(1, 2)), torch.zeros(2, 2))
 
 
 def test_measuring_damage_leaves_the_model_as_it_was():
