@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantization_base make --base smollm2 --texts gsm8k_train.jsonl --out quantization-base
     python -m benchmarks.quantization_base measure --base quantization-base --calibration gsm8k_train.jsonl \
-        --texts gsm8k_test.jsonl --cases mse:64 gptq:64
+        --texts gsm8k_test.jsonl --cases mse:64 gptq:64 mixed:4.5
 
 Texts are JSONL files with `question` and `answer`, such as GSM8K's.
 
@@ -12,13 +12,15 @@ of a Llama-like model as it is; then `--steps` of full fine-tuning in float32 fo
 codes after each, on grids with a minimum like llama.cpp's Q4_1, and on ours, with integer zero points.
 
 measure: perplexity of the questions and answers in `--texts` and of Python's held-out documentation, in windows of 512
-tokens, for the base in bfloat16 and with its blocks rounded as each of `--cases` says: method and size of the groups.
-Unlike `quantize`, gptq has its Hessians from the unrounded base, which are the same for all cases.
+tokens, for the base in bfloat16 and with its blocks rounded as each of `--cases` says: method and size of the groups;
+`mixed` and the bits per weight; `eight` for 8 bits to nearest. Of the `--rows` of calibration text the first 4 are for
+gradients. Unlike `quantize`, gptq has its Hessians from the unrounded base, the same for all cases.
 """
 
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,11 @@ from transformers import (
 
 from benchmarks.report import print_table
 from conversion.quantization.hessians import linear_hessians, text_batches
+from conversion.quantization.mixed import Budget, MixedPrecision
+from conversion.quantization.precision import FORMATS
 from conversion.quantization.rounding import round_weight
+from conversion.quantization.sensitivity import REQUESTS, balanced_hessian, damage_inputs
+from conversion.quantization.stored_size import stored_bytes
 from genieblue.demo.text import held_out_stream, perplexity, split_documents
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.quantized_linears_genieblue import group_size_of
@@ -130,23 +136,35 @@ def make_base(source: Path, texts: Path, out: Path, steps: int, learning_rate: f
     return errors
 
 
-@torch.no_grad()
-def collect_hessians(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Hessians of the inputs of the blocks' linears, by name; layers that read the same input share one."""
-    return linear_hessians(model, lambda: [model(ids) for ids in rows], list(block_linears(model)))
+def calibrate(model: Any, rows: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], MixedPrecision]:
+    """Hessians by linear of the blocks, as `quantize` weighs tokens, and the damage of each format."""
+    weights = {name: linear.weight for name, linear in block_linears(model).items()}
+    requests = [{"input_ids": ids} for ids in rows]
+    inputs = damage_inputs(model, requests[:REQUESTS], list(weights))
+    plain = linear_hessians(model, lambda: [model(**request) for request in requests[REQUESTS:]], list(weights))
+    precision = MixedPrecision(weights, torch.bfloat16)
+    for linear in precision.linears:
+        name = linear.name
+        linear.measure(weights[name], plain[name], inputs[name], torch.bfloat16)
+        plain[name] = balanced_hessian(plain[name], inputs.pop(name))
+    return plain, precision
 
 
 @torch.no_grad()
-def round_blocks(model: Any, method: str, group_size: int, hessians: dict[str, torch.Tensor]) -> float:
+def round_blocks(model: Any, method: str, formats: dict[str, str], hessians: dict[str, torch.Tensor]) -> float:
     """Gives the blocks' linears rounded values; returns the bits per weight, scales and zero points included."""
-    bits = count = 0.0
+    stored = count = 0
     for name, linear in block_linears(model).items():
-        size = group_size_of(linear.in_features, group_size)
-        rounded = round_weight(linear.weight, 4, size, method=method, hessian=hessians.get(name))
+        largest = FORMATS[formats[name]]
+        size = None if largest is None else group_size_of(linear.in_features, largest)
+        rounded = round_weight(
+            linear.weight, 8 if size is None else 4, size or linear.in_features,
+            method="rtn" if size is None else method, hessian=hessians.get(name),
+        )  # fmt: skip
         linear.weight.copy_(rounded.dequantize())
-        bits += linear.weight.numel() * (4 + (16 + 8) / size)
+        stored += stored_bytes(linear.weight.shape, size, torch.bfloat16)
         count += linear.weight.numel()
-    return bits / count
+    return 8 * stored / count
 
 
 def measure(base: Path, calibration: Path, texts: Path, cases: list[str], rows: int) -> dict[str, dict[str, float]]:
@@ -154,18 +172,29 @@ def measure(base: Path, calibration: Path, texts: Path, cases: list[str], rows: 
     tokenizer = AutoTokenizer.from_pretrained(base)
     questions = torch.cat(question_rows(texts, tokenizer, TEXT_WINDOWS), dim=1)[0]
     english = held_out_stream(tokenizer, split_documents().held_out)
+    calibration_rows = question_rows(calibration, tokenizer, rows)
     hessians: dict[str, torch.Tensor] = {}
+    precision: MixedPrecision | None = None
     found = {}
     for case in ("bfloat16", *cases):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-        method, _, group_size = case.partition(":")
-        if method == "gptq" and not hessians:
-            hessians = collect_hessians(model, question_rows(calibration, tokenizer, rows))
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        method, _, number = case.partition(":")
+        if method in ("gptq", "mixed") and precision is None:
+            hessians, precision = calibrate(model, calibration_rows)
+        bits = 16.0
+        if method == "mixed":
+            assert precision is not None
+            available = Budget(bits_per_weight=float(number)).bytes_for(precision.linears)
+            bits = round_blocks(model, "gptq", precision.spend(available), hessians)
+        elif case != "bfloat16":
+            one = "w8" if method == "eight" else f"w4g{number}"
+            bits = round_blocks(model, method, dict.fromkeys(block_linears(model), one), hessians)
         found[case] = {
-            "bits per weight": round_blocks(model, method, int(group_size), hessians) if group_size else 16,
+            "bits per weight": bits,
             "texts": perplexity(model, questions, LENGTH, batch_size=2),
             "English": perplexity(model, english, LENGTH, batch_size=2, windows=ENGLISH_WINDOWS),
         }
+        print(case, found[case], file=sys.stderr, flush=True)
     return found
 
 
@@ -180,7 +209,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--cases", nargs="+", default=["rtn:64", "mse:64", "gptq:64"])
+    parser.add_argument("--cases", nargs="+", default=["rtn:64", "mse:64", "gptq:64", "mixed:4.5"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "make":

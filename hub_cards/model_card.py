@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hub_cards.model_folder import BASE_PARTS, PartSize, count_parts, read_model_config
+from hub_cards.model_folder import BASE_PARTS, PartSize, count_formats, count_parts, read_model_config
 from hub_cards.short_numbers import short_bytes, short_count
 from hub_cards.verdicts import summary
 from modeling_genieblue.model_files_genieblue import (
@@ -64,6 +64,7 @@ class Quantization:
     rounding: str
     group_size: int | None  # 4-bit codes with one scale
     activations: str
+    mixed: str = ""  # how many linears of the blocks have which format, if they differ
     other_precision: dict[str, str] = field(default_factory=dict)  # layer -> precision and reason
     other_rounding: dict[str, str] = field(default_factory=dict)  # part -> rounding, and for how many of its layers
     source: str | None = None  # Hub id of the unquantized GenieBlue
@@ -231,6 +232,7 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
         rounding=recorded["rounding"],
         group_size=recorded.get("group_size"),
         activations=recorded["activations"],
+        mixed=count_formats(recorded.get("formats")),
         other_precision=recorded.get("other_precision") or {},
         other_rounding=recorded.get("other_rounding") or {},
         source=source if is_hub_id(source, folder) and "/" in source else None,

@@ -1,6 +1,7 @@
 """Reads a saved GenieBlue's folder without loading the model: configuration, weight headers, sizes."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from modeling_genieblue.model_files_genieblue import (
 
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME}"
 QMAPS = (QMAP_NAME, f"{ADAPTER_FOLDER}/{QMAP_NAME}")
+# Formats of linears in mixed precision, as recorded.
+FORMAT_TITLES = {f"w4g{size}": f"4 bits in groups of {size}" for size in (128, 64, 32)} | {"w8": "8 bits"}
 BASE_PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings": "embeddings"}
 
 # For each safetensors float format: the unsigned integer type of its width, and its exponent bits.
@@ -82,6 +85,12 @@ def check_is_quantized_base(folder: Path) -> dict[str, Any]:
             f"{folder} is not a base quantized by GenieBlue: give a folder written by `genieblue quantize`."
         )
     return settings
+
+
+def count_formats(formats: dict[str, str] | None) -> str:
+    """How many linears have which format in mixed precision; empty if there are none."""
+    counts = Counter((formats or {}).values())
+    return ", ".join(f"{counts[one]} at {title}" for one, title in FORMAT_TITLES.items() if counts[one])
 
 
 def own_weight_files(model: str | os.PathLike, find: Callable[[str], Path | None] | None = None) -> list[str]:

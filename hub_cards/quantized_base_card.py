@@ -13,7 +13,7 @@ from hub_cards.model_card import (
     card_metadata,
     folder_facts,
 )
-from hub_cards.model_folder import BASE_PARTS, PartSize, check_is_quantized_base, parameter_sizes
+from hub_cards.model_folder import BASE_PARTS, PartSize, check_is_quantized_base, count_formats, parameter_sizes
 from hub_cards.verdicts import measurement_rows, summary
 from modeling_genieblue.model_files_genieblue import CARD_NAME, QUANTIZED_WEIGHTS_NAME, is_hub_id, read_json
 
@@ -48,6 +48,7 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "rounding": settings["rounding"],
         "group_size": settings.get("group_size"),
         "activations": settings["activations"],
+        "mixed": count_formats(settings.get("formats")),
         "other_precision": settings["other_precision"],
         "other_rounding": settings.get("other_rounding") or {},
         "tokenizer_needs_code": "AutoTokenizer" in auto_map,

@@ -1,6 +1,6 @@
 """The precision of each part of a quantized GenieBlue, and which layers stay at 16 bits and why."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,13 +9,15 @@ from torch import nn
 
 from conversion.quantization.rounding import ROUNDING_METHODS
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, find_blocks
-from modeling_genieblue.quantized_linears_genieblue import reason_against
+from modeling_genieblue.quantized_linears_genieblue import group_size_of, reason_against
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
 from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.quantized_settings_genieblue import ACTIVATIONS, PRECISIONS
 
 RECIPE_GROUP_SIZES = (32, 64, 128)
 KINDS = {"w4a16": "qint4", "w8a16": "qint8"}
+# Of a linear in mixed precision: the largest groups of codes that share a scale at 4 bits; none at 8.
+FORMATS = {"w4g128": 128, "w4g64": 64, "w4g32": 32, "w8": None}
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,14 @@ class QuantizationRecipe:
 
 @dataclass
 class LayerPlan:
-    """The plan for one module tree: `kinds` as in a quantization map, and `kept` layers with the reason."""
+    """The plan for one module tree.
+
+    `kinds` as in a quantization map, `kept` layers with the reason, and the `formats` of those in mixed precision.
+    """
 
     kinds: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, shape: tuple[int, int], precision: str) -> None:
         """Plans a linear: at most `precision`, in 8 bits where 4 do not fit its shape, else left at 16 bits."""
@@ -102,6 +108,21 @@ class LayerPlan:
                 return
             reasons.append(reason)
         self.kept[name] = f"16 bits: {reasons[-1]}"
+
+    def mix(self, formats: Mapping[str, str]) -> None:
+        """Gives linears that were planned at 4 bits a format of their own, one of `FORMATS`; ignores other names."""
+        for name, kind in self.kinds.items():
+            if kind == "qint4" and name in formats:
+                self.formats[name] = formats[name]
+                self.kinds[name] = "qint8" if formats[name] == "w8" else "qint4"
+
+    def group_size(self, name: str, weight: torch.Tensor, recipe: QuantizationRecipe) -> int | None:
+        """Codes that share a scale in a row of a planned linear's weight; `None` at 8 bits, where a row has one."""
+        if self.kinds[name] == "qint8":
+            return None
+        return group_size_of(
+            weight.shape[1], FORMATS[self.formats[name]] if name in self.formats else recipe.group_size
+        )
 
     def keep_the_rest(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Lists matrices and stacks of matrices that do not belong to a linear layer, such as experts of a mixture."""
@@ -177,9 +198,11 @@ def plan_adapter(view: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
 def describe(recipe: QuantizationRecipe, plans: list[LayerPlan]) -> dict[str, Any]:
     """A summary for config.json."""
     kept: dict[str, str] = {}
+    formats: dict[str, str] = {}
     for plan in plans:
         kept |= plan.kept
+        formats |= plan.formats
     return {
         "format": "optimum-quanto", **recipe.parts(), "rounding": recipe.rounding, "group_size": recipe.group_size,
-        "activations": recipe.activations, "other_precision": kept,
+        "activations": recipe.activations, "other_precision": kept, **({"formats": formats} if formats else {}),
     }  # fmt: skip

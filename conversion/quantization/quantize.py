@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.hub import cached_file
 
 from conversion.cpu_threads import warn_of_threads
 from conversion.quantization.bases import (
@@ -28,6 +29,8 @@ from conversion.quantization.bases import (
 from conversion.quantization.error import errors_by_part, measured_errors, view_logits
 from conversion.quantization.healing import warn_of_other_base
 from conversion.quantization.hessians import linear_hessians
+from conversion.quantization.mixed import FITTED, Budget, MixedLinear
+from conversion.quantization.mixed_model import MixedModel, Plans, four_bit_weights
 from conversion.quantization.precision import (
     LayerPlan,
     QuantizationRecipe,
@@ -38,8 +41,10 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.quantization.rounding import round_weight
+from conversion.quantization.sensitivity import REQUESTS, inputs_by_weight
 from conversion.staging import explained_full_disk
 from conversion.verdict import HeldOut, nothing_measured
+from hub_cards.model_folder import parameter_sizes
 from hub_cards.verdicts import measurement_rows
 from modeling_genieblue import (
     GenieBlueConfig,
@@ -57,6 +62,7 @@ from modeling_genieblue.model_files_genieblue import (
     MEASUREMENTS_NAME,
     QMAP_NAME,
     QUANTIZED_ADAPTER_NAME,
+    QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
     WEIGHTS_NAME,
     write_json,
@@ -75,13 +81,18 @@ VISION_BLOCKS = "encoder.layers"
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """The output folders, the layers in another precision with the reason, the error of each view, and the verdict."""
+    """The result of a quantization.
+
+    The output folders, the layers in another precision with the reason, the error of each view, the verdict, and, with
+    a budget, the linears among which it was spent.
+    """
 
     output: Path
     base: str
     other_precision: dict[str, str]
     errors: dict[str, float]
     verdict: dict[str, Any]
+    mixed: list[MixedLinear]
 
 
 def quantize_genieblue(
@@ -93,6 +104,7 @@ def quantize_genieblue(
     quantized_base: str | os.PathLike | None = None,
     self_contained: bool = False,
     samples: CalibrationSamples | None = None,
+    budget: Budget | None = None,
     held_out: HeldOut | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -105,18 +117,21 @@ def quantize_genieblue(
         quantized_base: folder or Hub id of a quantized base to reuse; none is written then.
         self_contained: puts the quantized base into the subfolder `base` of `output`.
         samples: calibration data, which `gptq` needs.
+        budget: gives each linear that would have 4 bits 4 or 8, by what they damage on `samples`; needs `gptq`. A
+            reused base keeps what it has, so the budget is for the replicated blocks alone.
         held_out: data for the verdict; without any, it says that nothing was measured. What fails is written too, and
             marked in `config.json` and the card: publishing refuses it.
         load_kwargs: how `source` is loaded (`token`, `revision`, `trust_remote_code`, …).
 
     Raises `ValueError` or `OSError`, leaving nothing half-written, for an already quantized source, folders in use, a
-    recipe or quantized base that does not fit, contradicting options, and samples that are too few or too long.
+    recipe or quantized base that does not fit, contradicting options, a budget that cannot be met, and samples that
+    are too few or too long.
     """
     recipe, samples = recipe or QuantizationRecipe(), samples or CalibrationSamples()
     where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     access = {key: where[key] for key in ACCESS_KEYS if key in where}
     reload = {**access, "trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
-    _check_options(recipe, samples, base_output, quantized_base, self_contained)
+    _check_options(recipe, samples, base_output, quantized_base, self_contained, budget)
     config = _checked_config(source, samples, where)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
     check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
@@ -129,7 +144,16 @@ def quantize_genieblue(
     origin = _origin(source, places.output, load_kwargs.get("revision"), access)
     warn_of_other_base(model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}), quantized_base, access)
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
-    plans = _Plans(plan_own_parts(model, recipe), plan_base(model.language_model, recipe))
+    plans = Plans(
+        plan_own_parts(model, recipe),
+        plan_adapter(model.multimodal_language_model, recipe),
+        plan_base(model.language_model, recipe),
+    )
+    plans.base.mix((existing or {}).get("formats", {}))
+    mixed = None
+    if budget is not None:
+        size_of_base = None if quantized_base is None else _size_of_base(quantized_base, access)
+        mixed = MixedModel(budget, model, plans, recipe, size_of_base)
     before = view_logits(model)
     # Before any rounding, which takes long, so that a bad sample is named early.
     measured = None if held_out is None else held_out.measure(model)
@@ -141,7 +165,7 @@ def quantize_genieblue(
         NewFolder(places.new_base) if places.new_base is not None else nullcontext() as new_base,
     ):
         inner_base = new_base.staging if new_base is not None else staging / INNER_BASE
-        rounded = _round(model, plans, rounder, places, existing, staging, inner_base, access)
+        rounded = _round(model, plans, rounder, places, existing, staging, inner_base, access, mixed)
         rounded.config.quantization["source"] = origin
         # Saved once in passing, to measure what a user will load.
         rounded.save_pretrained(staging / "trial")
@@ -162,7 +186,8 @@ def quantize_genieblue(
             quantized.config.base_model_name_or_path = str(places.new_base)
         quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: [*facts, *measurement_rows(verdict)]})
     other = quantized.config.quantization["other_precision"]
-    return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors, verdict)
+    spent = mixed.linears if mixed else []
+    return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors, verdict, spent)
 
 
 @dataclass(frozen=True)
@@ -174,20 +199,13 @@ class _Places:
     existing_base: str | os.PathLike | None
 
 
-@dataclass(frozen=True)
-class _Plans:
-    """Precision of each layer of GenieBlue's own parts, and of its base."""
-
-    own_parts: LayerPlan
-    base: LayerPlan
-
-
 def _check_options(
     recipe: QuantizationRecipe,
     samples: CalibrationSamples,
     base_output: Any,
     quantized_base: Any,
     self_contained: bool,
+    budget: Budget | None,
 ) -> None:
     """`ValueError` for options that contradict one another."""
     of_base = [option for option in (base_output, quantized_base, self_contained) if option]
@@ -198,6 +216,11 @@ def _check_options(
         )
     if recipe.rounding == "gptq" and not samples.text:
         raise ValueError("gptq needs calibration samples with text: give some, or use mse or rtn.")
+    if budget is not None and recipe.rounding != "gptq":
+        raise ValueError(
+            f"A budget is spent by the damage measured on calibration samples, which {recipe.rounding} does not use: "
+            "give samples and gptq. Errors of weights alone do not tell where 4 bits hurt."
+        )
     if of_base and not recipe.changes_base:
         raise ValueError(
             "The base stays at 16 bits, so there is no quantized base to write or use: leave out `base_output`, "
@@ -235,6 +258,12 @@ def _places(
     return _Places(output, new_base, quantized_base)
 
 
+def _size_of_base(name: str | os.PathLike, access: dict[str, Any]) -> int:
+    """Bytes of the weights of a quantized base, which is downloaded if it is not here."""
+    path: Any = cached_file(os.fspath(name), QUANTIZED_WEIGHTS_NAME, **access)
+    return sum(size.bytes for size in parameter_sizes(Path(path)).values())
+
+
 def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:
     """The location of the unquantized GenieBlue, for readers and for `verify`."""
     if os.path.isdir(source):
@@ -244,13 +273,14 @@ def _origin(source: Any, output: Path, revision: str | None, access: dict[str, A
 
 def _round(
     model: Any,
-    plans: _Plans,
+    plans: Plans,
     rounder: Rounder,
     places: _Places,
     existing: dict[str, Any] | None,
     staging: Path,
     base_folder: Path,
     access: dict[str, Any],
+    mixed: MixedModel | None,
 ) -> QuantizedGenieBlueForConditionalGeneration:
     """Rounds all parts in the order of a request, so that later ones can compensate for earlier errors.
 
@@ -261,24 +291,35 @@ def _round(
     base_samples = None
     if existing is not None:
         base_samples = use_existing_base(model, places.existing_base, existing, access)
-    elif recipe.changes_base:
+    if rounder.uses_samples:
+        views = (
+            (model.language_model, [{"input_ids": ids.to(model.device)} for ids in rounder.samples.text]),
+            (model.multimodal_language_model, _embedded(model, rounder, REQUESTS + FITTED)),
+        )
+        weights = four_bit_weights(model, plans, is_base_rounded=existing is not None)
+        rounder.weighted_inputs = inputs_by_weight(views, set(map(id, weights.values())))
+        if mixed is not None:
+            mixed.choose(views, rounder.weighted_inputs, rounder.progress)
+    if existing is None and recipe.changes_base:
         base_samples = _round_base(model, plans.base, rounder, base_folder, access)
         model.config.base_model_name_or_path = str(base_folder)
         if places.new_base is None:
             model.config.base_model_name_or_path = f"./{INNER_BASE}"
             files |= {f"{INNER_BASE}/{path.name}": path for path in base_folder.iterdir()}
-    files |= _round_adapter(model, recipe, plans.own_parts, rounder, staging)
+    files |= _round_adapter(model, plans.adapter, rounder, staging)
     rounder.warn_of_missing_samples()
-    quantization = describe(recipe, [plans.own_parts, plans.base]) | {"other_rounding": rounder.other_rounding()}
+    quantization = describe(recipe, [plans.own_parts, plans.adapter, plans.base])
+    quantization["other_rounding"] = rounder.other_rounding()
     return QuantizedGenieBlueForConditionalGeneration.of_rounded(model, quantization, files, base_samples)
 
 
 def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Path) -> dict[str, Path]:
     """Vision tower and projector as files of the new folder."""
     tower, projector = model.vision_tower, model.multi_modal_projector
-    in_blocks = {name: kind for name, kind in plan.kinds.items() if name.startswith(f"vision_tower.{VISION_BLOCKS}.")}
+    in_blocks = [name for name in plan.kinds if name.startswith(f"vision_tower.{VISION_BLOCKS}.")]
     images = rounder.image_batches(model)
-    local = {name.removeprefix("vision_tower."): kind for name, kind in in_blocks.items()}
+    sizes = {name: plan.group_size(name, model.get_submodule(name).weight, rounder.recipe) for name in plan.kinds}
+    local = {name.removeprefix("vision_tower."): sizes[name] for name in in_blocks}
     batches = [{"pixel_values": pixels} for pixels in images]
     tensors = rounder.round_blocks(tower, VISION_BLOCKS, local, batches, "vision_tower")
     tensors = {f"vision_tower.{name}": value for name, value in tensors.items()}
@@ -289,13 +330,13 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Pat
         hessians = linear_hessians(
             projector, lambda: [model.get_image_features(pixels) for pixels in images], of_projector
         )
-    for name, kind in plan.kinds.items():
+    for name in plan.kinds:
         if name not in in_blocks:
             hessian = hessians.get(name.removeprefix(prefix))
             weight = model.get_submodule(name).weight
             # The tower's pooling head, which GenieBlue does not run, counts as a separate part: `vision_tower.head`.
             part = ".".join(name.split(".")[:2]) if name.startswith("vision_tower.") else "multi_modal_projector"
-            tensors |= stored_tensors(name, **rounder.round(weight, kind, part, hessian))
+            tensors |= stored_tensors(name, **rounder.round(weight, sizes[name], part, hessian))
     own = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": projector})
     return _write(staging, WEIGHTS_NAME, QMAP_NAME, plain_state(own, plan.kinds) | tensors, plan.kinds)
 
@@ -319,17 +360,17 @@ def _round_base(
         settings.pop(part)
     path, _ = find_blocks(base)
     embedding = base.get_input_embeddings()
-    outside = {name: kind for name, kind in plan.kinds.items() if not name.startswith(f"{path}.")}
-    inside = {name: kind for name, kind in plan.kinds.items() if name not in outside}
+    weights = {name: base.get_submodule(name).weight for name in plan.kinds}
+    sizes = {name: plan.group_size(name, weight, rounder.recipe) for name, weight in weights.items()}
+    inside = {name: size for name, size in sizes.items() if name.startswith(f"{path}.")}
     batches = [{"input_ids": ids.to(base.device)} for ids in rounder.samples.text]
     tensors = rounder.round_blocks(base, path, inside, batches, "llm")
     stored: set[int] = set()
-    for name, kind in outside.items():
-        module = base.get_submodule(name)
-        if id(module.weight) not in stored:  # the LM head may be the embedding
-            stored.add(id(module.weight))
-            part = "embeddings" if module is embedding else "lm_head"
-            tensors |= stored_tensors(name, **rounder.round(module.weight, kind, part))
+    for name, weight in weights.items():
+        if name not in inside and id(weight) not in stored:  # the LM head may be the embedding
+            stored.add(id(weight))
+            part = "embeddings" if base.get_submodule(name) is embedding else "lm_head"
+            tensors |= stored_tensors(name, **rounder.round(weight, sizes[name], part))
     other = rounder.other_rounding()
     settings["other_rounding"] = {part: other[part] for part in BASE_PARTS if part in other}
     write_quantized_base(folder, base, source, plan.kinds, tensors, settings)
@@ -339,13 +380,9 @@ def _round_base(
     return tensor_samples(quantized_values(quantized))
 
 
-def _round_adapter(
-    model: Any, recipe: QuantizationRecipe, plan: LayerPlan, rounder: Rounder, staging: Path
-) -> dict[str, Path]:
+def _round_adapter(model: Any, adapter: LayerPlan, rounder: Rounder, staging: Path) -> dict[str, Path]:
     """LoRA and the copied blocks as files of the new folder; LoRA first, because later blocks run with it."""
-    view = model.multimodal_language_model
-    adapter = plan_adapter(view, recipe)
-    plan.kept |= adapter.kept
+    view, recipe = model.multimodal_language_model, rounder.recipe
     tensors: dict[str, torch.Tensor] = {}
     copies: dict[str, str] = {}  # by their names in the view, whose blocks are walked
     for name, stock, weight in list(quantized_adapter_entries(view)):
@@ -357,8 +394,11 @@ def _round_adapter(
         else:
             copies[name] = stock
     path, _ = find_blocks(view)
-    kinds = {name: adapter.kinds[stock] for name, stock in copies.items()}
-    rounded = rounder.round_blocks(view, path, kinds, _embedded(model, rounder), "replicated_blocks")
+    sizes = {name: adapter.group_size(stock, view.get_submodule(name).weight, recipe)
+             for name, stock in copies.items()}  # fmt: skip
+    if rounder.uses_samples and not rounder.samples.multimodal:
+        logger.warning("The calibration data has no images, so the replicated blocks are calibrated on text.")
+    rounded = rounder.round_blocks(view, path, sizes, _embedded(model, rounder), "replicated_blocks")
     for name, stock in copies.items():
         own = {key: value for key, value in rounded.items() if key.startswith(f"{name}.")}
         tensors |= {stock + key.removeprefix(name): value for key, value in own.items()}
@@ -386,17 +426,16 @@ def _round_lora(
 
 
 @torch.no_grad()
-def _embedded(model: Any, rounder: Rounder) -> list[dict[str, torch.Tensor]]:
-    """Multimodal samples as inputs of the multimodal view; text samples if there are none."""
+def _embedded(model: Any, rounder: Rounder, count: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """The first `count` multimodal samples as inputs of the multimodal view; text samples if there are none."""
     if not rounder.uses_samples:
         return []
     samples = rounder.samples.multimodal
     if not samples:
-        logger.warning("The calibration data has no images, so the replicated blocks are calibrated on text.")
         samples = [{"input_ids": ids} for ids in rounder.samples.text]
     device = model.multimodal_language_model.device
     batches = []
-    for sample in samples:
+    for sample in samples[:count]:
         embeds = model.embed_request(sample["input_ids"].to(device), sample.get("pixel_values"))
         mask = {"attention_mask": sample["attention_mask"].to(device)} if "attention_mask" in sample else {}
         batches.append({"inputs_embeds": embeds, **mask})

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from conversion.quantization.hessians import walk_blocks
+from conversion.quantization.mixed import Progress
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.rounding import round_weight
-from modeling_genieblue.quantized_linears_genieblue import BITS, group_size_of, stored_tensors
+from conversion.quantization.sensitivity import balanced_hessian
+from modeling_genieblue.quantized_linears_genieblue import stored_tensors
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 BLOCK_TITLES = {"vision_tower": "vision tower", "llm": "language model", "replicated_blocks": "replicated blocks"}
 
 
@@ -38,6 +39,7 @@ class Rounder:
         self.uses_samples = recipe.rounding == "gptq"
         self.methods: dict[str, Counter[str]] = {}  # by part, the number of layers rounded with each method
         self.of_existing_base = of_existing  # as `other_rounding`
+        self.weighted_inputs: dict[int, torch.Tensor] = {}  # as from `inputs_by_weight`
 
     def other_rounding(self) -> dict[str, str]:
         """Parts with layers that were not rounded with the recipe's method, and how they were."""
@@ -66,15 +68,24 @@ class Rounder:
         self.methods.setdefault(part, Counter())[method] += 1
 
     @torch.no_grad()
-    def round(self, weight: torch.Tensor, kind: str, part: str, hessian: torch.Tensor | None = None) -> dict[str, Any]:
-        """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which gets the rounded values."""
-        bits = BITS[kind]
+    def round(
+        self, weight: torch.Tensor, group_size: int | None, part: str, hessian: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """`codes`, `scale`, `zero_point` of a weight (out_features, in_features), which gets the rounded values.
+
+        `group_size` is that of 4-bit codes with one scale; `None` means 8 bits.
+        """
+        bits = 8 if group_size is None else 4
         method = self.recipe.rounding
         if (method == "gptq" and hessian is None) or (method == "mse" and bits == 8):
             method = "rtn" if bits == 8 else "mse"
         self.note(part, method)
-        group_size = weight.shape[1] if bits == 8 else group_size_of(weight.shape[1], self.recipe.group_size)
-        rounded = round_weight(weight, bits, group_size, method=method, dtype=self.recipe.dtype, hessian=hessian)
+        weighted = self.weighted_inputs.pop(id(weight), None)
+        if hessian is not None and weighted is not None:
+            hessian = balanced_hessian(hessian, weighted)
+        rounded = round_weight(
+            weight, bits, group_size or weight.shape[1], method=method, dtype=self.recipe.dtype, hessian=hessian
+        )
         weight.copy_(rounded.dequantize())
         return {
             "codes": rounded.codes.cpu(),
@@ -83,20 +94,20 @@ class Rounder:
         }
 
     def round_blocks(
-        self, tree: nn.Module, path: str, kinds: dict[str, str], batches: list[dict], part: str
+        self, tree: nn.Module, path: str, group_sizes: dict[str, int | None], batches: list[dict], part: str
     ) -> dict[str, torch.Tensor]:
-        """quanto's state dict of the linears named by `kinds`, all of them in the blocks at `path` of `tree`."""
+        """quanto's state dict of the linears named by `group_sizes`, all of them in the blocks at `path` of `tree`."""
         title = BLOCK_TITLES[part]
         tensors: dict[str, torch.Tensor] = {}
-        by_block: dict[int, dict[str, str]] = {}
-        for name, kind in kinds.items():
+        by_block: dict[int, dict[str, int | None]] = {}
+        for name, size in group_sizes.items():
             index, _, inner = name.removeprefix(f"{path}.").partition(".")
-            by_block.setdefault(int(index), {})[inner] = kind
+            by_block.setdefault(int(index), {})[inner] = size
 
         def process(index: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
-            for inner, kind in by_block.get(index, {}).items():
+            for inner, size in by_block.get(index, {}).items():
                 weight = block.get_submodule(inner).weight
-                rounded = self.round(weight, kind, part, hessians.get(inner))
+                rounded = self.round(weight, size, part, hessians.get(inner))
                 tensors.update(stored_tensors(f"{path}.{index}.{inner}", **rounded))
 
         def steps(indices: Iterable[int]) -> Iterable[int]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from conversion.quantization.error import measured_errors, view_logits
 from conversion.quantization.precision import (
+    FORMATS,
     LayerPlan,
     QuantizationRecipe,
     describe,
@@ -34,7 +35,7 @@ from modeling_genieblue.model_files_genieblue import (
     some,
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
-from modeling_genieblue.quantized_linears_genieblue import group_size_of
+from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
 from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS
 
@@ -81,12 +82,20 @@ def check_quantization(subject: SavedModel) -> str:
         QMAP_NAME: plan_own_parts(model, recipe),
         f"{ADAPTER_FOLDER}/{QMAP_NAME}": plan_adapter(model.multimodal_language_model, recipe),
     }
-    problems = []
+    formats = recorded.get("formats") or {}
+    problems = [
+        f"config.json gives {name} the format {one!r}, expected one of {', '.join(FORMATS)}"
+        for name, one in formats.items()
+        if one not in FORMATS
+    ]
+    fail_on(problems)
     for name, plan in plans.items():
+        plan.mix(formats)
         problems += _other_precisions(name, plan.kinds, read_qmap(subject.folder / name))
     of_base = LayerPlan()
     if recipe.changes_base:
         of_base = plan_base(subject.plain, recipe)
+        of_base.mix(formats)
         problems += _other_precisions("the base", of_base.kinds, _kinds_in_memory(subject.plain))
         own = subject.base_quantization or {}
         problems += [
@@ -94,8 +103,18 @@ def check_quantization(subject: SavedModel) -> str:
             for part in (*BASE_PARTS, "group_size", "activations")
             if own.get(part) != recorded.get(part)
         ]
-    problems += _other_groups(model, recipe.group_size)
-    explained = describe(recipe, [*plans.values(), of_base])["other_precision"]
+    own_parts, adapter = plans.values()
+    every = [own_parts, adapter, of_base]
+    mixed = {name for plan in every for name in plan.formats}
+    problems += [
+        f"config.json has a format for {name}, which cannot have one" for name in formats if name not in mixed
+    ]
+    view = model.multimodal_language_model
+    copies = ((stock, view.get_submodule(name)) for name, stock, _ in quantized_adapter_entries(view))
+    problems += _other_groups(model.named_modules(), own_parts, recipe)
+    problems += _other_groups(copies, adapter, recipe)
+    problems += _other_groups(model.language_model.named_modules(), of_base, recipe)
+    explained = describe(recipe, every)["other_precision"]
     if recorded.get("other_precision") != explained:
         names = sorted(set(recorded.get("other_precision") or {}) ^ set(explained)) or sorted(explained)
         problems.append(f"config.json has the wrong list of layers with another precision: {some(names)}")
@@ -139,10 +158,10 @@ def _other_precisions(place: str, meant: dict[str, str], found: dict[str, str]) 
     ]
 
 
-def _other_groups(model: Any, largest: int) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if is_frozen(module) and module.weight_qtype.name == "qint4":
-            meant = group_size_of(module.in_features, largest)
+def _other_groups(modules: Iterable[tuple[str, Any]], plan: LayerPlan, recipe: QuantizationRecipe) -> Iterator[str]:
+    for name, module in modules:
+        if plan.kinds.get(name) == "qint4" and is_frozen(module) and module.weight_qtype.name == "qint4":
+            meant = plan.group_size(name, module.weight, recipe)
             if (found := module.weight._group_size or module.in_features) != meant:
                 yield f"{name} has groups of {found}, by config.json {meant}"
 

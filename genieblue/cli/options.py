@@ -1,5 +1,6 @@
 """Options shared by several commands, and their values."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,15 @@ def _check_not_empty(name: str | None) -> str | None:
     if name is not None and not name.strip():
         raise typer.BadParameter("The name is empty: give a folder or a Hub id.")
     return name
+
+
+def read_bytes(size: str) -> int:
+    """A number of bytes, such as `1.9GB` (powers of 1000) or `1.8GiB`; `BadParameter` for anything else."""
+    found = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+) ?(?:([kMG])(i?))?B?", size.strip(), re.IGNORECASE)
+    if found is None:
+        raise typer.BadParameter(f"{size!r} is not a size: give one such as 1.9GB or 800MB.")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMG".index((prefix or " ").upper()))
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a GenieBlue.")]

@@ -21,6 +21,7 @@ from genieblue.cli.options import (
     UnquantizedModel,
     Weights,
     loading_options,
+    read_bytes,
 )
 from genieblue.cli.terminal import (
     looking_for,
@@ -56,7 +57,18 @@ def quantize(
     lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = "w16a16",
     embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = "w16a16",
     rounding: Annotated[Rounding | None, typer.Option(help="Default: gptq with --calibration, else mse.")] = None,
-    group_size: Annotated[GroupSize, typer.Option(help="4-bit weights that share one scale.")] = "64",
+    group_size: Annotated[
+        GroupSize | None, typer.Option(help="4-bit weights that share one scale; default: 64, mixed if calibrated.")
+    ] = None,
+    bits_per_weight: Annotated[
+        float | None,
+        typer.Option(help="Mixed precision of the blocks on average; default: as much as groups of 64, 4.38."),
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(parser=read_bytes, metavar="SIZE", help="The same by the size of all weights, such as 1.9GB."),
+    ] = None,
+    chart: Annotated[Path | None, typer.Option(help="PNG file for the formats that mixed precision chooses.")] = None,
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Text file or JSONL of chats; may be repeated.")
     ] = None,
@@ -88,9 +100,11 @@ def quantize(
     The default is the paper's recipe for phones: LLM W4A16; vision tower, projector and LoRA W8A16. The quantized base
     is a separate repository, which any number of adapters and plain users can share.
 
-    With --eval-data it ends with a verdict: answers and perplexity against those in 16 bits. If too much is lost, the
-    folder is written and marked, `push` refuses it, and the exit code is 1.
+    With --calibration, the damage that 4 bits do to each linear is measured in both views, and some have 8 bits or
+    smaller groups. With --eval-data it ends with a verdict: answers and perplexity against those in 16 bits. If too
+    much is lost, the folder is written and marked, `push` refuses it, and the exit code is 1.
     """
+    from conversion.quantization.mixed import Budget, draw
     from conversion.quantization.precision import QuantizationRecipe
     from conversion.quantization.quantize import quantize_genieblue
     from genieblue.data.calibration_chats import read_calibration
@@ -102,6 +116,16 @@ def quantize(
         raise typer.BadParameter(f"{chosen} uses no calibration samples: leave out --calibration or use gptq.")
     if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
         raise typer.BadParameter("--image-folder is for images in a JSONL file: give one with --calibration.")
+    budget = Budget(bits_per_weight, max_bytes)
+    if budget != Budget() and group_size is not None:
+        raise typer.BadParameter("Mixed precision chooses the groups too: leave out --group-size.")
+    if budget != Budget() and not calibration:
+        raise typer.BadParameter("Mixed precision is chosen by measured damage: give --calibration.")
+    if not calibration or group_size is not None:
+        budget = None
+    if chart is not None:
+        chart = chart.expanduser()
+        _check_chart(chart, budget)
     recipe = QuantizationRecipe(
         llm=llm,
         replicated_blocks=replicated,
@@ -111,7 +135,7 @@ def quantize(
         lm_head=lm_head,
         embeddings=embeddings,
         rounding=chosen,
-        group_size=int(group_size),
+        group_size=int(group_size or 64),
         activations=activations,
     )
     options = loading_options(revision, trust_remote_code)
@@ -135,10 +159,13 @@ def quantize(
             self_contained=self_contained,
             samples=data,
             held_out=held_out,
+            budget=budget,
             overwrite=overwrite,
             progress=progress_bar,
             **options,
         )
+        if chart is not None:
+            draw(report.mixed, chart)
         parts = model_info(report.output).parts
     sizes = {name: size for name, size in parts.items() if size is not None}
     precisions = {**recipe.parts(), "language_model": recipe.llm}
@@ -169,6 +196,7 @@ def _print_json_report(report: Any, sizes: dict[str, Any], precisions: dict[str,
             "errors": report.errors,
             "other_precision": report.other_precision,
             "verdict": report.verdict,
+            **({"mixed": [linear.as_json() for linear in report.mixed]} if report.mixed else {}),
         }
     )
 
@@ -179,12 +207,43 @@ def _print_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str]
         for name, size in sizes.items()
     ]
     print_table(("part", "precision", "parameters", "on disk", "bits per parameter"), rows)
+    if report.mixed:
+        _print_mixed(report.mixed)
     for name, reason in report.other_precision.items():
         note(f"{name}: {reason}")
     for view, error in report.errors.items():
         typer.echo(f"Error of the {view} view's logits against {activations}: {error:.3f} (relative L2)")
     show_verdict(report.verdict)
     typer.echo(f"{report.output}, on the base {report.base}")
+
+
+def _print_mixed(linears: list[Any]) -> None:
+    """One row for each kind of linear: how many have which format, and the damage in nats per token."""
+    from conversion.quantization.mixed import bits_per_weight
+    from conversion.quantization.precision import FORMATS
+
+    by_kind: dict[str, list[Any]] = {}
+    for linear in linears:
+        by_kind.setdefault(linear.kind + (", replicated" if linear.is_replicated else ""), []).append(linear)
+    rows = [
+        (
+            title,
+            *(str(sum(linear.format == one for linear in own) or "") for one in FORMATS),
+            f"{bits_per_weight(own):.2f}",
+            f"{sum(linear.damages[0] for linear in own):.4f}",
+            f"{sum(linear.damages[linear.chosen] for linear in own):.4f}",
+        )
+        for title, own in {**by_kind, "all": linears}.items()
+    ]
+    print_table(("linears", *FORMATS, "bits per weight", "damage at the smallest", "damage left"), rows)
+
+
+def _check_chart(chart: Path, budget: Any) -> None:
+    if budget is None:
+        raise typer.BadParameter("Without --calibration, or with --group-size, no formats are chosen to be drawn.")
+    if chart.suffix.lower() != ".png" or not chart.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{chart} is not a PNG file in an existing folder.", param_hint="--chart")
+    import matplotlib  # noqa: F401 - a missing package is noticed before everything is rounded
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.qdq.block_rounding import States, input_hessians, run_block, walk_blocks
 from conversion.qnn.qdq.encoding import WeightFormat
 from conversion.qnn.qdq.matrix_rounding import output_error, round_matrix
+from conversion.quantization.budget import spend
 
 logger = logging.getLogger(__name__)
 REQUESTS = 4  # of each view; more hardly change the order
@@ -48,18 +49,23 @@ def choose_eight_bits(damages: list[Damage], four_bits: WeightFormat, bits_per_w
     Raises `ValueError` for an average below that of 4 bits.
     """
     total = sum(damage.weights for damage in damages)
-    left = (bits_per_weight - four_bits.bits_per_weight) * total
-    if left < 0:
+    if bits_per_weight < four_bits.bits_per_weight:
         raise ValueError(
             f"{bits_per_weight:g} bits a weight are too few: {four_bits} take {four_bits.bits_per_weight:g}."
         )
+    ordered = sorted(damages, key=lambda damage: (damage.index, damage.name))
+    ladders = {
+        (damage.index, damage.name): [
+            (damage.weights * four_bits.bits_per_weight, damage.error),
+            (damage.weights * EIGHT.bits_per_weight, 0.0),
+        ]
+        for damage in ordered
+    }
     chosen: dict[int, list[str]] = {}
-    for damage in sorted(damages, key=lambda each: (-each.error / each.weights, each.index, each.name)):
-        cost = damage.weights * (EIGHT.bits - four_bits.bits_per_weight)
-        if cost <= left:
-            left -= cost
-            chosen.setdefault(damage.index, []).append(damage.name)
-    return {index: sorted(chosen[index]) for index in sorted(chosen)}
+    for (index, name), place in spend(ladders, bits_per_weight * total).items():
+        if place:
+            chosen.setdefault(index, []).append(name)
+    return chosen
 
 
 def measure_damage(
