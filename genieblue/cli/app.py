@@ -11,10 +11,10 @@ from genieblue.cli.demo import demo
 from genieblue.cli.eval import evaluate
 from genieblue.cli.info import info
 from genieblue.cli.init import init
+from genieblue.cli.language_exports import export_app
 from genieblue.cli.params import params
 from genieblue.cli.progress import log_progress_without_terminal
 from genieblue.cli.push import push
-from genieblue.cli.qnn import export_app
 from genieblue.cli.quantize import quantize
 from genieblue.cli.terminal import ReportingGroup, configure_logging
 from genieblue.cli.train import train
