@@ -117,7 +117,9 @@ def _note_output(name: str, outputs: dict[str, torch.Tensor]) -> Callable[..., N
 def _note_reader(name: str, outputs: dict[str, torch.Tensor], readers: dict[str, str]) -> Callable[..., None]:
     def note(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         read = args[0] if args else kwargs["input"]
-        readers.update({name: norm for norm, output in outputs.items() if output is read})
+        for norm, output in outputs.items():
+            if output is read:
+                readers[name] = norm
 
     return note
 

@@ -36,7 +36,7 @@ def load_source(
     config = GenieBlueConfig.from_pretrained(source, **hub)
     check_source(source, config)
     given = load_kwargs.get("base_model")
-    out = _new_folder(out, [place for place in (source, given, _local_base(source, config)) if place is not None])
+    out = check_new_folder(out, [place for place in (source, given, _local_base(source, config)) if place is not None])
     model = GenieBlueForConditionalGeneration.from_pretrained(source, **load_kwargs)
     quantized = [name for name, weight in model.language_model.named_parameters() if not is_plain_weight(weight)]
     if quantized:
@@ -59,7 +59,8 @@ def _local_base(source: str | os.PathLike, config: GenieBlueConfig) -> str | Non
     return os.path.join(os.path.realpath(source), str(name)) if is_here else None
 
 
-def _new_folder(out: str | os.PathLike, read: Sequence[str | os.PathLike]) -> Path:
+def check_new_folder(out: str | os.PathLike, read: Sequence[str | os.PathLike]) -> Path:
+    """The absolute path of a folder to be made; `OSError` if it cannot be, `ValueError` if it is inside an input."""
     out = Path(os.path.realpath(out))
     if out.exists():
         raise FileExistsError(f"{out} already exists: give a new folder.")

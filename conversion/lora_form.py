@@ -28,7 +28,12 @@ from modeling_genieblue.language_adapter_genieblue import (
     find_blocks,
     save_adapter_config,
 )
-from modeling_genieblue.model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_settings, write_json
+from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    read_settings,
+    write_json,
+)
 from modeling_genieblue.staging_genieblue import NewFolder
 
 COPY = f"modules_to_save.{ADAPTER}."
@@ -95,14 +100,9 @@ def export_lora(
     _check_choice(rank, error, max_bytes)
     model, out = load_source(source, out, **load_kwargs)
     export = _LoraExport(model, embed_requests(model, calibration), calibration is not None)
+    budget = None if max_bytes is None else export.bytes_for_ranks(max_bytes)
     with explained_full_disk(out), NewFolder(out, "export") as new:
         spectra = export.factor(new.folder, progress or (lambda steps, _title: steps))
-        budget = None if max_bytes is None else max_bytes - export.fixed_bytes()
-        if budget is not None and budget < 0:
-            raise ValueError(
-                f"A budget of {max_bytes:,} bytes does not pay for the LoRA of the blocks that are not copied, which "
-                f"takes {export.fixed_bytes():,}: give more."
-            )
         number = export.dtype.itemsize
         ranks = choose_ranks(spectra, rank=rank, error=error, max_bytes=budget, bytes_per_number=number)
         export.write(new.staging, new.folder, ranks)
@@ -221,12 +221,20 @@ class _LoraExport:
         )
         return spectra
 
-    def fixed_bytes(self) -> int:
-        """Bytes in the file that no rank changes: the LoRA of the other blocks, and the header."""
+    def bytes_for_ranks(self, max_bytes: int) -> int:
+        """What a file of this size leaves to the copied blocks; `ValueError` if that is less than rank 1 takes."""
         names = [*self.lora, *(f"{PEFT_PREFIX}{self.path}.{index}.{name}.lora_{kind}.weight"
                  for index, block in self.blocks.items() for name in block.linears for kind in "AB")]  # fmt: skip
         header = sum(len(name) + BYTES_OF_HEADER for name in names)
-        return header + sum(weight.numel() * self.dtype.itemsize for weight in self.lora.values())
+        fixed = header + sum(weight.numel() for weight in self.lora.values()) * self.dtype.itemsize
+        layers = [block.original.get_submodule(name) for block in self.blocks.values() for name in block.linears]
+        least = fixed + sum(sum(layer.weight.shape) for layer in layers) * self.dtype.itemsize
+        if max_bytes < least:
+            raise ValueError(
+                f"A file of {max_bytes:,} bytes cannot hold rank 1 for {len(layers)} matrices of the copied blocks "
+                f"beside the LoRA of the other blocks: the least is {least:,}."
+            )
+        return max_bytes - fixed
 
     def write(self, staging: Path, folder: Path, ranks: Mapping[str, int]) -> None:
         """The adapter: LoRA of the other blocks as it is, and the factors in `folder` at these ranks."""
@@ -263,9 +271,7 @@ class _LoraExport:
         index, _, inner = name.removeprefix(f"{self.path}.").partition(".")
         size = spectrum.numbers(rank) * self.dtype.itemsize
         error = float(spectrum.errors()[rank])
-        return Matrix(
-            int(index), inner, spectrum.shape, rank, spectrum.full_rank, size, error, spectrum.lost(rank)
-        )
+        return Matrix(int(index), inner, spectrum.shape, rank, spectrum.full_rank, size, error, spectrum.lost(rank))
 
     def name_base(self, folder: Path, name: str) -> None:
         """Writes the base's name and commit into PEFT's configuration; a path is relative to the folder."""

@@ -16,6 +16,7 @@ from hub_cards.model_card import (
     card_environment,
     card_metadata,
     folder_facts,
+    path_beside,
 )
 from hub_cards.model_folder import PartSize, not_finite, own_weight_files, read_tensor_sizes
 from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
@@ -35,7 +36,6 @@ from modeling_genieblue.model_files_genieblue import (
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
     is_hub_id,
-    read_json,
     read_settings,
     some,
 )
@@ -108,7 +108,8 @@ def render_export_card(
     info = {
         **facts,
         "repo_name": repo_name,
-        "base_name": base["name"],
+        "base_name": base["name"] if on_hub else path_beside(folder, base["name"]),
+        "base_is_on_hub": on_hub,
         "base_link": _link(base, on_hub),
         "base_revision": base["revision"] if on_hub else None,
         "source_link": _link(source, is_hub_id(source["name"], folder) and "/" in source["name"]),

@@ -6,6 +6,7 @@ import typer
 
 from genieblue import __version__
 from genieblue.cli.chat import chat
+from genieblue.cli.compare import diff, stack
 from genieblue.cli.data import data_app
 from genieblue.cli.demo import demo
 from genieblue.cli.eval import evaluate
@@ -54,7 +55,7 @@ def main(
 for command in (init, train, chat):
     app.command()(command)
 app.command("eval")(evaluate)
-for command in (info, params, verify, quantize, push, demo):
+for command in (info, params, verify, diff, stack, quantize, push, demo):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(export_app, name="export")

@@ -42,7 +42,9 @@ def _bytes(text: str) -> int:
 def lora(
     model: UnquantizedModel,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the copied blocks' matrices; default: full.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the copied blocks' matrices; default: full.")
+    ] = None,
     error: Annotated[
         float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
     ] = None,
@@ -131,7 +133,9 @@ def merged(
         print_json(asdict(result) | {"output": str(result.output)})
         return
     _print_measurements(result)
-    note(f"Next: AutoModelForCausalLM.from_pretrained({str(result.output)!r}); genieblue push {result.output} you/model")
+    note(
+        f"Next: AutoModelForCausalLM.from_pretrained({str(result.output)!r}); genieblue push {result.output} you/model"
+    )
 
 
 def _requests(

@@ -9,7 +9,9 @@ from genieblue.cli.terminal import quiet_hub
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, of a quantized base or of an export.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, of a quantized base or of an export.")
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: you/model.")],
     base: Annotated[
         str | None, typer.Option(help="Hub id of a base that was local: you/base or you/base@commit.")

@@ -25,7 +25,9 @@ from hub_cards.short_numbers import short_bytes
 HELD_OUT = 8  # calibration chats that only the verdict reads
 LONGEST_ANSWER = 64  # tokens of an answer to --eval-data
 
-export_app = typer.Typer(help="Export a GenieBlue for a device or another engine.", no_args_is_help=True, rich_markup_mode=None)
+export_app = typer.Typer(
+    help="Export a GenieBlue for a device or another engine.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @export_app.callback()
