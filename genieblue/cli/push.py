@@ -22,7 +22,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.")] = None,
 ) -> None:
-    """Publish a GenieBlue, a quantized base, or an export of the language side.
+    """Publish a GenieBlue, a quantized base or an export.
 
     The folder is checked first, and the upload is a single commit. A GenieBlue's base must already be on the Hub, or
     inside its folder. If the folder names a local base, --base gives its repository, whose files must be identical.
