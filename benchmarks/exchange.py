@@ -50,7 +50,7 @@ def put_form_in_place(model: Any, folder: Path) -> None:
 
 
 def calibration_chats(processor: Any) -> Iterable[dict[str, Any]]:
-    """Scans that the demo was not trained on, and is not evaluated on, with their answers."""
+    """New numbers of the scans that the demo was trained on, with their answers; none is of the held-out scans."""
     from genieblue.data.collation import ChatCollator
     from genieblue.demo.scans import NumberScans, split_scans
 
