@@ -199,7 +199,7 @@ def card_info_from_folder(
     images = _image_settings(folder)
     return ModelCardInfo(
         repo_name=repo_name or folder.name,
-        base_model=_path_beside(folder, local_base) if local_base else base,
+        base_model=path_beside(folder, local_base) if local_base else base,
         base_is_on_hub=on_hub,
         base_is_inside=is_inner_folder(base),
         base_revision=revision,
@@ -340,7 +340,7 @@ def _license(metadata: dict[str, Any], base_files: str | None) -> License | None
     return License(identifier, metadata.get("license_name"), link)
 
 
-def _path_beside(folder: Path, base: str) -> str:
+def path_beside(folder: Path, base: str) -> str:
     """The base's path relative to the parent of the model's folder, where the card's code is run."""
     return Path(os.path.relpath(folder / base, folder.parent)).as_posix()
 

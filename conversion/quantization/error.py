@@ -11,9 +11,8 @@ from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 ViewLogits = dict[str, torch.Tensor]  # float32 logits (positions, vocabulary) on fixed requests, by view
 
 
-@torch.no_grad()
-def view_logits(model: Any) -> ViewLogits:
-    """Logits of both views on the same ids; the multimodal ones follow one tile with a pattern in it."""
+def probe_requests(model: Any) -> list[dict[str, torch.Tensor]]:
+    """Fixed prompts behind one tile with a pattern in it, as requests of the multimodal view."""
     config = model.config
     size = min(config.image_token_id, 256)
     rows = [torch.tensor([[byte % size for byte in prompt.encode()]], device=model.device) for prompt in PROMPTS]
@@ -21,24 +20,36 @@ def view_logits(model: Any) -> ViewLogits:
     tile = torch.stack([torch.sin(waves[None] + phase) * torch.cos(waves[:, None]) for phase in (0.0, 1.0, 2.0)])
     pixels = tile[None].to(model.device, model.vision_tower.dtype)
     image = torch.full((1, config.image_seq_length), config.image_token_id, device=model.device)
-    text = [logits_of(model, ids)[0] for ids in rows]
-    with_image = [logits_of(model, torch.cat([image, ids], dim=1), pixel_values=pixels)[0] for ids in rows]
-    multimodal = [logits[image.shape[1] :] for logits in with_image]
+    return [{"input_ids": torch.cat([image, ids], dim=1), "pixel_values": pixels} for ids in rows]
+
+
+@torch.no_grad()
+def view_logits(model: Any) -> ViewLogits:
+    """Logits of both views on the same ids; the multimodal ones follow one tile with a pattern in it."""
+    length = model.config.image_seq_length
+    requests = probe_requests(model)
+    text = [logits_of(model, request["input_ids"][:, length:])[0] for request in requests]
+    multimodal = [logits_of(model, **request)[0, length:] for request in requests]
     return {"text": torch.cat(text).float().cpu(), "multimodal": torch.cat(multimodal).float().cpu()}
+
+
+def logits_error(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Relative L2 error of logits (positions, vocabulary), and the share of positions with the same top token."""
+    # Softmax ignores a constant, so it is no error.
+    exact, other = (logits - logits.mean(dim=-1, keepdim=True) for logits in (exact, other))
+    return float((other - exact).norm() / exact.norm()), float((other.argmax(-1) == exact.argmax(-1)).float().mean())
 
 
 def measured_errors(before: ViewLogits, after: ViewLogits, recipe: Any) -> tuple[dict[str, float], list[dict]]:
     """Relative L2 error of the logits by view, and the same as rows for the model card."""
     errors, rows = {}, []
     for view, place in (("text", ""), ("multimodal", " after one tile with a pattern")):
-        exact, rounded = _centred(before[view]), _centred(after[view])
-        errors[view] = float((rounded - exact).norm() / exact.norm())
-        agreeing = float((rounded.argmax(-1) == exact.argmax(-1)).float().mean())
+        errors[view], agreeing = logits_error(before[view], after[view])
         rows.append(
             {
                 "name": f"Error of the {view} view's logits against {recipe.activations}",
                 "value": f"{errors[view]:.3f} relative L2; the same top token at {agreeing:.1%} of positions",
-                "how": f"{len(exact)} positions of three fixed prompts{place}",
+                "how": f"{len(before[view])} positions of three fixed prompts{place}",
             }
         )
     return errors, rows
@@ -60,16 +71,8 @@ def errors_by_part(exact: Any, rounded: Any, logits: Callable[[Any], ViewLogits]
         _swap(pairs)  # so that no part is in memory twice
         after = logits(exact)
         _swap(pairs)
-        errors[part] = {
-            view: float((_centred(after[view]) - _centred(values)).norm() / _centred(values).norm())
-            for view, values in before.items()
-        }
+        errors[part] = {view: logits_error(values, after[view])[0] for view, values in before.items()}
     return errors
-
-
-def _centred(logits: torch.Tensor) -> torch.Tensor:
-    """Logits without their mean: softmax ignores a constant, so it is no error."""
-    return logits - logits.mean(dim=-1, keepdim=True)
 
 
 def _parameters_by_part(model: Any) -> dict[str, list[torch.Tensor]]:

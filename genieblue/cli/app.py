@@ -6,15 +6,16 @@ import typer
 
 from genieblue import __version__
 from genieblue.cli.chat import chat
+from genieblue.cli.compare import diff, stack
 from genieblue.cli.data import data_app
 from genieblue.cli.demo import demo
 from genieblue.cli.eval import evaluate
 from genieblue.cli.info import info
 from genieblue.cli.init import init
+from genieblue.cli.language_exports import export_app
 from genieblue.cli.params import params
 from genieblue.cli.progress import log_progress_without_terminal
 from genieblue.cli.push import push
-from genieblue.cli.qnn import export_app
 from genieblue.cli.quantize import quantize
 from genieblue.cli.terminal import ReportingGroup, configure_logging
 from genieblue.cli.train import train
@@ -54,7 +55,7 @@ def main(
 for command in (init, train, chat):
     app.command()(command)
 app.command("eval")(evaluate)
-for command in (info, params, verify, quantize, push, demo):
+for command in (info, params, verify, diff, stack, quantize, push, demo):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(export_app, name="export")

@@ -9,7 +9,9 @@ from genieblue.cli.terminal import quiet_hub
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, or of a quantized base.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, of a quantized base or of an export.")
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: you/model.")],
     base: Annotated[
         str | None, typer.Option(help="Hub id of a base that was local: you/base or you/base@commit.")
@@ -23,11 +25,12 @@ def push(
     ] = False,
     token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.")] = None,
 ) -> None:
-    """Publish a GenieBlue or a quantized base.
+    """Publish a GenieBlue, a quantized base or an export.
 
     The folder is checked first, and the upload is a single commit. A GenieBlue's base must already be on the Hub, or
     inside its folder. If the folder names a local base, --base gives its repository, whose files must be identical.
     """
+    from hub_cards.exports import publish_export, read_export
     from hub_cards.model_folder import read_base_quantization
     from hub_cards.publish import publish_folder
     from hub_cards.publish_base import publish_quantized_base
@@ -37,7 +40,9 @@ def push(
         "private": private, "token": token, "revision": revision, "commit_message": message, "create_pr": create_pr,
         "accept_loss": accept_loss,
     }  # fmt: skip
-    if read_base_quantization(folder) is None:
+    if read_export(folder) is not None:
+        commit = publish_export(folder, repo_id, base=base, **options)
+    elif read_base_quantization(folder) is None:
         commit = publish_folder(folder, repo_id, base=base, **options)
     elif base is None:
         commit = publish_quantized_base(folder, repo_id, **options)

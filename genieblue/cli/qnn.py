@@ -24,12 +24,14 @@ from hub_cards.short_numbers import short_bytes
 
 HELD_OUT = 8  # calibration chats that only the verdict reads
 
-export_app = typer.Typer(help="Export a GenieBlue for a device.", no_args_is_help=True, rich_markup_mode=None)
+export_app = typer.Typer(
+    help="Export a GenieBlue for a device or another engine.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @export_app.callback()
 def export() -> None:
-    """Export a GenieBlue for a device."""
+    """Export a GenieBlue for a device or another engine."""
 
 
 @export_app.command()

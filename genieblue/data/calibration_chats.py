@@ -1,5 +1,6 @@
 """Calibration samples from the user's text or chats, for `gptq` and for NPU graphs."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,5 +58,18 @@ def read_calibration(
     )
 
 
+def read_requests(
+    path: Path, processor: Any, *, count: int, image_folder: Path | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Up to `count` chats of a JSONL file as requests of the multimodal view; images are read when they are needed.
+
+    Raises `ValueError` or `OSError` for missing, empty or bad data.
+    """
+    collator = ChatCollator(processor)
+    chats = read_chats(path, count, image_folder=image_folder)
+    return (_request(collator.encode(chat)) for chat in chats)
+
+
 def _request(row: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.tensor([row["input_ids"]]), "pixel_values": row["pixel_values"]}
+    images = {name: row[name] for name in ("pixel_values",) if name in row}
+    return {"input_ids": torch.tensor([row["input_ids"]]), **images}

@@ -1,0 +1,140 @@
+"""Compares two saved GenieBlues: their settings, and every tensor that they add to their bases."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hub_cards.model_folder import adapter_weights, check_is_genieblue
+from modeling_genieblue.model_files_genieblue import CONFIG_NAME, ModelFiles, read_settings, weight_files
+
+# Settings that say how or by what a folder was written, and not what its model computes.
+OTHER_SETTINGS = ("_name_or_path", "architectures", "auto_map", "transformers_version", "weight_fingerprint")
+CHANGED, ONLY_FIRST, ONLY_SECOND, OTHER_KIND = "changed", "only in the first", "only in the second", "other shape"
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor in which two GenieBlues differ.
+
+    Attributes:
+        how: `changed`, `other shape` (or dtype), `only in the first` or `only in the second`.
+        difference: L2 norm of the difference, relative to the first one's; for `changed` only.
+    """
+
+    part: str
+    name: str
+    how: str
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings that differ, with both values; the tensors that differ; and how many tensors each part has."""
+
+    settings: dict[str, tuple[Any, Any]]
+    tensors: list[TensorDifference]
+    counts: dict[str, int]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.settings and not self.tensors
+
+
+def compare_models(
+    first: str, second: str, *, revisions: tuple[str | None, str | None] = (None, None), **hub: Any
+) -> Comparison:
+    """Compares two GenieBlues (folder or Hub id), 16-bit or quantized, tensor by tensor, without loading them.
+
+    Args:
+        revisions: branch, tag or commit of each on the Hub.
+        hub: keyword arguments of huggingface_hub, such as `token`.
+
+    Raises `OSError` for missing or damaged files, `ValueError` for another kind of model.
+    """
+    models = [_SavedTensors(name, revision, hub) for name, revision in zip((first, second), revisions, strict=True)]
+    settings = [_flat(model.config) for model in models]
+    differing = {
+        name: (settings[0].get(name), settings[1].get(name))
+        for name in sorted({*settings[0], *settings[1]})
+        if settings[0].get(name) != settings[1].get(name)
+    }
+    with models[0], models[1]:
+        names = sorted({*models[0].places, *models[1].places})
+        differences = [difference for name in names if (difference := _compare(name, *models)) is not None]
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[_part(name)] = counts.get(_part(name), 0) + 1
+    return Comparison(differing, differences, counts)
+
+
+class _SavedTensors:
+    """The own tensors of a saved GenieBlue, read one by one; a context that keeps its files open."""
+
+    def __init__(self, name: str, revision: str | None, hub: Mapping[str, Any]):
+        files = ModelFiles(name, revision=revision, **hub)
+        path = files.find(CONFIG_NAME)
+        if path is None:
+            raise FileNotFoundError(f"{name} has no {CONFIG_NAME}: give a folder or Hub id of a GenieBlue.")
+        self.config = check_is_genieblue(read_settings(path), path)
+        self.paths: list[Path] = list(weight_files(files.find).values())
+        adapter = adapter_weights(self.config)
+        if (found := files.find(adapter)) is None or not self.paths:
+            raise FileNotFoundError(f"{name} has no {adapter if found is None else 'weights'}: it is incomplete.")
+        self.paths.append(found)
+        self.places: dict[str, Any] = {}
+
+    def __enter__(self) -> "_SavedTensors":
+        self._stack = ExitStack()
+        for path in self.paths:
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
+            self.places |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """A tensor by name, if there is one."""
+        return self.places[name].get_tensor(name) if name in self.places else None
+
+
+def _compare(name: str, first: _SavedTensors, second: _SavedTensors) -> TensorDifference | None:
+    one, other = first.read(name), second.read(name)
+    if one is None or other is None:
+        return TensorDifference(_part(name), name, ONLY_SECOND if one is None else ONLY_FIRST, None)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return TensorDifference(_part(name), name, OTHER_KIND, None)
+    if torch.equal(one, other):
+        return None
+    one, other = one.double(), other.double()
+    return TensorDifference(_part(name), name, CHANGED, float((other - one).norm() / one.norm().clamp(min=1e-30)))
+
+
+def _part(name: str) -> str:
+    first = name.partition(".")[0]
+    if first in ("vision_tower", "multi_modal_projector"):
+        return first
+    return "lora" if ".lora_" in name else "replicated_blocks"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, without those that say nothing of the model."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in OTHER_SETTINGS:
+            continue
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.loads(json.dumps(value))
+    return flat

@@ -1,0 +1,146 @@
+"""What exports of the multimodal language side share: which models they take, how they are measured, their facts."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from conversion.quantization.bases import check_source
+from conversion.quantization.error import logits_error, probe_requests
+from hub_cards.exports import EXPORT_VERSION
+from hub_cards.model_card import Measurement
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
+from modeling_genieblue.base_identity_genieblue import is_plain_weight
+from modeling_genieblue.language_adapter_genieblue import adapter_parameters
+from modeling_genieblue.loading_genieblue import LoadRequest
+from modeling_genieblue.model_files_genieblue import HUB_KEYS, is_path
+
+MEASURED_REQUESTS, MEASURED_POSITIONS = 8, 64  # the logits of more would fill the memory
+Request = dict[str, torch.Tensor]  # of the multimodal view
+
+
+def load_source(
+    source: str | os.PathLike, out: str | os.PathLike, **load_kwargs: Any
+) -> tuple[GenieBlueForConditionalGeneration, Path]:
+    """The GenieBlue to export and the output folder, as an absolute path.
+
+    Raises, mostly before any weights are read, `OSError` for an output that exists or cannot be made, and `ValueError`
+    for one inside the input, for a quantized GenieBlue or base, and for one whose language side was never trained.
+    """
+    hub = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
+    LoadRequest.from_arguments(source, hub).check_layout()
+    config = GenieBlueConfig.from_pretrained(source, **hub)
+    check_source(source, config)
+    given = load_kwargs.get("base_model")
+    out = check_new_folder(out, [place for place in (source, given, _local_base(source, config)) if place is not None])
+    model = GenieBlueForConditionalGeneration.from_pretrained(source, **load_kwargs)
+    quantized = [name for name, weight in model.language_model.named_parameters() if not is_plain_weight(weight)]
+    if quantized:
+        raise ValueError(
+            f"The base of {source} is quantized ({quantized[0]}), and so are no weights to compute with: load it in "
+            "16 or 32 bits (--base)."
+        )
+    view = model.multimodal_language_model
+    if not any(weight.any() for name, _, weight in adapter_parameters(view) if ".lora_B." in name):
+        raise ValueError(
+            f"The language model of {source} is untrained, so its multimodal view is the base itself: train stage 2 "
+            "first (`genieblue train --stage 2`)."
+        )
+    return model, out
+
+
+def _local_base(source: str | os.PathLike, config: GenieBlueConfig) -> str | None:
+    name = config.base_model_name_or_path
+    is_here = name is not None and is_path(name) and os.path.isdir(source)
+    return os.path.join(os.path.realpath(source), str(name)) if is_here else None
+
+
+def check_new_folder(out: str | os.PathLike, read: Sequence[str | os.PathLike]) -> Path:
+    """The absolute path of a folder to be made; `OSError` if it cannot be, `ValueError` if it is inside an input."""
+    out = Path(os.path.realpath(out))
+    if out.exists():
+        raise FileExistsError(f"{out} already exists: give a new folder.")
+    there = next(place for place in out.parents if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, so {out} cannot be made: give another folder.")
+    for folder in (Path(os.path.realpath(place)) for place in read if os.path.isdir(place)):
+        if folder in out.parents:
+            raise ValueError(f"{out} is inside the input {folder}: give a folder outside.")
+    return out
+
+
+@torch.no_grad()
+def embed_requests(model: Any, requests: Iterable[Mapping[str, Any]] | None) -> list[Request]:
+    """Encoded chats as inputs of the multimodal view; without any, the fixed prompts behind a tile with a pattern.
+
+    Raises `ValueError` for an empty iterable.
+    """
+    device, embedded = model.language_model.device, []
+    for request in probe_requests(model) if requests is None else requests:
+        ids = torch.as_tensor(request["input_ids"], device=device)
+        ids = ids if ids.ndim == 2 else ids[None]
+        embedded.append({"inputs_embeds": model.embed_request(ids, request.get("pixel_values"))})
+    if not embedded:
+        raise ValueError("There are no calibration chats: give some, or leave them out.")
+    return embedded
+
+
+class LogitsGauge:
+    """The logits of the exact multimodal view on some requests, to which other forms of it are compared."""
+
+    def __init__(self, view: nn.Module, requests: Sequence[Request], of_chats: bool):
+        self.requests = requests[:MEASURED_REQUESTS]
+        self.exact = self._logits(view)
+        kind = "calibration chats" if of_chats else "fixed prompts behind one tile with a pattern"
+        self.how = f"{len(self.exact)} positions of {len(self.requests)} {kind}"
+
+    def measure(self, name: str, model: nn.Module) -> tuple[float, Measurement]:
+        """Relative L2 error of a model's logits, and the same as a row for the card."""
+        error, agreeing = logits_error(self.exact, self._logits(model))
+        value = f"{error:.2g} relative L2; the same top token at {agreeing:.1%} of positions"
+        return error, Measurement(name, value, self.how)
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module) -> torch.Tensor:
+        rows = [model(**request, use_cache=False).logits[0, -MEASURED_POSITIONS:] for request in self.requests]
+        return torch.cat(rows).float().cpu()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that an export comes from: its name (Hub id, or a path from the export's folder), commit and sha256."""
+
+    name: str
+    revision: str | None
+    fingerprint: dict[str, str] | None
+
+
+def export_facts(
+    kind: str, model: Any, out: Path, measurements: Sequence[Measurement], **others: Any
+) -> dict[str, Any]:
+    """What an export records of itself; see `hub_cards.exports`."""
+    request, config = model.provenance.source, model.config
+    revision = None if os.path.isdir(request.path) else request.hub_kwargs.get("revision")
+    base = config.base_model_name_or_path
+    return {
+        "version": EXPORT_VERSION,
+        "kind": kind,
+        "source": asdict(Origin(_name_from(out, request.path), revision, config.weight_fingerprint)),
+        "base": asdict(Origin(_name_from(out, base), config.base_model_revision, config.base_model_fingerprint)),
+        "base_needs_remote_code": bool(config.base_model_runs_remote_code),
+        "dtype": str(model.language_model.dtype).removeprefix("torch."),
+        "measurements": [asdict(row) for row in measurements],
+        **others,
+    }
+
+
+def _name_from(out: Path, name: str) -> str:
+    """A folder's path from `out`, written as a path; a Hub id as it is."""
+    if not os.path.isdir(name):
+        return name
+    relative = os.path.relpath(os.path.realpath(name), out)
+    return relative if relative.startswith(".") else os.path.join(".", relative)

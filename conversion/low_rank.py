@@ -1,0 +1,114 @@
+"""The change of a weight matrix as a product of low rank: its SVD, and how many ranks to keep of many matrices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+# Of the mean of a Hessian's diagonal, added to it: directions that no calibration sample has still count a little.
+DAMPING = 0.01
+BYTES_OF_HEADER = 140  # of a safetensors file for each tensor, at most, without the tensor's name
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """How the error of a matrix falls with the rank at which its change is cut.
+
+    Attributes:
+        shape: (out_features, in_features).
+        singular_values: of the change, in descending order; of its outputs if there was calibration.
+        size: Frobenius norm of the whole changed matrix, or of its outputs.
+    """
+
+    shape: tuple[int, int]
+    singular_values: torch.Tensor
+    size: float
+
+    @property
+    def full_rank(self) -> int:
+        """The rank at which nothing is lost."""
+        return min(self.shape)
+
+    def errors(self) -> torch.Tensor:
+        """Error of the matrix (of its outputs), relative to it, at ranks 0 … `full_rank`."""
+        squares = self.singular_values.double().square()
+        lost = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+        return lost.sqrt() / max(self.size, 1e-30)
+
+    def lost(self, rank: int) -> float:
+        """Share of the change that is lost at `rank`: the error relative to that at rank 0."""
+        errors = self.errors()
+        return float(errors[rank] / errors[0]) if errors[0] else 0.0
+
+    def rank_for(self, error: float) -> int:
+        """The smallest rank with at most this error, at least 1."""
+        return max(1, int((self.errors() > error).sum()))
+
+    def numbers(self, rank: int) -> int:
+        """Numbers in both factors."""
+        return rank * sum(self.shape)
+
+
+@torch.no_grad()
+def factor_change(
+    original: torch.Tensor, changed: torch.Tensor, hessian: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Spectrum]:
+    """Factors B (out, full rank) and A (full rank, in) of `changed - original`, of which the first ranks matter most.
+
+    At each rank `B[:, :rank] @ A[:rank]` is the best of all matrices of that rank: for the weights or, with the
+    Hessian `2 X^T X / n` of the inputs, for the outputs on them. Both factors are float32 and of equal size.
+    """
+    changed = changed.float()
+    change = changed - original.float()
+    if hessian is None:
+        root = None
+        basis, values, _ = torch.linalg.svd(change, full_matrices=False)
+    else:
+        hessian = hessian.double()
+        damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
+        hessian = hessian + damping * torch.eye(len(hessian), dtype=torch.float64)
+        root = torch.linalg.cholesky(hessian).float()
+        basis, values, _ = torch.linalg.svd(change @ root, full_matrices=False)
+    rest = basis.t() @ change
+    balance = rest.norm(dim=1).clamp(min=1e-30).sqrt()
+    size = float((changed if root is None else changed @ root).norm())
+    return basis * balance, rest / balance[:, None], Spectrum((change.shape[0], change.shape[1]), values, size)
+
+
+def choose_ranks(
+    spectra: Mapping[str, Spectrum],
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    max_bytes: int | None = None,
+    bytes_per_number: int = 2,
+) -> dict[str, int]:
+    """The rank of each matrix: a fixed one, the least with at most this `error`, or what `max_bytes` pay for.
+
+    Bytes are spent where they lower the sum of the matrices' squared errors most. Without a choice all is kept. Every
+    matrix gets at least rank 1. Raises `ValueError` for a budget that does not pay for that.
+    """
+    if rank is not None:
+        return {name: min(rank, spectrum.full_rank) for name, spectrum in spectra.items()}
+    if error is not None:
+        return {name: spectrum.rank_for(error) for name, spectrum in spectra.items()}
+    if max_bytes is None:
+        return {name: spectrum.full_rank for name, spectrum in spectra.items()}
+    ranks = dict.fromkeys(spectra, 1)
+    cost = {name: spectrum.numbers(1) * bytes_per_number for name, spectrum in spectra.items()}
+    left = max_bytes - sum(cost.values())
+    if left < 0:
+        raise ValueError(
+            f"A budget of {max_bytes:,} bytes does not pay for rank 1 in {len(spectra)} matrices, which takes "
+            f"{sum(cost.values()):,}: give more."
+        )
+    steps = []
+    for name, spectrum in spectra.items():
+        squares = spectrum.errors().square()
+        steps += [(float(gain) / cost[name], name) for gain in squares[1:-1] - squares[2:]]
+    # A matrix's gains fall with its rank, so its steps come in order; sorting keeps the order of equal ones.
+    for gain, name in sorted(steps, key=lambda step: -step[0]):
+        if gain > 0 and cost[name] <= left:
+            left -= cost[name]
+            ranks[name] += 1
+    return ranks

@@ -1,0 +1,118 @@
+"""The multimodal language side of a GenieBlue as one dense language model of the base's own architecture."""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from conversion.language_exports import LogitsGauge, embed_requests, export_facts, load_source
+from conversion.quantization.bases import COMPANIONS, base_folder
+from conversion.staging import explained_full_disk
+from hub_cards.exports import EXPORT_FACTS_NAME, write_export_card
+from hub_cards.model_card import Measurement
+from modeling_genieblue.language_adapter_genieblue import ADAPTER
+from modeling_genieblue.model_files_genieblue import GENERATION_CONFIG_NAME, write_json
+from modeling_genieblue.staging_genieblue import NewFolder
+
+LARGEST_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the logits, relative
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """What was written: the folder, bytes of the weights, and the error of its logits."""
+
+    output: Path
+    bytes: int
+    measurements: list[Measurement]
+
+
+def export_merged(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    **load_kwargs: Any,
+) -> MergedModel:
+    """Writes the multimodal view of a GenieBlue (folder or Hub id) as a plain checkpoint of its base's architecture.
+
+    LoRA is merged in float32 and cast to the dtype of the base, or to `dtype`. What was written is loaded again, and
+    its logits compared with the view's.
+
+    Args:
+        calibration: chats as encoded by the model's processor, on which the logits are compared.
+        load_kwargs: of `GenieBlueForConditionalGeneration.from_pretrained`.
+
+    Raises `ValueError` or `OSError`, leaving nothing behind, for a model that cannot be exported (see `load_source`),
+    an output that exists, and a result that does not load or gives other logits.
+    """
+    model, out = load_source(source, out, **load_kwargs)
+    base, view, config = model.language_model, model.multimodal_language_model, model.config
+    gauge = LogitsGauge(view, embed_requests(model, calibration), calibration is not None)
+    access = model.provenance.access
+    with explained_full_disk(out), NewFolder(out, "export") as new:
+        settings = base.generation_config
+        base.generation_config = GenerationConfig()  # its `save_pretrained` refuses what some bases come with
+        base.save_pretrained(new.staging, state_dict=merged_state(base, view))
+        settings.to_json_file(new.staging / GENERATION_CONFIG_NAME)
+        origin = base_folder(config.base_model_name_or_path, config.base_model_revision, access)
+        _copy_companions(origin, new.staging)
+        merged = AutoModelForCausalLM.from_pretrained(
+            new.staging, dtype=base.dtype, use_safetensors=True, trust_remote_code=base.is_remote_code()
+        )
+        error, row = gauge.measure("Logits of this model", merged.eval().to(base.device))
+        if not error <= LARGEST_ERROR[base.dtype]:
+            raise ValueError(
+                f"The merged model's logits differ from the multimodal view's by {error:.2g} of their size, more than "
+                f"{LARGEST_ERROR[base.dtype]:g}: {type(base).__name__} cannot be merged. Use `genieblue export lora`."
+            )
+        facts = export_facts("merged", model, out, [row], replicated_layers=config.replicated_layers)
+        write_json(new.staging / EXPORT_FACTS_NAME, facts)
+        write_export_card(new.staging, out.name, base_folder=origin)
+        size = sum(path.stat().st_size for path in new.staging.glob("*.safetensors"))
+        new.put_in_place()
+    return MergedModel(out, size, [row])
+
+
+@torch.no_grad()
+def merged_state(base: nn.Module, view: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the base with the view's copies and with its LoRA merged; in the base's dtype, new tensors.
+
+    Tensors that the base shares between two names stay shared.
+    """
+    modules = dict(view.named_modules())
+    state: dict[str, torch.Tensor] = {}
+    merged: dict[int, torch.Tensor] = {}
+    for name, value in base.state_dict(keep_vars=True).items():
+        if id(value) not in merged:
+            merged[id(value)] = _merged(name, value, view, modules)
+        state[name] = merged[id(value)]
+    return state
+
+
+def _merged(name: str, value: torch.Tensor, view: nn.Module, modules: dict[str, nn.Module]) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    parts = owner.split(".")
+    for end in range(len(parts), 0, -1):
+        wrapper: Any = modules.get(".".join(parts[:end]))
+        if hasattr(wrapper, "modules_to_save") and ADAPTER in wrapper.modules_to_save:
+            inner = ".".join([*parts[end:], leaf])
+            return wrapper.modules_to_save[ADAPTER].state_dict()[inner].to(value.dtype)
+    layer: Any = modules.get(owner)
+    if leaf == "weight" and hasattr(layer, "lora_A"):
+        return (value.float() + layer.get_delta_weight(ADAPTER).float()).to(value.dtype)
+    return value.detach()
+
+
+def _copy_companions(origin: Path, folder: Path) -> None:
+    """Tokenizer, licence and code of the base."""
+    for path in sorted(origin.iterdir()):
+        is_companion = any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS)
+        if path.is_file() and is_companion and path.name != GENERATION_CONFIG_NAME:
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,109 @@
+"""Puts a GenieBlue on another revision of its base, if what its multimodal view shares with the base is the same."""
+
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion.language_exports import check_new_folder
+from conversion.quantization.bases import check_source
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import different_settings, tensor_samples
+from modeling_genieblue.base_loading_genieblue import check_complete, load_base, resolve_base
+from modeling_genieblue.language_adapter_genieblue import find_blocks
+from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
+from modeling_genieblue.model_files_genieblue import HUB_KEYS, SHARED_HUB_KEYS, check_folder_or_id, some
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """What was written: the folder, the new base with its commit, and its changed tensors, which only text runs."""
+
+    output: Path
+    base: str
+    revision: str | None
+    changed: list[str]
+
+
+def stack_on(
+    source: str | os.PathLike,
+    base: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    base_revision: str | None = None,
+    trust_remote_code: bool = False,
+    **hub_kwargs: Any,
+) -> Stacked:
+    """Writes a copy of the GenieBlue `source` that stands on `base`, a newer revision of its own base.
+
+    The multimodal view does not change: it uses all of the base but the blocks that it has copies of. So these blocks
+    may differ, and nothing else. Text then runs the new base, with its tokenizer and template.
+
+    Args:
+        base: folder or Hub id of the new base.
+        base_revision: branch, tag or commit of it.
+        hub_kwargs: how `source` is loaded (`token`, `revision`, `cache_dir`, …).
+
+    Raises `ValueError` that names them if other tensors, settings or the vocabulary differ, and `ValueError` or
+    `OSError` for a quantized GenieBlue, a base that is missing or incomplete, and an output that exists.
+    """
+    hub = {key: value for key, value in hub_kwargs.items() if key in HUB_KEYS and value is not None}
+    request = LoadRequest.from_arguments(source, {**hub, "trust_remote_code": trust_remote_code})
+    request.check_layout()
+    config = GenieBlueConfig.from_pretrained(source, **hub)
+    check_source(source, config)
+    check_folder_or_id(base, "The base ")
+    is_local = os.path.isdir(base)
+    access = {key: hub[key] for key in SHARED_HUB_KEYS if key in hub}
+    location = {"trust_remote_code": trust_remote_code, **access}
+    if not is_local:  # all files are of one commit
+        location["revision"] = hub_commit(str(base), base_revision, newest=True, **access) or base_revision
+    out = check_new_folder(out, [source, base])
+
+    old = load_base(config, request, None)
+    new, info = AutoModelForCausalLM.from_pretrained(
+        base, dtype=old.dtype, use_safetensors=True, output_loading_info=True, **location
+    )
+    check_complete(str(base), info)
+    path, _ = find_blocks(old)
+    copied = tuple(f"{path}.{index}." for index in config.replicated_layers or ())
+    changed = list(_changed(old, new))
+    shared = [name for name in changed if not name.startswith(copied)]
+    settings = different_settings(new.config, config.text_config)
+    if shared or settings:
+        tensors = [f"{len(shared)} tensors that its multimodal view shares differ ({some(shared)})"] if shared else []
+        raise ValueError(
+            f"{source} does not fit {base}: {'; '.join([*tensors, *settings[:3]])}. It was trained on the old ones: "
+            "train stage 2 on the new base, or keep the old one."
+        )
+    del old
+    model = GenieBlueForConditionalGeneration.from_pretrained(
+        source, base_model=new, check_base=False, trust_remote_code=trust_remote_code, **hub
+    )
+    processor = GenieBlueProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(base, **location)
+    if tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise ValueError(f"{base} has another vocabulary than {source} was trained with: keep the old base.")
+    processor.tokenizer = tokenizer
+    name, revision = resolve_base(new, os.fspath(base), location.get("revision"), access)
+    model.config.base_model_name_or_path, model.config.base_model_revision = name, revision
+    model.config.base_model_fingerprint = None  # found at the save
+    model.config.text_config = copy.deepcopy(new.config.get_text_config(decoder=True))
+    model.provenance.base_samples = tensor_samples(new)
+    model.save_pretrained(out, processor=processor)
+    return Stacked(out, str(name), revision, changed)
+
+
+def _changed(old: nn.Module, new: nn.Module) -> Iterator[str]:
+    """Names of the tensors in which two bases differ, or that only one of them has."""
+    first, second = old.state_dict(), new.state_dict()
+    for name in {**first, **second}:
+        one, other = first.get(name), second.get(name)
+        if one is None or other is None or not torch.equal(one, other):
+            yield name

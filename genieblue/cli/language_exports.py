@@ -1,0 +1,159 @@
+"""`genieblue export lora` and `export merged`: the multimodal language side for other engines."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from genieblue.cli.options import Base, BaseCode, CalibrationImages, Dtype, Json, Revision, UnquantizedModel
+from genieblue.cli.options import loading_options as hub_options
+from genieblue.cli.qnn import export_app
+from genieblue.cli.terminal import (
+    looking_for,
+    note,
+    print_json,
+    print_table,
+    progress_bar,
+    quiet_transformers,
+    stdout_for_json,
+)
+from hub_cards.short_numbers import short_bytes
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+Calibration = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="JSONL of chats, some with images, on which errors are measured.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Number of calibration chats.")]
+
+
+def _bytes(text: str) -> int:
+    """A size in bytes: `12000000`, `12MB`, `1.5GB`."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", text.strip())
+    try:
+        return int(float(match[1]) * UNITS[match[2]])  # pyright: ignore[reportOptionalSubscript]
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"{text!r} is no size: give bytes, or 12MB, 1.5GB.") from error
+
+
+@export_app.command()
+def lora(
+    model: UnquantizedModel,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the copied blocks' matrices; default: full.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(parser=_bytes, metavar="SIZE", help="Or what this file size pays for: 12MB.")
+    ] = None,
+    calibration: Calibration = None,
+    image_folder: CalibrationImages = None,
+    samples: Samples = 32,
+    dtype: Dtype = "auto",
+    base: Base = None,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+    json_output: Json = False,
+) -> None:
+    """Write the multimodal language side as one LoRA.
+
+    Copied blocks become LoRA of a higher rank on the untouched base, so that every engine that knows PEFT's LoRA can
+    run the multimodal view. At full rank the logits are the same.
+    """
+    options = hub_options(revision, trust_remote_code) | {"base_model": base, "dtype": dtype}
+    with stdout_for_json(json_output), looking_for(model):
+        quiet_transformers()
+        from conversion.lora_form import export_lora
+
+        form = export_lora(
+            model,
+            out.expanduser(),
+            rank=rank,
+            error=error,
+            max_bytes=max_bytes,
+            calibration=_requests(model, calibration, image_folder, samples, options),
+            progress=progress_bar,
+            **options,
+        )
+    if json_output:
+        from dataclasses import asdict
+
+        print_json(asdict(form) | {"output": str(form.output)})
+        return
+    rows = [
+        (
+            f"{each.block}.{each.name}",
+            "×".join(map(str, each.shape)),
+            f"{each.rank} of {each.full_rank}",
+            short_bytes(each.bytes),
+            f"{each.error:.2g}",
+            f"{each.lost:.1%}",
+        )
+        for each in form.matrices
+    ]
+    print_table(("matrix", "shape", "rank", "size", "error", "lost of its change"), rows)
+    for name, difference in form.left_behind.items():
+        note(f"{name}: no LoRA carries it; the base's is used, from which it differs by {difference:.1%}")
+    _print_measurements(form)
+    note(f"Next: PeftModel.from_pretrained(base, {str(form.output)!r}); genieblue push {form.output} you/adapter")
+
+
+@export_app.command()
+def merged(
+    model: UnquantizedModel,
+    out: Annotated[Path, typer.Option(help="Folder for the language model.")],
+    calibration: Calibration = None,
+    image_folder: CalibrationImages = None,
+    samples: Samples = 32,
+    dtype: Dtype = "auto",
+    base: Base = None,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+    json_output: Json = False,
+) -> None:
+    """Write the multimodal language side as one dense language model.
+
+    It has the architecture and the tokenizer of the base; copied blocks are in place and LoRA is merged.
+    """
+    options = hub_options(revision, trust_remote_code) | {"base_model": base, "dtype": dtype}
+    with stdout_for_json(json_output), looking_for(model):
+        quiet_transformers()
+        from conversion.merge import export_merged
+
+        requests = _requests(model, calibration, image_folder, samples, options)
+        result = export_merged(model, out.expanduser(), calibration=requests, **options)
+    if json_output:
+        from dataclasses import asdict
+
+        print_json(asdict(result) | {"output": str(result.output)})
+        return
+    _print_measurements(result)
+    note(
+        f"Next: AutoModelForCausalLM.from_pretrained({str(result.output)!r}); genieblue push {result.output} you/model"
+    )
+
+
+def _requests(
+    model: str, calibration: Path | None, image_folder: Path | None, samples: int, options: dict[str, Any]
+) -> Iterator[dict[str, Any]] | None:
+    if calibration is None:
+        if image_folder is not None:
+            raise typer.BadParameter("--image-folder is for images of --calibration: give both.")
+        return None
+    from genieblue.data.calibration_chats import read_requests
+    from modeling_genieblue import GenieBlueProcessor
+
+    given = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    processor = GenieBlueProcessor.from_pretrained(model, **given)
+    return read_requests(calibration, processor, count=samples, image_folder=image_folder)
+
+
+def _print_measurements(result: Any) -> None:
+    for row in result.measurements:
+        typer.echo(f"{row.name}: {row.value} ({row.how})")
+    typer.echo(f"{result.output}: {short_bytes(result.bytes)}")

@@ -1,0 +1,88 @@
+"""Comparing two GenieBlues: equal ones, each way to differ, and what cannot be compared."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import error_of, run, run_json
+from safetensors.torch import load_file, save_file
+from tiny_genieblue import change_adapter, save_tiny_pair
+from tiny_quantized import quantized_pair
+
+from conversion.compare import compare_models
+from modeling_genieblue import GenieBlueForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """`base` and `genieblue`: only to be read."""
+    return save_tiny_pair(tmp_path_factory.mktemp("pair")).parent
+
+
+@pytest.fixture
+def other(pair, tmp_path) -> Path:
+    """The same GenieBlue again, beside a copy of its base."""
+    shutil.copytree(pair, tmp_path / "pair")
+    return tmp_path / "pair/genieblue"
+
+
+def test_a_copy_is_equal(pair, other):
+    found = compare_models(str(pair / "genieblue"), str(other))
+    assert found.is_equal
+    assert set(found.counts) == {"vision_tower", "multi_modal_projector", "replicated_blocks", "lora"}
+    assert "They are equal." in run("diff", pair / "genieblue", other).stdout
+
+
+def test_further_training_shows_in_the_parts_that_it_changed(pair, other):
+    model = GenieBlueForConditionalGeneration.from_pretrained(other)
+    change_adapter(model, seed=9, scale=0.01).save_pretrained(other)
+    found = compare_models(str(pair / "genieblue"), str(other))
+    assert {each.part for each in found.tensors} == {"replicated_blocks", "lora"}
+    assert all(each.how == "changed" and 0 < each.difference < 1 for each in found.tensors)
+    assert found.settings == {}
+
+
+def test_the_difference_is_relative_to_the_first(pair, other):
+    path = other / "model.safetensors"
+    tensors = load_file(path)
+    name = "multi_modal_projector.linear_1.weight"
+    tensors[name] = tensors[name] * 1.25
+    save_file(tensors, path, {"format": "pt"})
+    (found,) = compare_models(str(pair / "genieblue"), str(other)).tensors
+    assert (found.part, found.name) == ("multi_modal_projector", name) and found.difference == pytest.approx(0.25)
+
+
+def test_other_shapes_dtypes_and_names_are_told_apart(pair, other):
+    path = other / "language_adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    first, second, third = list(tensors)[:3]
+    tensors["new.lora_A.weight"] = tensors.pop(first)
+    tensors[second] = tensors[second][:1].clone()
+    tensors[third] = tensors[third].to(torch.float16)
+    save_file(tensors, path, {"format": "pt"})
+    found = {each.name: each.how for each in compare_models(str(pair / "genieblue"), str(other)).tensors}
+    assert found[first] == "only in the first" and found["new.lora_A.weight"] == "only in the second"
+    assert found[second] == found[third] == "other shape" and len(found) == 4
+
+
+def test_settings_that_differ_are_told_with_both_values(pair, tmp_path):
+    other = save_tiny_pair(tmp_path, lora_rank=2, replicated_layers=[0])
+    found = compare_models(str(pair / "genieblue"), str(other))
+    assert found.settings["lora_rank"] == (4, 2) and found.settings["replicated_layers"] == ([3], [0])
+    printed = run_json("diff", pair / "genieblue", other, "--json")
+    assert not printed["equal"] and printed["settings"]["lora_rank"] == [4, 2]
+
+
+def test_a_quantized_one_is_compared_by_what_is_stored():
+    folder = str(quantized_pair() / "genieblue")
+    assert compare_models(folder, folder).is_equal
+
+
+def test_a_model_of_another_kind_and_a_damaged_file_are_named(pair, other):
+    assert "expected 'genieblue'" in error_of("diff", pair / "genieblue", pair / "base")
+    path = other / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    assert "model.safetensors" in error_of("diff", pair / "genieblue", other)
+    path.unlink()
+    assert "incomplete" in error_of("diff", pair / "genieblue", other)

@@ -1,0 +1,108 @@
+"""A GenieBlue on a newer revision of its base: taken if nothing that it shares changed, otherwise refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import error_of, run
+from safetensors.torch import load_file, save_file
+from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles
+from tiny_models import tiny_tokenizer
+from tiny_quantized import contents, leftovers, quantized_pair
+from transformers import AutoModelForCausalLM
+
+from conversion.stack import stack_on
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.model_files_genieblue import read_settings, write_json
+
+OF_A_COPIED_BLOCK = "model.layers.3.mlp.up_proj.weight"
+SHARED = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def pair(tmp_path) -> Path:
+    """`base`, `genieblue` on it, and `newer`, to be changed."""
+    save_tiny_pair(tmp_path / "pair")
+    shutil.copytree(tmp_path / "pair/base", tmp_path / "pair/newer")
+    return tmp_path / "pair"
+
+
+def change(base: Path, name: str) -> None:
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = tensors[name] + 0.5
+    save_file(tensors, path, {"format": "pt"})
+
+
+@torch.no_grad()
+def logits(folder: Path):
+    model = GenieBlueForConditionalGeneration.from_pretrained(folder)
+    image = model(row(5, IMAGE, 9, 40), pixel_values=tiles(), use_cache=False).logits
+    return model(prompt(9), use_cache=False).logits, image
+
+
+def test_text_runs_the_new_base_and_images_give_what_they_gave(pair):
+    change(pair / "newer", OF_A_COPIED_BLOCK)
+    before = contents(pair)
+    stacked = stack_on(pair / "genieblue", pair / "newer", pair / "stacked")
+    assert stacked.changed == [OF_A_COPIED_BLOCK]
+    assert {name: content for name, content in contents(pair).items() if not name.startswith("stacked")} == before
+    text, image = logits(pair / "stacked")
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(pair / "newer")
+        assert torch.equal(text, base(prompt(9), use_cache=False).logits)
+    old_text, old_image = logits(pair / "genieblue")
+    assert torch.equal(image, old_image) and not torch.equal(text, old_text)
+
+
+def test_it_passes_verify(pair):
+    change(pair / "newer", OF_A_COPIED_BLOCK)
+    run("stack", pair / "genieblue", "--base", pair / "newer", "--out", pair / "stacked")
+    run("verify", pair / "stacked", "--trust-remote-code")
+
+
+def test_the_new_bases_tokenizer_and_template_are_taken(pair):
+    tokenizer = tiny_tokenizer(add_bos=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|", "<|new-")
+    tokenizer.save_pretrained(pair / "newer")
+    stack_on(pair / "genieblue", pair / "newer", pair / "stacked")
+    assert "<|new-" in GenieBlueProcessor.from_pretrained(pair / "stacked").chat_template
+
+
+def test_a_shared_tensor_that_changed_is_named(pair):
+    change(pair / "newer", OF_A_COPIED_BLOCK)
+    change(pair / "newer", SHARED)
+    with pytest.raises(ValueError, match=rf"1 tensors that its multimodal view shares differ \({SHARED}\)"):
+        stack_on(pair / "genieblue", pair / "newer", pair / "stacked")
+    assert leftovers(pair) == ["base", "genieblue", "newer"]
+
+
+def test_a_setting_that_changed_is_named(pair):
+    config = read_settings(pair / "newer/config.json")
+    write_json(pair / "newer/config.json", config | {"rms_norm_eps": 0.1})
+    with pytest.raises(ValueError, match="rms_norm_eps 0.1, expected"):
+        stack_on(pair / "genieblue", pair / "newer", pair / "stacked")
+
+
+def test_another_vocabulary_is_refused(pair):
+    path = pair / "newer/tokenizer.json"
+    path.write_text(path.read_text().replace('"<|user|>"', '"<|human|>"'))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        stack_on(pair / "genieblue", pair / "newer", pair / "stacked")
+
+
+def test_a_base_on_the_hub_is_recorded_at_its_commit(hub, pair):
+    hub.commit_folder("you/base", pair / "base")
+    change(pair / "newer", OF_A_COPIED_BLOCK)
+    commit = hub.commit_folder("you/base", pair / "newer")
+    stack_on(pair / "genieblue", "you/base", pair / "stacked")
+    config = read_settings(pair / "stacked/config.json")
+    assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("you/base", commit)
+
+
+def test_a_quantized_one_and_an_output_that_exists_are_refused(pair):
+    assert "already exists" in error_of("stack", pair / "genieblue", "--base", pair / "newer", "--out", pair / "base")
+    quantized = quantized_pair() / "genieblue"
+    assert "already quantized" in error_of("stack", quantized, "--base", pair / "newer", "--out", pair / "stacked")
+    assert "is not a folder" in error_of("stack", pair / "genieblue", "--base", "./gone", "--out", pair / "stacked")
