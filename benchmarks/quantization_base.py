@@ -36,7 +36,7 @@ from transformers import (
 from benchmarks.report import print_table
 from conversion.quantization.hessians import linear_hessians, text_batches
 from conversion.quantization.rounding import round_weight
-from genieblue.demo.text import held_out_stream, perplexity, split_documents
+from genieblue.lab.text import held_out_stream, perplexity, split_documents
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.quantized_linears_genieblue import group_size_of
 

@@ -1,4 +1,4 @@
-"""CogVLM's visual experts (arXiv 2311.03079), in a quarter of the blocks as the paper has them, and LoRA on the others.
+"""CogVLM's visual experts (arXiv 2311.03079) in a quarter of the blocks, as the paper has them; LoRA on the others.
 
 Image tokens run copies of a block's linear layers, text tokens the originals; the norms are shared. This is routing
 by token, which NPUs of phones do not run: it is here to be compared with, and not to be exported.

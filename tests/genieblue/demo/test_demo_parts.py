@@ -10,10 +10,11 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 
-from genieblue.demo import text, toy_base
 from genieblue.demo.digit_tower import DigitTiles, vision_config
-from genieblue.demo.readings import write_readings
-from genieblue.demo.scans import (
+from genieblue.evaluation.samples import EvaluationDataset
+from genieblue.lab import text, toy_base
+from genieblue.lab.readings import write_readings
+from genieblue.lab.scans import (
     LONGEST_NUMBER,
     NumberScans,
     compose,
@@ -21,7 +22,6 @@ from genieblue.demo.scans import (
     draw_held_out,
     split_scans,
 )
-from genieblue.evaluation.samples import EvaluationDataset
 from modeling_genieblue import GenieBlueImageProcessor
 
 

@@ -22,8 +22,8 @@ from genieblue.demo.character_tower import (
     join_tiles,
     tower_config,
 )
-from genieblue.demo.drawings import LARGEST, LEAST_CONTRAST, LUMINANCE, draw_numbers, draw_word
-from genieblue.demo.scans import split_scans
+from genieblue.lab.drawings import LARGEST, LEAST_CONTRAST, LUMINANCE, draw_numbers, draw_word
+from genieblue.lab.scans import split_scans
 from modeling_genieblue import GenieBlueConfig, GenieBlueMultiModalProjector
 
 
