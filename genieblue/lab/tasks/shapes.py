@@ -13,7 +13,9 @@ SHAPES = ("circle", "square", "triangle", "star")
 Shape = tuple[str, str]  # colour and form
 
 
-def draw_shapes(shapes: dict[tuple[int, int], Shape], rng: np.random.Generator, columns: int, rows: int) -> Image.Image:
+def draw_shapes(
+    shapes: dict[tuple[int, int], Shape], rng: np.random.Generator, columns: int, rows: int
+) -> Image.Image:
     """Shapes at fields (column, row) of a grid, on light paper."""
     paper = tuple(rng.integers(215, 256, 3).tolist())
     image = Image.new("RGB", (CELL * columns, CELL * rows), paper)
