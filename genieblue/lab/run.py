@@ -19,13 +19,15 @@ from genieblue.lab.cells import (
     CELL,
     HELD_OUT,
     LAB_FILE,
+    MODEL,
     RESULT,
     TEXT_TASKS,
     VISION,
     Cell,
     base_of,
     cells_of,
-    check_configuration,
+    check_same,
+    configuration,
     start_folder,
     state_of,
 )
@@ -61,7 +63,7 @@ def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, 
         )
     for cell in cells:
         if (cell.folder(folder) / CELL).is_file():
-            check_configuration(folder, lab, cell)
+            check_same(cell.folder(folder) / CELL, configuration(folder, lab, cell))
     for number, cell in enumerate(cells, start=1):
         if (cell.folder(folder) / RESULT).is_file():
             continue
@@ -96,7 +98,7 @@ def prepare(lab: LabFile, folder: Path) -> None:
         make_small_siglip(folder / VISION, steps=lab.vision_steps)
     write_held_out(folder / HELD_OUT, lab.tasks, lab.held_out)
     if not (folder / TEXT_TASKS).is_dir():
-        write_text_tasks(folder / TEXT_TASKS, lab)
+        write_text_tasks(folder / TEXT_TASKS, lab.text_tasks)
     if not (folder / BASE_TEXTS).is_file():
         logger.info("Text tasks of the base")
         write_json(folder / BASE_TEXTS, base_texts(lab, folder))
@@ -185,15 +187,12 @@ def gather(folder: Path, others: Sequence[Path]) -> list[Cell]:
                 continue
             if cell.data not in lab.data:
                 raise ValueError(f"{file.parent} is of the data {cell.data!r}, which {folder / LAB_FILE} lacks.")
-            shutil.copytree(file.parent, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RESULT, "model*"))
-            try:
-                check_configuration(folder, lab, cell)
-            except ValueError:
-                shutil.rmtree(target)
-                raise
-            found[cell] = file
-    for cell, file in found.items():
-        shutil.copyfile(file, cell.folder(folder) / RESULT)
+            check_same(file.parent / CELL, configuration(folder, lab, cell))
+            found[cell] = file.parent
+    for cell, source in found.items():
+        with NewFolder(cell.folder(folder), "gathering") as new:
+            shutil.copytree(source, new.staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MODEL))
+            new.put_in_place()
     return list(found)
 
 

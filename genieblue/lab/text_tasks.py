@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genieblue.data.jsonl_files import JsonlFiles
 from genieblue.lab.data import CALCULATOR
 from genieblue.lab.facts import fact_questions
-from genieblue.lab.lab_file import LabFile
+from genieblue.lab.lab_file import TextQuestions
 from genieblue.lab.text import split_documents
 from modeling_genieblue.staging_genieblue import NewFolder
 
@@ -44,13 +44,13 @@ TASKS: dict[str, dict[str, Any]] = {
 NEVER = "<|never written|>"  # lm-eval wants something to stop at beside the model's own end
 
 
-def write_text_tasks(folder: Path, lab: LabFile) -> None:
-    """Writes data and descriptions of the tasks that a lab asks for; `ValueError` or `OSError` if it cannot."""
+def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
+    """Writes data and descriptions of the tasks that are asked for; `ValueError` or `OSError` if it cannot."""
     documents = {
-        ENGLISH: [{"text": each.body[:LONGEST_DOCUMENT]} for each in split_documents().held_out[: lab.english]],
-        FACTS: fact_questions(lab.facts) if lab.facts else [],
-        GSM8K: _read(lab.gsm8k, lab.gsm8k_questions),
-        MT_BENCH: [{"question": each["turns"][0]} for each in _read(lab.mt_bench, lab.mt_bench_questions)],
+        ENGLISH: [{"text": each.body[:LONGEST_DOCUMENT]} for each in split_documents().held_out[: asked.english]],
+        FACTS: fact_questions(asked.facts) if asked.facts else [],
+        GSM8K: _read(asked.gsm8k, asked.gsm8k_questions),
+        MT_BENCH: [{"question": each["turns"][0]} for each in _read(asked.mt_bench, asked.mt_bench_questions)],
     }
     with NewFolder(folder, "writing") as new:
         for name, rows in documents.items():
@@ -62,7 +62,8 @@ def write_text_tasks(folder: Path, lab: LabFile) -> None:
                 "test_split": "test", **TASKS[name],
             }  # fmt: skip
             if name == MT_BENCH:
-                task["generation_kwargs"] = {"until": [NEVER], "max_gen_toks": lab.mt_bench_tokens, "do_sample": False}
+                length = {"max_gen_toks": asked.mt_bench_tokens}
+                task["generation_kwargs"] = {"until": [NEVER], **length, "do_sample": False}
             (new.staging / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (new.staging / data).write_text("".join(lines), encoding="utf-8")
@@ -95,13 +96,15 @@ def run_text_tasks(
     Each has `score`, its `standard_error`, and `values`, which by question give both; `base` is what this gave for
     the base itself, which answers are compared with. Raises `ValueError` without lm-eval.
     """
+    tasks = {path.stem: _located(path) for path in sorted(folder.glob("*.yaml"))}
+    if not tasks:
+        return {}
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(f"Text tasks need {error.name}: pip install 'genieblue[lab]'.") from error
-    tasks = {path.stem: _located(path) for path in sorted(folder.glob("*.yaml"))}
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     manager = TaskManager(include_defaults=False)
     samples: dict[str, list[dict[str, Any]]] = {}
