@@ -24,9 +24,7 @@ def _lab() -> None:
 @lab_app.command()
 def run(
     lab_file: Annotated[Path, typer.Argument(metavar="LAB.YAML", help="What to compare; see docs/lab.md.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the lab; default: the file's name without .yaml.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the lab; default: LAB.YAML without .yaml.")] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Structures to run now, such as 'genieblue-*'; may be repeated."),

@@ -159,9 +159,9 @@ def read_lab_file(path: Path) -> LabFile:
     Paths in it are relative to its folder.
     """
     values = read_yaml(path, "a lab", EXAMPLE)
-    if missing := [name for name in ("base", "structures", "training") if name not in values]:
+    if missing := [name for name in ("base", "structures", "training") if values.get(name) is None]:
         raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLE}`.")
-    seeds = values.get("seeds", 1)
+    seeds = values.get("seeds") or 1
     for name, default in (("structures", seeds), ("tasks", None)):
         if isinstance(values.get(name), list):
             values[name] = dict.fromkeys(map(str, values[name]), default)

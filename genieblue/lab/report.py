@@ -55,8 +55,8 @@ def _setting(results: LabResults) -> list[str]:
     data = ", ".join(f"`{name}` with {share:.0%} texts" for name, share in lab.data.items())
     lines = [
         f"Base `{Path(lab.base).name}`, vision tower `{Path(lab.vision).name}`, {lab.steps} steps of {per_step} "
-        f"samples after {lab.projector_steps} steps of the projector alone; data: {data}; {lab.held_out} held-out questions a "
-        "task. Scores are in percent; ± is one standard error, of the questions and of the seeds."
+        f"samples after {lab.projector_steps} of the projector alone; data: {data}; {lab.held_out} held-out questions "
+        "a task. Scores are in percent; ± is one standard error, of the questions and of the seeds."
     ]
     if not results.has_several_seeds:
         lines.append("No structure has been run with several seeds, so ± says nothing of how much the seed matters.")

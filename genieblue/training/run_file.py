@@ -45,7 +45,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
-    """The values of a YAML file by name, without those left empty; `OSError` or `ValueError` if it holds none."""
+    """The values of a YAML file by name; `OSError` or `ValueError` if it holds none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: expected the YAML file of {what}.")
     try:
@@ -54,12 +54,16 @@ def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings: expected lines like `{example}`.")
-    return {str(name): value for name, value in values.items() if value is not None}
+    return {str(name): value for name, value in values.items()}
 
 
 def checked_values(values: Mapping[str, Any], types: Mapping[str, Any], path: Path, what: str) -> dict[str, Any]:
-    """The values as the types of their names; `ValueError` naming the file for an unknown name or another type."""
-    return {name: _checked(name, value, types, path, what) for name, value in values.items()}
+    """The values, but for empty ones, as the types of their names.
+
+    Raises `ValueError` naming the file for an unknown name or another type.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    return {name: _checked(name, value, types, path, what) for name, value in given.items()}
 
 
 def write_run_file(path: Path, values: Mapping[str, Any]) -> None:
