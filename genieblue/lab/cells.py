@@ -149,7 +149,7 @@ def _result(folder: Path, lab: LabFile, cell: Cell) -> dict[str, Any]:
     place, started = cell.folder(folder), time.time()
     if not (place / MODEL).is_dir():
         _train(folder, lab, cell)
-    structure = load_structure(place / MODEL)
+    structure = load_structure(place / MODEL, base_of(folder, lab))
     processor = structure.processor(place / MODEL)
     structure.model.to("cuda" if torch.cuda.is_available() else "cpu")
     if not (place / IMAGES).is_file():
@@ -211,7 +211,9 @@ def _train(folder: Path, lab: LabFile, cell: Cell) -> None:
 def make_structure(folder: Path, lab: LabFile, cell: Cell) -> tuple[LabStructure, Any]:
     """A structure before its training, on the tower and projector that all of a seed start from; and a processor."""
     start = start_folder(folder, cell.seed)
-    model = GenieBlueForConditionalGeneration.from_pretrained(start, dtype=getattr(torch, lab.dtype))
+    model = GenieBlueForConditionalGeneration.from_pretrained(
+        start, base_model=str(base_of(folder, lab)), dtype=getattr(torch, lab.dtype)
+    )
     kind, placement = structure_kind(cell.structure)
     set_seed(cell.seed)
     structure = kind.make(

@@ -37,7 +37,7 @@ def _draw_retention(results: LabResults, full: Group, groups: list[Group]) -> An
     for group in groups:
         kept = results.retention(full.images, group.images)
         trained = group.results[0]["trainable"] / 1e6
-        error = 0 if group is full else kept.error
+        error = 0.0 if group is full or kept.error is None else kept.error
         axis.errorbar([trained], [kept.value], yerr=[error], fmt="o", capsize=3, color=COLOURS[group.structure],
                       label=group.structure)  # fmt: skip
     axis.set_xscale("log")

@@ -58,9 +58,7 @@ def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, 
         prepare(lab, folder)
     cells = [cell for cell in cells_of(lab) if not only or any(fnmatch.fnmatch(cell.structure, each) for each in only)]
     if not cells:
-        raise ValueError(
-            f"No structure of the lab is named like {', '.join(only)}: it has {', '.join(lab.structures)}."
-        )
+        raise ValueError(f"No structure is named like {', '.join(only)}: the lab has {', '.join(lab.structures)}.")
     for cell in cells:
         if (cell.folder(folder) / CELL).is_file():
             check_same(cell.folder(folder) / CELL, configuration(folder, lab, cell))
@@ -80,7 +78,7 @@ def _take_over(lab: LabFile, folder: Path) -> None:
     recorded = folder / LAB_FILE
     if recorded.is_file():
         was = read_lab_file(recorded)
-        if (was.base, was.vision, was.decisive()) != (lab.base, lab.vision, lab.decisive()):
+        if was.decisive() != lab.decisive():
             raise ValueError(f"{folder} is the folder of another lab: see {recorded}; give a new folder with --out.")
     elif any(path for path in folder.iterdir() if not path.name.startswith(".")):
         raise ValueError(f"{folder} holds something other than a lab: give a new folder with --out.")

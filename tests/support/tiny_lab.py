@@ -27,7 +27,7 @@ def write_tiny_lab(folder: Path, **changes) -> Path:
         "text_tasks": {"facts": 0, "english": 0}, **changes,
     }  # fmt: skip
     path = folder / "lab.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 

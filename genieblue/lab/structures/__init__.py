@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from genieblue.lab.structures.cogvlm import CogVLMStructure
 from genieblue.lab.structures.full import FullStructure
 from genieblue.lab.structures.genieblue import PlacedGenieBlueStructure
@@ -29,15 +31,17 @@ def structure_kind(name: str) -> tuple[type[LabStructure], str | None]:
     return KINDS[kind], placement or None
 
 
-def load_structure(folder: str | Path, base: str | Path | None = None) -> LabStructure:
-    """A structure as `save` left it in a folder, in evaluation mode; `base` if it is not where it was.
+def load_structure(
+    folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None
+) -> LabStructure:
+    """A structure as `save` left it in a folder, in evaluation mode, by default in the dtype that it was saved in.
 
-    Raises `OSError` or `ValueError` for a folder that holds none.
+    `base` is needed if it is no longer where it was. Raises `OSError` or `ValueError` for a folder that holds none.
     """
     folder = Path(folder)
     record = folder / RECORD
     if record.is_file():
-        return structure_kind(read_settings(record)["structure"])[0].load(folder, base)
+        return structure_kind(read_settings(record)["structure"])[0].load(folder, base, dtype)
     if (folder / CONFIG_NAME).is_file():
-        return PlacedGenieBlueStructure.load(folder, base)
+        return PlacedGenieBlueStructure.load(folder, base, dtype)
     raise OSError(f"{folder} holds no structure of a lab: expected {RECORD}, or a GenieBlue's {CONFIG_NAME}.")

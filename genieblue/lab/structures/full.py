@@ -46,7 +46,7 @@ class FullStructure(LabStructure):
         save_vision_side(self.model, folder)
 
     @classmethod
-    def base_of(cls, folder: Path, record: Any) -> str:
+    def base_of(cls, folder: Path, record: Any, base: Any) -> str:
         return str(folder / LANGUAGE_MODEL)
 
     def load_language(self, folder: Path) -> None:

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from genieblue.lab.structures.structure import LabStructure, adapter_group
 from genieblue.training.structure import GenieBlueStructure
 from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.model_files_genieblue import CONFIG_NAME, read_settings
 
 
 class PlacedGenieBlueStructure(LabStructure):
@@ -25,5 +28,6 @@ class PlacedGenieBlueStructure(LabStructure):
         GenieBlueStructure.save(self, output, processor, stage, facts)
 
     @classmethod
-    def load(cls, folder: Path, base: str | Path | None = None) -> Self:
-        return cls(cls.model_class.from_pretrained(folder, base_model=base))
+    def load(cls, folder: Path, base: str | Path | None = None, dtype: torch.dtype | None = None) -> Self:
+        options = {"dtype": dtype or read_settings(folder / CONFIG_NAME)["dtype"]}  # for the base, too
+        return cls(cls.model_class.from_pretrained(folder, base_model=base, **options))

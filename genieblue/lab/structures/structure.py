@@ -99,12 +99,12 @@ class LabStructure(GenieBlueStructure):
         save_adapter_config(self.model._lora_config, folder / ADAPTER_FOLDER)
 
     @classmethod
-    def load(cls, folder: Path, base: str | Path | None = None) -> Self:
+    def load(cls, folder: Path, base: str | Path | None = None, dtype: torch.dtype | None = None) -> Self:
         """What `save` wrote, on the base that it names, or on another place of it."""
         record = read_settings(folder / RECORD)
-        found = os.fspath(base) if base is not None else cls.base_of(folder, record)
+        found = cls.base_of(folder, record, base)
         weights = load_file(folder / WEIGHTS_NAME)
-        dtype = weights[f"{PROJECTOR}.linear_1.weight"].dtype
+        dtype = dtype or weights[f"{PROJECTOR}.linear_1.weight"].dtype
         options = {} if is_path(found) else {"revision": record["base_revision"]}
         base_model = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, **options)
         tower = SiglipVisionModel(SiglipVisionConfig(**record["vision_config"])).to(dtype)
@@ -120,8 +120,10 @@ class LabStructure(GenieBlueStructure):
         return structure
 
     @classmethod
-    def base_of(cls, folder: Path, record: Mapping[str, Any]) -> str:
-        """Where the base of a saved structure is: a folder, relative to its own, or a Hub id."""
+    def base_of(cls, folder: Path, record: Mapping[str, Any], base: str | Path | None) -> str:
+        """Where the base of a saved structure is: as given, or as recorded, relative to its folder or as a Hub id."""
+        if base is not None:
+            return os.fspath(base)
         place = str(record["base"])
         return os.path.normpath(folder / place) if place.startswith(".") else place
 
@@ -161,10 +163,3 @@ def trained_count(structure: LabStructure) -> dict[str, int]:
         if (group := structure.group_of(name)) is not None:
             counts[group] += parameter.numel()
     return counts
-
-
-def base_dtype(name: str) -> torch.dtype:
-    """The dtype with a name such as `float32`; `ValueError` for none that can be trained."""
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"The dtype is {name!r}: expected float32 or bfloat16.")
-    return getattr(torch, name)
