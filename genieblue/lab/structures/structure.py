@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, SiglipVisionConf
 
 from genieblue.training.structure import VISION_TOWER, GenieBlueStructure, StageRecipe
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import weight_file_hashes
 from modeling_genieblue.language_adapter_genieblue import load_adapter, save_adapter_config
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
@@ -81,6 +82,7 @@ class LabStructure(GenieBlueStructure):
             "structure": self.name,
             "base": os.path.relpath(base, output) if base and os.path.isabs(base) else base,
             "base_revision": config.base_model_revision,
+            "base_weights": weight_file_hashes(base, config.base_model_revision) if base else {},
             "lora_rank": config.lora_rank,
             "lora_alpha": config.lora_alpha,
             "vision_config": config.vision_config.to_dict(),
@@ -106,6 +108,11 @@ class LabStructure(GenieBlueStructure):
         weights = load_file(folder / WEIGHTS_NAME)
         dtype = dtype or weights[f"{PROJECTOR}.linear_1.weight"].dtype
         options = {} if is_path(found) else {"revision": record["base_revision"]}
+        if cls.keeps_base and weight_file_hashes(found, **options) != record["base_weights"]:
+            raise ValueError(
+                f"{found} is not the base that {folder} was trained on, or its files have changed: their sha256 are "
+                f"not those in {RECORD}. Give the right one with `base`."
+            )
         base_model = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, **options)
         tower = SiglipVisionModel(SiglipVisionConfig(**record["vision_config"])).to(dtype)
         placement = record["structure"].partition("-")[2] or None

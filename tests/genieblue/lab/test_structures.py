@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_genieblue import IMAGE, prompt, row, tiles
-from tiny_models import tiny_base, tiny_vision_tower
+from tiny_models import save_tiny_base, tiny_base, tiny_vision_tower
 from training_setup import make_base, make_data, make_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,6 +70,16 @@ def test_generation_from_images_equals_whole_passes(trained):
     for _ in range(generated.shape[1] - IDS.shape[1]):
         ids = torch.cat([ids, multimodal_logits(structure, ids)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(generated, ids)
+
+
+def test_another_base_is_refused_unless_the_structure_needs_none(trained, tmp_path):
+    structure, folder, _ = trained
+    other = save_tiny_base("llama", tmp_path / "other", seed=5)
+    if structure.name == "full":
+        assert torch.equal(multimodal_logits(load_structure(folder, other)), multimodal_logits(structure))
+    else:
+        with pytest.raises(ValueError, match="base"):
+            load_structure(folder, other)
 
 
 @pytest.mark.parametrize("name", ["full"])
