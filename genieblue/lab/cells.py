@@ -24,7 +24,7 @@ from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import ScoredAnswer, evaluate
 from genieblue.evaluation.metrics import standard_error
 from genieblue.lab.data import LabChats, held_out, read_texts
-from genieblue.lab.lab_file import LabFile, read_lab_file
+from genieblue.lab.lab_file import SMALL, LabFile, read_lab_file
 from genieblue.lab.structures import LabStructure, load_structure, structure_kind
 from genieblue.lab.structures.structure import trained_count
 from genieblue.lab.text_tasks import run_text_tasks
@@ -32,7 +32,7 @@ from genieblue.training.run_log import read_log
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.base_identity_genieblue import weight_file_hashes
-from modeling_genieblue.model_files_genieblue import file_sha256, read_json, write_json
+from modeling_genieblue.model_files_genieblue import read_json, write_json
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ def run_cell(folder: Path, cell: Cell) -> None:
 
 def configuration(folder: Path, lab: LabFile, cell: Cell) -> dict[str, Any]:
     """What decides the result of a cell."""
-    tower = {path.name: file_sha256(path) for path in sorted((folder / VISION).glob("*.safetensors"))}
-    base = weight_file_hashes(str(base_of(folder, lab)), None)
+    tower = weight_file_hashes(folder / VISION if lab.vision == SMALL else lab.vision)
+    base = weight_file_hashes(base_of(folder, lab))
     found = {**asdict(cell), "text_share": lab.data[cell.data], "lab": lab.decisive(), "base": base, "vision": tower}
     return json.loads(json.dumps(found))
 

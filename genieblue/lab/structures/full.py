@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from genieblue.lab.structures.structure import LabStructure, save_vision_side, stages_of
+from genieblue.lab.structures.structure import LabStructure, stages_of
 from genieblue.training.structure import VISION_TOWER
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
@@ -40,10 +40,18 @@ class FullStructure(LabStructure):
         return LANGUAGE_MODEL
 
     def save_language(self, folder: Path, processor: Any) -> None:
-        """Writes the trained language model as a plain transformers folder, and the vision side beside it."""
-        self.model.multimodal_language_model.save_pretrained(folder / LANGUAGE_MODEL)
+        """Writes the trained language model as a plain one, and around it a GenieBlue whose adapter changes nothing.
+
+        So the folder needs no other base, and everything that loads a GenieBlue loads it.
+        """
+        trained, tower = self.model.multimodal_language_model, self.model.vision_tower
+        trained.save_pretrained(folder / LANGUAGE_MODEL)
         processor.tokenizer.save_pretrained(folder / LANGUAGE_MODEL)
-        save_vision_side(self.model, folder)
+        model = GenieBlueForConditionalGeneration.from_base(
+            trained, tower, replicated_layers=[0], lora_rank=1, base_model_name_or_path=str(folder / LANGUAGE_MODEL)
+        )
+        model.multi_modal_projector.load_state_dict(self.model.multi_modal_projector.state_dict())
+        model.save_pretrained(folder, processor=processor)
 
     @classmethod
     def base_of(cls, folder: Path, record: Any, base: Any) -> str:

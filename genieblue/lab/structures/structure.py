@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 
 from genieblue.training.structure import VISION_TOWER, GenieBlueStructure, StageRecipe
@@ -89,9 +89,9 @@ class LabStructure(GenieBlueStructure):
             RECIPE_NAME: {stage: facts},
         }
         with NewFolder(output, "saving") as new:
-            write_json(new.staging / RECORD, record)
-            processor.save_pretrained(new.staging)
             self.save_language(new.staging, processor)
+            processor.save_pretrained(new.staging)
+            write_json(new.staging / RECORD, record)
             new.put_in_place()
 
     def save_language(self, folder: Path, processor: Any) -> None:
@@ -149,18 +149,6 @@ def adapter_group(name: str, copies: str | None) -> str | None:
     if ".modules_to_save." in name:
         return copies
     return "lora" if ".lora_A." in name or ".lora_B." in name else None
-
-
-def save_vision_side(model: GenieBlueForConditionalGeneration, folder: Path) -> None:
-    """Writes tower and projector as a GenieBlue's `model.safetensors` has them."""
-    dtype = next(model.multi_modal_projector.parameters()).dtype
-    parts = {VISION_TOWER: model.vision_tower, PROJECTOR: model.multi_modal_projector}
-    tensors = {
-        f"{name}.{key}": value.detach().to("cpu", dtype).contiguous().clone()
-        for name, part in parts.items()
-        for key, value in part.state_dict().items()
-    }
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def trained_count(structure: LabStructure) -> dict[str, int]:

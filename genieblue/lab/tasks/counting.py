@@ -20,10 +20,7 @@ def draw_counting(rng: np.random.Generator, held_out: bool) -> Drawn:
         while other[0] == colour or other[1] == form:
             other = any_shape(rng)
         shapes[field] = other
-    absent = next(each for each in SHAPES if all(shape[1] != each for shape in shapes.values()))
-    asked = (
-        (f"How many {colour} {form}s are there?", str(count)),
-        ("How many shapes are there?", str(len(shapes))),
-        (f"How many {absent}s are there?", "0"),
-    )
-    return Drawn(draw_shapes(shapes, rng, COLUMNS, ROWS), asked)
+    asked = [(f"How many {colour} {form}s are there?", str(count)), ("How many shapes are there?", str(len(shapes)))]
+    absent = [each for each in SHAPES if all(shape[1] != each for shape in shapes.values())]
+    asked += [(f"How many {each}s are there?", "0") for each in absent[:1]]
+    return Drawn(draw_shapes(shapes, rng, COLUMNS, ROWS), tuple(asked))

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from tiny_lab import STRUCTURES, cells_in_this_process, write_tiny_lab
+from transformers import TrainerCallback
 
 from genieblue.lab import cells, run
 from genieblue.lab.cells import CELL, IMAGES, RESULT, Cell, cells_of
@@ -63,6 +64,32 @@ def test_a_cell_that_was_killed_after_training_is_only_evaluated(lab, monkeypatc
     cells_in_this_process(monkeypatch)
     run_lab(*lab)
     assert (place / IMAGES).read_text() == expected
+
+
+def test_a_cell_that_was_killed_in_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    training = {"steps": 3, "batch_size": 2, "logging_steps": 1, "save_steps": 1}
+    lab = read_lab_file(write_tiny_lab(tmp_path, structures=["lora"], tasks=["digits"], training=training))
+    cell = Cell("mixed", "lora", 0)
+    place, started = cell.folder(tmp_path / "out"), []
+
+    class StopOnce(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            started.append(state.global_step)
+            if started == [0, 1, 2]:
+                raise KeyboardInterrupt
+
+    trained = cells.train
+    monkeypatch.setattr(cells, "train", lambda *given, **options: trained(*given, **options, callbacks=[StopOnce()]))
+    cells_in_this_process(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run_lab(lab, tmp_path / "out")
+    assert lab_states(tmp_path / "out")[cell] == ("started", "at step 2")
+    assert run_lab(lab, tmp_path / "out")[cell][0] == "done"
+    assert started == [0, 1, 2, 2]
+    expected = json.loads((place / RESULT).read_text())["losses"]
+    shutil.rmtree(place)
+    run_lab(lab, tmp_path / "out")
+    assert json.loads((place / RESULT).read_text())["losses"] == expected
 
 
 def test_a_cell_that_fails_is_marked_and_the_lab_goes_on(lab, monkeypatch):

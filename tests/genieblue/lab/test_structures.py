@@ -1,11 +1,13 @@
 """The structures that the lab compares: equal to the base at first, trained where they should be, saved and loaded."""
 
+import shutil
+
 import pytest
 import torch
 from tiny_genieblue import IMAGE, prompt, row, tiles
 from tiny_models import save_tiny_base, tiny_base, tiny_vision_tower
 from training_setup import make_base, make_data, make_settings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from genieblue.lab.structures import STRUCTURES, load_structure, structure_kind
 from genieblue.lab.structures.structure import trained_count
@@ -82,14 +84,17 @@ def test_another_base_is_refused_unless_the_structure_needs_none(trained, tmp_pa
             load_structure(folder, other)
 
 
-@pytest.mark.parametrize("name", ["full"])
-def test_the_language_model_of_full_fine_tuning_is_an_ordinary_one(trained, name):
+def test_full_fine_tuning_is_saved_as_an_ordinary_model_that_needs_no_other_base(trained, tmp_path):
     structure, folder, _ = trained
-    if structure.name != name:
+    if structure.name != "full":
         pytest.skip("of one structure")
-    plain = AutoModelForCausalLM.from_pretrained(folder / "language_model")
+    shutil.copytree(folder, tmp_path / "moved")  # away from the base
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "moved/language_model")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "moved", trust_remote_code=True)
     with torch.no_grad():
-        assert torch.equal(plain(prompt()).logits, multimodal_logits(structure, prompt(), None))
+        text = multimodal_logits(structure, prompt(), None)
+        assert torch.equal(plain(prompt()).logits, text) and torch.equal(whole(prompt()).logits, text)
+        torch.testing.assert_close(whole(IDS, pixel_values=PIXELS).logits, multimodal_logits(structure))
 
 
 def set_experts(structure, value):

@@ -24,9 +24,6 @@ ROWS = [
     {"question": "What is in the image?", "answer": "It is <<1>>1."},
     {"question": "And how many?", "answer": "4."},
 ]
-    {"question": "What is in the image?", "answer": "It is <<1>>1."},
-    {"question": "And how many?", "answer": "4."},
-]
 
 
 @pytest.fixture(scope="module")
