@@ -23,7 +23,7 @@ from conversion.staging import lock_output
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import ScoredAnswer, evaluate
 from genieblue.evaluation.metrics import standard_error
-from genieblue.lab.data import LabChats, held_out, read_texts
+from genieblue.lab.data import LabChats, fitting, held_out, read_texts
 from genieblue.lab.lab_file import SMALL, LabFile, read_lab_file
 from genieblue.lab.structures import LabStructure, load_structure, structure_kind
 from genieblue.lab.structures.structure import trained_count
@@ -198,7 +198,7 @@ def _train(folder: Path, lab: LabFile, cell: Cell) -> None:
     structure, processor = make_structure(folder, lab, cell)
     settings = lab.settings(cell.seed, rates_for(structure, lab))
     share = lab.data[cell.data]
-    texts = read_texts(lab.texts) if share else []
+    texts = fitting(read_texts(lab.texts), processor.tokenizer, settings.max_length) if share else []
     chats = LabChats(lab.tasks, texts, share, settings.steps * settings.samples_per_step, cell.seed)
     output = cell.folder(folder) / MODEL
     run = output.with_name(f"{MODEL}-run")

@@ -1,6 +1,7 @@
 """Training data of a lab, drawn when it is asked for, and held-out questions as files for an evaluation."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from genieblue.data.chats import ChatDataset
 from genieblue.data.jsonl_files import JsonlFiles
@@ -16,6 +18,8 @@ from genieblue.lab.lab_file import ENGLISH
 from genieblue.lab.tasks import TASKS
 from genieblue.lab.text import split_documents
 from modeling_genieblue.staging_genieblue import NewFolder
+
+logger = logging.getLogger(__name__)
 
 TRAINED, HELD_OUT = 0, 1  # first numbers of the seeds of images, which so never meet
 QUESTIONS = "questions.jsonl"
@@ -62,10 +66,28 @@ def read_texts(sources: Sequence[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for source in sources:
         if source == ENGLISH:
-            found += [_chat(f"Explain: {each.title}", each.body) for each in split_documents().train]
+            documents = split_documents().train
+            found += [_chat(f"Explain: {each.title}", text) for each in documents for text in each.paragraphs]
         else:
             found += [_read(line, source) for line in JsonlFiles((Path(source),))]
     return found
+
+
+def fitting(texts: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
+    """The texts of at most so many tokens; others, of which training would refuse each, are counted in the log.
+
+    Raises `ValueError` if none is left.
+    """
+    kept = []
+    for text in texts:
+        whole: Any = tokenizer.apply_chat_template(text["messages"], tokenize=False)
+        if len(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]) < length:
+            kept.append(text)
+    if not kept:
+        raise ValueError(f"All {len(texts)} texts have more than {length} tokens: raise `max_length` of `training`.")
+    if len(kept) < len(texts):
+        logger.info("Left out %d of %d texts of more than %d tokens.", len(texts) - len(kept), len(texts), length)
+    return kept
 
 
 def _read(line: Any, source: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from genieblue.evaluation.samples import EvaluationDataset
-from genieblue.lab.data import QUESTIONS, LabChats, held_out, read_texts, write_held_out
+from genieblue.lab.data import QUESTIONS, LabChats, fitting, held_out, read_texts, write_held_out
 from genieblue.lab.tasks import TASKS, charts, counting, position, receipts
 from genieblue.lab.tasks.drawn import TURNS
 from genieblue.lab.tasks.materials import (
@@ -146,3 +146,19 @@ def test_texts_are_read_from_questions_and_chats_and_what_is_neither_is_refused(
     with pytest.raises(ValueError, match=r"texts.jsonl: .* is no text to (learn|train on)"):
         read_texts([str(path)])
     assert len(read_texts(["english"])) > 50
+
+
+def test_texts_that_are_too_long_are_left_out_and_counted(caplog):
+    class Words:
+        def apply_chat_template(self, messages, tokenize):
+            return " ".join(message["content"] for message in messages)
+
+        def __call__(self, text, **_):
+            return {"input_ids": text.split()}
+
+    texts = [{"messages": [{"role": "user", "content": "a " * count}]} for count in (2, 9, 3)]
+    with caplog.at_level("INFO"):
+        assert fitting(texts, Words(), 5) == [texts[0], texts[2]]
+    assert "Left out 1 of 3 texts" in caplog.text
+    with pytest.raises(ValueError, match="All 3 texts have more than 1 tokens"):
+        fitting(texts, Words(), 1)
