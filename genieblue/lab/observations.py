@@ -1,6 +1,7 @@
 """The paper's observations, put to a lab's numbers: each holds, does not hold, or is undecided at this error.
 
-Each is a difference of two averages that the paper finds above zero. Two standard errors decide; less is undecided.
+Each is a difference of two averages that the paper finds above zero. It decides if it is clear at 95 %; how clear a
+difference can be depends on how often structures were trained with other seeds.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 
 from genieblue.lab.results import Estimate, LabResults
 
-DECISIVE = 2.0  # standard errors
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
 
 
@@ -80,21 +80,22 @@ def _merged(*found: dict[str, Estimate] | None) -> dict[str, Estimate] | None:
 
 def judge(results: LabResults) -> list[Verdict]:
     """A verdict on each observation."""
-    return [
-        Verdict(statement, NOT_RUN if evidence is None else verdict_on(list(evidence.values())), evidence or {})
-        for statement, find in OBSERVATIONS
-        for evidence in [find(results)]
-    ]
+    verdicts = []
+    for statement, find in OBSERVATIONS:
+        evidence = find(results)
+        found = NOT_RUN if evidence is None else verdict_on(list(evidence.values()), results.decisive)
+        verdicts.append(Verdict(statement, found, evidence or {}))
+    return verdicts
 
 
-def verdict_on(differences: Sequence[Estimate]) -> str:
+def verdict_on(differences: Sequence[Estimate], decisive: float | None) -> str:
     """`HOLDS` if all are clearly above zero, `FAILS` if one is clearly below, otherwise `UNDECIDED`.
 
-    A difference without a standard error decides nothing.
+    A difference is clear from `decisive` standard errors on; without these, or without that number, nothing is.
     """
     signs = []
     for each in differences:
-        limit = None if each.error is None else DECISIVE * each.error
+        limit = None if each.error is None or decisive is None else decisive * each.error
         decided = limit is not None and abs(each.value) > limit
         signs.append((1 if each.value > 0 else -1) if decided else 0)
     if -1 in signs:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from genieblue.lab import paper
-from genieblue.lab.observations import DECISIVE, FAILS, HOLDS, UNDECIDED, judge
+from genieblue.lab.observations import FAILS, HOLDS, UNDECIDED, judge
 from genieblue.lab.plots import draw_plots
 from genieblue.lab.results import Estimate, Group, LabResults
 from genieblue.lab.structures import STRUCTURES
@@ -58,16 +58,18 @@ def _setting(results: LabResults) -> list[str]:
         f"samples after {lab.projector_steps} of the projector alone; data: {data}; {lab.held_out} held-out questions "
         "a task. Scores are in percent; ± is one standard error, of the questions and of the seeds."
     ]
-    if not results.has_several_seeds:
-        lines.append("No structure has been run with several seeds, so ± says nothing of how much the seed matters.")
+    if results.decisive is None:
+        lines.append(
+            "No structure has been run with several seeds, so ± says nothing of how much the seed matters, and no "
+            "difference decides anything."
+        )
     copied = {name: group.results[0]["copied_blocks"] for (_, name), group in results.groups.items()}
     copied = {name.partition("-")[2]: blocks for name, blocks in copied.items() if blocks}
     if copied:
-        lines.append(
-            "Copied blocks: " + "; ".join(f"{name} {blocks}" for name, blocks in sorted(copied.items())) + "."
-        )
+        named = "; ".join(f"{name} {blocks}" for name, blocks in sorted(copied.items()))
+        lines.append(f"Copied blocks: {named}.")
     if results.failed:
-        lines.append("Failed: " + "; ".join(f"{cell} ({reason})" for cell, reason in results.failed.items()) + ".")
+        lines += ["Failed:", "\n".join(f"- {cell}: {reason}" for cell, reason in results.failed.items())]
     if results.missing:
         lines.append(f"Not finished: {len(results.missing)} cells ({'; '.join(map(str, results.missing[:8]))}).")
     return lines
@@ -88,7 +90,9 @@ def _verdicts(results: LabResults) -> list[str]:
     )
     rest = len(verdicts) - sum(counts.values())
     summary += f"; {rest} lack a structure that has not been run." if rest else "."
-    summary += f" A difference decides from {DECISIVE:g} standard errors on. Percentages in brackets are the paper's."
+    if results.decisive is not None:
+        summary += f" A difference decides at 95 %, here from {results.decisive:.1f} standard errors on."
+    summary += " Percentages in brackets are the paper's."
     return [summary, markdown_table(("", "observation", "here", "differences of averages, in points"), rows)]
 
 

@@ -130,9 +130,16 @@ class LabResults:
         return math.sqrt(squares / freedom) if freedom else 0.0
 
     @property
-    def has_several_seeds(self) -> bool:
-        """Whether anything is known of how much seeds matter."""
-        return any(len(group.seeds) > 1 for group in self.groups.values())
+    def decisive(self) -> float | None:
+        """How many standard errors a difference must have to decide at 95 %, by Student's t.
+
+        The spread of seeds is known from as many degrees of freedom as there are runs beyond the first of each
+        structure. `None` if there are none: then nothing decides.
+        """
+        from scipy.stats import t
+
+        freedom = sum(len(group.seeds) - 1 for group in self.groups.values())
+        return float(t.ppf(0.975, freedom)) if freedom else None
 
 
 def _average(values: Values) -> float:

@@ -105,13 +105,19 @@ def test_seeds_add_to_the_error_as_their_spread_says(make_lab):
     assert full is not None and lora is not None
     spread = math.sqrt(8.0)  # of two runs that are 4 apart
     assert results.difference(lora.images, full.images).error == pytest.approx(spread, rel=1e-6)
-    assert results.has_several_seeds
+    assert results.decisive == pytest.approx(4.30, abs=0.01)  # two degrees of freedom
 
 
 def test_a_difference_without_an_error_decides_nothing():
-    assert verdict_on([Estimate(5.0, None)]) == UNDECIDED
-    assert verdict_on([Estimate(5.0, 1.0), Estimate(-5.0, 1.0)]) == FAILS
-    assert verdict_on([Estimate(5.0, 1.0), Estimate(1.0, 1.0)]) == UNDECIDED
+    assert verdict_on([Estimate(5.0, None)], 2.0) == UNDECIDED
+    assert verdict_on([Estimate(5.0, 1.0), Estimate(-5.0, 1.0)], 2.0) == FAILS
+    assert verdict_on([Estimate(5.0, 1.0), Estimate(1.0, 1.0)], 2.0) == UNDECIDED
+
+
+def test_one_seed_of_each_structure_decides_nothing_and_the_report_says_why(make_lab):
+    folder = make_lab(PAPER, TEXT_AVERAGES, seeds=1)
+    assert {verdict.verdict for verdict in judge(LabResults(folder))} == {UNDECIDED}
+    assert "no difference decides anything" in write_report(folder).read_text()
 
 
 def test_the_report_has_the_papers_tables_beside_the_labs(make_lab):
