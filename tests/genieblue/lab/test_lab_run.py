@@ -1,5 +1,6 @@
 """A lab from its file to its report: cells go on, fail alone, are refused if they do not fit, and are gathered."""
 
+import dataclasses
 import json
 import shutil
 
@@ -178,3 +179,16 @@ def test_results_of_one_structure_differ_from_itself_by_nothing(finished):
     assert group is not None and group.seeds == (0, 1)
     difference = results.difference(group.images, group.images)
     assert difference.value == 0 and results.retention(group.images, group.images).value in (100, pytest.approx(100))
+
+
+def test_blocks_that_do_not_divide_by_four_are_named(finished, tmp_path, caplog):
+    start = cells.start_folder(tmp_path, 0)
+    start.mkdir(parents=True)
+    (start / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 30}}))
+    lab = dataclasses.replace(
+        read_lab_file(finished[0]), structures={"full": 1, "genieblue-skip": 1, "cogvlm-post": 1}
+    )
+    with caplog.at_level("INFO"):
+        run._log_blocks(lab, tmp_path)
+    copied = "skip [3, 7, 11, 15, 19, 23, 27]; post [23, 24, 25, 26, 27, 28, 29]"
+    assert f"30 blocks do not divide by four; copied are: {copied}" in caplog.text
