@@ -1,5 +1,6 @@
 """A small SigLIP that a lab trains once, on images and captions of its own, and that all of its structures share."""
 
+import math
 import string
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,9 @@ class ImageTextContrast(nn.Module):
     def __init__(self, siglip: SiglipModel):
         super().__init__()
         self.siglip = siglip
+        # As in the SigLIP paper (arXiv 2303.15343); from transformers' zeros the loss does not leave its plateau.
+        siglip.logit_scale.data.fill_(math.log(10))
+        siglip.logit_bias.data.fill_(-10)
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, Any]:
         outputs = self.siglip(input_ids=input_ids, pixel_values=pixel_values, return_loss=True)

@@ -34,19 +34,18 @@ def test_captions_are_of_all_kinds_and_fit():
     assert any(" bar " in caption for caption in captions) and any("circle" in caption for caption in captions)
 
 
-def test_the_loss_is_lower_for_captions_of_their_own_images_once_learned():
+def test_images_learn_their_own_captions():
     torch.manual_seed(0)
     contrast = ImageTextContrast(SiglipModel(siglip_config()))
     samples = [CaptionedTiles(8, seed=0)[index] for index in range(8)]
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     optimizer = torch.optim.AdamW(contrast.parameters(), 1e-3)
-    losses = []
-    for _ in range(12):
-        losses.append(contrast(**batch)["loss"])
-        losses[-1].backward()
+    for _ in range(40):
+        outputs = contrast(**batch)
+        outputs["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < losses[0] / 2
+    assert (outputs["logits"].argmax(dim=1) == torch.arange(8)).sum() >= 7
 
 
 def test_the_vision_half_is_saved_as_a_tower(tmp_path):
