@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT="${OUT:-.}"
-TEXT_TASKS="${TEXT_TASKS:-"{facts: 300, english: 20}"}"
+TEXT_TASKS="${TEXT_TASKS:-"{facts: 300, english: 49}"}"
 mkdir -p "$OUT"
 cat > "$OUT/gpu_lab.yaml" <<YAML
 base: ${BASE:-smollm2}

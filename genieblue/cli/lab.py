@@ -111,7 +111,7 @@ def text_drop(
     base: Annotated[str, typer.Option(help="Folder or Hub id of the language model.")],
     mllm: Annotated[str, typer.Option(help="Folder or Hub id of a multimodal model made from it.")],
     facts: Annotated[int, typer.Option(min=0, help="Multiple-choice questions.")] = 600,
-    english: Annotated[int, typer.Option(min=0, help="Held-out documents of Python's English.")] = 20,
+    english: Annotated[int, typer.Option(min=0, help="Held-out pieces of Python's documentation.")] = 49,
     gsm8k: Annotated[Path | None, typer.Option(help="JSONL file of GSM8K's test questions.")] = None,
     gsm8k_questions: Annotated[int, typer.Option(min=1, help="How many of them.")] = 200,
     mt_bench: Annotated[Path | None, typer.Option(help="JSONL file of MT-bench's questions.")] = None,

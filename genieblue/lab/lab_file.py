@@ -28,13 +28,13 @@ class TextQuestions:
     """How much text ability is tested on.
 
     Attributes:
-        facts, english: multiple-choice questions, and held-out documents of Python's English.
+        facts, english: multiple-choice questions, and held-out pieces of Python's documentation, 49 in all.
         gsm8k, mt_bench: JSONL files of the two benchmarks, without which they are left out.
         mt_bench_tokens: of an answer, to be compared with the base's.
     """
 
     facts: int = 600
-    english: int = 20
+    english: int = 49
     gsm8k: str | None = None
     gsm8k_questions: int = 200
     mt_bench: str | None = None

@@ -21,7 +21,7 @@ from genieblue.lab.text import split_documents
 from modeling_genieblue.staging_genieblue import NewFolder
 
 ENGLISH, FACTS, GSM8K, MT_BENCH = "english", "facts", "gsm8k", "mt_bench"
-LONGEST_DOCUMENT = 2000  # characters
+PIECE = 600  # characters of a held-out text
 # lm-eval's descriptions of the tasks; chats are formatted by the model's own template.
 TASKS: dict[str, dict[str, Any]] = {
     ENGLISH: {
@@ -47,7 +47,7 @@ NEVER = "<|never written|>"  # lm-eval wants something to stop at beside the mod
 def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
     """Writes data and descriptions of the tasks that are asked for; `ValueError` or `OSError` if it cannot."""
     documents = {
-        ENGLISH: [{"text": each.body[:LONGEST_DOCUMENT]} for each in split_documents().held_out[: asked.english]],
+        ENGLISH: [{"text": text} for text in _held_out_english()[: asked.english]],
         FACTS: fact_questions(asked.facts) if asked.facts else [],
         GSM8K: _read(asked.gsm8k, asked.gsm8k_questions),
         MT_BENCH: [{"question": each["turns"][0]} for each in _read(asked.mt_bench, asked.mt_bench_questions)],
@@ -68,6 +68,13 @@ def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (new.staging / data).write_text("".join(lines), encoding="utf-8")
         new.put_in_place()
+
+
+def _held_out_english() -> list[str]:
+    """Whole pieces of the documents that no text of `english` is taken from, the documents in turn."""
+    bodies = [document.body for document in split_documents().held_out]
+    starts = range(0, max(map(len, bodies)), PIECE)
+    return [body[start : start + PIECE] for start in starts for body in bodies if len(body) >= start + PIECE]
 
 
 def _read(path: str | None, count: int) -> list[dict[str, Any]]:
