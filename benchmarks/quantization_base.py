@@ -42,7 +42,7 @@ from conversion.quantization.precision import FORMATS
 from conversion.quantization.rounding import round_weight
 from conversion.quantization.sensitivity import REQUESTS, balanced_hessian, damage_inputs
 from conversion.quantization.stored_size import stored_bytes
-from genieblue.demo.text import held_out_stream, perplexity, split_documents
+from genieblue.lab.text import held_out_stream, perplexity, split_documents
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.quantized_linears_genieblue import group_size_of
 

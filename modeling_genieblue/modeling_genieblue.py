@@ -74,10 +74,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]: as transformers' own models
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _build_view = staticmethod(build_multimodal_view)  # of the base and PEFT's configuration: what is trained
     # In a checkpoint of training, beside the regular adapter and of the same values: see `save_pretrained`.
     _keys_to_ignore_on_load_unexpected = [r"^multimodal_language_model\..*\.(lora_[AB]|modules_to_save)\."]
     _no_split_modules = ["SiglipVisionEmbeddings", "SiglipEncoderLayer", "SiglipMultiheadAttentionPoolingHead"]
@@ -227,7 +225,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
                 f"`image_token_id` is {self.config.image_token_id}, which is a token of the base ({rows} embeddings): "
                 "a text with it would be taken for an image. Expected the first id past them, as saved."
             )
-        view = build_multimodal_view(base, lora_config)
+        view = self._build_view(base, lora_config)
         adapt_to_cache_of_generate(view)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)

@@ -12,6 +12,7 @@ from genieblue.cli.demo import demo
 from genieblue.cli.eval import evaluate
 from genieblue.cli.info import info
 from genieblue.cli.init import init
+from genieblue.cli.lab import lab_app
 from genieblue.cli.language_exports import export_app
 from genieblue.cli.params import params
 from genieblue.cli.progress import log_progress_without_terminal
@@ -58,4 +59,5 @@ app.command("eval")(evaluate)
 for command in (info, params, verify, diff, stack, quantize, push, demo):
     app.command()(command)
 app.add_typer(data_app, name="data")
+app.add_typer(lab_app, name="lab")
 app.add_typer(export_app, name="export")

@@ -18,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from genieblue.demo.drawings import Drawing
-from genieblue.demo.pretraining import pretrain
+from genieblue.lab.drawings import Drawing
+from genieblue.lab.pretraining import pretrain
 from modeling_genieblue import GenieBlueConfig, GenieBlueImageProcessor, GenieBlueMultiModalProjector
 
 CHARACTERS = string.ascii_uppercase + string.digits

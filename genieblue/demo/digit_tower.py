@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import SiglipConfig, SiglipForImageClassification, SiglipVisionConfig, SiglipVisionModel, set_seed
 
-from genieblue.demo.pretraining import pretrain
-from genieblue.demo.scans import TILE_SIZE, Scans, compose, digit_cells
+from genieblue.lab.pretraining import pretrain
+from genieblue.lab.scans import TILE_SIZE, Scans, compose, digit_cells
 
 
 def vision_config() -> SiglipVisionConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from genieblue.demo.readings import Reading
+from genieblue.lab.readings import Reading
 from genieblue.training.settings import TrainingSettings
 
 

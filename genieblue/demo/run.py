@@ -14,11 +14,11 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from genieblue.demo.readings import write_readings
 from genieblue.demo.recipe import DemoRecipe
 from genieblue.demo.text_answers import text_answers
 from genieblue.evaluation.answer_sheet import SheetEntry, draw_answer_sheet
 from genieblue.evaluation.report import add_measurements
+from genieblue.lab.readings import write_readings
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 

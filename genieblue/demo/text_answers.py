@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from genieblue.demo.text import held_out_stream, perplexity, split_documents
+from genieblue.lab.text import held_out_stream, perplexity, split_documents
 
 NEW_TOKENS = 32
 WINDOWS = 32  # of held-out text

@@ -7,10 +7,10 @@ from typing import Any
 
 from conversion.create import create_genieblue
 from genieblue.demo.digit_tower import make_digit_tower
-from genieblue.demo.readings import Reading
 from genieblue.demo.recipe import DemoRecipe
-from genieblue.demo.scans import NumberScans, draw_held_out, split_scans
-from genieblue.demo.toy_base import make_toy_base
+from genieblue.lab.readings import Reading
+from genieblue.lab.scans import NumberScans, draw_held_out, split_scans
+from genieblue.lab.toy_base import make_toy_base
 from genieblue.training.settings import TrainingSettings
 
 STAGES: dict[int, dict[str, Any]] = {

@@ -3,24 +3,20 @@
 import copy
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from modeling_genieblue.configuration_genieblue import PLACEMENTS, select_replicated_layers
-
-STRUCTURES = ("full", "lora", "cogvlm", "genieblue")
-BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PATCHES_PER_IMAGE_TOKEN = 4  # each 2x2 square of patch tokens becomes one image token
-
+from genieblue.lab.structures import KINDS
+from modeling_genieblue import GenieBlueConfig, GenieBlueMultiModalProjector
+from modeling_genieblue.configuration_genieblue import PLACEMENTS
+from modeling_genieblue.language_adapter_genieblue import make_lora_config
 
 # BlueLM is Llama-style. Its depth, width and vocabulary follow from the paper's counts; the head sizes are typical.
 PRESETS: dict[str, PreTrainedConfig] = {
@@ -54,7 +50,7 @@ def count_trainable(
     """
     for what, name, choices in (
         ("preset", preset, PRESETS),
-        ("structure", structure, STRUCTURES),
+        ("structure", structure, KINDS),
         ("placement", placement, PLACEMENTS),
     ):
         if name not in choices:
@@ -62,53 +58,23 @@ def count_trainable(
     if rank < 1:
         raise ValueError(f"The LoRA rank is {rank}: expected at least 1.")
 
+    kind = KINDS[structure]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(PRESETS[preset])
-        vision_tower = SiglipVisionModel(SIGLIP)
-        projector = _projector(vision_tower.config.hidden_size, base.config.hidden_size)
-        parts = {"vision_tower": _count(vision_tower), "multi_modal_projector": _count(projector)}
-        parts |= _count_language_parts(base, structure, placement, rank)
+        config = GenieBlueConfig(
+            text_config=copy.deepcopy(base.config), vision_config=SIGLIP, placement=placement, lora_rank=rank
+        )
+        parts = {
+            # With the pooling head, as the paper counts, which no image token uses and training leaves alone.
+            "vision_tower": _count(SiglipVisionModel(SIGLIP)),
+            "multi_modal_projector": _count(GenieBlueMultiModalProjector(config)),
+        }
+        view = kind.model_class._build_view(base, make_lora_config(base, config))
+        for name, parameter in view.named_parameters():  # yields a tied embedding once
+            if (group := kind.group_of_language(name)) is not None:
+                parts[group] = parts.get(group, 0) + parameter.numel()
     return {"trainable_parameters": sum(parts.values()), "parts": parts}
 
 
-def _projector(vision_size: int, text_size: int) -> nn.Module:
-    merged = PATCHES_PER_IMAGE_TOKEN * vision_size
-    return nn.Sequential(
-        nn.LayerNorm(merged), nn.Linear(merged, text_size), nn.GELU(), nn.Linear(text_size, text_size)
-    )
-
-
-def _count_language_parts(base: PreTrainedModel, structure: str, placement: str, rank: int) -> dict[str, int]:
-    if structure == "full":
-        return {"language_model": _count(base)}
-
-    blocks = base.model.layers
-    copied = [] if structure == "lora" else select_replicated_layers(len(blocks), placement)
-    parts = {}
-    if structure == "genieblue":
-        parts["replicated_blocks"] = _count(nn.ModuleList(copy.deepcopy(blocks[index]) for index in copied))
-    if structure == "cogvlm":
-        experts = nn.ModuleList(_linears_of(copy.deepcopy(blocks[index])) for index in copied)
-        parts["visual_experts"] = _count(experts)
-    return parts | {"lora": _count_lora(base, [i for i in range(len(blocks)) if i not in copied], rank)}
-
-
-def _linears_of(block: nn.Module) -> nn.ModuleList:
-    return nn.ModuleList(module for module in block.modules() if isinstance(module, nn.Linear))
-
-
-def _count_lora(base: PreTrainedModel, block_indices: list[int], rank: int) -> int:
-    config = LoraConfig(
-        r=rank,
-        target_modules=list(BLOCK_LINEARS),
-        layers_to_transform=block_indices,
-        layers_pattern="layers",
-        task_type="CAUSAL_LM",
-    )
-    adapted = inject_adapter_in_model(config, base)
-    return sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
-
-
 def _count(module: nn.Module) -> int:
-    # `parameters()` yields a tied embedding once.
     return sum(parameter.numel() for parameter in module.parameters())

@@ -38,15 +38,33 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
     Paths in it are relative to the folder in which the command runs, as on the command line.
     """
+    values = read_yaml(path, "a run", "stage: 2")
+    for name in NAMED:
+        if isinstance(values.get(name), dict):
+            values[name] = [f"{key}={item}" for key, item in values[name].items()]  # as on the command line
+    return checked_values(values, _TYPES, path, "a run")
+
+
+def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
+    """The values of a YAML file by name; `OSError` or `ValueError` if it holds none."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: expected the YAML file of a run.")
+        raise FileNotFoundError(f"{path} is not a file: expected the YAML file of {what}.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings: expected lines like `stage: 2`.")
-    return {str(name): _checked(str(name), value, path) for name, value in values.items() if value is not None}
+        raise ValueError(f"{path} holds no settings: expected lines like `{example}`.")
+    return {str(name): value for name, value in values.items()}
+
+
+def checked_values(values: Mapping[str, Any], types: Mapping[str, Any], path: Path, what: str) -> dict[str, Any]:
+    """The values, but for empty ones, as the types of their names.
+
+    Raises `ValueError` naming the file for an unknown name or another type.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    return {name: _checked(name, value, types, path, what) for name, value in given.items()}
 
 
 def write_run_file(path: Path, values: Mapping[str, Any]) -> None:
@@ -64,15 +82,13 @@ def settings_of(values: Mapping[str, Any]) -> TrainingSettings:
     return TrainingSettings(**{name: value for name, value in values.items() if name in names})
 
 
-def _checked(name: str, value: Any, path: Path) -> Any:
-    if name not in _TYPES:
-        close = difflib.get_close_matches(name, _TYPES, n=1)
-        hint = f" Did you mean `{close[0]}`?" if close else f" Known are: {', '.join(sorted(_TYPES))}."
-        raise ValueError(f"{path}: `{name}` is no setting of a run.{hint}")
-    if name in NAMED and isinstance(value, dict):
-        value = [f"{key}={item}" for key, item in value.items()]  # as on the command line
+def _checked(name: str, value: Any, types: Mapping[str, Any], path: Path, what: str) -> Any:
+    if name not in types:
+        close = difflib.get_close_matches(name, types, n=1)
+        hint = f" Did you mean `{close[0]}`?" if close else f" Known are: {', '.join(sorted(types))}."
+        raise ValueError(f"{path}: `{name}` is no setting of {what}.{hint}")
     try:
-        return _as_type(value, _TYPES[name])
+        return _as_type(value, types[name])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: `{name}` is {value!r}, expected {error}.") from error
 

@@ -61,7 +61,7 @@ def test_options_that_are_named_alone_exist():
     assert len(spans) > 30 and not [span for span in spans if re.split("[ =]", span[1])[0] not in known]
 
 
-@pytest.mark.parametrize("group", ["", "data", "export"])
+@pytest.mark.parametrize("group", ["", "data", "export", "lab"])
 def test_a_list_of_commands_cuts_no_sentence(group):
     commands = run(*group.split(), "--help").stdout.partition("Commands:")[2]
     assert commands and "..." not in commands

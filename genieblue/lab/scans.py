@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
-from genieblue.demo.readings import Reading
+from genieblue.lab.readings import Reading
 
 QUESTION = "Which number?"
 TILE_SIZE = 32

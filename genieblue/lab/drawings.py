@@ -7,8 +7,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from genieblue.demo.scans import TILE_SIZE as SCAN_SIZE
-from genieblue.demo.scans import Scans, compose, digit_cells
+from genieblue.lab.scans import TILE_SIZE as SCAN_SIZE
+from genieblue.lab.scans import Scans, compose, digit_cells
 
 LARGEST = 192, 48  # pixels; larger ones are made smaller
 WORD_SIZES = 20, 39  # of the font, in pixels
@@ -28,15 +28,15 @@ class Drawing:
     centres: np.ndarray
 
 
-def draw_word(word: str, rng: np.random.Generator) -> Drawing:
-    """A word in one random size, angle and colour."""
-    font = _font(int(rng.integers(*WORD_SIZES)))
+def draw_word(word: str, rng: np.random.Generator, font: ImageFont.FreeTypeFont | None = None) -> Drawing:
+    """A word in one random size, angle and colour, in Pillow's own font unless another one is given."""
+    font = font or _font(int(rng.integers(*WORD_SIZES)))
     left, top, right, bottom = map(round, font.getbbox(word))
     ink = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(ink).text((-left, -top), word, 255, font)
     ends = [font.getlength(word[:length]) - left for length in range(len(word) + 1)]
     centres = [((start + end) / 2, ink.height / 2) for start, end in zip(ends, ends[1:], strict=False)]
-    return _painted(Drawing(ink, word, np.array(centres)), rng, MOST_DEGREES)
+    return painted(Drawing(ink, word, np.array(centres)), rng, MOST_DEGREES)
 
 
 def draw_numbers(scans: Scans, lengths: tuple[int, ...], rng: np.random.Generator, augment: bool) -> Drawing:
@@ -56,7 +56,7 @@ def draw_numbers(scans: Scans, lengths: tuple[int, ...], rng: np.random.Generato
     row = Image.new("L", (inks[-1][0] + inks[-1][1].width, height))
     for x, number in inks:
         row.paste(number, (x, 0))
-    return _painted(Drawing(row, characters, np.array(centres)), rng, MOST_DEGREES / len(lengths))
+    return painted(Drawing(row, characters, np.array(centres)), rng, MOST_DEGREES / len(lengths))
 
 
 @cache
@@ -67,7 +67,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _painted(drawing: Drawing, rng: np.random.Generator, most_degrees: float) -> Drawing:
+def painted(drawing: Drawing, rng: np.random.Generator, most_degrees: float) -> Drawing:
     """Turned, with margins, dark ink on light paper, and no larger than `LARGEST`."""
     degrees = float(rng.uniform(-most_degrees, most_degrees))
     ink = drawing.image.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
@@ -77,7 +77,7 @@ def _painted(drawing: Drawing, rng: np.random.Generator, most_degrees: float) ->
     left, top, right, bottom = map(int, rng.integers(*MARGINS, 4))
     centres = turned + np.array(ink.size) / 2 - np.array(box[:2]) + (left, top)
     ink = ink.crop(box)
-    dark, light = _colours(rng)
+    dark, light = ink_and_paper(rng)
     image = Image.new("RGB", (ink.width + left + right, ink.height + top + bottom), light)
     image.paste(Image.new("RGB", ink.size, dark), (left, top), ink)
     scale = min(1.0, *(most / side for most, side in zip(LARGEST, image.size, strict=True)))
@@ -86,7 +86,8 @@ def _painted(drawing: Drawing, rng: np.random.Generator, most_degrees: float) ->
     return Drawing(image, drawing.characters, centres * scale)
 
 
-def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def ink_and_paper(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A dark and a light colour that are easily told apart."""
     while True:
         dark, light = rng.integers(0, 256, (2, 3))
         if (light - dark) @ LUMINANCE > LEAST_CONTRAST:

@@ -1,0 +1,235 @@
+"""A lab as a YAML file: the structures to compare, on which base and data, for how long, and what is asked."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from genieblue.lab.structures import structure_kind
+from genieblue.lab.tasks import TASKS
+from genieblue.training.run_file import checked_values, read_yaml
+from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
+
+BASES = ("toy", "smollm2")  # that `lab base` makes
+SMALL = "small"  # vision tower that the lab makes
+ENGLISH = "english"  # the text that ships with Python
+EXAMPLE = "base: smollm2"
+QUICK = {"steps": 8, "vision_steps": 8, "projector_steps": 8, "held_out": 4}  # of `--quick`: divisors
+
+
+@dataclass(frozen=True)
+class TextQuestions:
+    """How much text ability is tested on.
+
+    Attributes:
+        facts, english: multiple-choice questions, and held-out pieces of Python's documentation, 49 in all.
+        gsm8k, mt_bench: JSONL files of the two benchmarks, without which they are left out.
+        mt_bench_tokens: of an answer, to be compared with the base's.
+    """
+
+    facts: int = 600
+    english: int = 49
+    gsm8k: str | None = None
+    gsm8k_questions: int = 200
+    mt_bench: str | None = None
+    mt_bench_questions: int = 80
+    mt_bench_tokens: int = 48
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"`{name}` is {value}: expected 0 or more.")
+
+    def fewer(self, divisor: int) -> "TextQuestions":
+        """A part of them, at least two of each kind that is asked."""
+        counts = ("facts", "english", "gsm8k_questions", "mt_bench_questions")
+        return dataclasses.replace(self, **{each: _divided(getattr(self, each), divisor, 2) for each in counts})
+
+
+@dataclass(frozen=True)
+class LabFile:
+    """The settings of a lab.
+
+    Attributes:
+        base: folder or Hub id of the LLM, or one of `BASES`.
+        vision: folder or Hub id of a SigLIP, or `small`: one that the lab trains on its own images.
+        structures: names, and how many seeds each is trained with; a list takes `seeds` for all.
+        tasks: names of `TASKS`; or, from a name of your own, `{train: FILE, eval: FILE}` of chats.
+        texts: pure text to train on: JSONL of chats or of `question` and `answer`, or `english`.
+        data: kinds of training data by name, with the share of texts in each.
+        vision_steps, projector_steps: of the small tower, and of the paper's first stage, which is run once a seed:
+            all structures are equal before the second.
+        training: `TrainingSettings` of the second stage; learning rates by the names of all parts, of which each
+            structure takes its own.
+        held_out: questions of each task; `standard_error` is the largest allowed for the score of one, in points.
+        text_tasks: what text ability is tested on.
+        dtype: of the base in memory; with `bfloat16`, trained weights are float32 under autocast.
+    """
+
+    base: str
+    structures: dict[str, int]
+    vision: str = SMALL
+    seeds: int = 1
+    tasks: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TASKS))
+    texts: tuple[str, ...] = ()
+    data: dict[str, float] = field(default_factory=lambda: {"images": 0.0})
+    vision_steps: int = 3000
+    projector_steps: int = 100
+    training: dict[str, Any] = field(default_factory=dict)
+    lora_rank: int = 8
+    max_tiles: int = 16
+    held_out: int = 100
+    standard_error: float | None = None
+    max_new_tokens: int = 16
+    batch_size: int = 16
+    text_tasks: TextQuestions = TextQuestions()
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in self.structures:
+            structure_kind(name)
+        for name in ("vision_steps", "lora_rank", "max_tiles", "held_out", "max_new_tokens", "batch_size", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: expected at least 1.")
+        for name, share in self.data.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"The share of texts in {name!r} is {share}: expected at least 0 and below 1.")
+            if share and not self.texts:
+                raise ValueError(f"The data {name!r} has a share of {share} texts, but `texts` names none.")
+        if not self.data or not self.structures or not self.tasks:
+            raise ValueError("A lab needs at least one of each: structures, tasks and data.")
+        for name, files in self.tasks.items():
+            _check_task(name, files)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`dtype` is {self.dtype!r}: expected float32 or bfloat16.")
+        if self.standard_error is not None:
+            needed = math.ceil((50 / self.standard_error) ** 2)  # of a score that is right or wrong, at its worst
+            if self.held_out < needed:
+                raise ValueError(
+                    f"With {self.held_out} held-out questions, the score of a task has a standard error of up to "
+                    f"{50 / math.sqrt(self.held_out):.1f} points; for {self.standard_error:g} (`standard_error`) it "
+                    f"takes {needed}: raise `held_out`."
+                )
+        self.settings(0, self.training.get("learning_rates", {}))
+
+    def settings(self, seed: int, learning_rates: dict[str, float]) -> TrainingSettings:
+        """Of the second stage of a cell."""
+        return TrainingSettings(2, **{**self.training, "seed": seed, "learning_rates": learning_rates})
+
+    @property
+    def steps(self) -> int:
+        """Of the second stage."""
+        return int(self.training["steps"])
+
+    def quick(self) -> "LabFile":
+        """A small version, to see whether all of it works: one seed, and a fraction of the steps and questions."""
+        shorter = {name: _divided(getattr(self, name), QUICK[name], 1) for name in ("vision_steps", "projector_steps")}
+        return dataclasses.replace(
+            self,
+            structures=dict.fromkeys(self.structures, 1),
+            training={**self.training, "steps": _divided(self.steps, QUICK["steps"], 1)},
+            held_out=_divided(self.held_out, QUICK["held_out"], 2),
+            text_tasks=self.text_tasks.fewer(QUICK["held_out"]),
+            standard_error=None,
+            **shorter,
+        )
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the result of a cell, without where files are, and with what is in them."""
+        values = dataclasses.asdict(self)
+        for name in ("base", "vision", "structures", "seeds", "data"):  # compared by their weights, or by cell
+            del values[name]
+        free = set(FREE_SETTINGS) - {"batch_size", "gradient_accumulation"}
+        values["training"] = {name: value for name, value in self.training.items() if name not in free}
+        of_tasks = [path for files in self.tasks.values() if files for path in files.values()]
+        files = [*self.texts, self.text_tasks.gsm8k, self.text_tasks.mt_bench, *of_tasks]
+        hashes = {path: _sha256(path) for path in files if path and path != ENGLISH}
+        return json.loads(json.dumps(_replaced(values, hashes)))
+
+
+def read_lab_file(path: Path) -> LabFile:
+    """The lab of a YAML file; `ValueError` for what is unknown, missing or out of range, `OSError` for no file.
+
+    Paths in it are relative to its folder.
+    """
+    values = read_yaml(path, "a lab", EXAMPLE)
+    if missing := [name for name in ("base", "structures", "training") if values.get(name) is None]:
+        raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLE}`.")
+    seeds = values.get("seeds") or 1
+    for name, default in (("structures", seeds), ("tasks", None)):
+        if isinstance(values.get(name), list):
+            values[name] = dict.fromkeys(map(str, values[name]), default)
+    training, tasks, questions = (values.pop(name, None) for name in ("training", "tasks", "text_tasks"))
+    values = checked_values(values, get_type_hints(LabFile), path, "a lab")
+    if "steps" not in _a_mapping(training, "training", path):
+        raise ValueError(f"{path}: `training` needs `steps`, such as `training: {{steps: 1000}}`.")
+    own = ("stage", "seed", "epochs", "show_progress", "fsdp")
+    allowed = {name: kind for name, kind in get_type_hints(TrainingSettings).items() if name not in own}
+    values["training"] = checked_values({str(name): value for name, value in training.items()}, allowed, path, "a lab")
+    if tasks is not None:
+        values["tasks"] = {str(name): _beside(path, files) for name, files in _a_mapping(tasks, "tasks", path).items()}
+    for name in ("base", "vision"):
+        if name in values:
+            values[name] = _beside(path, values[name])
+    if questions is not None:
+        found = checked_values(_a_mapping(questions, "text_tasks", path), get_type_hints(TextQuestions), path, "a lab")
+        values["text_tasks"] = TextQuestions(**_beside(path, found))
+    values["texts"] = tuple(_beside(path, text) for text in values.get("texts", ()))
+    return LabFile(**values)
+
+
+def write_lab_file(path: Path, lab: LabFile) -> None:
+    """Writes a lab that `read_lab_file` reads back."""
+    values = json.loads(json.dumps(dataclasses.asdict(lab)))  # lists for tuples
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _a_mapping(value: Any, name: str, path: Path) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: `{name}` is {value!r}, expected lines like `name: value` below it.")
+    return value
+
+
+def _divided(count: int, divisor: int, least: int) -> int:
+    """A part of a count that is not 0."""
+    return max(min(least, count), count // divisor)
+
+
+def _beside(path: Path, value: Any) -> Any:
+    """Paths that exist in the lab file's folder, as absolute ones; everything else as it is."""
+    if isinstance(value, dict):
+        return {str(name): _beside(path, item) for name, item in value.items()}
+    place = path.absolute().parent / Path(str(value)).expanduser()
+    is_name = value in (*BASES, SMALL, ENGLISH)
+    return str(place) if isinstance(value, str) and not is_name and place.exists() else value
+
+
+def _check_task(name: str, files: Any) -> None:
+    if files is None:
+        if name not in TASKS:
+            raise ValueError(
+                f"Unknown task {name!r}: choose from {', '.join(TASKS)}, or give files of your own: {name}: {{train: "
+                "FILE, eval: FILE}."
+            )
+    elif not isinstance(files, dict) or set(files) != {"train", "eval"}:
+        raise ValueError(f"The task {name!r} is {files!r}: expected {{train: FILE, eval: FILE}}.")
+
+
+def _sha256(path: str) -> str:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is not a file: expected the JSONL file that the lab names.")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _replaced(value: Any, new: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _replaced(item, new) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, new) for item in value]
+    return new.get(value, value) if isinstance(value, str) else value

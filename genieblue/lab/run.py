@@ -1,0 +1,201 @@
+"""A lab: what all cells share is made once, then every cell that is missing is run, and results are put together."""
+
+import fnmatch
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion.create import create_genieblue
+from conversion.staging import lock_output
+from genieblue.lab.cells import (
+    BASE,
+    BASE_TEXTS,
+    CELL,
+    HELD_OUT,
+    LAB_FILE,
+    MODEL,
+    RESULT,
+    TEXT_TASKS,
+    VISION,
+    Cell,
+    base_of,
+    cells_of,
+    check_same,
+    configuration,
+    start_folder,
+    state_of,
+)
+from genieblue.lab.data import LabChats, write_held_out
+from genieblue.lab.lab_file import BASES, SMALL, LabFile, read_lab_file, write_lab_file
+from genieblue.lab.text_tasks import run_text_tasks, write_text_tasks
+from genieblue.training.settings import TrainingSettings
+from genieblue.training.stages import train
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.configuration_genieblue import PLACEMENTS, select_replicated_layers
+from modeling_genieblue.model_files_genieblue import read_json, write_json
+from modeling_genieblue.staging_genieblue import NewFolder
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "untrained"
+
+
+def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, tuple[str, str]]:
+    """Runs every cell that is missing, each in a process of its own, and returns the state of all.
+
+    `only` are patterns of names of structures, such as `genieblue-*`. A cell that fails or dies does not end the lab.
+    Raises `ValueError` for a folder of another lab, or of cells of another configuration, before anything is run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_output(folder / LAB_FILE, "lab"):  # of those who share a lab's folder, one makes what all need
+        _take_over(lab, folder)
+        prepare(lab, folder)
+    cells = [cell for cell in cells_of(lab) if not only or any(fnmatch.fnmatch(cell.structure, each) for each in only)]
+    if not cells:
+        raise ValueError(f"No structure is named like {', '.join(only)}: the lab has {', '.join(lab.structures)}.")
+    for cell in cells:
+        if (cell.folder(folder) / CELL).is_file():
+            check_same(cell.folder(folder) / CELL, configuration(folder, lab, cell))
+    for number, cell in enumerate(cells, start=1):
+        if (cell.folder(folder) / RESULT).is_file():
+            continue
+        logger.info("Cell %d of %d: %s", number, len(cells), cell)
+        command = [sys.executable, "-m", "genieblue.lab.cells", str(folder), cell.data, cell.structure, str(cell.seed)]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            logger.warning("%s ended with exit code %d: it goes on from there when the lab is run again.", cell, code)
+    return {cell: state_of(folder, cell) for cell in cells}
+
+
+def _take_over(lab: LabFile, folder: Path) -> None:
+    """Records the lab in its folder; `ValueError` if another one is there."""
+    recorded = folder / LAB_FILE
+    if recorded.is_file():
+        was = read_lab_file(recorded)
+        if was.decisive() != lab.decisive():
+            raise ValueError(f"{folder} is the folder of another lab: see {recorded}; give a new folder with --out.")
+    elif any(path for path in folder.iterdir() if not path.name.startswith(".")):
+        raise ValueError(f"{folder} holds something other than a lab: give a new folder with --out.")
+    write_lab_file(recorded, lab)
+
+
+def prepare(lab: LabFile, folder: Path) -> None:
+    """Makes what all cells share and is not there yet: base, tower, questions, the base's texts, and projectors."""
+    if lab.base in BASES and not (folder / BASE).is_dir():
+        make_base(lab.base, folder / BASE)
+    if not (folder / VISION).is_dir() and lab.vision == SMALL:
+        from genieblue.lab.vision import make_small_siglip
+
+        logger.info("Vision tower: a small SigLIP learns captions of the lab's own images")
+        make_small_siglip(folder / VISION, steps=lab.vision_steps)
+    write_held_out(folder / HELD_OUT, lab.tasks, lab.held_out)
+    if not (folder / TEXT_TASKS).is_dir():
+        write_text_tasks(folder / TEXT_TASKS, lab.text_tasks)
+    if not (folder / BASE_TEXTS).is_file():
+        logger.info("Text tasks of the base")
+        write_json(folder / BASE_TEXTS, base_texts(lab, folder))
+    for seed in range(max(lab.structures.values())):
+        if not start_folder(folder, seed).is_dir():
+            _train_projector(lab, folder, seed)
+    _log_blocks(lab, folder)
+
+
+def make_base(name: str, out: Path) -> None:
+    """Writes a base of `BASES` as a plain transformers folder; `ValueError` for another name."""
+    if name not in BASES:
+        raise ValueError(f"Unknown base {name!r}: choose one of {', '.join(BASES)}, or give a folder or Hub id.")
+    if out.exists():
+        raise OSError(f"{out} is there already: give a new folder.")
+    with NewFolder(out, "base") as new:
+        if name == "smollm2":
+            from genieblue.lab.smollm2_base import make_smollm2
+
+            make_smollm2(new.staging)
+        else:
+            from genieblue.lab.toy_base import make_toy_base
+
+            make_toy_base(new.staging, steps=700)
+        new.put_in_place()
+
+
+def base_texts(lab: LabFile, folder: Path) -> dict[str, dict]:
+    """Text tasks of the base itself, which is what requests without images run with a base that is not shared."""
+    place = base_of(folder, lab)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, lab.dtype)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return run_text_tasks(model, AutoTokenizer.from_pretrained(place), folder / TEXT_TASKS)
+
+
+def _train_projector(lab: LabFile, folder: Path, seed: int) -> None:
+    """The paper's first stage. All structures equal the base before the second, so that one does for all."""
+    logger.info("Projector of seed %d, for all structures", seed)
+    place = start_folder(folder, seed).parent
+    tower = folder / VISION if lab.vision == SMALL else lab.vision
+    torch.manual_seed(seed)
+    create_genieblue(
+        base_of(folder, lab), tower, place / UNTRAINED, max_tiles=lab.max_tiles, lora_rank=lab.lora_rank,
+        dtype=lab.dtype, overwrite=True,
+    )  # fmt: skip
+    processor = GenieBlueProcessor.from_pretrained(place / UNTRAINED)
+    if not lab.projector_steps:
+        (place / UNTRAINED).rename(place.joinpath(start_folder(folder, seed).name))
+        return
+    model = GenieBlueForConditionalGeneration.from_pretrained(place / UNTRAINED, dtype=getattr(torch, lab.dtype))
+    shared = {name: value for name, value in lab.training.items() if name not in ("steps", "learning_rates")}
+    rates = lab.training.get("learning_rates", {})
+    own = {name: rates[name] for name in ("multi_modal_projector",) if name in rates}
+    settings = TrainingSettings(
+        1, **{**shared, "steps": lab.projector_steps, "learning_rates": own, "max_tiles": lab.max_tiles, "seed": seed,
+              "save_steps": 0},
+    )  # fmt: skip
+    samples = settings.samples_per_step * lab.projector_steps
+    train(model, processor, LabChats(lab.tasks, [], 0.0, samples, seed), start_folder(folder, seed), settings)
+    shutil.rmtree(place / UNTRAINED)
+
+
+def _log_blocks(lab: LabFile, folder: Path) -> None:
+    """Says which blocks each placement copies, above all of a base whose blocks do not divide by four."""
+    start = start_folder(folder, 0)
+    count = read_json(start / "config.json")["text_config"]["num_hidden_layers"]
+    placed = {name.partition("-")[2] for name in lab.structures} - {""}
+    if count % 4 and placed:
+        blocks = (f"{name} {select_replicated_layers(count, name)}" for name in PLACEMENTS if name in placed)
+        logger.info("%d blocks do not divide by four; copied are: %s", count, "; ".join(blocks))
+
+
+def gather(folder: Path, others: Sequence[Path]) -> list[Cell]:
+    """Copies finished cells of the same lab, run elsewhere, into a lab's folder, and returns them.
+
+    Raises `ValueError` for cells of another configuration, before anything is copied.
+    """
+    lab = read_lab_file(folder / LAB_FILE)
+    found: dict[Cell, Path] = {}
+    for other in others:
+        for file in sorted(other.glob(f"cells/*/*/seed-*/{RESULT}")):
+            record = read_json(file.parent / CELL)
+            cell = Cell(record["data"], record["structure"], record["seed"])
+            target = cell.folder(folder)
+            if (target / RESULT).is_file():
+                continue
+            if cell.data not in lab.data:
+                raise ValueError(f"{file.parent} is of the data {cell.data!r}, which {folder / LAB_FILE} lacks.")
+            check_same(file.parent / CELL, configuration(folder, lab, cell))
+            found[cell] = file.parent
+    for cell, source in found.items():
+        with NewFolder(cell.folder(folder), "gathering") as new:
+            shutil.copytree(source, new.staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MODEL))
+            new.put_in_place()
+    return list(found)
+
+
+def lab_states(folder: Path) -> dict[Cell, tuple[str, str]]:
+    """The state of each cell of a lab's folder; `OSError` if it is none."""
+    if not (folder / LAB_FILE).is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a lab: it has no {LAB_FILE}.")
+    return {cell: state_of(folder, cell) for cell in cells_of(read_lab_file(folder / LAB_FILE))}

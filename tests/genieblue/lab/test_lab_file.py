@@ -1,0 +1,69 @@
+"""The file of a lab: what it means, and what is refused before anything is made."""
+
+import pytest
+from tiny_lab import write_tiny_lab
+
+from genieblue.lab.lab_file import read_lab_file, write_lab_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("file")
+    write_tiny_lab(place)
+    return place
+
+
+def test_a_written_lab_is_read_back(folder, tmp_path):
+    lab = read_lab_file(write_tiny_lab(folder))
+    write_lab_file(tmp_path / "again.yaml", lab)
+    assert read_lab_file(tmp_path / "again.yaml") == lab
+
+
+def test_a_list_of_structures_takes_the_seeds_of_all(folder):
+    lab = read_lab_file(write_tiny_lab(folder, structures=["full", "lora"], seeds=3))
+    assert lab.structures == {"full": 3, "lora": 3}
+
+
+def test_a_quick_lab_has_one_seed_and_less_of_everything(folder):
+    lab = read_lab_file(write_tiny_lab(folder, held_out=100, vision_steps=80, training={"steps": 800}))
+    quick = lab.quick()
+    assert set(quick.structures.values()) == {1} and quick.structures.keys() == lab.structures.keys()
+    assert (quick.steps, quick.vision_steps, quick.held_out) == (100, 10, 25)
+
+
+def test_where_files_are_does_not_decide_a_result_but_what_is_in_them_does(folder, tmp_path):
+    here, there = read_lab_file(write_tiny_lab(folder)), read_lab_file(write_tiny_lab(tmp_path))
+    assert here.texts != there.texts and here.decisive() == there.decisive()
+    (tmp_path / "texts.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    assert here.decisive() != there.decisive()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"structures": ["moe"]}, "Unknown structure 'moe': choose from full, lora, cogvlm-post"),
+        ({"structures": ["genieblue-middle"]}, "Unknown structure 'genieblue-middle'"),
+        ({"tasks": ["dancing"]}, "Unknown task 'dancing': choose from digits"),
+        ({"tasks": {"mine": {"train": "a.jsonl"}}}, "expected {train: FILE, eval: FILE}"),
+        ({"held_out": 100, "standard_error": 2}, "standard error of up to 5.0 points; for 2 .* takes 625"),
+        ({"held_out": 0}, "`held_out` is 0: expected at least 1"),
+        ({"data": {"mixed": 1.0}}, "share of texts in 'mixed' is 1.0"),
+        ({"texts": [], "data": {"mixed": 0.2}}, "`texts` names none"),
+        ({"training": {"batch_size": 2}}, "`training` needs `steps`"),
+        ({"training": {"steps": 2, "stepz": 3}}, "Did you mean `steps`"),
+        ({"training": {"steps": 2, "seed": 3}}, "`seed` is no setting of a lab"),
+        ({"text_tasks": {"fact": 3}}, "Did you mean `facts`"),
+        ({"text_tasks": {"facts": -3}}, "`facts` is -3"),
+        ({"dtype": "float16"}, "expected float32 or bfloat16"),
+        ({"structure": ["full"]}, "Did you mean `structures`"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_lab_file(write_tiny_lab(tmp_path, **changes))
+
+
+def test_a_file_that_is_not_there_is_named(folder, tmp_path):
+    lab = read_lab_file(write_tiny_lab(folder, texts=["gone.jsonl"]))
+    with pytest.raises(OSError, match=r"gone.jsonl is not a file"):
+        lab.decisive()

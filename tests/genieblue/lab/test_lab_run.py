@@ -1,0 +1,194 @@
+"""A lab from its file to its report: cells go on, fail alone, are refused if they do not fit, and are gathered."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from tiny_lab import STRUCTURES, cells_in_this_process, write_tiny_lab
+from transformers import TrainerCallback
+
+from genieblue.lab import cells, run
+from genieblue.lab.cells import CELL, IMAGES, RESULT, Cell, cells_of
+from genieblue.lab.lab_file import read_lab_file
+from genieblue.lab.report import write_report
+from genieblue.lab.results import LabResults
+from genieblue.lab.run import gather, lab_states, run_lab
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A lab file, and the folder in which all of its cells are done."""
+    place = tmp_path_factory.mktemp("lab")
+    path = write_tiny_lab(place)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cells_in_this_process(monkeypatch)
+        states = run_lab(read_lab_file(path), place / "out")
+    assert {state for state, _ in states.values()} == {"done"}, states
+    return path, place / "out"
+
+
+@pytest.fixture
+def lab(finished, tmp_path):
+    """A copy of the finished lab, to change."""
+    shutil.copytree(finished[1], tmp_path / "out")
+    return read_lab_file(finished[0]), tmp_path / "out"
+
+
+def test_every_structure_is_run_with_its_seeds_and_the_first_seed_comes_first(finished):
+    lab = read_lab_file(finished[0])
+    assert [(cell.structure, cell.seed) for cell in cells_of(lab)] == [
+        ("full", 0), ("lora", 0), ("genieblue-skip", 0), ("lora", 1), ("genieblue-skip", 1)
+    ]  # fmt: skip
+    assert set(lab_states(finished[1])) == set(cells_of(lab))
+
+
+def test_a_cell_says_what_it_trained_how_long_and_how_well(finished):
+    result = json.loads((Cell("mixed", "genieblue-skip", 0).folder(finished[1]) / RESULT).read_text())
+    assert result["steps"] == 2 and result["copied_blocks"] == [3]
+    assert result["trainable"] == sum(result["parts"].values())
+    assert set(result["images"]) == {"digits", "naming"} and result["images"]["digits"]["count"] == 4
+    assert result["seconds_per_step"] > 0 and result["peak_memory_gb"] > 0 and len(result["losses"]) == 2
+
+
+def test_a_finished_lab_runs_nothing_again(lab, monkeypatch):
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("a cell was run"))
+    assert {state for state, _ in run_lab(*lab).values()} == {"done"}
+
+
+def test_a_cell_that_was_killed_after_training_is_only_evaluated(lab, monkeypatch):
+    place = Cell("mixed", "lora", 0).folder(lab[1])
+    expected = (place / IMAGES).read_text()
+    for name in (RESULT, IMAGES):
+        (place / name).unlink()
+    monkeypatch.setattr(cells, "train", lambda *_, **__: pytest.fail("it was trained again"))
+    cells_in_this_process(monkeypatch)
+    run_lab(*lab)
+    assert (place / IMAGES).read_text() == expected
+
+
+def test_a_cell_that_was_killed_in_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    training = {"steps": 3, "batch_size": 2, "logging_steps": 1, "save_steps": 1}
+    lab = read_lab_file(write_tiny_lab(tmp_path, structures=["lora"], tasks=["digits"], training=training))
+    cell = Cell("mixed", "lora", 0)
+    place, started = cell.folder(tmp_path / "out"), []
+
+    class StopOnce(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            started.append(state.global_step)
+            if started == [0, 1, 2]:
+                raise KeyboardInterrupt
+
+    trained = cells.train
+    monkeypatch.setattr(cells, "train", lambda *given, **options: trained(*given, **options, callbacks=[StopOnce()]))
+    cells_in_this_process(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run_lab(lab, tmp_path / "out")
+    assert lab_states(tmp_path / "out")[cell] == ("started", "at step 2")
+    assert run_lab(lab, tmp_path / "out")[cell][0] == "done"
+    assert started == [0, 1, 2, 2]
+    expected = json.loads((place / RESULT).read_text())["losses"]
+    shutil.rmtree(place)
+    run_lab(lab, tmp_path / "out")
+    assert json.loads((place / RESULT).read_text())["losses"] == expected
+
+
+def test_a_cell_that_fails_is_marked_and_the_lab_goes_on(lab, monkeypatch):
+    for name in ("full", "lora"):
+        shutil.rmtree(Cell("mixed", name, 0).folder(lab[1]))
+
+    def train(structure, *arguments, **options):
+        if structure.name == "full":
+            raise ValueError("The loss is nan at step 1")
+        return trained(structure, *arguments, **options)
+
+    trained = cells.train
+    monkeypatch.setattr(cells, "train", train)
+    cells_in_this_process(monkeypatch)
+    states = run_lab(*lab)
+    assert states[Cell("mixed", "full", 0)] == ("failed", "The loss is nan at step 1")
+    assert states[Cell("mixed", "lora", 0)][0] == "done"
+    assert "The loss is nan" in write_report(lab[1]).read_text()
+
+
+def test_a_cell_that_dies_is_named_and_the_lab_goes_on(lab, monkeypatch, caplog):
+    for name in ("full", "lora"):
+        shutil.rmtree(Cell("mixed", name, 0).folder(lab[1]))
+
+    class Killed:
+        returncode = -9
+
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: Killed)
+    states = run_lab(*lab)
+    assert [state for state, _ in states.values()].count("missing") == 2
+    assert caplog.text.count("exit code -9") == 2
+
+
+def test_only_the_structures_that_are_named_are_run(lab, monkeypatch):
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("a cell was run"))
+    assert {cell.structure for cell in run_lab(*lab, only=["genieblue-*"])} == {"genieblue-skip"}
+    with pytest.raises(ValueError, match="No structure is named like cogvlm-.: the lab has full, lora"):
+        run_lab(*lab, only=["cogvlm-*"])
+
+
+def test_a_cell_of_another_configuration_is_refused_with_what_differs(lab):
+    place = Cell("mixed", "lora", 1).folder(lab[1]) / CELL
+    recorded = json.loads(place.read_text())
+    recorded["lab"]["training"]["steps"] = 7
+    place.write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match=r"another configuration: lab\.training\.steps was 7 and is 2"):
+        run_lab(*lab)
+
+
+def test_another_lab_in_the_folder_is_refused(lab, finished, tmp_path):
+    other = write_tiny_lab(finished[0].parent / "other", held_out=5)
+    with pytest.raises(ValueError, match="the folder of another lab"):
+        run_lab(read_lab_file(other), lab[1])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    with pytest.raises(ValueError, match="something other than a lab"):
+        run_lab(lab[0], tmp_path / "photos")
+
+
+def test_cells_of_another_machine_are_gathered_and_others_refused(lab, tmp_path):
+    place = Cell("mixed", "lora", 1).folder(lab[1])
+    shutil.copytree(lab[1], tmp_path / "elsewhere")
+    shutil.rmtree(place)
+    assert gather(lab[1], [tmp_path / "elsewhere"]) == [Cell("mixed", "lora", 1)]
+    assert (place / RESULT).is_file() and not (place / "model").exists()
+    assert gather(lab[1], [tmp_path / "elsewhere"]) == []
+    shutil.rmtree(place)
+    strange = Cell("mixed", "lora", 1).folder(tmp_path / "elsewhere") / CELL
+    strange.write_text(strange.read_text().replace('"text_share": 0.3', '"text_share": 0.5'))
+    with pytest.raises(ValueError, match="text_share was 0.5 and is 0.3"):
+        gather(lab[1], [tmp_path / "elsewhere"])
+    assert not place.exists()
+
+
+def test_the_report_has_a_row_for_each_structure_and_says_what_was_not_run(finished):
+    text = write_report(finished[1], finished[1].parent / "report").read_text()
+    for name in STRUCTURES:
+        assert f"\n| {name} | " in text
+    assert "lack a structure that has not been run" in text
+    assert len(list((finished[1].parent / "report").glob("*.png"))) == 3
+
+
+def test_results_of_one_structure_differ_from_itself_by_nothing(finished):
+    results = LabResults(finished[1])
+    group = results.get("lora")
+    assert group is not None and group.seeds == (0, 1)
+    difference = results.difference(group.images, group.images)
+    assert difference.value == 0 and results.retention(group.images, group.images).value in (100, pytest.approx(100))
+
+
+def test_blocks_that_do_not_divide_by_four_are_named(finished, tmp_path, caplog):
+    start = cells.start_folder(tmp_path, 0)
+    start.mkdir(parents=True)
+    (start / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 30}}))
+    lab = dataclasses.replace(
+        read_lab_file(finished[0]), structures={"full": 1, "genieblue-skip": 1, "cogvlm-post": 1}
+    )
+    with caplog.at_level("INFO"):
+        run._log_blocks(lab, tmp_path)
+    copied = "skip [3, 7, 11, 15, 19, 23, 27]; post [23, 24, 25, 26, 27, 28, 29]"
+    assert f"30 blocks do not divide by four; copied are: {copied}" in caplog.text
