@@ -52,7 +52,7 @@ def put_form_in_place(model: Any, folder: Path) -> None:
 def calibration_chats(processor: Any) -> Iterable[dict[str, Any]]:
     """New numbers of the scans that the demo was trained on, with their answers; none is of the held-out scans."""
     from genieblue.data.collation import ChatCollator
-    from genieblue.demo.scans import NumberScans, split_scans
+    from genieblue.lab.scans import NumberScans, split_scans
 
     encode = ChatCollator(processor).encode
     return map(encode, NumberScans(split_scans()[0], CALIBRATION_CHATS, seed=99, curriculum=0))
