@@ -38,14 +38,15 @@ def push(
     quiet_hub()
     options = {
         "private": private, "token": token, "revision": revision, "commit_message": message, "create_pr": create_pr,
-        "accept_loss": accept_loss,
     }  # fmt: skip
     if read_export(folder) is not None:
+        if accept_loss:
+            raise typer.BadParameter(f"{folder} is an export, which has no verdict.", param_hint="--accept-loss")
         commit = publish_export(folder, repo_id, base=base, **options)
     elif read_base_quantization(folder) is None:
-        commit = publish_folder(folder, repo_id, base=base, **options)
+        commit = publish_folder(folder, repo_id, base=base, accept_loss=accept_loss, **options)
     elif base is None:
-        commit = publish_quantized_base(folder, repo_id, **options)
+        commit = publish_quantized_base(folder, repo_id, accept_loss=accept_loss, **options)
     else:
         raise typer.BadParameter(f"{folder} is a base itself: leave out --base.", param_hint="--base")
     typer.echo(commit.pr_url or commit.commit_url)

@@ -52,7 +52,7 @@ def test_it_ends_with_tables_and_a_verdict(model, data, tmp_path):
 
 def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monkeypatch):
     verdict = {"result": "failed", "accepted": False, "reasons": ["it lost too much"]}
-    report = QuantizationReport(model, "base", {}, {}, verdict)
+    report = QuantizationReport(model, "base", {}, {}, verdict, [])
     monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
     command = "quantize", model, "--out", tmp_path / "new"
     result = run(*command, code=1)

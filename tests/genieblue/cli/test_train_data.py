@@ -71,9 +71,15 @@ def test_a_mixture_is_planned_with_its_shares_and_trained(folder, model, tmp_pat
     assert "sha256 of the data" in other
 
 
-@pytest.mark.parametrize("example", sorted((REPOSITORY / "examples").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_command_in_an_example_works_as_printed(example, folder, model, tmp_path, monkeypatch):
-    (printed,) = re.findall(r"^# genieblue (train .*)", example.read_text(), re.MULTILINE)
+def commands_of_examples():
+    """The command that each example of a run prints at its head."""
+    for example in sorted((REPOSITORY / "examples").glob("*.yaml")):
+        for printed in re.findall(r"^# genieblue (train .*)", example.read_text(), re.MULTILINE):
+            yield pytest.param(printed, id=example.stem)
+
+
+@pytest.mark.parametrize("printed", commands_of_examples())
+def test_the_command_in_an_example_works_as_printed(printed, folder, model, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     command = shlex.split(printed)
     (tmp_path / command[command.index("--model") + 1]).symlink_to(model)

@@ -1,9 +1,13 @@
 """The file of a lab: what it means, and what is refused before anything is made."""
 
+from pathlib import Path
+
 import pytest
 from tiny_lab import write_tiny_lab
 
 from genieblue.lab.lab_file import read_lab_file, write_lab_file
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +71,10 @@ def test_a_file_that_is_not_there_is_named(folder, tmp_path):
     lab = read_lab_file(write_tiny_lab(folder, texts=["gone.jsonl"]))
     with pytest.raises(OSError, match=r"gone.jsonl is not a file"):
         lab.decisive()
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("lab_*.yaml")), ids=lambda path: path.stem)
+def test_an_example_is_a_lab_with_all_structures_of_the_paper(example):
+    assert {placement.partition("-")[0] for placement in read_lab_file(example).structures} == {
+        "full", "lora", "cogvlm", "genieblue"
+    }  # fmt: skip
