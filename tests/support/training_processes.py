@@ -38,7 +38,7 @@ def launch(number: int, *command: str, launcher: str = "torchrun") -> subprocess
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     started = [python, "-m", *LAUNCHERS[launcher], *how, *command]
-    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,14 @@ def alone(base, tmp_path_factory):
     })  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled(tmp_path_factory):
+    """DeepSpeed compiles its exchange between CPUs; the lock of a compilation once killed would be waited for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
 def check_same(found, alone) -> None:
     """Every step has the loss of one process, and the model is as it was found but for what was trained."""
     assert isinstance(found, dict), found.stderr
