@@ -26,6 +26,7 @@ from tiny_quantized import (
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from conversion.quantization import parts as parts_module
 from conversion.quantization import quantize as quantize_module
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.quantize import quantize_genieblue
@@ -212,7 +213,7 @@ def test_command_that_is_ended_leaves_nothing(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(quantize_module, "_round_adapter", end)
+    monkeypatch.setattr(parts_module, "_round_adapter", end)
     result = CliRunner().invoke(app, ["quantize", str(large_pair()), "--out", str(tmp_path / "q")])
     assert result.exit_code == 128 + signal.SIGTERM
     assert leftovers(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is before

