@@ -377,8 +377,9 @@ class StageTrainer(Trainer):
         path = Path(resume_from_checkpoint)
         recorded = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         now = self._settings_record
-        if other := sorted(key for key in now.keys() - {SAMPLES_PER_STEP} if recorded.get(key) != now[key]):
-            changes = "; ".join(f"{key} was {recorded.get(key)!r}, now {now[key]!r}" for key in other)
+        every = (recorded.keys() | now.keys()) - {SAMPLES_PER_STEP}
+        if other := sorted(key for key in every if recorded.get(key) != now.get(key)):
+            changes = "; ".join(f"{key} was {recorded.get(key)!r}, now {now.get(key)!r}" for key in other)
             raise ValueError(
                 f"{path} belongs to a run with other settings: {changes}. Resume with the original settings."
             )

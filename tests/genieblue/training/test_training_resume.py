@@ -14,6 +14,7 @@ from training_setup import RUN, AtStep, losses, make_base, make_data, make_model
 from genieblue.data.chats import ChatDataset
 from genieblue.data.mixture import MixedChats
 from genieblue.training.stages import train
+from genieblue.training.structure import GenieBlueStructure
 
 ROOT = Path(__file__).parents[3]
 SUPPORT = ROOT / "tests" / "support"
@@ -121,6 +122,20 @@ def test_checkpoint_of_a_run_with_other_settings_is_refused(options, reason, bas
         start(base, tmp_path / "out", stop_at=3)
     with pytest.raises(ValueError, match=reason):
         start(base, tmp_path / "out", resume=True, **options)
+
+
+@pytest.mark.parametrize("bases", [("a", "b"), ("a", None), (None, "b")], ids=str)
+def test_checkpoint_of_a_run_on_another_quantized_base_is_refused(bases, base, tmp_path):
+    def run(quantized_base, resume, *callbacks):
+        model, processor = make_model(base)
+        structure = GenieBlueStructure(model, quantized_base and {"quantized base": quantized_base})
+        settings = make_settings(**RUN)
+        train(structure, processor, make_data(), tmp_path / "out", settings, resume=resume, callbacks=callbacks)
+
+    with pytest.raises(Interrupted):
+        run(bases[0], False, AtStep(3, interrupt))
+    with pytest.raises(ValueError, match=f"quantized base was {bases[0]!r}, now {bases[1]!r}"):
+        run(bases[1], True)
 
 
 def test_checkpoint_of_a_run_over_other_data_is_refused(base, tmp_path):
