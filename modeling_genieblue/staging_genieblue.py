@@ -62,8 +62,8 @@ class StagingFolder:
 class NewFolder(StagingFolder):
     """A folder to fill, `staging`, which takes the place of `target` when `put_in_place` is called.
 
-    A context: what fails within it, before or after that call, leaves `target` as it was. The old folder is kept
-    beside it until the end. Raises `OSError` that says where the old one lies if it cannot be moved back.
+    A context: what fails within it, before or after that call, leaves `target` as it was, unless `keep` was called.
+    The old folder lies beside it until then. Raises `OSError` that says where it lies if it cannot be moved back.
     """
 
     def __init__(self, target: Path, purpose: str = "writing"):
@@ -71,6 +71,7 @@ class NewFolder(StagingFolder):
         self.staging, self._old = self.folder / target.name, self.folder / f"{target.name[:SHORT_NAME]}.old"
         self.staging.mkdir()
         self._moved: list[Path] = []  # from the old folder, as paths in it
+        self._is_kept = False
 
     def __enter__(self) -> "NewFolder":
         return self
@@ -97,8 +98,17 @@ class NewFolder(StagingFolder):
                 os.rename(self._old / path, self.target / path)
                 self._moved.append(path)
 
+    def keep(self) -> None:
+        """What is in place stays, whatever fails later."""
+        if self._old.exists():
+            # A process that is killed while it removes the old folder must not leave half of it as `*.old`.
+            os.rename(self._old, self.folder / "replaced")
+        self._is_kept = True
+
     def __exit__(self, kind: type[BaseException] | None, *_error: Any) -> None:
-        if kind is not None:
+        if kind is None:
+            self.keep()
+        elif not self._is_kept:
             self._put_back()
         self.remove()
 

@@ -69,6 +69,7 @@ def check_places(
     base_output: Path | None,
     overwrite: bool,
     is_base_named: bool = False,
+    existing_base: str | os.PathLike | None = None,
 ) -> None:
     """`OSError` or `ValueError` for output folders that are in use, especially by the input.
 
@@ -80,6 +81,8 @@ def check_places(
         read.append(Path(os.path.realpath(source)))
         if is_path(config.base_model_name_or_path):
             read.append(Path(os.path.realpath(read[0] / config.base_model_name_or_path)))
+    if existing_base is not None and os.path.isdir(existing_base):
+        read.append(Path(os.path.realpath(existing_base)))  # in a self-contained GenieBlue, perhaps
     for folder in (output, base_output):
         if folder is None:
             continue
@@ -188,10 +191,17 @@ def use_existing_base(
 def take_rounded_values(
     model: Any, name: str | os.PathLike, settings: dict[str, Any], access: dict[str, Any]
 ) -> nn.Module:
-    """Copies the values of a quantized base into the model's own, and returns it; `ValueError` for another base."""
+    """Copies the values of a quantized base into the model's own, and returns it.
+
+    Raises `ValueError` for another base; the model is unchanged then.
+    """
     is_recorded = bool((settings.get("source") or {}).get("fingerprint") and model.config.base_model_fingerprint)
     base = load_quantized_base(name, trust_remote_code=model.language_model.is_remote_code(), **access)
-    _copy_rounded_values(base, model.language_model, name, is_recorded)
+    _check_rounded_values(base, model.language_model, name, is_recorded)
+    rounded = dict(base.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for parameter_name, parameter in model.language_model.named_parameters():
+            parameter.copy_(_values(rounded[parameter_name]))
     return base
 
 
@@ -207,8 +217,8 @@ def rounding_of(settings: dict[str, Any] | None, recipe: QuantizationRecipe) -> 
 
 
 @torch.no_grad()
-def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_recorded: bool) -> None:
-    """Copies the values of the quantized base into `base`; `ValueError` if they are not roundings of its own."""
+def _check_rounded_values(quantized: nn.Module, base: nn.Module, name: str | os.PathLike, is_recorded: bool) -> None:
+    """`ValueError` if the values of a quantized base are not roundings of those of `base`."""
     others = dict(quantized.named_parameters(remove_duplicate=False))
     for parameter_name, parameter in base.named_parameters():
         other = others.get(parameter_name)
@@ -217,7 +227,7 @@ def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_re
                 f"{name} is not a quantized copy of this model's base: it has no matching {parameter_name}."
             )
         is_quantized = scales_of(other) is not None
-        values = (other.dequantize() if is_quantized else other).float()
+        values = _values(other)
         own = parameter.to(other.dtype).float()  # what is not rounded is in the quantized base's precision
         distance = float((values - own).norm() / own.norm().clamp(min=1e-12))
         allowed = 0.0
@@ -227,7 +237,11 @@ def _copy_rounded_values(quantized: nn.Module, base: nn.Module, name: str, is_re
             raise ValueError(
                 f"{name} is not a quantized copy of this model's base: {parameter_name} differs by {distance:.1%}."
             )
-        parameter.copy_(values)
+
+
+def _values(parameter: Any) -> torch.Tensor:
+    """The float32 values of a plain parameter or a quantized one."""
+    return (parameter if scales_of(parameter) is None else parameter.dequantize()).float()
 
 
 def _short(fingerprint: dict[str, str]) -> str:

@@ -53,8 +53,8 @@ class MixedModel:
             planned += stored_bytes(weight.shape, plan.group_size(name, weight, recipe), recipe.dtype)
         if not weights and budget != Budget():
             raise ValueError(
-                "No linear of the blocks would have 4 bits, so there is nothing to choose from: quantize `llm` or "
-                "`replicated_blocks` to w4a16, or leave out the budget."
+                "No linear of the blocks would have 4 bits, so there is nothing to choose from: quantize `llm` "
+                "(--llm) or `replicated_blocks` (--replicated) to w4a16, or leave out the budget."
             )
         self._precision = MixedPrecision(weights, recipe.dtype)
         own = nn.ModuleDict({"vision_tower": model.vision_tower, "multi_modal_projector": model.multi_modal_projector})

@@ -30,7 +30,7 @@ from conversion.quantization.precision import (
     plan_own_parts,
 )
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
-from conversion.staging import explained_full_disk
+from conversion.staging import explained_full_disk, uninterrupted
 from conversion.verdict import HeldOut, nothing_measured
 from hub_cards.model_folder import parameter_sizes
 from hub_cards.verdicts import measurement_rows
@@ -105,14 +105,17 @@ def quantize_genieblue(
     _check_options(recipe, samples, base_output, quantized_base, self_contained, budget)
     config = _checked_config(source, samples, where)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
-    check_places(source, config, places.output, places.new_base, overwrite, is_base_named=base_output is not None)
+    check_places(
+        source, config, places.output, places.new_base, overwrite,
+        is_base_named=base_output is not None, existing_base=quantized_base,
+    )  # fmt: skip
     existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
 
     load = partial(GenieBlueForConditionalGeneration.from_pretrained, source, dtype=recipe.dtype, **load_kwargs)
     model = load()
     if model.device.type == "cpu":
         warn_of_threads()
-    origin = _origin(source, places.output, load_kwargs.get("revision"), access)
+    origin = _origin(source, config, places.output, load_kwargs.get("revision"), access)
     warn_of_other_base(model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}), quantized_base, access)
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = Plans(
@@ -132,7 +135,6 @@ def quantize_genieblue(
     with (
         explained_full_disk(places.output, places.new_base),
         StagingFolder(places.output, "quantizing") as staging,
-        # Entered last: nothing that can fail may come between the save of the GenieBlue and the end of this one.
         NewFolder(places.new_base) if places.new_base is not None else nullcontext() as new_base,
     ):
         inner_base = new_base.staging if new_base is not None else staging / INNER_BASE
@@ -154,12 +156,15 @@ def quantize_genieblue(
         quantized.config.quantization["verdict"] = verdict
         if existing is None and recipe.changes_base:
             record_verdict(inner_base if new_base is not None else staging / "trial" / INNER_BASE, verdict)
-        if new_base is not None:
-            # Before the GenieBlue, which must never point at a missing base, and whose card reads the base's. If the
-            # save fails, the context puts the old base back.
-            new_base.put_in_place()
-            quantized.config.base_model_name_or_path = str(places.new_base)
-        quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: [*facts, *measurement_rows(verdict)]})
+        with uninterrupted():
+            if new_base is not None:
+                # Before the GenieBlue, which must never point at a missing base, and whose card reads the base's. If
+                # the save fails, the context puts the old base back.
+                new_base.put_in_place()
+                quantized.config.base_model_name_or_path = str(places.new_base)
+            quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: [*facts, *measurement_rows(verdict)]})
+            if new_base is not None:
+                new_base.keep()
     other = quantized.config.quantization["other_precision"]
     spent = mixed.linears if mixed else []
     return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors, verdict, spent)
@@ -186,11 +191,11 @@ def _check_options(
     of_base = [option for option in (base_output, quantized_base, self_contained) if option]
     if len(of_base) > 1:
         raise ValueError(
-            "`base_output`, `quantized_base` and `self_contained` contradict each other about the quantized base: "
-            "give only one of them."
+            "`base_output` (--base-out), `quantized_base` (--quantized-base) and `self_contained` (--self-contained) "
+            "contradict each other about the quantized base: give only one of them."
         )
     if recipe.rounding == "gptq" and not samples.text:
-        raise ValueError("gptq needs calibration samples with text: give some, or use mse or rtn.")
+        raise ValueError("gptq needs calibration samples with text: give some (--calibration), or use mse or rtn.")
     if budget is not None and recipe.rounding != "gptq":
         raise ValueError(
             f"A budget is spent by the damage measured on calibration samples, which {recipe.rounding} does not use: "
@@ -198,8 +203,9 @@ def _check_options(
         )
     if of_base and not recipe.changes_base:
         raise ValueError(
-            "The base stays at 16 bits, so there is no quantized base to write or use: leave out `base_output`, "
-            "`quantized_base` and `self_contained`, or quantize the language model."
+            "The base stays at 16 bits, so there is no quantized base to write or use: leave out `base_output` "
+            "(--base-out), `quantized_base` (--quantized-base) and `self_contained` (--self-contained), or quantize "
+            "the language model (--llm)."
         )
 
 
@@ -239,11 +245,16 @@ def _size_of_base(name: str | os.PathLike, access: dict[str, Any]) -> int:
     return sum(size.bytes for size in parameter_sizes(Path(path)).values())
 
 
-def _origin(source: Any, output: Path, revision: str | None, access: dict[str, Any]) -> dict[str, Any]:
-    """The location of the unquantized GenieBlue, for readers and for `verify`."""
+def _origin(
+    source: Any, config: GenieBlueConfig, output: Path, revision: str | None, access: dict[str, Any]
+) -> dict[str, Any]:
+    """Location and sha256 of the unquantized GenieBlue, for readers and for `verify`."""
+    place = {"name": str(source), "revision": None}
     if os.path.isdir(source):
-        return {"name": os.path.relpath(os.path.realpath(source), output), "revision": None}
-    return {"name": str(source), "revision": hub_commit(str(source), revision, **access)}
+        place["name"] = os.path.relpath(os.path.realpath(source), output)
+    else:
+        place["revision"] = hub_commit(str(source), revision, **access)
+    return {**place, "fingerprint": config.weight_fingerprint}
 
 
 def _silent(steps: Iterable[Any], _title: str) -> Iterable[Any]:

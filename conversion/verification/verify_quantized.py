@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from conversion.quantization.precision import (
 from conversion.quantization.rounding import TOP_CODE
 from conversion.verdict import nothing_measured
 from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, foreign_code
+from hub_cards.model_folder import read_model_config
 from hub_cards.verdicts import FAILED, summary
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.model_files_genieblue import (
@@ -32,6 +33,7 @@ from modeling_genieblue.model_files_genieblue import (
     WEIGHTS_NAME,
     is_hub_id,
     read_json,
+    recorded_weights,
     some,
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
@@ -174,8 +176,8 @@ def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:
     after = view_logits(subject.model)
     subject.release()  # the 16-bit model needs the memory
     try:
-        source, model = _source(subject, recipe)
-        before = view_logits(model)
+        source, load = _source(subject)
+        before = view_logits(load())
     except (OSError, ValueError) as error:
         logger.info("The quantization error is not measured again: %s", error)
         return _recorded_errors(subject, error)
@@ -193,10 +195,10 @@ def check_verdict(subject: SavedModel) -> str:
     recorded = subject.config.quantization.get("verdict") or nothing_measured()
     verdict, how = recorded, "as recorded: "
     if subject.held_out is not None:
+        source, load = _source(subject)  # before what takes long
         after = subject.held_out.measure(subject.model)
         subject.release()  # the 16-bit model needs the memory
-        source, model = _source(subject, _recipe(subject.config.quantization))
-        verdict, how = subject.held_out.verdict(subject.held_out.measure(model), after), f"against {source}: "
+        verdict, how = subject.held_out.verdict(subject.held_out.measure(load()), after), f"against {source}: "
         was_accepted = recorded["result"] == FAILED and recorded["accepted"]
         verdict["accepted"] = verdict["accepted"] or was_accepted
     if not verdict["accepted"]:
@@ -204,8 +206,8 @@ def check_verdict(subject: SavedModel) -> str:
     return how + summary(verdict)
 
 
-def _source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[str, GenieBlueForConditionalGeneration]:
-    """Name of the 16-bit GenieBlue, and the model; `OSError` or `ValueError` if it is not available."""
+def _source(subject: SavedModel) -> tuple[str, Callable[[], GenieBlueForConditionalGeneration]]:
+    """Name of the 16-bit GenieBlue, and what loads it; `OSError` if it is not available, or another one by now."""
     origin = subject.config.quantization.get("source") or {}
     name, where = origin.get("name"), {}
     if not isinstance(name, str):
@@ -218,10 +220,17 @@ def _source(subject: SavedModel, recipe: QuantizationRecipe) -> tuple[str, Genie
         name = os.path.normpath(subject.folder / name)
         if not os.path.isdir(name):
             raise OSError(f"the folder {name} does not exist")
-    model = GenieBlueForConditionalGeneration.from_pretrained(
-        name, dtype=recipe.dtype, trust_remote_code=subject.trust, **where
-    )
-    return name, model.to(subject.device)
+        recorded = origin.get("fingerprint")
+        if recorded and recorded_weights(read_model_config(Path(name))) != recorded:
+            raise OSError(f"{name} was saved again since, with other weights than it was made from")
+
+    def load() -> GenieBlueForConditionalGeneration:
+        model = GenieBlueForConditionalGeneration.from_pretrained(
+            name, dtype=_recipe(subject.config.quantization).dtype, trust_remote_code=subject.trust, **where
+        )
+        return model.to(subject.device)
+
+    return name, load
 
 
 def _recorded_errors(subject: SavedModel, reason: Exception) -> str:

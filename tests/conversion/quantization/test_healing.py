@@ -60,6 +60,16 @@ def test_a_base_that_is_none_is_refused_before_anything_changes(of, told):
     assert all(map(torch.equal, before, model.language_model.parameters()))
 
 
+def test_a_base_that_differs_in_one_late_matrix_changes_nothing(quantized_base):
+    model = healing_model()
+    last = list(model.language_model.parameters())[-2]
+    last.data.mul_(-1)
+    before = [weight.clone() for weight in model.language_model.parameters()]
+    with pytest.raises(ValueError, match="is not a quantized copy of this model's base: .* differs by"):
+        put_on_quantized_base(model, quantized_base)
+    assert all(map(torch.equal, before, model.language_model.parameters()))
+
+
 def test_a_quantized_copy_of_another_base_is_refused(quantized_base):
     model = healing_model()
     model.config.base_model_fingerprint = {"model.safetensors": "0" * 64}

@@ -147,7 +147,7 @@ def test_image_folder_without_chats_is_refused(tmp_path, must_not_load):
     for calibration in ([], ["--calibration", str(tmp_path / "text.txt")]):
         arguments = ["quantize", str(large_pair()), "--out", str(tmp_path / "q"), "--image-folder", str(tmp_path)]
         result = CliRunner().invoke(app, [*arguments, *calibration])
-        assert result.exit_code == 2 and "JSONL" in result.output
+        assert result.exit_code == 2 and "images of chats" in result.output
 
 
 def test_places_that_cannot_be_are_named(tmp_path, must_not_load):
@@ -205,6 +205,43 @@ def test_what_a_killed_run_left_is_removed_and_what_is_in_use_or_the_users_stays
     else:  # the old folder was in it
         kept = next(tmp_path.glob(".q.writing-*/q.old"))
         assert (kept / "inner").is_dir() and str(kept) in caplog.text
+
+
+@pytest.fixture
+def heeds_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores them
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_never_parts_a_genieblue_from_its_base(heeds_interrupts, tmp_path, monkeypatch):
+    quantize(large_pair(), tmp_path, llm="w8a16", rounding="rtn")
+    remove = NewFolder.remove
+
+    def interrupt(self):
+        if self.target == tmp_path / "genieblue":  # the new one is in its place
+            signal.raise_signal(signal.SIGINT)
+        remove(self)
+
+    monkeypatch.setattr(NewFolder, "remove", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(large_pair(), tmp_path, {"overwrite": True}, rounding="rtn")
+    monkeypatch.undo()
+    assert leftovers(tmp_path) == ["base", "genieblue"]
+    assert same(answers(load(tmp_path / "genieblue")), answers(load(quantized_pair(rounding="rtn") / "genieblue")))
+
+
+def test_the_removal_of_a_replaced_folder_that_is_killed_leaves_nothing_to_move_back(tmp_path, monkeypatch, caplog):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q/old").write_text("old")
+    with NewFolder(tmp_path / "q") as new:
+        new.put_in_place()
+        monkeypatch.setattr(NewFolder, "remove", lambda self: os.close(self._lock))
+    monkeypatch.undo()
+    assert len(leftovers(tmp_path)) == 2
+    with NewFolder(tmp_path / "q"):
+        pass
+    assert leftovers(tmp_path) == ["q"] and "move it back" not in caplog.text
 
 
 def test_command_that_is_ended_leaves_nothing(tmp_path, monkeypatch):

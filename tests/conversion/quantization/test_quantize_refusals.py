@@ -68,6 +68,18 @@ def test_links_to_what_is_read_are_seen(tmp_path, must_not_load):
         quantize_genieblue(source, tmp_path / "o", base_output=tmp_path / "link/base-llm", overwrite=True)
 
 
+def test_a_quantized_base_in_the_folder_that_is_replaced_is_not_used(tmp_path, must_not_load):
+    """A self-contained GenieBlue holds one."""
+    shutil.copytree(quantized_pair() / "genieblue", tmp_path / "q")
+    shutil.copytree(quantized_pair() / "base", tmp_path / "q/base")
+    before = contents(tmp_path)
+    for output in ("q", "q/base/new"):
+        with pytest.raises(ValueError, match="overlaps the input .*q/base"):
+            options = {"quantized_base": tmp_path / "q/base", "overwrite": True}
+            quantize_genieblue(large_pair(), tmp_path / output, **options)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("place", ["output", "base_output"])
 def test_folders_of_something_else_are_not_replaced(place, tmp_path, must_not_load):
     other = save_tiny_base("llama", tmp_path / "other")

@@ -4,7 +4,17 @@ import json
 
 import pytest
 import torch
-from tiny_quantized import PIXELS, REQUEST, TEXT, large_pair, leftovers, load, quantize, quantized_pair
+from tiny_quantized import (
+    PIXELS,
+    REQUEST,
+    TEXT,
+    large_pair,
+    leftovers,
+    load,
+    quantize,
+    quantized_pair,
+    save_large_pair,
+)
 
 from conversion.quantization.error import errors_by_part
 from conversion.verdict import Limits, judge
@@ -137,6 +147,18 @@ def test_verify_reports_the_recorded_verdict(check, tmp_path):
 def test_verify_repeats_the_verdict_with_data(check, points, ok):
     (found,) = check(quantized_pair() / "genieblue", held_out=AlwaysLost(points))
     assert found.ok == ok and found.detail.startswith("against /") and "plain-llama/genieblue: " in found.detail
+
+
+def test_verify_compares_with_no_other_model_that_took_the_place_of_the_first(check, tmp_path):
+    source = save_large_pair(tmp_path)
+    quantize(source, tmp_path / "new", llm="w8a16", rounding="rtn")
+    model = load(source)
+    model.multi_modal_projector.linear_1.bias.data += 1
+    model.save_pretrained(source)
+    held_out = AlwaysLost(0)
+    (found,) = check(tmp_path / "new/genieblue", held_out=held_out)
+    assert not found.ok and "was saved again since, with other weights" in found.detail
+    assert held_out.measured == []
 
 
 def test_verify_keeps_what_was_accepted(check, tmp_path):
