@@ -36,12 +36,13 @@ from transformers import (
 )
 
 from benchmarks.report import print_table
-from conversion.quantization.hessians import linear_hessians, text_batches
+from conversion.quantization.hessians import linear_hessians
 from conversion.quantization.mixed import Budget, MixedPrecision
 from conversion.quantization.precision import FORMATS
 from conversion.quantization.rounding import round_weight
 from conversion.quantization.sensitivity import REQUESTS, balanced_hessian, damage_inputs
 from conversion.quantization.stored_size import stored_bytes
+from genieblue.data.plain_texts import text_batches
 from genieblue.lab.text import held_out_stream, perplexity, split_documents
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.quantized_linears_genieblue import group_size_of

@@ -152,7 +152,8 @@ def answers_finding(what: str, total: Mapping[str, Any], limit: float) -> Findin
         total: the paired difference over all samples, as in `genieblue.evaluation.evaluate.Difference`.
         limit: in points.
     """
-    loss, error, most = -100 * total["difference"], answer_error(total), 100 * total["first"]
+    # Subtracted: a negated zero would be printed as -0.0.
+    loss, error, most = 0.0 - 100 * total["difference"], answer_error(total), 100 * total["first"]
     said = f"{what} lose {loss:.1f} ± {error:.1f} points"
     if loss - error > limit:
         return FAILED, f"{said}, more than {limit:g}"

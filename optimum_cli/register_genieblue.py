@@ -53,7 +53,7 @@ class GenieBlueCommand(BaseOptimumCLICommand):
                 arguments.append(value)
             elif value is True:
                 options.append(parameter.opts[0])
-            elif value:
+            elif value is not None and value is not False:  # an empty text is given, and refused by the command
                 options += [f"{parameter.opts[0]}={item}" for item in (value if parameter.multiple else [value])]
         return [*options, "--", *arguments]
 

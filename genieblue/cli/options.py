@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +37,7 @@ def read_bytes(size: str) -> int:
     if found is None:
         raise typer.BadParameter(f"{size!r} is not a size: give one such as 1.9GB or 800MB.")
     number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMG".index((prefix or " ").upper()))
+    return int(Fraction(number) * (1024 if binary else 1000) ** " KMG".index((prefix or " ").upper()))
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a GenieBlue.")]
@@ -54,6 +55,9 @@ FollowLinks = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print a single JSON document.")]
 Base = Annotated[
     str | None, typer.Option(help="Folder or Hub id of the base, if not the recorded one.", callback=_check_not_empty)
+]
+QuantizedBase = Annotated[
+    str | None, typer.Option(help="An already quantized base to reuse.", callback=_check_not_empty)
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Dtype = Annotated[Precision, typer.Option(help="Dtype to load the weights in.")]

@@ -16,6 +16,7 @@ from genieblue.cli.options import (
     EightBits,
     GroupSize,
     Json,
+    QuantizedBase,
     Revision,
     Rounding,
     UnquantizedModel,
@@ -70,7 +71,7 @@ def quantize(
     ] = None,
     chart: Annotated[Path | None, typer.Option(help="PNG file for the formats that mixed precision chooses.")] = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Text file or JSONL of chats; may be repeated.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Chats, or plain text (.txt, .md); may be repeated.")
     ] = None,
     image_folder: CalibrationImages = None,
     samples: Annotated[int, typer.Option(min=1, help="Maximum calibration samples of each kind.")] = 64,
@@ -86,7 +87,7 @@ def quantize(
     base_out: Annotated[
         Path | None, typer.Option(help="Folder for the quantized base; default: next to --out.")
     ] = None,
-    quantized_base: Annotated[str | None, typer.Option(help="An already quantized base to reuse.")] = None,
+    quantized_base: QuantizedBase = None,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Store the quantized base in --out, in the folder `base`.")
     ] = False,
@@ -108,14 +109,15 @@ def quantize(
     from conversion.quantization.precision import QuantizationRecipe
     from conversion.quantization.quantize import quantize_genieblue
     from genieblue.data.calibration_chats import read_calibration
+    from genieblue.data.plain_texts import is_plain_text
     from hub_cards.model_parts import model_info
     from modeling_genieblue import GenieBlueProcessor
 
     chosen = rounding or ("gptq" if calibration else "mse")
     if calibration and chosen != "gptq":
         raise typer.BadParameter(f"{chosen} uses no calibration samples: leave out --calibration or use gptq.")
-    if image_folder is not None and not any(path.suffix == ".jsonl" for path in calibration or ()):
-        raise typer.BadParameter("--image-folder is for images in a JSONL file: give one with --calibration.")
+    if image_folder is not None and all(map(is_plain_text, calibration or ())):
+        raise typer.BadParameter("--image-folder is for the images of chats: give some with --calibration.")
     budget = Budget(bits_per_weight, max_bytes)
     if budget != Budget() and group_size is not None:
         raise typer.BadParameter("Mixed precision chooses the groups too: leave out --group-size.")
@@ -164,8 +166,10 @@ def quantize(
             progress=progress_bar,
             **options,
         )
-        if chart is not None:
+        if chart is not None and report.mixed:
             draw(report.mixed, chart)
+        elif chart is not None:
+            note(f"No linear of the blocks has 4 bits, so no formats were chosen, and {chart} was not drawn.")
         parts = model_info(report.output).parts
     sizes = {name: size for name, size in parts.items() if size is not None}
     precisions = {**recipe.parts(), "language_model": recipe.llm}
@@ -174,9 +178,10 @@ def quantize(
     else:
         _print_report(report, sizes, precisions, recipe.activations)
     if not report.verdict["accepted"]:
+        less = "a larger budget" if budget else "a smaller --group-size" if calibration else "--calibration"
         note(
-            f"{out} is marked as failed, and `push` refuses it. Less is lost with --calibration, a smaller "
-            "--group-size, or w8a16 for the part with the largest error; --accept-loss accepts it."
+            f"{out} is marked as failed, and `push` refuses it. Less is lost with {less}, or w8a16 for the part with "
+            "the largest error; --accept-loss accepts it."
         )
         raise typer.Exit(1)
     if not json_output:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from conversion.quantization.hessians import read_paragraphs, text_batches
 from conversion.quantization.quantize import CalibrationSamples
 from genieblue.data.chat_samples import ChatSample, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator
+from genieblue.data.plain_texts import is_plain_text, read_paragraphs, text_batches
 
 
 def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> list[ChatSample]:
@@ -36,7 +36,7 @@ def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> l
 def read_calibration(
     paths: list[Path], processor: Any, *, count: int, length: int, image_folder: Path | None = None
 ) -> CalibrationSamples:
-    """Samples from text files (paragraphs) and JSONL files of chats, read as in training.
+    """Samples from plain texts (`.txt`, `.md`) and chats, read as in training.
 
     All texts, including those of chats, are packed into up to `count` rows of `length` tokens; the first `count` chats
     with an image become multimodal requests. Raises `ValueError` or `OSError` for data that is missing, empty, or too
@@ -45,12 +45,12 @@ def read_calibration(
     texts: list[str] = []
     chats: list[Any] = []
     for path in paths:
-        if path.suffix == ".jsonl":
-            samples = read_chats(path, 4 * count, image_folder=image_folder)
-            chats += [sample for sample in samples if sample.images]
-            texts += ["\n".join(texts_of(sample.messages)) for sample in samples]
-        else:
+        if is_plain_text(path):
             texts += read_paragraphs(path)
+            continue
+        samples = read_chats(path, 4 * count, image_folder=image_folder)
+        chats += [sample for sample in samples if sample.images]
+        texts += ["\n".join(texts_of(sample.messages)) for sample in samples]
     collator = ChatCollator(processor)
     return CalibrationSamples(
         text=text_batches(processor.tokenizer, texts, length, count),

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from conversion.quantization.hessians import read_paragraphs
 from conversion.verdict import Limits, judge, perplexity_change
 from genieblue.data.chat_samples import BAD_SAMPLE, texts_of
 from genieblue.data.chats import ChatDataset
+from genieblue.data.plain_texts import is_plain_text, read_paragraphs
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import Evaluation, ScoredAnswer, compare, evaluate
 from genieblue.evaluation.samples import EvaluationDataset
@@ -24,7 +24,6 @@ from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
 logger = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = (".txt", ".md")
 WINDOW, WINDOWS = 512, 32  # tokens of a text that are predicted from one another; the first windows of a file
 STRETCH = 64  # tokens of a window that count as one sample: of a short text, windows are too few for a standard error
 COMPARED_SAMPLES, COMPARED_TOKENS = 8, 32  # of each view, for the error by part
@@ -67,7 +66,7 @@ class HeldOutData:
         self._paragraphs: list[str] = []
         self._windows: list[list[int]] = []
         for source in sources:
-            of = PLAIN_TEXT if Path(source).suffix in TEXT_SUFFIXES else REFERENCES
+            of = PLAIN_TEXT if is_plain_text(source) else REFERENCES
             if of == PLAIN_TEXT:
                 paragraphs = read_paragraphs(source)
                 self._paragraphs += paragraphs
@@ -161,12 +160,12 @@ class HeldOutData:
         shared, texts = 0, []
         own = {number for dataset in self.chats for number in dataset.sample_hashes()}
         for path in files:
-            if path.suffix == ".jsonl":
-                chats = ChatDataset(path, image_folder=image_folder, skip_bad=None)
-                shared += len(own & chats.sample_hashes())
-                texts += _texts(chats)
-            else:
+            if is_plain_text(path):
                 texts += read_paragraphs(path)
+                continue
+            chats = ChatDataset(path, image_folder=image_folder, skip_bad=None)
+            shared += len(own & chats.sample_hashes())
+            texts += _texts(chats)
         shared += len(set(self._paragraphs) & set(texts))
         if shared:
             self._remark(f"{shared} held-out samples or paragraphs are in the calibration data too, so it is too kind")

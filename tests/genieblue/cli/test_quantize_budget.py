@@ -10,8 +10,10 @@ from genieblue.cli.options import read_bytes
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [("1.9GB", 1_900_000_000), ("800 MB", 800_000_000), ("2GiB", 2 << 30), ("12345", 12345), ("3g", 3_000_000_000)],
-)
+    [("1.9GB", 1_900_000_000), ("800 MB", 800_000_000), ("2GiB", 2 << 30), ("12345", 12345), ("3g", 3_000_000_000),
+     ("1.001GB", 1_001_000_000), ("9" * 400, int("9" * 400))],
+    ids=lambda value: str(value)[:9],
+)  # fmt: skip
 def test_sizes_have_units(size, expected):
     assert read_bytes(size) == expected
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from conversion.quantization import quantize as quantize_module
 from conversion.quantization.quantize import QuantizationReport
+from conversion.verdict import nothing_measured
 from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
@@ -60,6 +61,15 @@ def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monke
     assert run_json(*command, "--json", code=1)["verdict"] == verdict
 
 
+def test_a_chart_of_no_formats_is_not_drawn(model, tmp_path, monkeypatch):
+    report = QuantizationReport(model, "base", {}, {}, nothing_measured(), [])
+    monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
+    (tmp_path / "text.txt").write_text("The answer is in the question. " * 9)
+    options = "--llm", "w8a16", "--calibration", tmp_path / "text.txt", "--sample-length", "8"
+    result = run("quantize", model, "--out", tmp_path / "new", *options, "--chart", tmp_path / "formats.png")
+    assert "formats.png was not drawn" in result.stderr and not (tmp_path / "formats.png").exists()
+
+
 def test_the_json_document_has_the_whole_verdict(model, data, tmp_path):
     options = ["--llm", "w4a16", "--rounding", "rtn", "--group-size", 128, "--eval-data", data]
     options += ["--max-perplexity-ratio", "1"]
@@ -86,6 +96,12 @@ def test_without_data_it_says_that_nothing_was_measured(model, tmp_path):
 )
 def test_options_about_data_need_some(model, tmp_path, options, message):
     assert message in error_of("quantize", model, "--out", tmp_path / "new", *options, code=2)
+
+
+def test_an_empty_name_of_a_quantized_base_is_no_missing_one(model, tmp_path):
+    command = "quantize", model, "--out", tmp_path / "new", "--quantized-base", ""
+    assert "name is empty" in error_of(*command, code=2)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("limit", [["--max-answer-loss", "-1"], ["--max-perplexity-ratio", "nan"]])

@@ -9,7 +9,7 @@ from chat_lines import IMAGE_TOKENS, good_line, llava_line, make_processor, pict
 from tiny_models import VOCABULARY, tiny_tokenizer
 
 from conversion.chat_template import UnusableTemplate
-from genieblue.data.calibration_chats import read_chats
+from genieblue.data.calibration_chats import read_calibration, read_chats
 from genieblue.data.chat_samples import parse_chat
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import SAMPLES, ChatCollator, EncodedChats
@@ -176,6 +176,14 @@ def test_data_of_which_nothing_may_be_left_out_is_not_offered_that(tmp_path):
     for read in (lambda: ChatDataset(path, skip_bad=None), lambda: read_chats(path, 4)):
         with pytest.raises(ValueError, match="chats.jsonl:1: all answers are empty.* Correct it.$"):
             read()
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.json", "chats"])
+def test_chats_to_calibrate_on_are_chats_whatever_their_file_is_called(name, tmp_path):
+    picture().save(tmp_path / "a.png")
+    write_lines(tmp_path / name, llava_line("<image>\nWhat is it?", image="a.png"))
+    found = read_calibration([tmp_path / name], make_processor(), count=4, length=4)
+    assert len(found.multimodal) == 1
 
 
 def test_samples_that_are_made_when_asked_for_are_not_made_before():
