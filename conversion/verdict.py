@@ -100,6 +100,14 @@ def nothing_measured() -> dict[str, Any]:
     }
 
 
+def with_problems(verdict: Mapping[str, Any], problems: Sequence[str]) -> dict[str, Any]:
+    """The verdict, which also fails for `problems`, if any; accepted only if it was failed and accepted before."""
+    if not problems:
+        return dict(verdict)
+    accepted = verdict["result"] == FAILED and verdict["accepted"]
+    return {**verdict, "result": FAILED, "accepted": accepted, "reasons": [*problems, *verdict["reasons"]]}
+
+
 def of_text_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a verdict that is about the quantized base alone, which is the text view."""
     if "limits" not in verdict:

@@ -15,7 +15,6 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
-from conversion.verdict import of_text_view
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
@@ -297,9 +296,9 @@ def write_quantized_base(
 
 
 def record_verdict(folder: Path, verdict: dict[str, Any]) -> None:
-    """Records in a quantized base's folder and card what a GenieBlue's verdict says about its text view."""
+    """Records the verdict on the text view in a quantized base's folder and card."""
     config = read_settings(folder / CONFIG_NAME)
-    config["quantization_config"]["verdict"] = of_text_view(verdict)
+    config["quantization_config"]["verdict"] = verdict
     write_json(folder / CONFIG_NAME, config)
     write_quantized_base_card(folder)
 

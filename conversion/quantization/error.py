@@ -1,12 +1,14 @@
 """The error of a quantized GenieBlue against the 16-bit one, per view and by part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from conversion.verification.saved_model import PROMPTS, logits_of
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
+
+LARGEST_ERROR = 1.0  # that of unrelated logits is larger
 
 ViewLogits = dict[str, torch.Tensor]  # float32 logits (positions, vocabulary) on fixed requests, by view
 
@@ -53,6 +55,15 @@ def measured_errors(before: ViewLogits, after: ViewLogits, recipe: Any) -> tuple
             }
         )
     return errors, rows
+
+
+def unrelated_views(errors: Mapping[str, float]) -> list[str]:
+    """One sentence for each view whose error is that of logits that have nothing to do with the 16-bit ones."""
+    return [
+        f"the logits of the {view} view are unrelated to those in 16 bits (relative L2 error {error:.3g})"
+        for view, error in errors.items()
+        if not error < LARGEST_ERROR  # NaN is one of them
+    ]
 
 
 def errors_by_part(exact: Any, rounded: Any, logits: Callable[[Any], ViewLogits]) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from conversion.quantization.bases import (
     record_verdict,
     rounding_of,
 )
-from conversion.quantization.error import errors_by_part, measured_errors, view_logits
+from conversion.quantization.error import errors_by_part, measured_errors, unrelated_views, view_logits
 from conversion.quantization.healing import warn_of_other_base
 from conversion.quantization.mixed import Budget, MixedLinear
 from conversion.quantization.mixed_model import MixedModel, Plans
@@ -31,7 +31,7 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.staging import explained_full_disk, uninterrupted
-from conversion.verdict import HeldOut, nothing_measured
+from conversion.verdict import HeldOut, nothing_measured, of_text_view, with_problems
 from hub_cards.model_folder import parameter_sizes
 from hub_cards.verdicts import measurement_rows
 from modeling_genieblue import (
@@ -129,6 +129,11 @@ def quantize_genieblue(
         size_of_base = None if quantized_base is None else _size_of_base(quantized_base, access)
         mixed = MixedModel(budget, model, plans, recipe, size_of_base)
     before = view_logits(model)
+    if not all(logits.isfinite().all() for logits in before.values()):
+        raise ValueError(
+            f"The logits of {source} in {recipe.activations} are NaN or infinite, so it overflows or is damaged: "
+            "choose other `activations` (--activations), and check it (`genieblue verify`)."
+        )
     # Before any rounding, which takes long, so that a bad sample is named early.
     measured = None if held_out is None else held_out.measure(model)
 
@@ -153,9 +158,11 @@ def quantize_genieblue(
         verdict = nothing_measured()
         if held_out is not None:
             verdict = held_out.verdict(measured, held_out.measure(quantized), by_part)
+        of_base = with_problems(of_text_view(verdict), unrelated_views({"text": errors["text"]}))
+        verdict = with_problems(verdict, unrelated_views(errors))
         quantized.config.quantization["verdict"] = verdict
         if existing is None and recipe.changes_base:
-            record_verdict(inner_base if new_base is not None else staging / "trial" / INNER_BASE, verdict)
+            record_verdict(inner_base if new_base is not None else staging / "trial" / INNER_BASE, of_base)
         with uninterrupted():
             if new_base is not None:
                 # Before the GenieBlue, which must never point at a missing base, and whose card reads the base's. If
@@ -214,12 +221,13 @@ def _checked_config(source: Any, samples: CalibrationSamples, where: dict[str, A
     LoadRequest.from_arguments(source, where).check_layout()
     config = GenieBlueConfig.from_pretrained(source, **where)
     check_source(source, config)
-    longest = max((ids.shape[1] for ids in samples.text), default=0)
+    rows = [*samples.text, *(request["input_ids"] for request in samples.multimodal)]
+    longest = max((ids.shape[1] for ids in rows), default=0)
     most = getattr(config.text_config, "max_position_embeddings", None)
     if isinstance(most, int) and longest > most:
         raise ValueError(
-            f"Calibration rows have {longest} tokens, but the base supports only {most}: use shorter ones "
-            "(--sample-length)."
+            f"A calibration sample has {longest} tokens, but the base supports only {most}: use shorter texts "
+            "(--sample-length), and leave out longer chats."
         )
     return config
 

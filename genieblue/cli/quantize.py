@@ -181,7 +181,7 @@ def quantize(
         less = "a larger budget" if budget else "a smaller --group-size" if calibration else "--calibration"
         note(
             f"{out} is marked as failed, and `push` refuses it. Less is lost with {less}, or w8a16 for the part with "
-            "the largest error; --accept-loss accepts it."
+            "the largest error; `push --accept-loss` publishes it nevertheless."
         )
         raise typer.Exit(1)
     if not json_output:

@@ -34,16 +34,22 @@ def open_held_out(
     eval_data: Sequence[str] | None, model: str, options: Mapping[str, Any], metric: str | None,
     max_answer_loss: float | None, max_perplexity_ratio: float | None, accept_loss: bool = False,
 ) -> Any:  # fmt: skip
-    """A `HeldOutData` for `model`, or `None` without data; `BadParameter` for options that need some."""
+    """A `HeldOutData` for `model`, or `None` without data; `BadParameter` for options that need some.
+
+    Limits that are not given are those of a verdict that `model` records, if any.
+    """
     given = {"--metric": metric, "--max-answer-loss": max_answer_loss, "--max-perplexity-ratio": max_perplexity_ratio}
     if not eval_data:
         for name in [name for name, value in given.items() if value is not None] + ["--accept-loss"] * accept_loss:
             raise typer.BadParameter("It is about held-out data: give some with --eval-data.", param_hint=name)
         return None
     from genieblue.evaluation.held_out import HeldOutData
-    from modeling_genieblue import GenieBlueProcessor
+    from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 
+    quantization = getattr(GenieBlueConfig.from_pretrained(model, **options), "quantization", None) or {}
+    recorded = (quantization.get("verdict") or {}).get("limits") or {}
     limits = {"answer_loss": max_answer_loss, "perplexity_ratio": max_perplexity_ratio}
+    limits = {name: recorded.get(name) if value is None else value for name, value in limits.items()}
     limits = Limits(**{name: value for name, value in limits.items() if value is not None})
     processor = GenieBlueProcessor.from_pretrained(model, **options)
     return HeldOutData(eval_data, processor, metric=metric, limits=limits, accept_loss=accept_loss)

@@ -135,9 +135,11 @@ def test_places_of_a_base_that_stays_as_it_is_are_refused(options, tmp_path, mus
         quantize(large_pair(), tmp_path, options, **LEFT_AT_16_BITS)
 
 
-def test_rows_longer_than_the_base_can_take_are_refused(tmp_path, must_not_load):
+@pytest.mark.parametrize("kind", ["text", "multimodal"])
+def test_samples_longer_than_the_base_can_take_are_refused(kind, tmp_path, must_not_load):
     samples = calibration_samples(1)
-    samples.text.append(torch.ones(1, 1025, dtype=torch.long))
+    ids = torch.ones(1, 1025, dtype=torch.long)
+    getattr(samples, kind).append(ids if kind == "text" else {"input_ids": ids})
     with pytest.raises(ValueError, match="1025 tokens, but the base supports only 1024.*--sample-length"):
         quantize(large_pair(), tmp_path, {"samples": samples}, rounding="gptq")
 

@@ -1,6 +1,7 @@
 """The verdict of `quantize`: what is measured when, what a failed one leaves behind, and the error of each part."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny_quantized import (
     save_large_pair,
 )
 
+from conversion.quantization import quantize as quantize_module
 from conversion.quantization.error import errors_by_part
 from conversion.verdict import Limits, judge
 from conversion.verification import verify
@@ -103,6 +105,25 @@ def test_a_bad_sample_is_named_before_anything_is_rounded(tmp_path, monkeypatch)
     monkeypatch.setattr(held_out, "measure", lambda model: (_ for _ in ()).throw(ValueError("held-out.jsonl:3")))
     with pytest.raises(ValueError, match="held-out.jsonl:3"):
         quantize(large_pair(), tmp_path / "new", {"held_out": held_out})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("errors", [{"text": 0.1, "multimodal": math.nan}, {"text": 0.1, "multimodal": 1.2}], ids=str)
+def test_unrelated_logits_fail_without_data(errors, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize_module, "measured_errors", lambda *_: (errors, []))
+    report = quantize(large_pair(), tmp_path, llm="w8a16", rounding="rtn")
+    assert (report.verdict["result"], report.verdict["accepted"]) == ("failed", False)
+    assert report.verdict["reasons"][0].startswith("the logits of the multimodal view are unrelated")
+    assert settings(tmp_path / "base", "quantization_config")["verdict"]["result"] == "not measured"
+
+
+def test_a_model_that_overflows_is_refused_before_anything_is_rounded(tmp_path):
+    source = save_large_pair(tmp_path / "source")
+    model = load(source)
+    model.vision_tower.post_layernorm.weight.data.fill_(1e9)  # infinite in float16
+    model.save_pretrained(source)
+    with pytest.raises(ValueError, match="in float16 are NaN or infinite.*--activations"):
+        quantize(source, tmp_path / "new", activations="float16")
     assert not (tmp_path / "new").exists()
 
 

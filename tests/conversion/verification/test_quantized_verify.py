@@ -213,7 +213,7 @@ def test_a_16_bit_model_that_it_was_not_made_from_is_found(pair, run):
         edit_json(pair / "source/genieblue" / file, lambda content: content.pop("base_model_fingerprint", None))
     fingerprint_of(pair / "source")
     failed, details = run(pair / "genieblue", "stock_peft")
-    assert failed == ["quantization"] and "are unrelated to those of" in details
+    assert failed == ["quantization"] and "are unrelated to those in 16 bits" in details
 
 
 def fingerprint_of(source: Path) -> None:

@@ -1,6 +1,7 @@
 """`genieblue quantize --eval-data`: what it prints, its exit code, and options that do not go together."""
 
 import json
+import shutil
 
 import pytest
 from command_line import error_of, run, run_json
@@ -10,8 +11,10 @@ from transformers import AutoTokenizer
 
 from conversion.quantization import quantize as quantize_module
 from conversion.quantization.quantize import QuantizationReport
-from conversion.verdict import nothing_measured
+from conversion.verdict import Limits, nothing_measured
+from genieblue.cli.verdict import open_held_out
 from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
+from modeling_genieblue.quantized_settings_genieblue import QUANTIZED_PARTS
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
 
@@ -57,7 +60,7 @@ def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monke
     monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
     command = "quantize", model, "--out", tmp_path / "new"
     result = run(*command, code=1)
-    assert "Verdict: failed; it lost too much." in result.stdout and "--accept-loss accepts it" in result.stderr
+    assert "Verdict: failed; it lost too much." in result.stdout and "`push --accept-loss` publishes" in result.stderr
     assert run_json(*command, "--json", code=1)["verdict"] == verdict
 
 
@@ -102,6 +105,17 @@ def test_an_empty_name_of_a_quantized_base_is_no_missing_one(model, tmp_path):
     command = "quantize", model, "--out", tmp_path / "new", "--quantized-base", ""
     assert "name is empty" in error_of(*command, code=2)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("given, ratio", [(None, 7.0), (2.0, 2.0)])
+def test_a_repeated_verdict_has_the_limits_of_the_first(model, data, tmp_path, given, ratio):
+    quantized = shutil.copytree(model, tmp_path / "quantized")
+    settings = json.loads((quantized / "config.json").read_text())
+    precisions = dict.fromkeys(QUANTIZED_PARTS, "w8a16") | {"activations": "bfloat16"}
+    settings["quantization"] = precisions | {"verdict": {"limits": {"answer_loss": 9.0, "perplexity_ratio": 7.0}}}
+    (quantized / "config.json").write_text(json.dumps(settings))
+    held_out = open_held_out([str(data)], str(quantized), {}, None, None, given)
+    assert held_out.limits == Limits(answer_loss=9.0, perplexity_ratio=ratio)
 
 
 @pytest.mark.parametrize("limit", [["--max-answer-loss", "-1"], ["--max-perplexity-ratio", "nan"]])
