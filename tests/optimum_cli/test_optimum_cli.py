@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_quantized import contents, large_pair
 
 from genieblue.cli.app import app
 from modeling_genieblue.model_files_genieblue import QUANTIZED_WEIGHTS_NAME
+from optimum_cli import register_genieblue
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("modeling_genieblue", "hub_cards", "conversion", "genieblue", "optimum_cli")
@@ -85,6 +87,18 @@ def test_it_writes_what_genieblue_quantize_writes(site, tmp_path):
     assert one.keys() == other.keys()
     for name in ("model.safetensors", f"base/{QUANTIZED_WEIGHTS_NAME}", "config.json"):
         assert one[name] == other[name]
+
+
+def test_an_empty_value_is_handed_on(monkeypatch):
+    """It comes from an unset shell variable, and must not mean that the option was not given."""
+    handed_on = []
+    monkeypatch.setattr(typer.Typer, "__call__", lambda _app, args, prog_name: handed_on.extend(args))
+    parser = ArgumentParser()
+    register_genieblue.GenieBlueQuantizeCommand.parse_args(parser)
+    arguments = parser.parse_args(["reader", "--out", "new", "--quantized-base", "", "--overwrite"])
+    options = {"args": arguments, "parser": parser, "from_defaults_factory": True}
+    register_genieblue.GenieBlueQuantizeCommand(None, **options).run()
+    assert handed_on == ["quantize", "--out=new", "--quantized-base=", "--overwrite", "--", "reader"]
 
 
 def test_errors_are_one_sentence_and_exit_codes_those_of_the_command(site, tmp_path):
