@@ -47,7 +47,7 @@ NEVER = "<|never written|>"  # lm-eval wants something to stop at beside the mod
 def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
     """Writes data and descriptions of the tasks that are asked for; `ValueError` or `OSError` if it cannot."""
     documents = {
-        ENGLISH: [{"text": text} for text in _held_out_english()[: asked.english]],
+        ENGLISH: [{"text": text} for text in _english(asked.english)],
         FACTS: fact_questions(asked.facts) if asked.facts else [],
         GSM8K: _read(asked.gsm8k, asked.gsm8k_questions),
         MT_BENCH: [{"question": each["turns"][0]} for each in _read(asked.mt_bench, asked.mt_bench_questions)],
@@ -68,6 +68,13 @@ def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (new.staging / data).write_text("".join(lines), encoding="utf-8")
         new.put_in_place()
+
+
+def _english(count: int) -> list[str]:
+    texts = _held_out_english() if count else []
+    if len(texts) < count:
+        raise ValueError(f"`english` is {count}, but there are {len(texts)} pieces: lower it.")
+    return texts[:count]
 
 
 def _held_out_english() -> list[str]:
