@@ -117,11 +117,13 @@ def run_cell(folder: Path, cell: Cell) -> None:
             return
         try:
             if not (place / MODEL).is_dir():
-                _train(folder, lab, cell)
+                train_cell(folder, lab, cell, place / MODEL)
         except ValueError as error:
             logger.warning("%s failed: %s", cell, error)
             write_json(place / RESULT, {"failed": str(error)})
         else:
+            for checkpoint in place.glob(f"{MODEL}-run/checkpoint-*"):
+                shutil.rmtree(checkpoint)
             write_json(place / RESULT, _result(folder, lab, cell))
 
 
@@ -156,11 +158,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_same(recorded: Path, wanted: Mapping[str, Any]) -> None:
-    """`ValueError` if the configuration in a cell's file is another one."""
+    """`ValueError` if the configuration in the file of a cell, or of a lab, is another one."""
     if differing := _differences(read_json(recorded), wanted):
         raise ValueError(
-            f"{recorded.parent} is a cell of another configuration: {'; '.join(differing[:3])}. Run the lab in "
-            "another folder, or remove this one."
+            f"{recorded.parent} is of another configuration: {'; '.join(differing[:3])}. Run the lab in another "
+            "folder (--out), or remove this one."
         )
 
 
@@ -228,18 +230,16 @@ def start_folder(folder: Path, seed: int) -> Path:
     return folder / START / f"seed-{seed}" / MODEL
 
 
-def _train(folder: Path, lab: LabFile, cell: Cell) -> None:
+def train_cell(folder: Path, lab: LabFile, cell: Cell, output: Path) -> None:
+    """Trains the structure of a cell into a folder, from the last checkpoint of a run that was killed."""
     structure, processor = make_structure(folder, lab, cell)
     settings = lab.settings(cell.seed, rates_for(structure, lab))
     share = lab.data[cell.data]
     texts = fitting(read_texts(lab.texts), processor.tokenizer, settings.max_length) if share else []
     chats = LabChats(lab.tasks, texts, share, settings.steps * settings.samples_per_step, cell.seed)
-    output = cell.folder(folder) / MODEL
-    run = output.with_name(f"{MODEL}-run")
+    run = output.with_name(f"{output.name}-run")
     resume = run.is_dir() and get_last_checkpoint(str(run)) is not None
     train(structure, processor, chats, output, settings, resume=resume)
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
 
 
 def make_structure(folder: Path, lab: LabFile, cell: Cell) -> tuple[LabStructure, Any]:

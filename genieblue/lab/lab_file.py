@@ -69,7 +69,7 @@ class LabFile:
     Attributes:
         base: folder or Hub id of the LLM, or one of `BASES`.
         vision: folder or Hub id of a SigLIP, or `small`: one that the lab trains on its own images.
-        structures: names, and how many seeds each is trained with; a list takes `seeds` for all.
+        structures: names, and how many seeds each is trained with; in a file also a list, with `seeds` for all.
         tasks: names of `TASKS`; or, from a name of your own, `{train: FILE, eval: FILE}` of chats.
         texts: pure text to train on: JSONL of chats or of `question` and `answer`, or `english`.
         data: kinds of training data by name, with the share of texts in each.
@@ -85,7 +85,6 @@ class LabFile:
     base: str
     structures: dict[str, int]
     vision: str = SMALL
-    seeds: int = 1
     tasks: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TASKS))
     texts: tuple[str, ...] = ()
     data: dict[str, float] = field(default_factory=lambda: {"images": 0.0})
@@ -111,7 +110,7 @@ class LabFile:
                 raise ValueError(
                     f"{name!r} cannot be the name of a folder: name data and tasks with letters, digits, - and _."
                 )
-        for name in ("vision_steps", "lora_rank", "max_tiles", "held_out", "max_new_tokens", "batch_size", "seeds"):
+        for name in ("vision_steps", "lora_rank", "max_tiles", "held_out", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected at least 1.")
         for name in ("base", "vision"):
@@ -170,7 +169,7 @@ class LabFile:
     def decisive(self) -> dict[str, Any]:
         """What decides the result of a cell, without where files are, and with what is in them."""
         values = dataclasses.asdict(self)
-        for name in ("base", "vision", "structures", "seeds", "data"):  # compared by their weights, or by cell
+        for name in ("base", "vision", "structures", "data"):  # compared by their weights, or by cell
             del values[name]
         free = set(FREE_SETTINGS) - {"batch_size", "gradient_accumulation"}
         values["training"] = {name: value for name, value in self.training.items() if name not in free}
@@ -188,8 +187,10 @@ def read_lab_file(path: Path) -> LabFile:
     values = read_yaml(path, "a lab", EXAMPLE)
     if missing := [name for name in ("base", "structures", "training") if values.get(name) is None]:
         raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLE}`.")
-    seeds = values.get("seeds") or 1
-    for name, default in (("structures", seeds), ("tasks", None)):
+    seeds = values.get("seeds")
+    if seeds not in (None, 1) and isinstance(values["structures"], dict):
+        raise ValueError(f"{path}: `seeds` is for a list of structures, and here each has its own: leave it out.")
+    for name, default in (("structures", 1 if seeds is None else seeds), ("tasks", None)):
         if isinstance(given := values.get(name), list):
             if len(set(map(str, given))) < len(given):
                 raise ValueError(f"{path}: `{name}` has a name twice: {', '.join(map(str, given))}.")
@@ -198,7 +199,8 @@ def read_lab_file(path: Path) -> LabFile:
         if values.get(name) is not None:
             _a_mapping(values[name], name, path)
     training, tasks, questions = (values.pop(name, None) for name in ("training", "tasks", "text_tasks"))
-    values = checked_values(values, get_type_hints(LabFile), path, "a lab")
+    values = checked_values(values, {"seeds": int, **get_type_hints(LabFile)}, path, "a lab")
+    values.pop("seeds", None)
     if _a_mapping(training, "training", path).get("steps") is None:
         raise ValueError(f"{path}: `training` needs `steps`, such as `training: {{steps: 1000}}`.")
     allowed = {name: kind for name, kind in get_type_hints(TrainingSettings).items() if name not in NOT_OF_A_LAB}
@@ -238,7 +240,7 @@ def _beside(path: Path, value: Any) -> Any:
         return {str(name): _beside(path, item) for name, item in value.items()}
     place = path.absolute().parent / Path(str(value)).expanduser()
     is_name = value in (*BASES, SMALL, ENGLISH)
-    return str(place) if isinstance(value, str) and not is_name and place.exists() else value
+    return str(place) if isinstance(value, str) and value and not is_name and place.exists() else value
 
 
 def _check_task(name: str, files: Any) -> None:

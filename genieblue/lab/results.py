@@ -115,7 +115,7 @@ class LabResults:
         """The standard error that runs with other seeds add to a mean of these; the base was run with none."""
         if values[0] is self.base_texts:
             return 0.0
-        kind = "images" if set(values[0]) <= set(self.lab.tasks) else "texts"
+        kind = "texts" if any(values is group.texts for group in self.groups.values()) else "images"
         return self._spread_of_seeds(kind) / math.sqrt(len(values))
 
     def _spread_of_seeds(self, kind: str) -> float:

@@ -43,12 +43,14 @@ from genieblue.lab.text_tasks import run_text_tasks, write_text_tasks
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import weight_file_hashes
 from modeling_genieblue.configuration_genieblue import PLACEMENTS, select_replicated_layers
 from modeling_genieblue.model_files_genieblue import read_json
 from modeling_genieblue.staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
+LAB = "lab.json"  # what decides the results
 UNTRAINED = "untrained"
 
 
@@ -58,13 +60,15 @@ def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, 
     `only` are patterns of names of structures, such as `genieblue-*`. A cell that fails or dies does not end the lab.
     Raises `ValueError` for a folder of another lab, or of cells of another configuration, before anything is run.
     """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: give the folder of the lab with --out.")
+    cells = [cell for cell in cells_of(lab) if not only or any(fnmatch.fnmatch(cell.structure, each) for each in only)]
+    if not cells:
+        raise ValueError(f"No structure is named like {', '.join(only)}: the lab has {', '.join(lab.structures)}.")
     folder.mkdir(parents=True, exist_ok=True)
     with lock_output(folder / LAB_FILE, "lab"):  # of those who share a lab's folder, one makes what all need
         _take_over(lab, folder)
         prepare(lab, folder)
-    cells = [cell for cell in cells_of(lab) if not only or any(fnmatch.fnmatch(cell.structure, each) for each in only)]
-    if not cells:
-        raise ValueError(f"No structure is named like {', '.join(only)}: the lab has {', '.join(lab.structures)}.")
     for cell, wanted in configurations(folder, lab, cells).items():
         if (cell.folder(folder) / CELL).is_file():
             check_same(cell.folder(folder) / CELL, wanted)
@@ -82,14 +86,23 @@ def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, 
 
 
 def _take_over(lab: LabFile, folder: Path) -> None:
-    """Records the lab in its folder; `ValueError` if another one is there."""
-    recorded, decisive = folder / LAB_FILE, lab.decisive()  # which names files that are missing
-    if recorded.is_file():
-        if read_lab_file(recorded).decisive() != decisive:
-            raise ValueError(f"{folder} is the folder of another lab: see {recorded}; give a new folder with --out.")
-    elif any(path for path in folder.iterdir() if not path.name.startswith(".")):
+    """Records the lab in its folder; `ValueError` if another one is there.
+
+    What decides is recorded apart: on another machine, the files that `LAB_FILE` names may lie elsewhere.
+    """
+    decisive = {
+        "lab": lab.decisive(),
+        "base": lab.base if lab.base in BASES else weight_file_hashes(lab.base),
+        "vision": lab.vision if lab.vision == SMALL else weight_file_hashes(lab.vision),
+    }
+    if (folder / LAB).is_file():
+        check_same(folder / LAB, decisive)
+    elif not (folder / LAB_FILE).is_file() and any(
+        path for path in folder.iterdir() if not path.name.startswith((".", LAB))
+    ):
         raise ValueError(f"{folder} holds something other than a lab: give a new folder with --out.")
-    write_lab_file(recorded, lab)
+    write_json(folder / LAB, decisive)
+    write_lab_file(folder / LAB_FILE, lab)
 
 
 def prepare(lab: LabFile, folder: Path) -> None:
