@@ -187,7 +187,7 @@ def read_lab_file(path: Path) -> LabFile:
     values = read_yaml(path, "a lab", EXAMPLE)
     if missing := [name for name in ("base", "structures", "training") if values.get(name) is None]:
         raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLE}`.")
-    seeds = values.get("seeds")
+    seeds = checked_values({"seeds": values.pop("seeds", None)}, {"seeds": int}, path, "a lab").get("seeds")
     if seeds not in (None, 1) and isinstance(values["structures"], dict):
         raise ValueError(f"{path}: `seeds` is for a list of structures, and here each has its own: leave it out.")
     for name, default in (("structures", 1 if seeds is None else seeds), ("tasks", None)):
@@ -199,8 +199,7 @@ def read_lab_file(path: Path) -> LabFile:
         if values.get(name) is not None:
             _a_mapping(values[name], name, path)
     training, tasks, questions = (values.pop(name, None) for name in ("training", "tasks", "text_tasks"))
-    values = checked_values(values, {"seeds": int, **get_type_hints(LabFile)}, path, "a lab")
-    values.pop("seeds", None)
+    values = checked_values(values, get_type_hints(LabFile), path, "a lab")
     if _a_mapping(training, "training", path).get("steps") is None:
         raise ValueError(f"{path}: `training` needs `steps`, such as `training: {{steps: 1000}}`.")
     allowed = {name: kind for name, kind in get_type_hints(TrainingSettings).items() if name not in NOT_OF_A_LAB}

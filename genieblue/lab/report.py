@@ -26,7 +26,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     """
     results = LabResults(folder)
     if not results.groups:
-        raise ValueError(f"No cell of {folder} is finished, so there is nothing to report: `genieblue lab run` first.")
+        failed = f" ({len(results.failed)} failed: see `genieblue lab status`)" if results.failed else ""
+        raise ValueError(f"No cell of {folder} is done{failed}: `genieblue lab run` first.")
     out = out or folder / "report"
     path = out / REPORT
     if path.is_file() and not path.read_text(encoding="utf-8").startswith(TITLE):

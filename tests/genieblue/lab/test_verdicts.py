@@ -132,5 +132,5 @@ def test_a_lab_without_a_finished_cell_has_no_report(tmp_path):
     with pytest.raises(OSError, match="not the folder of a lab"):
         write_report(tmp_path)
     write_lab_file(tmp_path / LAB_FILE, read_lab_file(write_lab_values(tmp_path / "file")))
-    with pytest.raises(ValueError, match="No cell of .* is finished"):
+    with pytest.raises(ValueError, match="No cell of .* is done"):
         write_report(tmp_path)
