@@ -1,4 +1,4 @@
-"""Safe writing: folders are complete or absent, one run per output, and a clear error for a full disk."""
+"""Safe writing: folders and files are complete or absent, one run per output, and a clear error for a full disk."""
 
 import errno
 import os
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from modeling_genieblue.staging_genieblue import lock
 
+UNFINISHED = ".unfinished"  # suffix of files and folders until they are complete
 NOTHING_STAYS = "free some space, or use another disk. No incomplete files are left."
 
 
@@ -39,6 +40,13 @@ def lock_output(out: Path, purpose: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all: a run that is killed leaves the one that was there."""
+    staged = path.with_name(path.name + UNFINISHED)
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
 
 
 @contextmanager

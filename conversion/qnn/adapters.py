@@ -16,10 +16,11 @@ import numpy as np
 from conversion.qnn.bundle.digests import trained_digests
 from conversion.qnn.bundle.metadata import Bundle, scale_name
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
-from conversion.qnn.graphs.names import UNFINISHED, is_lora
+from conversion.qnn.graphs.names import is_lora
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.qdq.block_rounding import LORA_BITS
 from conversion.qnn.qdq.encoding import WeightCodes, round_with_scales
+from conversion.staging import UNFINISHED
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, QuantizedGenieBlueConfig
 from modeling_genieblue.model_files_genieblue import HUB_KEYS
 

@@ -4,13 +4,13 @@ Each step leaves files, and a cell goes on from those that are there. As a scrip
 own for each keeps their memory apart, and a lab alive when one dies.
 """
 
+import hashlib
 import json
 import logging
 import shutil
 import statistics
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from conversion.staging import lock_output
+from conversion.staging import lock_output, write_whole
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import ScoredAnswer, evaluate
 from genieblue.evaluation.metrics import standard_error
@@ -32,7 +32,7 @@ from genieblue.training.run_log import read_log
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.base_identity_genieblue import weight_file_hashes
-from modeling_genieblue.model_files_genieblue import read_json, write_json
+from modeling_genieblue.model_files_genieblue import read_json
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ CELL, RESULT, IMAGES, TEXTS, BASE_TEXTS = "cell.json", "result.json", "images.js
 MODEL, BASE, VISION, HELD_OUT, TEXT_TASKS, START, CELLS = (
     "model", "base", "vision", "held-out", "text-tasks", "start", "cells"
 )  # fmt: skip
+SCORES = (IMAGES, TEXTS)
+TAKEN = 75  # exit code of a cell that another process is running
 
 
 @dataclass(frozen=True, order=True)
@@ -72,6 +74,17 @@ def cells_of(lab: LabFile) -> list[Cell]:
     ]
 
 
+def check_is_lab(folder: Path) -> None:
+    """`OSError` for a folder of no lab."""
+    if not (folder / LAB_FILE).is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a lab: it has no {LAB_FILE}.")
+
+
+def is_done(place: Path) -> bool:
+    """Whether the cell in a folder is finished and has not failed."""
+    return (place / RESULT).is_file() and "failed" not in read_json(place / RESULT)
+
+
 def state_of(folder: Path, cell: Cell) -> tuple[str, str]:
     """`done`, `failed`, `started` or `missing`, and a word on it."""
     place = cell.folder(folder)
@@ -87,7 +100,7 @@ def state_of(folder: Path, cell: Cell) -> tuple[str, str]:
 
 
 def run_cell(folder: Path, cell: Cell) -> None:
-    """Runs what is missing of a cell; a loss that is not finite, or too little memory, marks it as failed.
+    """Runs what is missing of a cell; a training that fails, by its loss or for lack of memory, marks it as failed.
 
     Raises `ValueError` for a cell of another configuration, and `OSError` if another process is running it.
     """
@@ -95,7 +108,7 @@ def run_cell(folder: Path, cell: Cell) -> None:
     place = cell.folder(folder)
     place.mkdir(parents=True, exist_ok=True)
     with lock_output(place, "lab"):
-        wanted = configuration(folder, lab, cell)
+        wanted = configurations(folder, lab, [cell])[cell]
         if (place / CELL).is_file():
             check_same(place / CELL, wanted)
         else:
@@ -103,27 +116,53 @@ def run_cell(folder: Path, cell: Cell) -> None:
         if (place / RESULT).is_file():
             return
         try:
-            result = _result(folder, lab, cell)
+            if not (place / MODEL).is_dir():
+                train_cell(folder, lab, cell, place / MODEL)
         except ValueError as error:
             logger.warning("%s failed: %s", cell, error)
-            result = {"failed": str(error)}
-        write_json(place / RESULT, result)
+            write_json(place / RESULT, {"failed": str(error)})
+        else:
+            for checkpoint in place.glob(f"{MODEL}-run/checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            write_json(place / RESULT, _result(folder, lab, cell))
 
 
-def configuration(folder: Path, lab: LabFile, cell: Cell) -> dict[str, Any]:
-    """What decides the result of a cell."""
-    tower = weight_file_hashes(folder / VISION if lab.vision == SMALL else lab.vision)
-    base = weight_file_hashes(base_of(folder, lab))
-    found = {**asdict(cell), "text_share": lab.data[cell.data], "lab": lab.decisive(), "base": base, "vision": tower}
-    return json.loads(json.dumps(found))
+def configurations(folder: Path, lab: LabFile, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
+    """What decides the result of each cell: settings, and the sha256 of all that the cells of a lab share."""
+    shared = {
+        "lab": lab.decisive(),
+        "base": weight_file_hashes(base_of(folder, lab)),
+        "vision": weight_file_hashes(folder / VISION if lab.vision == SMALL else lab.vision),
+        **{name: _folder_sha256(folder / name) for name in (HELD_OUT, TEXT_TASKS)},
+    }
+    cells = list(cells)
+    starts = {seed: weight_file_hashes(start_folder(folder, seed)) for seed in {cell.seed for cell in cells}}
+    found = {
+        cell: {**asdict(cell), "text_share": lab.data[cell.data], START: starts[cell.seed], **shared} for cell in cells
+    }
+    return {cell: json.loads(json.dumps(each)) for cell, each in found.items()}
+
+
+def _folder_sha256(folder: Path) -> str:
+    """Of the names and bytes of all files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file as a whole or not at all, so that a killed lab goes on from what is there."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def check_same(recorded: Path, wanted: Mapping[str, Any]) -> None:
-    """`ValueError` if the configuration in a cell's file is another one."""
+    """`ValueError` if the configuration in the file of a cell, or of a lab, is another one."""
     if differing := _differences(read_json(recorded), wanted):
         raise ValueError(
-            f"{recorded.parent} is a cell of another configuration: {'; '.join(differing[:3])}. Run the lab in "
-            "another folder, or remove this one."
+            f"{recorded.parent} is of another configuration: {'; '.join(differing[:3])}. Run the lab in another "
+            "folder (--out), or remove this one."
         )
 
 
@@ -146,9 +185,7 @@ def rates_for(structure: LabStructure, lab: LabFile) -> dict[str, float]:
 
 
 def _result(folder: Path, lab: LabFile, cell: Cell) -> dict[str, Any]:
-    place, started = cell.folder(folder), time.time()
-    if not (place / MODEL).is_dir():
-        _train(folder, lab, cell)
+    place = cell.folder(folder)
     structure = load_structure(place / MODEL, base_of(folder, lab))
     processor = structure.processor(place / MODEL)
     structure.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,7 +203,6 @@ def _result(folder: Path, lab: LabFile, cell: Cell) -> dict[str, Any]:
         "images": {name: _without_values(score) for name, score in images.items()},
         "average": statistics.fmean(score["score"] for score in images.values()),
         "texts": {name: _without_values(score) for name, score in texts.items()},
-        "seconds": round(time.time() - started, 1),
         **training_figures(place / f"{MODEL}-run", lab),
     }
 
@@ -194,18 +230,16 @@ def start_folder(folder: Path, seed: int) -> Path:
     return folder / START / f"seed-{seed}" / MODEL
 
 
-def _train(folder: Path, lab: LabFile, cell: Cell) -> None:
+def train_cell(folder: Path, lab: LabFile, cell: Cell, output: Path) -> None:
+    """Trains the structure of a cell into a folder, from the last checkpoint of a run that was killed."""
     structure, processor = make_structure(folder, lab, cell)
     settings = lab.settings(cell.seed, rates_for(structure, lab))
     share = lab.data[cell.data]
     texts = fitting(read_texts(lab.texts), processor.tokenizer, settings.max_length) if share else []
     chats = LabChats(lab.tasks, texts, share, settings.steps * settings.samples_per_step, cell.seed)
-    output = cell.folder(folder) / MODEL
-    run = output.with_name(f"{MODEL}-run")
+    run = output.with_name(f"{output.name}-run")
     resume = run.is_dir() and get_last_checkpoint(str(run)) is not None
     train(structure, processor, chats, output, settings, resume=resume)
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
 
 
 def make_structure(folder: Path, lab: LabFile, cell: Cell) -> tuple[LabStructure, Any]:
@@ -246,7 +280,12 @@ def main() -> None:
     """Runs the cell that the command line names: the lab's folder, data, structure and seed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder, data, structure, seed = sys.argv[1:]
-    run_cell(Path(folder), Cell(data, structure, int(seed)))
+    try:
+        run_cell(Path(folder), Cell(data, structure, int(seed)))
+    except BlockingIOError:
+        sys.exit(TAKEN)
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class LabChats(Dataset):
     ):
         self._draw = TASKS
         self._files = {name: ChatDataset(files["train"]) for name, files in tasks.items() if files}
+        if empty := [name for name, chats in self._files.items() if not len(chats)]:
+            raise ValueError(f"The training data of the task {empty[0]!r} is empty: expected chats.")
         self._names, self._texts, self._text_share = tuple(tasks), texts, text_share
         self._samples, self._seed = samples, seed
 

@@ -5,13 +5,15 @@ import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
-from genieblue.lab.structures import structure_kind
+from conversion.staging import write_whole
+from genieblue.lab.structures import KINDS, structure_kind
 from genieblue.lab.tasks import TASKS
 from genieblue.training.run_file import checked_values, read_yaml
 from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
@@ -20,6 +22,13 @@ BASES = ("toy", "smollm2")  # that `lab base` makes
 SMALL = "small"  # vision tower that the lab makes
 ENGLISH = "english"  # the text that ships with Python
 EXAMPLE = "base: smollm2"
+NAME = re.compile(r"\w[\w.-]*")  # of a folder
+PARTS = {group for kind in KINDS.values() for group in kind.groups}  # that structures train
+# Of a run: a cell has its own, or nothing to validate on.
+NOT_OF_A_LAB = (
+    "stage", "seed", "epochs", "show_progress", "fsdp", "max_tiles", "eval_steps", "eval_answers",
+    "eval_max_new_tokens", "patience",
+)  # fmt: skip
 QUICK = {"steps": 8, "vision_steps": 8, "projector_steps": 8, "held_out": 4}  # of `--quick`: divisors
 
 
@@ -43,8 +52,9 @@ class TextQuestions:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int) and value < 0:
-                raise ValueError(f"`{name}` is {value}: expected 0 or more.")
+            least = int(name == "mt_bench_tokens")
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"`{name}` is {value}: expected {least} or more.")
 
     def fewer(self, divisor: int) -> "TextQuestions":
         """A part of them, at least two of each kind that is asked."""
@@ -59,7 +69,7 @@ class LabFile:
     Attributes:
         base: folder or Hub id of the LLM, or one of `BASES`.
         vision: folder or Hub id of a SigLIP, or `small`: one that the lab trains on its own images.
-        structures: names, and how many seeds each is trained with; a list takes `seeds` for all.
+        structures: names, and how many seeds each is trained with; in a file also a list, with `seeds` for all.
         tasks: names of `TASKS`; or, from a name of your own, `{train: FILE, eval: FILE}` of chats.
         texts: pure text to train on: JSONL of chats or of `question` and `answer`, or `english`.
         data: kinds of training data by name, with the share of texts in each.
@@ -75,7 +85,6 @@ class LabFile:
     base: str
     structures: dict[str, int]
     vision: str = SMALL
-    seeds: int = 1
     tasks: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TASKS))
     texts: tuple[str, ...] = ()
     data: dict[str, float] = field(default_factory=lambda: {"images": 0.0})
@@ -92,11 +101,23 @@ class LabFile:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in self.structures:
+        for name, seeds in self.structures.items():
             structure_kind(name)
-        for name in ("vision_steps", "lora_rank", "max_tiles", "held_out", "max_new_tokens", "batch_size", "seeds"):
+            if seeds < 1:
+                raise ValueError(f"The structure {name!r} has {seeds} seeds: expected at least 1, or leave it out.")
+        for name in (*self.data, *self.tasks):
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} cannot be the name of a folder: name data and tasks with letters, digits, - and _."
+                )
+        for name in ("vision_steps", "lora_rank", "max_tiles", "held_out", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected at least 1.")
+        for name in ("base", "vision"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is empty: expected a name, a folder or a Hub id.")
+        if self.projector_steps < 0:
+            raise ValueError(f"`projector_steps` is {self.projector_steps}: expected 0 or more.")
         for name, share in self.data.items():
             if not 0 <= share < 1:
                 raise ValueError(f"The share of texts in {name!r} is {share}: expected at least 0 and below 1.")
@@ -109,6 +130,8 @@ class LabFile:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"`dtype` is {self.dtype!r}: expected float32 or bfloat16.")
         if self.standard_error is not None:
+            if not 0 < self.standard_error < math.inf:
+                raise ValueError(f"`standard_error` is {self.standard_error}: expected points above 0.")
             needed = math.ceil((50 / self.standard_error) ** 2)  # of a score that is right or wrong, at its worst
             if self.held_out < needed:
                 raise ValueError(
@@ -116,11 +139,14 @@ class LabFile:
                     f"{50 / math.sqrt(self.held_out):.1f} points; for {self.standard_error:g} (`standard_error`) it "
                     f"takes {needed}: raise `held_out`."
                 )
-        self.settings(0, self.training.get("learning_rates", {}))
+        settings = self.settings(0, self.training.get("learning_rates", {}))
+        if unknown := sorted(set(settings.learning_rates) - PARTS):
+            raise ValueError(f"`learning_rates` has {unknown[0]!r}: expected parts, {', '.join(sorted(PARTS))}.")
 
     def settings(self, seed: int, learning_rates: dict[str, float]) -> TrainingSettings:
         """Of the second stage of a cell."""
-        return TrainingSettings(2, **{**self.training, "seed": seed, "learning_rates": learning_rates})
+        own = {"seed": seed, "learning_rates": learning_rates, "max_tiles": self.max_tiles}
+        return TrainingSettings(2, **{**self.training, **own})
 
     @property
     def steps(self) -> int:
@@ -143,7 +169,7 @@ class LabFile:
     def decisive(self) -> dict[str, Any]:
         """What decides the result of a cell, without where files are, and with what is in them."""
         values = dataclasses.asdict(self)
-        for name in ("base", "vision", "structures", "seeds", "data"):  # compared by their weights, or by cell
+        for name in ("base", "vision", "structures", "data"):  # compared by their weights, or by cell
             del values[name]
         free = set(FREE_SETTINGS) - {"batch_size", "gradient_accumulation"}
         values["training"] = {name: value for name, value in self.training.items() if name not in free}
@@ -161,16 +187,22 @@ def read_lab_file(path: Path) -> LabFile:
     values = read_yaml(path, "a lab", EXAMPLE)
     if missing := [name for name in ("base", "structures", "training") if values.get(name) is None]:
         raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLE}`.")
-    seeds = values.get("seeds") or 1
-    for name, default in (("structures", seeds), ("tasks", None)):
-        if isinstance(values.get(name), list):
-            values[name] = dict.fromkeys(map(str, values[name]), default)
+    seeds = checked_values({"seeds": values.pop("seeds", None)}, {"seeds": int}, path, "a lab").get("seeds")
+    if seeds not in (None, 1) and isinstance(values["structures"], dict):
+        raise ValueError(f"{path}: `seeds` is for a list of structures, and here each has its own: leave it out.")
+    for name, default in (("structures", 1 if seeds is None else seeds), ("tasks", None)):
+        if isinstance(given := values.get(name), list):
+            if len(set(map(str, given))) < len(given):
+                raise ValueError(f"{path}: `{name}` has a name twice: {', '.join(map(str, given))}.")
+            values[name] = dict.fromkeys(map(str, given), default)
+    for name in ("structures", "data"):
+        if values.get(name) is not None:
+            _a_mapping(values[name], name, path)
     training, tasks, questions = (values.pop(name, None) for name in ("training", "tasks", "text_tasks"))
     values = checked_values(values, get_type_hints(LabFile), path, "a lab")
-    if "steps" not in _a_mapping(training, "training", path):
+    if _a_mapping(training, "training", path).get("steps") is None:
         raise ValueError(f"{path}: `training` needs `steps`, such as `training: {{steps: 1000}}`.")
-    own = ("stage", "seed", "epochs", "show_progress", "fsdp")
-    allowed = {name: kind for name, kind in get_type_hints(TrainingSettings).items() if name not in own}
+    allowed = {name: kind for name, kind in get_type_hints(TrainingSettings).items() if name not in NOT_OF_A_LAB}
     values["training"] = checked_values({str(name): value for name, value in training.items()}, allowed, path, "a lab")
     if tasks is not None:
         values["tasks"] = {str(name): _beside(path, files) for name, files in _a_mapping(tasks, "tasks", path).items()}
@@ -187,7 +219,7 @@ def read_lab_file(path: Path) -> LabFile:
 def write_lab_file(path: Path, lab: LabFile) -> None:
     """Writes a lab that `read_lab_file` reads back."""
     values = json.loads(json.dumps(dataclasses.asdict(lab)))  # lists for tuples
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def _a_mapping(value: Any, name: str, path: Path) -> dict[Any, Any]:
@@ -207,7 +239,7 @@ def _beside(path: Path, value: Any) -> Any:
         return {str(name): _beside(path, item) for name, item in value.items()}
     place = path.absolute().parent / Path(str(value)).expanduser()
     is_name = value in (*BASES, SMALL, ENGLISH)
-    return str(place) if isinstance(value, str) and not is_name and place.exists() else value
+    return str(place) if isinstance(value, str) and value and not is_name and place.exists() else value
 
 
 def _check_task(name: str, files: Any) -> None:
@@ -217,7 +249,11 @@ def _check_task(name: str, files: Any) -> None:
                 f"Unknown task {name!r}: choose from {', '.join(TASKS)}, or give files of your own: {name}: {{train: "
                 "FILE, eval: FILE}."
             )
-    elif not isinstance(files, dict) or set(files) != {"train", "eval"}:
+    elif (
+        not isinstance(files, dict)
+        or set(files) != {"train", "eval"}
+        or {type(each) for each in files.values()} != {str}
+    ):
         raise ValueError(f"The task {name!r} is {files!r}: expected {{train: FILE, eval: FILE}}.")
 
 

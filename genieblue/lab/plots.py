@@ -1,5 +1,6 @@
 """Plots of a lab: retention against trained parameters, loss curves, and scores by task."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from genieblue.lab.results import Group, LabResults
 from genieblue.lab.structures import STRUCTURES
 
 SHADES = ("black", "tab:orange", "#9ecae1", "#6baed6", "#2171b5", "#a1d99b", "#74c476", "#238b45")
+ALIKE, STEP_ASIDE = 0.05, 1.04  # of parameters: a difference (of logarithms) that is not seen, and one that is
 COLOURS = dict(zip(STRUCTURES, SHADES, strict=True))
 
 
@@ -34,14 +36,20 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _draw_retention(results: LabResults, full: Group, groups: list[Group]) -> Any:
     figure, axis = _figure(7, 4.5)
-    for group in groups:
+    trained = [group.results[0]["trainable"] / 1e6 for group in groups]
+    ticks = []
+    for number, group in enumerate(groups):
         kept = results.retention(full.images, group.images)
-        trained = group.results[0]["trainable"] / 1e6
         error = 0.0 if group is full or kept.error is None else kept.error
-        axis.errorbar([trained], [kept.value], yerr=[error], fmt="o", capsize=3, color=COLOURS[group.structure],
+        alike = [other for other, size in enumerate(trained) if abs(math.log(size / trained[number])) < ALIKE]
+        place = trained[number] * STEP_ASIDE ** (alike.index(number) - (len(alike) - 1) / 2)
+        ticks += [trained[number]] if alike[0] == number else []
+        axis.errorbar([place], [kept.value], yerr=[error], fmt="o", capsize=3, color=COLOURS[group.structure],
                       label=group.structure)  # fmt: skip
     axis.set_xscale("log")
-    axis.set_xlabel("trained parameters, millions")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xticks(ticks, [f"{size:.3g}" for size in ticks])
+    axis.set_xlabel("trained parameters, millions; structures of one size side by side")
     axis.set_ylabel("average on images, % of full fine-tuning")
     axis.legend(fontsize="small")
     return figure
@@ -56,6 +64,8 @@ def _draw_losses(groups: list[Group]) -> Any:
                 axis.plot(steps, losses, color=COLOURS[group.structure], alpha=0.7, linewidth=1,
                           label=None if number else group.structure)  # fmt: skip
     axis.set_yscale("log")
+    for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.legend(fontsize="small")
@@ -73,5 +83,5 @@ def _draw_tasks(results: LabResults, groups: list[Group]) -> Any:
                  color=COLOURS[group.structure], label=group.structure, error_kw={"linewidth": 0.7})  # fmt: skip
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_ylabel("score, %")
-    axis.legend(fontsize="small", ncols=4)
+    figure.legend(fontsize="small", ncols=4, loc="outside upper center")
     return figure

@@ -4,15 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conversion.staging import write_whole
 from genieblue.lab import paper
 from genieblue.lab.observations import FAILS, HOLDS, UNDECIDED, judge
 from genieblue.lab.plots import draw_plots
 from genieblue.lab.results import Estimate, Group, LabResults
 from genieblue.lab.structures import STRUCTURES
 from genieblue.lab.text_tasks import ENGLISH, FACTS, GSM8K, MT_BENCH
-from modeling_genieblue.staging_genieblue import NewFolder
 
 REPORT = "report.md"
+TITLE = "# Full fine-tuning, LoRA, visual experts and GenieBlue compared"
 TEXT_TITLES = {
     ENGLISH: "English, p/byte", FACTS: "facts", GSM8K: "GSM8K, p/byte", MT_BENCH: "MT-bench, as base"
 }  # fmt: skip
@@ -21,22 +22,24 @@ TEXT_TITLES = {
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Writes `report.md` and its plots into a folder, by default `report` of the lab's; returns the report's path.
 
-    Raises `OSError` for a folder of no lab, and `ValueError` if no cell of it is finished.
+    Raises `OSError` for a folder of no lab, and `ValueError` if no cell of it is finished, or another report is there.
     """
     results = LabResults(folder)
     if not results.groups:
-        raise ValueError(f"No cell of {folder} is finished, so there is nothing to report: `genieblue lab run` first.")
+        failed = f" ({len(results.failed)} failed: see `genieblue lab status`)" if results.failed else ""
+        raise ValueError(f"No cell of {folder} is done{failed}: `genieblue lab run` first.")
     out = out or folder / "report"
-    with NewFolder(out, "report") as new:
-        plots = draw_plots(results, new.staging)
-        (new.staging / REPORT).write_text(format_report(results, plots), encoding="utf-8")
-        new.put_in_place()
-    return out / REPORT
+    path = out / REPORT
+    if path.is_file() and not path.read_text(encoding="utf-8").startswith(TITLE):
+        raise ValueError(f"{path} is not a report of a lab: give another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, format_report(results, draw_plots(results, out)))
+    return path
 
 
 def format_report(results: LabResults, plots: Mapping[str, str]) -> str:
     """The report as Markdown; `plots` are files by title."""
-    parts = ["# Full fine-tuning, LoRA, visual experts and GenieBlue compared", *_setting(results)]
+    parts = [TITLE, *_setting(results)]
     parts += ["## What the numbers say", *_verdicts(results)]
     for data in results.lab.data:
         suffix = f", data `{data}`" if len(results.lab.data) > 1 else ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genieblue.lab.cells import BASE_TEXTS, IMAGES, LAB_FILE, RESULT, TEXTS, Cell, cells_of
+from genieblue.lab.cells import BASE_TEXTS, IMAGES, LAB_FILE, RESULT, TEXTS, Cell, cells_of, check_is_lab
 from genieblue.lab.lab_file import LabFile, read_lab_file
 from modeling_genieblue.model_files_genieblue import read_json
 
@@ -59,8 +59,7 @@ class LabResults:
 
     def __init__(self, folder: Path):
         """Reads the folder; `OSError` if it is none of a lab."""
-        if not (folder / LAB_FILE).is_file():
-            raise FileNotFoundError(f"{folder} is not the folder of a lab: it has no {LAB_FILE}.")
+        check_is_lab(folder)
         self.lab: LabFile = read_lab_file(folder / LAB_FILE)
         base = read_json(folder / BASE_TEXTS) if (folder / BASE_TEXTS).is_file() else {}
         self.base_scores: dict[str, dict[str, Any]] = base
@@ -116,7 +115,7 @@ class LabResults:
         """The standard error that runs with other seeds add to a mean of these; the base was run with none."""
         if values[0] is self.base_texts:
             return 0.0
-        kind = "images" if set(values[0]) <= set(self.lab.tasks) else "texts"
+        kind = "texts" if any(values is group.texts for group in self.groups.values()) else "images"
         return self._spread_of_seeds(kind) / math.sqrt(len(values))
 
     def _spread_of_seeds(self, kind: str) -> float:

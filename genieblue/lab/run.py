@@ -17,32 +17,40 @@ from genieblue.lab.cells import (
     BASE,
     BASE_TEXTS,
     CELL,
+    CELLS,
     HELD_OUT,
     LAB_FILE,
     MODEL,
     RESULT,
+    SCORES,
+    TAKEN,
     TEXT_TASKS,
     VISION,
     Cell,
     base_of,
     cells_of,
+    check_is_lab,
     check_same,
-    configuration,
+    configurations,
+    is_done,
     start_folder,
     state_of,
+    write_json,
 )
-from genieblue.lab.data import LabChats, write_held_out
+from genieblue.lab.data import LabChats, fitting, held_out, read_texts, write_held_out
 from genieblue.lab.lab_file import BASES, SMALL, LabFile, read_lab_file, write_lab_file
 from genieblue.lab.text_tasks import run_text_tasks, write_text_tasks
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.base_identity_genieblue import weight_file_hashes
 from modeling_genieblue.configuration_genieblue import PLACEMENTS, select_replicated_layers
-from modeling_genieblue.model_files_genieblue import read_json, write_json
+from modeling_genieblue.model_files_genieblue import read_json
 from modeling_genieblue.staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
+LAB = "lab.json"  # what decides the results
 UNTRAINED = "untrained"
 
 
@@ -52,54 +60,75 @@ def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, 
     `only` are patterns of names of structures, such as `genieblue-*`. A cell that fails or dies does not end the lab.
     Raises `ValueError` for a folder of another lab, or of cells of another configuration, before anything is run.
     """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: give the folder of the lab with --out.")
+    cells = [cell for cell in cells_of(lab) if not only or any(fnmatch.fnmatch(cell.structure, each) for each in only)]
+    if not cells:
+        raise ValueError(f"No structure is named like {', '.join(only)}: the lab has {', '.join(lab.structures)}.")
     folder.mkdir(parents=True, exist_ok=True)
     with lock_output(folder / LAB_FILE, "lab"):  # of those who share a lab's folder, one makes what all need
         _take_over(lab, folder)
         prepare(lab, folder)
-    cells = [cell for cell in cells_of(lab) if not only or any(fnmatch.fnmatch(cell.structure, each) for each in only)]
-    if not cells:
-        raise ValueError(f"No structure is named like {', '.join(only)}: the lab has {', '.join(lab.structures)}.")
-    for cell in cells:
+    for cell, wanted in configurations(folder, lab, cells).items():
         if (cell.folder(folder) / CELL).is_file():
-            check_same(cell.folder(folder) / CELL, configuration(folder, lab, cell))
+            check_same(cell.folder(folder) / CELL, wanted)
     for number, cell in enumerate(cells, start=1):
         if (cell.folder(folder) / RESULT).is_file():
             continue
         logger.info("Cell %d of %d: %s", number, len(cells), cell)
         command = [sys.executable, "-m", "genieblue.lab.cells", str(folder), cell.data, cell.structure, str(cell.seed)]
         code = subprocess.run(command, check=False).returncode
-        if code:
+        if code == TAKEN:
+            logger.info("%s is left to the process that is running it.", cell)
+        elif code:
             logger.warning("%s ended with exit code %d: it goes on from there when the lab is run again.", cell, code)
     return {cell: state_of(folder, cell) for cell in cells}
 
 
 def _take_over(lab: LabFile, folder: Path) -> None:
-    """Records the lab in its folder; `ValueError` if another one is there."""
-    recorded = folder / LAB_FILE
-    if recorded.is_file():
-        was = read_lab_file(recorded)
-        if was.decisive() != lab.decisive():
-            raise ValueError(f"{folder} is the folder of another lab: see {recorded}; give a new folder with --out.")
-    elif any(path for path in folder.iterdir() if not path.name.startswith(".")):
+    """Records the lab in its folder; `ValueError` if another one is there.
+
+    What decides is recorded apart: on another machine, the files that `LAB_FILE` names may lie elsewhere.
+    """
+    decisive = {
+        "lab": lab.decisive(),
+        "base": lab.base if lab.base in BASES else weight_file_hashes(lab.base),
+        "vision": lab.vision if lab.vision == SMALL else weight_file_hashes(lab.vision),
+    }
+    if (folder / LAB).is_file():
+        check_same(folder / LAB, decisive)
+    elif not (folder / LAB_FILE).is_file() and any(
+        path for path in folder.iterdir() if not path.name.startswith((".", LAB))
+    ):
         raise ValueError(f"{folder} holds something other than a lab: give a new folder with --out.")
-    write_lab_file(recorded, lab)
+    write_json(folder / LAB, decisive)
+    write_lab_file(folder / LAB_FILE, lab)
 
 
 def prepare(lab: LabFile, folder: Path) -> None:
-    """Makes what all cells share and is not there yet: base, tower, questions, the base's texts, and projectors."""
+    """Makes what all cells share and is not there yet: base, questions, the base's texts, tower and projectors.
+
+    What is wrong with the data is refused before anything is trained.
+    """
+    write_held_out(folder / HELD_OUT, lab.tasks, lab.held_out)
+    for name, files in lab.tasks.items():
+        held_out(folder / HELD_OUT, name, files, lab.held_out)
+    LabChats(lab.tasks, [], 0.0, 1, seed=0)
+    texts = read_texts(lab.texts)
+    if not (folder / TEXT_TASKS).is_dir():
+        write_text_tasks(folder / TEXT_TASKS, lab.text_tasks)
     if lab.base in BASES and not (folder / BASE).is_dir():
         make_base(lab.base, folder / BASE)
+    if texts:
+        fitting(texts, AutoTokenizer.from_pretrained(base_of(folder, lab)), lab.settings(0, {}).max_length)
+    if not (folder / BASE_TEXTS).is_file():
+        logger.info("Text tasks of the base")
+        write_json(folder / BASE_TEXTS, base_texts(lab, folder))
     if not (folder / VISION).is_dir() and lab.vision == SMALL:
         from genieblue.lab.vision import make_small_siglip
 
         logger.info("Vision tower: a small SigLIP learns captions of the lab's own images")
         make_small_siglip(folder / VISION, steps=lab.vision_steps)
-    write_held_out(folder / HELD_OUT, lab.tasks, lab.held_out)
-    if not (folder / TEXT_TASKS).is_dir():
-        write_text_tasks(folder / TEXT_TASKS, lab.text_tasks)
-    if not (folder / BASE_TEXTS).is_file():
-        logger.info("Text tasks of the base")
-        write_json(folder / BASE_TEXTS, base_texts(lab, folder))
     for seed in range(max(lab.structures.values())):
         if not start_folder(folder, seed).is_dir():
             _train_projector(lab, folder, seed)
@@ -172,23 +201,30 @@ def _log_blocks(lab: LabFile, folder: Path) -> None:
 def gather(folder: Path, others: Sequence[Path]) -> list[Cell]:
     """Copies finished cells of the same lab, run elsewhere, into a lab's folder, and returns them.
 
-    Raises `ValueError` for cells of another configuration, before anything is copied.
+    A failed cell gives way to one that is done. Raises `OSError` for a folder of no lab, and `ValueError` for cells of
+    another configuration and for two results of one cell, before anything is copied.
     """
-    lab = read_lab_file(folder / LAB_FILE)
-    found: dict[Cell, Path] = {}
+    check_is_lab(folder)
+    lab, found = read_lab_file(folder / LAB_FILE), {}
+    wanted = configurations(folder, lab, cells_of(lab))
     for other in others:
-        for file in sorted(other.glob(f"cells/*/*/seed-*/{RESULT}")):
-            record = read_json(file.parent / CELL)
+        check_is_lab(other)
+        for file in sorted(other.glob(f"{CELLS}/*/*/seed-*/{RESULT}")):
+            source, record = file.parent, read_json(file.with_name(CELL))
             cell = Cell(record["data"], record["structure"], record["seed"])
-            target = cell.folder(folder)
-            if (target / RESULT).is_file():
-                continue
-            if cell.data not in lab.data:
-                raise ValueError(f"{file.parent} is of the data {cell.data!r}, which {folder / LAB_FILE} lacks.")
-            check_same(file.parent / CELL, configuration(folder, lab, cell))
-            found[cell] = file.parent
+            if cell not in wanted:
+                raise ValueError(f"{source} is a cell ({cell}) that {folder / LAB_FILE} lacks: add it there.")
+            check_same(source / CELL, wanted[cell])
+            there = found.get(cell, cell.folder(folder))
+            if not is_done(there):
+                if is_done(source) or not (there / RESULT).is_file():
+                    found[cell] = source
+            elif is_done(source) and any(read_json(source / each) != read_json(there / each) for each in SCORES):
+                raise ValueError(
+                    f"{source} and {there} are results of one cell and differ: remove one, or move it elsewhere."
+                )
     for cell, source in found.items():
-        with NewFolder(cell.folder(folder), "gathering") as new:
+        with lock_output(cell.folder(folder), "lab"), NewFolder(cell.folder(folder), "gathering") as new:
             shutil.copytree(source, new.staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MODEL))
             new.put_in_place()
     return list(found)
@@ -196,6 +232,5 @@ def gather(folder: Path, others: Sequence[Path]) -> list[Cell]:
 
 def lab_states(folder: Path) -> dict[Cell, tuple[str, str]]:
     """The state of each cell of a lab's folder; `OSError` if it is none."""
-    if not (folder / LAB_FILE).is_file():
-        raise FileNotFoundError(f"{folder} is not the folder of a lab: it has no {LAB_FILE}.")
+    check_is_lab(folder)
     return {cell: state_of(folder, cell) for cell in cells_of(read_lab_file(folder / LAB_FILE))}

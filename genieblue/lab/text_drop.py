@@ -25,14 +25,14 @@ def text_drop(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "text-tasks")
         write_text_tasks(folder, questions)
+        if not any(folder.iterdir()):
+            raise ValueError("No text task is asked for: give `facts`, `english`, `gsm8k` or `mt_bench`.")
         for name, (auto_class, place) in kinds.items():
             model: Any = auto_class.from_pretrained(place, dtype=dtype, trust_remote_code=trust_remote_code)
             model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
             scores[name] = run_text_tasks(model, tokenizer, folder, base=scores.get("base"))
             del model
-    if not scores["base"]:
-        raise ValueError("No text task is asked for: give `facts`, `english`, `gsm8k` or `mt_bench`.")
     return scores
 
 

@@ -47,11 +47,13 @@ NEVER = "<|never written|>"  # lm-eval wants something to stop at beside the mod
 def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
     """Writes data and descriptions of the tasks that are asked for; `ValueError` or `OSError` if it cannot."""
     documents = {
-        ENGLISH: [{"text": text} for text in _held_out_english()[: asked.english]],
+        ENGLISH: [{"text": text} for text in _english(asked.english)],
         FACTS: fact_questions(asked.facts) if asked.facts else [],
-        GSM8K: _read(asked.gsm8k, asked.gsm8k_questions),
-        MT_BENCH: [{"question": each["turns"][0]} for each in _read(asked.mt_bench, asked.mt_bench_questions)],
-    }
+        GSM8K: _read(asked.gsm8k, asked.gsm8k_questions, {"question": str, "answer": str}),
+        MT_BENCH: [
+            {"question": each["turns"][0]} for each in _read(asked.mt_bench, asked.mt_bench_questions, {"turns": list})
+        ],
+    }  # fmt: skip
     with NewFolder(folder, "writing") as new:
         for name, rows in documents.items():
             if not rows:
@@ -70,6 +72,13 @@ def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
         new.put_in_place()
 
 
+def _english(count: int) -> list[str]:
+    texts = _held_out_english() if count else []
+    if len(texts) < count:
+        raise ValueError(f"`english` is {count}, but there are {len(texts)} pieces: lower it.")
+    return texts[:count]
+
+
 def _held_out_english() -> list[str]:
     """Whole pieces of the documents that no text of `english` is taken from, the documents in turn."""
     bodies = [document.body for document in split_documents().held_out]
@@ -77,17 +86,19 @@ def _held_out_english() -> list[str]:
     return [body[start : start + PIECE] for start in starts for body in bodies if len(body) >= start + PIECE]
 
 
-def _read(path: str | None, count: int) -> list[dict[str, Any]]:
+def _read(path: str | None, count: int, needed: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The first lines of a benchmark's file, each with what it needs; answers lose the calculator's notes."""
     if path is None or not count:
         return []
     lines = JsonlFiles((Path(path),))
     if len(lines) < count:
         raise ValueError(f"{path} has {len(lines)} questions, and {count} are asked for: lower it.")
     rows = [lines[place] for place in range(count)]
-    return [
-        {**row, "answer": CALCULATOR.sub("", row["answer"])} if isinstance(row.get("answer"), str) else row
-        for row in rows
-    ]
+    for number, row in enumerate(rows, start=1):
+        for name, kind in needed.items():
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind) or not row[name]:
+                raise ValueError(f"{path}: question {number} has no `{name}`: expected {', '.join(needed)} in each.")
+    return [{**row, "answer": CALCULATOR.sub("", row["answer"])} if "answer" in row else row for row in rows]
 
 
 def run_text_tasks(

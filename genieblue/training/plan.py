@@ -33,7 +33,7 @@ class TrainingPlan:
     """The costs of a run; sizes in bytes, memory by device.
 
     Attributes:
-        parameters: by part; `language_model` is frozen.
+        parameters: by part; `base` is frozen.
         memory: by use; `activations (estimate)` is for one batch of samples of mean length, or of mean packs.
         checkpoint: bytes of one checkpoint; `kept` of all that are on disk at the same time, with the final model.
         image_features: bytes that the features of a frozen vision tower take on disk at most, if they are kept.
@@ -81,7 +81,7 @@ def plan_training(
     per_step = settings.samples_per_step
     steps = settings.steps or math.ceil(math.ceil(len(data) / per_step) * (settings.epochs or 1.0))
     passes = steps * per_step / len(data)
-    own = sum(parameters.values()) - parameters["language_model"]
+    own = sum(parameters.values()) - parameters["base"]
     zero = zero_stage()
     share = math.ceil(count / world) if settings.fsdp or zero else count
     exchanged = BUCKET if zero else count if world > 1 and not settings.fsdp else 0
@@ -157,7 +157,7 @@ def format_plan(plan: TrainingPlan) -> list[str]:
     features = features if plan.image_features else ""
     return [
         f"Trained parameters: {short_count(sum(plan.trained.values()))} ({parts}); the base's "
-        f"{short_count(plan.parameters['language_model'])} stay frozen.",
+        f"{short_count(plan.parameters['base'])} stay frozen.",
         f"Memory per device: about {short_bytes(sum(plan.memory.values()))} ({memory}).",
         f"Disk: {short_bytes(plan.checkpoint)} per checkpoint, at most {short_bytes(plan.kept)} at a time with the "
         f"model{features}.",
@@ -178,7 +178,7 @@ def remaining(steps: int, seconds: float, price_per_hour: float | None) -> str:
 
 def _count_parameters(structure: GenieBlueStructure, groups: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
     """Of each part, and of each group that is trained: a part may have parameters that never are."""
-    parts = {"language_model": sum(parameter.numel() for parameter in structure.frozen.parameters())}
+    parts = {"base": sum(parameter.numel() for parameter in structure.frozen.parameters())}
     trained = dict.fromkeys(groups, 0)
     frozen = {id(parameter) for parameter in structure.frozen.parameters()}
     for name, parameter in structure.model.named_parameters():

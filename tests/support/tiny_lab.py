@@ -14,10 +14,16 @@ STRUCTURES = {"full": 1, "lora": 2, "genieblue-skip": 2}
 
 def write_tiny_lab(folder: Path, **changes) -> Path:
     """Writes a base, a tower, texts and the lab file that names them; returns the latter."""
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tiny-base").exists():
         save_tiny_base("llama", folder / "tiny-base")
         tiny_vision_tower().save_pretrained(folder / "tiny-tower")
+    return write_lab_values(folder, **changes)
+
+
+def write_lab_values(folder: Path, **changes) -> Path:
+    """Writes the texts and the lab file only, which is all that reading it needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "texts.jsonl").exists():
         rows = [{"question": f"What is {number}?", "answer": f"It is <<{number}>>{number}."} for number in range(3)]
         (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {

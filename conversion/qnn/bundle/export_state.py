@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.qnn.bundle.metadata import METADATA, Bundle
-from conversion.qnn.graphs.names import UNFINISHED
+from conversion.staging import UNFINISHED, write_whole
 
 logger = logging.getLogger(__name__)
 STATE, DONE = "export.json", "done.json"
@@ -106,6 +106,4 @@ def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterato
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file as a whole or not at all."""
-    staged = path.with_name(path.name + UNFINISHED)
-    staged.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")

@@ -9,7 +9,6 @@ EMBEDDING_BITS = (16, 8)
 STAGES = ("prefill", "decode")
 # Outputs of the float graph: with its own weights, and with the values of their codes.
 EXACT, ROUNDED = "exact", "rounded"
-UNFINISHED = ".unfinished"  # suffix of files and folders until they are complete
 
 
 def is_lora(name: str) -> bool:

@@ -3,42 +3,35 @@
 from pathlib import Path
 
 import pytest
-from tiny_lab import write_tiny_lab
+from tiny_lab import write_lab_values
 
 from genieblue.lab.lab_file import read_lab_file, write_lab_file
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("file")
-    write_tiny_lab(place)
-    return place
-
-
-def test_a_written_lab_is_read_back(folder, tmp_path):
-    lab = read_lab_file(write_tiny_lab(folder))
+def test_a_written_lab_is_read_back(tmp_path):
+    lab = read_lab_file(write_lab_values(tmp_path))
     write_lab_file(tmp_path / "again.yaml", lab)
     assert read_lab_file(tmp_path / "again.yaml") == lab
 
 
-def test_a_list_of_structures_takes_the_seeds_of_all(folder):
-    lab = read_lab_file(write_tiny_lab(folder, structures=["full", "lora"], seeds=3))
+def test_a_list_of_structures_takes_the_seeds_of_all(tmp_path):
+    lab = read_lab_file(write_lab_values(tmp_path, structures=["full", "lora"], seeds=3))
     assert lab.structures == {"full": 3, "lora": 3}
 
 
-def test_a_quick_lab_has_one_seed_and_less_of_everything(folder):
-    lab = read_lab_file(write_tiny_lab(folder, held_out=100, vision_steps=80, training={"steps": 800}))
+def test_a_quick_lab_has_one_seed_and_less_of_everything(tmp_path):
+    lab = read_lab_file(write_lab_values(tmp_path, held_out=100, vision_steps=80, training={"steps": 800}))
     quick = lab.quick()
     assert set(quick.structures.values()) == {1} and quick.structures.keys() == lab.structures.keys()
     assert (quick.steps, quick.vision_steps, quick.held_out) == (100, 10, 25)
 
 
-def test_where_files_are_does_not_decide_a_result_but_what_is_in_them_does(folder, tmp_path):
-    here, there = read_lab_file(write_tiny_lab(folder)), read_lab_file(write_tiny_lab(tmp_path))
+def test_where_files_are_does_not_decide_a_result_but_what_is_in_them_does(tmp_path):
+    here, there = (read_lab_file(write_lab_values(tmp_path / name)) for name in ("here", "there"))
     assert here.texts != there.texts and here.decisive() == there.decisive()
-    (tmp_path / "texts.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "there" / "texts.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     assert here.decisive() != there.decisive()
 
 
@@ -60,15 +53,35 @@ def test_where_files_are_does_not_decide_a_result_but_what_is_in_them_does(folde
         ({"text_tasks": {"facts": -3}}, "`facts` is -3"),
         ({"dtype": "float16"}, "expected float32 or bfloat16"),
         ({"structure": ["full"]}, "Did you mean `structures`"),
+        ({"structures": {"full": 0}}, "'full' has 0 seeds: expected at least 1"),
+        ({"structures": ["full"], "seeds": 0}, "'full' has 0 seeds: expected at least 1"),
+        ({"structures": ["full"], "seeds": "two"}, "`seeds` is 'two', expected a whole number"),
+        ({"structures": {"full": 1}, "seeds": 2}, "`seeds` is for a list of structures"),
+        ({"structures": ["full", "full"]}, "`structures` has a name twice: full, full"),
+        ({"structures": "full"}, "`structures` is 'full', expected lines like"),
+        ({"data": ["mixed"]}, "`data` is .'mixed'., expected lines like"),
+        ({"data": {"../x": 0}}, "'../x' cannot be the name of a folder"),
+        ({"tasks": {"a/b": {"train": "a", "eval": "b"}}}, "'a/b' cannot be the name of a folder"),
+        ({"tasks": {"mine": {"train": "a", "eval": ["b"]}}}, "expected {train: FILE, eval: FILE}"),
+        ({"standard_error": 0}, "`standard_error` is 0.0: expected points above 0"),
+        ({"standard_error": float("nan")}, "`standard_error` is nan"),
+        ({"training": {"steps": None}}, "`training` needs `steps`"),
+        ({"training": {"steps": 2, "learning_rates": {"loraa": 1e-3}}}, "has 'loraa': expected parts, language_model"),
+        ({"training": {"steps": 2, "patience": 1}}, "`patience` is no setting of a lab"),
+        ({"training": {"steps": 2, "max_tiles": 4}}, "`max_tiles` is no setting of a lab"),
+        ({"max_tiles": 5}, "expected a square number"),
+        ({"projector_steps": -1}, "`projector_steps` is -1"),
+        ({"base": ""}, "`base` is empty"),
+        ({"text_tasks": {"mt_bench_tokens": 0}}, "`mt_bench_tokens` is 0: expected 1 or more"),
     ],
 )
-def test_what_is_wrong_is_refused_by_name(folder, tmp_path, changes, message):
+def test_what_is_wrong_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        read_lab_file(write_tiny_lab(tmp_path, **changes))
+        read_lab_file(write_lab_values(tmp_path, **changes))
 
 
-def test_a_file_that_is_not_there_is_named(folder, tmp_path):
-    lab = read_lab_file(write_tiny_lab(folder, texts=["gone.jsonl"]))
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    lab = read_lab_file(write_lab_values(tmp_path, texts=["gone.jsonl"]))
     with pytest.raises(OSError, match=r"gone.jsonl is not a file"):
         lab.decisive()
 

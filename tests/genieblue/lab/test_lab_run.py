@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from tiny_lab import STRUCTURES, cells_in_this_process, write_tiny_lab
 from transformers import TrainerCallback
 
+from conversion import staging
+from conversion.staging import lock_output
 from genieblue.lab import cells, run
-from genieblue.lab.cells import CELL, IMAGES, RESULT, Cell, cells_of
-from genieblue.lab.lab_file import read_lab_file
+from genieblue.lab.cells import CELL, IMAGES, LAB_FILE, RESULT, Cell, cells_of
+from genieblue.lab.lab_file import read_lab_file, write_lab_file
 from genieblue.lab.report import write_report
 from genieblue.lab.results import LabResults
 from genieblue.lab.run import gather, lab_states, run_lab
@@ -127,6 +132,7 @@ def test_a_cell_that_dies_is_named_and_the_lab_goes_on(lab, monkeypatch, caplog)
 def test_only_the_structures_that_are_named_are_run(lab, monkeypatch):
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("a cell was run"))
     assert {cell.structure for cell in run_lab(*lab, only=["genieblue-*"])} == {"genieblue-skip"}
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match="No structure is named like cogvlm-.: the lab has full, lora"):
         run_lab(*lab, only=["cogvlm-*"])
 
@@ -142,12 +148,36 @@ def test_a_cell_of_another_configuration_is_refused_with_what_differs(lab):
 
 def test_another_lab_in_the_folder_is_refused(lab, finished, tmp_path):
     other = write_tiny_lab(finished[0].parent / "other", held_out=5)
-    with pytest.raises(ValueError, match="the folder of another lab"):
+    with pytest.raises(ValueError, match=r"another configuration: lab\.held_out was 4 and is 5"):
         run_lab(read_lab_file(other), lab[1])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").touch()
     with pytest.raises(ValueError, match="something other than a lab"):
         run_lab(lab[0], tmp_path / "photos")
+
+
+@pytest.mark.parametrize("name", ["base", "vision"])
+def test_another_base_or_tower_is_refused_before_there_is_a_cell(lab, finished, name, tmp_path):
+    shutil.rmtree(lab[1] / "cells")
+    other = write_tiny_lab(tmp_path / "other", **{name: "changed"})
+    shutil.copytree(getattr(lab[0], name), tmp_path / "other" / "changed")
+    with (tmp_path / "other" / "changed" / "model.safetensors").open("ab") as file:
+        file.write(b"~")
+    with pytest.raises(ValueError, match=rf"another configuration: {name}\.model"):
+        run_lab(read_lab_file(other), lab[1])
+
+
+def test_a_lab_goes_on_where_its_files_lie_elsewhere(lab, tmp_path, monkeypatch):
+    recorded = read_lab_file(lab[1] / LAB_FILE)
+    write_lab_file(lab[1] / LAB_FILE, dataclasses.replace(recorded, texts=("/elsewhere/texts.jsonl",)))
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("a cell was run"))
+    assert {state for state, _ in run_lab(*lab).values()} == {"done"}
+
+
+def test_a_file_is_no_folder_of_a_lab(lab, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file is a file: give the folder of the lab"):
+        run_lab(lab[0], tmp_path / "file")
 
 
 def test_cells_of_another_machine_are_gathered_and_others_refused(lab, tmp_path):
@@ -165,12 +195,122 @@ def test_cells_of_another_machine_are_gathered_and_others_refused(lab, tmp_path)
     assert not place.exists()
 
 
+def test_results_that_disagree_are_refused_and_a_failed_cell_gives_way(lab, tmp_path):
+    cell, elsewhere = Cell("mixed", "lora", 1), tmp_path / "elsewhere"
+    here, there = cell.folder(lab[1]), cell.folder(elsewhere)
+    shutil.copytree(lab[1], elsewhere)
+    (here / IMAGES).write_text((here / IMAGES).read_text().replace("0.0", "100.0"))
+    with pytest.raises(ValueError, match="are results of one cell and differ"):
+        gather(lab[1], [elsewhere])
+    (here / RESULT).write_text('{"failed": "The loss is nan"}')
+    assert gather(lab[1], [elsewhere]) == [cell] and (here / IMAGES).read_text() == (there / IMAGES).read_text()
+    (there / RESULT).write_text('{"failed": "The loss is nan"}')
+    assert gather(lab[1], [elsewhere]) == []
+
+
+def test_only_labs_and_cells_of_the_lab_are_gathered(lab, tmp_path):
+    with pytest.raises(OSError, match="photos is not the folder of a lab"):
+        gather(lab[1], [tmp_path / "photos"])
+    shutil.copytree(lab[1], tmp_path / "elsewhere")
+    write_lab_file(lab[1] / LAB_FILE, dataclasses.replace(lab[0], structures={"full": 1, "lora": 1}))
+    with pytest.raises(ValueError, match=r"genieblue-skip, mixed, seed 0\) that .*lab.yaml lacks"):
+        gather(lab[1], [tmp_path / "elsewhere"])
+
+
+@pytest.mark.parametrize("shared", ["start/seed-0/model/model.safetensors", "held-out/digits/0000.png"])
+def test_a_cell_that_started_elsewhere_or_is_asked_something_else_is_refused(lab, tmp_path, shared):
+    shutil.copytree(lab[1], tmp_path / "elsewhere")
+    shutil.rmtree(Cell("mixed", "lora", 0).folder(lab[1]))
+    with (lab[1] / shared).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"~")
+    with pytest.raises(ValueError, match=f"another configuration: {shared.partition('/')[0]}"):
+        gather(lab[1], [tmp_path / "elsewhere"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": {"mine": {"train": "mine.jsonl", "eval": "mine.jsonl"}}}, "has 1 questions, and `held_out` is 4"),
+        ({"texts": ["texts.jsonl"], "training": {"steps": 2, "max_length": 4}}, "All 3 texts have more than 4 tokens"),
+        ({"texts": ["gone.jsonl"]}, "gone.jsonl is not a file"),
+        ({"text_tasks": {"facts": 10**6}}, "`facts` is 1000000, but there are"),
+    ],
+    ids=["too few questions", "too long texts", "missing texts", "too many facts"],
+)
+def test_wrong_data_is_refused_before_anything_is_trained(tmp_path, monkeypatch, changes, message):
+    for name in ("create_genieblue", "base_texts", "train"):
+        monkeypatch.setattr(run, name, lambda *_, **__: pytest.fail("too late"))
+    path = write_tiny_lab(tmp_path, **changes)
+    image = path.with_name("image.png")
+    Image.new("RGB", (8, 8)).save(image)
+    part = {"type": "image", "image": image.name}
+    turns = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": turns, "answers": ["a"]}) + "\n")
+    with pytest.raises((ValueError, OSError), match=message):
+        run_lab(read_lab_file(path), tmp_path / "out")
+
+
+def test_a_cell_whose_evaluation_fails_is_not_marked_as_failed(lab, monkeypatch):
+    place = Cell("mixed", "lora", 0).folder(lab[1])
+    for name in (RESULT, IMAGES):
+        (place / name).unlink()
+
+    def fail(*_):
+        raise ValueError("lm-eval is not installed")
+
+    monkeypatch.setattr(cells, "image_scores", fail)
+    with pytest.raises(ValueError, match="lm-eval is not installed"):
+        cells.run_cell(lab[1], Cell("mixed", "lora", 0))
+    assert lab_states(lab[1])[Cell("mixed", "lora", 0)] == ("started", "trained, to be evaluated")
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / RESULT
+    cells.write_json(path, {"average": 1})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cells.write_json(path, {"average": 2})
+    assert json.loads(path.read_text()) == {"average": 1}
+
+
+def test_a_cell_that_another_process_is_running_is_left_to_it(lab, monkeypatch, caplog):
+    cell = Cell("mixed", "lora", 0)
+    (cell.folder(lab[1]) / RESULT).unlink()
+
+    def start(command, check):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        with pytest.raises(SystemExit) as ended:
+            cells.main()
+        return SimpleNamespace(returncode=ended.value.code)
+
+    monkeypatch.setattr(run.subprocess, "run", start)
+    with lock_output(cell.folder(lab[1]), "lab"), caplog.at_level("INFO"):
+        assert run_lab(*lab)[cell][0] == "started"
+    assert f"{cell} is left to the process that is running it" in caplog.text
+
+
 def test_the_report_has_a_row_for_each_structure_and_says_what_was_not_run(finished):
     text = write_report(finished[1], finished[1].parent / "report").read_text()
     for name in STRUCTURES:
         assert f"\n| {name} | " in text
     assert "lack a structure that has not been run" in text
     assert len(list((finished[1].parent / "report").glob("*.png"))) == 3
+
+
+def test_a_report_leaves_what_else_is_in_its_folder_and_replaces_no_other_file(finished, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    write_report(finished[1], tmp_path)
+    write_report(finished[1], tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "report.md").write_text("# My own")
+    with pytest.raises(ValueError, match="is not a report of a lab"):
+        write_report(finished[1], tmp_path)
+    assert (tmp_path / "report.md").read_text() == "# My own"
 
 
 def test_results_of_one_structure_differ_from_itself_by_nothing(finished):

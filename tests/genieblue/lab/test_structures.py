@@ -9,9 +9,10 @@ from tiny_models import save_tiny_base, tiny_base, tiny_vision_tower
 from training_setup import make_base, make_data, make_settings
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from genieblue.data.chats import ChatDataset
 from genieblue.lab.structures import STRUCTURES, load_structure, structure_kind
 from genieblue.lab.structures.structure import trained_count
-from genieblue.training.stages import train
+from genieblue.training.stages import plan, train
 from modeling_genieblue import GenieBlueProcessor
 
 IDS, PIXELS = row(5, IMAGE, 9, 11, 13), tiles()
@@ -55,6 +56,15 @@ def test_training_changes_the_answers_to_images_and_no_byte_of_the_base(trained)
     after = structure.model.language_model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not torch.allclose(multimodal_logits(structure), multimodal_logits(make(structure.name)))
+
+
+def test_the_plan_of_a_run_counts_the_base_and_what_is_trained_apart(trained):
+    structure, folder, _ = trained
+    costs = plan(
+        structure, GenieBlueProcessor.from_pretrained(folder), ChatDataset(make_data()), make_settings(steps=2)
+    )
+    assert costs.parameters["base"] == sum(parameter.numel() for parameter in structure.frozen.parameters())
+    assert costs.trained == trained_count(structure) and min(costs.memory.values()) >= 0
 
 
 def test_a_saved_structure_answers_as_it_did(trained):

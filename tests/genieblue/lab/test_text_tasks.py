@@ -116,3 +116,18 @@ def test_facts_have_one_right_answer_of_four_and_no_place_of_it_is_preferred():
     assert answers["The chemical symbol of iron is"] == " Fe"
     with pytest.raises(ValueError, match="`facts` is 5000, but there are"):
         fact_questions(5000)
+
+
+def test_more_pieces_of_english_than_there_are_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`english` is 500, but there are [0-9]+ pieces"):
+        write_text_tasks(tmp_path / "tasks", TextQuestions(facts=0, english=500))
+
+
+@pytest.mark.parametrize("row", ['{"question": "a"}', '{"turns": []}'])
+def test_questions_of_a_benchmark_that_lack_something_are_named(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(row + "\n")
+    path = str(tmp_path / "a.jsonl")
+    for name in ("gsm8k", "mt_bench"):
+        questions = TextQuestions(facts=0, english=0, **{name: path, f"{name}_questions": 1})
+        with pytest.raises(ValueError, match=r"a.jsonl: question 1 has no `(answer|question|turns)`"):
+            write_text_tasks(tmp_path / "tasks", questions)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from tiny_lab import write_tiny_lab
+from tiny_lab import write_lab_values
 
 from genieblue.lab import paper
 from genieblue.lab.cells import BASE_TEXTS, IMAGES, LAB_FILE, RESULT, TEXTS, Cell
@@ -30,7 +30,7 @@ def make_lab(tmp_path):
     def make(images, texts, seeds=2, spread=0.0):
         folder = tmp_path / "out"
         folder.mkdir()
-        lab = read_lab_file(write_tiny_lab(tmp_path / "file", structures=list(images), seeds=seeds))
+        lab = read_lab_file(write_lab_values(tmp_path / "file", structures=list(images), seeds=seeds))
         write_lab_file(folder / LAB_FILE, lab)
         rng = np.random.default_rng(0)
         hard = {task: rng.normal(0, 15, QUESTIONS) for task in ("digits", "naming", "facts")}  # of each question
@@ -131,6 +131,6 @@ def test_the_report_has_the_papers_tables_beside_the_labs(make_lab):
 def test_a_lab_without_a_finished_cell_has_no_report(tmp_path):
     with pytest.raises(OSError, match="not the folder of a lab"):
         write_report(tmp_path)
-    write_lab_file(tmp_path / LAB_FILE, read_lab_file(write_tiny_lab(tmp_path / "file")))
-    with pytest.raises(ValueError, match="No cell of .* is finished"):
+    write_lab_file(tmp_path / LAB_FILE, read_lab_file(write_lab_values(tmp_path / "file")))
+    with pytest.raises(ValueError, match="No cell of .* is done"):
         write_report(tmp_path)

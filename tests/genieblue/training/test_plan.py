@@ -37,7 +37,7 @@ def test_trained_parameters_are_those_that_training_takes(pair):
             numbers[group] += parameter.numel()
     assert of(pair).trained == numbers
     assert of(pair, stage=1).trained == {"multi_modal_projector": numbers["multi_modal_projector"]}
-    assert of(pair).parameters["language_model"] == sum(each.numel() for each in model.language_model.parameters())
+    assert of(pair).parameters["base"] == sum(each.numel() for each in model.language_model.parameters())
 
 
 def test_a_checkpoint_has_the_size_that_was_planned(pair, base, tmp_path):
