@@ -28,7 +28,7 @@ from conversion.qnn.export_settings import (
 )
 from conversion.qnn.graphs.chunked_decoder import DecoderShape
 from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
-from conversion.qnn.graphs.names import STAGES, VIEWS
+from conversion.qnn.graphs.names import STAGES, VIEWS, is_lora
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu.compile import compile_graphs, read_context
 from conversion.qnn.npu.sessions import compiler_version
@@ -39,6 +39,7 @@ from conversion.qnn.qdq.files import describe_boundary
 from conversion.qnn.qdq.language import LanguageSettings, Part, PartResult, codes_digest, quantize_part
 from conversion.qnn.qdq.precision_plan import PrecisionPlan, choose_eight_bits, measure_damage
 from conversion.qnn.qdq.vision import quantize_vision
+from conversion.qnn.stored_size import matrix_budget
 from conversion.qnn.verdict import Answers, judge
 from conversion.staging import explained_full_disk, lock_output
 from modeling_genieblue import (
@@ -67,6 +68,7 @@ def export_bundle(
     llm: str = "w4a16",
     group_size: int = 32,
     bits_per_weight: float | None = None,
+    max_bytes: int | None = None,
     rounding: str = "gptq",
     embedding_bits: int = 16,
     encodings: bool = False,
@@ -93,7 +95,8 @@ def export_bundle(
         vision_tiles: image tiles per call of the vision graph.
         llm: the base's matrices in `w8a16`, `w4a16`, or `mixed`: 8 bits where 4 do most damage.
         group_size: inputs of a 4-bit matrix that share a scale: 32, 64, 128, or 0 for all of an output channel.
-        bits_per_weight: of the base's matrices on average in `mixed`, by default 5.
+        bits_per_weight: of the base's matrices and their copies on average in `mixed`, by default 5.
+        max_bytes: of all weights instead, embeddings and vision tower included, without the graphs' instructions.
         rounding: of these matrices: `rtn`, to nearest, or `gptq`, in which 4-bit codes make up for each
             other's errors; those of 8 bits are always the nearest.
         embedding_bits: 16, or 8 for half the table.
@@ -115,7 +118,8 @@ def export_bundle(
         chunk_length, LONGEST_DEFAULT, cache_bits, lora, llm, group_size,
         "rtn" if llm == "w8a16" and rounding == "gptq" else rounding,  # only 4 bits need more than the nearest code
         embedding_bits, encodings,
-        MIXED_BITS if bits_per_weight is None and llm == "mixed" else bits_per_weight,
+        MIXED_BITS if llm == "mixed" and bits_per_weight is None and max_bytes is None else bits_per_weight,
+        max_bytes,
     )  # fmt: skip
     check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
@@ -149,7 +153,7 @@ class _Export:
         vision_tiles: int,
         on_step: Callable[[str, int, int], None] | None,
     ):
-        """Raises `ValueError` for a model that the graphs do not reproduce."""
+        """Raises `ValueError` for a model that the graphs do not reproduce, or for too small a budget."""
         self.model, self.processor, self.soc = model, processor, soc
         self.settings, self.vision_tiles, self._on_step = settings, vision_tiles, on_step
         lengths = (settings.chunk_length, settings.context_length)
@@ -159,6 +163,8 @@ class _Export:
         self.views = {"text": model.language_model, "multimodal": model.multimodal_language_model}
         self.digests = trained_digests(model)
         self.rotation = Rotation(self.shape.hidden_size)
+        if settings.llm == "mixed":
+            matrix_budget(model, settings)
 
     def run(
         self,
@@ -244,9 +250,9 @@ class _Export:
         if settings.llm != "mixed":
             return PrecisionPlan(WeightFormat(8) if settings.llm == "w8a16" else settings.four_bits, {})
         if (record := work.finished("plan")) is None:
-            assert settings.bits_per_weight is not None
-            damages = measure_damage(self.views, self.shape, streams, self.rotation, settings.four_bits)
-            chosen = choose_eight_bits(damages, settings.four_bits, settings.bits_per_weight)
+            copied = self.model.config.replicated_layers
+            damages = measure_damage(self.views, self.shape, streams, self.rotation, settings.four_bits, copied)
+            chosen = choose_eight_bits(damages, settings.four_bits, matrix_budget(self.model, settings))
             record = {"eight_bits": list(chosen.items()), "damages": [asdict(damage) for damage in damages]}
             work.finish("plan", record)
             logger.info("8 bits for %d of %d matrices.", sum(map(len, chosen.values())), len(damages))
@@ -313,6 +319,8 @@ class _Export:
 
     def _part_record(self, folder: Path, blocks: range, part: PartResult) -> dict[str, Any]:
         name, graphs = folder.name, {}
+        codes = (each for view in VIEWS for each in part.codes[view].items())
+        matrices = {id(weight): weight for title, weight in codes if not is_lora(title)}.values()  # shared ones once
         for view in VIEWS:
             for stage in STAGES:
                 path = part.graphs[f"{view}_{stage}"]
@@ -328,8 +336,8 @@ class _Export:
             "blocks": [blocks.start, blocks.stop],
             "binary": f"{name}/{name}.bin",
             "base_weight_codes": codes_digest(part.codes["text"]),
-            "base_weights": sum(weight.codes.size for weight in part.codes["text"].values()),
-            "base_weight_bits": sum(w.codes.size * w.format.bits_per_weight for w in part.codes["text"].values()),
+            "base_weights": sum(weight.codes.size for weight in matrices),
+            "base_weight_bits": sum(weight.codes.size * weight.format.bits_per_weight for weight in matrices),
             "graphs": graphs,
         }
 

@@ -45,7 +45,8 @@ class LanguageSettings:
     rounding: str = "gptq"
     embedding_bits: int = 16
     encodings: bool = False  # write float graphs with AIMET encodings as well
-    bits_per_weight: float | None = None  # of `mixed`
+    bits_per_weight: float | None = None  # of `mixed`, or
+    max_bytes: int | None = None  # of all weights
 
     @property
     def four_bits(self) -> WeightFormat:
