@@ -60,6 +60,10 @@ def qnn(
         int | None,
         typer.Option(parser=read_bytes, metavar="SIZE", help="The same by the size of all weights, such as 2.3GB."),
     ] = None,
+    quantized_base: Annotated[
+        str | None,
+        typer.Option(metavar="BUNDLE", help="Keep the codes of this bundle's base, on which MODEL was trained."),
+    ] = None,
     embedding_bits: Annotated[int, typer.Option(help="16, or 8 for half the table.")] = 16,
     chunk_length: Annotated[int, typer.Option(min=1, help="Prefill chunk size, in tokens.")] = 128,
     context_length: Annotated[
@@ -122,6 +126,7 @@ def qnn(
             group_size=group_size,
             bits_per_weight=bits_per_weight,
             max_bytes=max_bytes,
+            quantized_base=quantized_base,
             rounding=rounding,
             embedding_bits=embedding_bits,
             encodings=encodings,
