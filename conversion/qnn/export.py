@@ -103,8 +103,8 @@ def export_bundle(
         rounding: of these matrices: `rtn`, to nearest, or `gptq`, in which 4-bit codes make up for each
             other's errors; those of 8 bits are always the nearest.
         embedding_bits: 16, or 8 for half the table.
-        quantized_base: a bundle of the same base whose codes the base's matrices get, in the same formats; a
-            GenieBlue that was trained on them (`train --on-quantized`) belongs on them.
+        quantized_base: a bundle of the same base whose codes the base's matrices get; their copies get the same
+            formats and rounding. A GenieBlue that was trained on them (`train --on-quantized`) belongs on them.
         encodings: also writes `qairt/`: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
         held_out: requests like `calibration`, but others, on which the bundle is compared with the model.
         answers: also measures answers, for the verdict.
@@ -133,6 +133,10 @@ def export_bundle(
     check_config(config, settings, parts, str(model_folder))
     base = None if quantized_base is None else BundleBase(quantized_base, config.base_model_fingerprint)
     if base is not None:
+        if bits_per_weight is not None or max_bytes is not None:
+            raise ValueError(
+                "The matrices keep the bits of `quantized_base`: leave out `bits_per_weight`, `max_bytes`."
+            )
         settings = replace(settings, rounding=base.bundle.metadata["rounding"])
         base.plan(settings)
     wanted = resumable_settings(chip, settings, parts, vision_tiles)

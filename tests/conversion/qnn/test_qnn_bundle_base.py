@@ -79,7 +79,9 @@ def test_an_export_on_a_bundle_has_the_codes_of_its_base(pair, bundle, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_bundle_of_another_base_or_in_other_formats_is_refused(pair, bundle):
+def test_a_bundle_of_another_base_or_in_other_formats_is_refused(pair, bundle, tmp_path):
+    with pytest.raises(ValueError, match="keep the bits of `quantized_base`"):
+        export_bundle(pair, tmp_path / "out", calibration=requests(), quantized_base=bundle, **GROUPS)
     fingerprint = GenieBlueForConditionalGeneration.config_class.from_pretrained(pair).base_model_fingerprint
     with pytest.raises(ValueError, match="was not made from this model's base"):
         BundleBase(bundle, {"model.safetensors": "0" * 64})
