@@ -69,7 +69,7 @@ def measure(answerer: Any, data: EvaluationDataset, tokens: int) -> dict[str, fl
 
 
 @torch.no_grad()
-def measure_model(path: Path, windows: torch.Tensor, data: EvaluationDataset, tokens: int) -> dict[str, float | str]:
+def measure_model(path: Path, windows: torch.Tensor, data: EvaluationDataset, tokens: int) -> dict[str, float]:
     """Perplexity and answers of the model itself."""
     model = GenieBlueForConditionalGeneration.from_pretrained(path)
     logits = (model.language_model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in windows)
@@ -102,7 +102,8 @@ def main() -> None:
     encode = ChatCollator(processor).encode
     chats, held_back = divide_chats(read_chats(arguments.calibration, arguments.samples + HELD_OUT))
 
-    rows = {"PyTorch": measure_model(arguments.model, windows, data, arguments.new_tokens)}
+    own = measure_model(arguments.model, windows, data, arguments.new_tokens)
+    rows: dict[str, dict[str, Any]] = {"PyTorch": own}
     print_table("Bundles", rows)
     for name in arguments.settings:
         bundle, start = arguments.bundles / name, time.perf_counter()
@@ -115,14 +116,20 @@ def main() -> None:
         runner = QnnRunner(bundle)
 
         coded = bundle_logits(runner.bundle, "text", [runner.embed(ids.tolist()) for ids in windows])
+        text = perplexity(windows, map(torch.from_numpy, coded))
         facts = runner.bundle.metadata
         rows[name] = {
             "bits": facts["bits_per_weight"],
             "MB": round(sum(path.stat().st_size for path in bundle.glob("language_*/*.bin")) / 1e6, 1),
             "seconds": round(seconds),
-            **{f"cosine, {view}": round(found["cosine"], 4) for view, found in facts["verdict"]["logits"].items()},
+            **{
+                f"{name}, {view}": round(found[key], 4)
+                for view, found in facts["verdict"]["logits"].items()
+                for name, key in (("cosine", "cosine"), ("largest error", "largest_error"))
+            },
             "verdict": facts["verdict"]["result"],
-            "perplexity": round(perplexity(windows, map(torch.from_numpy, coded)), 3),
+            "perplexity": round(text, 3),
+            "ratio": round(text / own["perplexity"], 3),
             **measure(BundleAnswerer(runner), data, arguments.new_tokens),
         }
         print_table("Bundles", rows)

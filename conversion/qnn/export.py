@@ -17,6 +17,7 @@ from conversion.qnn.bundle.digests import tensors_digest, trained_digests
 from conversion.qnn.bundle.export_state import UnfinishedExport, write_json
 from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, Bundle, list_files, signed
 from conversion.qnn.bundle.runtime_files import write_runtime_files
+from conversion.qnn.bundle_base import BundleBase
 from conversion.qnn.export_settings import (
     LONGEST_DEFAULT,
     MIXED_BITS,
@@ -28,25 +29,27 @@ from conversion.qnn.export_settings import (
 )
 from conversion.qnn.graphs.chunked_decoder import DecoderShape
 from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
-from conversion.qnn.graphs.names import STAGES, VIEWS
+from conversion.qnn.graphs.names import STAGES, VIEWS, is_lora
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu.compile import compile_graphs, read_context
 from conversion.qnn.npu.sessions import compiler_version
 from conversion.qnn.npu.soc import Soc, find_soc
 from conversion.qnn.qdq.calibration import Calibration, embedding_rows, prepare_calibration
-from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range, WeightFormat
+from conversion.qnn.qdq.encoding import LEVELS, Encoding, Range
 from conversion.qnn.qdq.files import describe_boundary
 from conversion.qnn.qdq.language import LanguageSettings, Part, PartResult, codes_digest, quantize_part
 from conversion.qnn.qdq.precision_plan import PrecisionPlan, choose_eight_bits, measure_damage
 from conversion.qnn.qdq.vision import quantize_vision
+from conversion.qnn.stored_size import matrix_budget
 from conversion.qnn.verdict import Answers, judge
+from conversion.quantization.healing import warn_of_other_base
 from conversion.staging import explained_full_disk, lock_output
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
     GenieBlueProcessor,
 )
-from modeling_genieblue.model_files_genieblue import HUB_KEYS
+from modeling_genieblue.model_files_genieblue import HUB_KEYS, RECIPE_NAME
 
 logger = logging.getLogger(__name__)
 STREAMS = "streams.npz"
@@ -67,8 +70,10 @@ def export_bundle(
     llm: str = "w4a16",
     group_size: int = 32,
     bits_per_weight: float | None = None,
+    max_bytes: int | None = None,
     rounding: str = "gptq",
     embedding_bits: int = 16,
+    quantized_base: str | os.PathLike | None = None,
     encodings: bool = False,
     held_out: Iterable[Mapping[str, Any]] = (),
     answers: Answers | None = None,
@@ -93,10 +98,13 @@ def export_bundle(
         vision_tiles: image tiles per call of the vision graph.
         llm: the base's matrices in `w8a16`, `w4a16`, or `mixed`: 8 bits where 4 do most damage.
         group_size: inputs of a 4-bit matrix that share a scale: 32, 64, 128, or 0 for all of an output channel.
-        bits_per_weight: of the base's matrices on average in `mixed`, by default 5.
+        bits_per_weight: of the base's matrices and their copies on average in `mixed`, by default 5.
+        max_bytes: of all weights instead, embeddings and vision tower included, without the graphs' instructions.
         rounding: of these matrices: `rtn`, to nearest, or `gptq`, in which 4-bit codes make up for each
             other's errors; those of 8 bits are always the nearest.
         embedding_bits: 16, or 8 for half the table.
+        quantized_base: a bundle of the same base whose codes the base's matrices get; their copies get the same
+            formats and rounding. A GenieBlue that was trained on them (`train --on-quantized`) belongs on them.
         encodings: also writes `qairt/`: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
         held_out: requests like `calibration`, but others, on which the bundle is compared with the model.
         answers: also measures answers, for the verdict.
@@ -115,21 +123,33 @@ def export_bundle(
         chunk_length, LONGEST_DEFAULT, cache_bits, lora, llm, group_size,
         "rtn" if llm == "w8a16" and rounding == "gptq" else rounding,  # only 4 bits need more than the nearest code
         embedding_bits, encodings,
-        MIXED_BITS if bits_per_weight is None and llm == "mixed" else bits_per_weight,
+        MIXED_BITS if llm == "mixed" and bits_per_weight is None and max_bytes is None else bits_per_weight,
+        max_bytes,
     )  # fmt: skip
     check_arguments(out, Path(os.path.realpath(model_folder)), settings, parts, vision_tiles)
     hub = {key: load_options[key] for key in HUB_KEYS if load_options.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(model_folder, **hub)
     settings = replace(settings, context_length=choose_context_length(context_length, config))
     check_config(config, settings, parts, str(model_folder))
+    base = None if quantized_base is None else BundleBase(quantized_base, config.base_model_fingerprint)
+    if base is not None:
+        if bits_per_weight is not None or max_bytes is not None:
+            raise ValueError(
+                "The matrices keep the bits of `quantized_base`: leave out `bits_per_weight`, `max_bytes`."
+            )
+        settings = replace(settings, rounding=base.bundle.metadata["rounding"])
+        base.plan(settings)
     wanted = resumable_settings(chip, settings, parts, vision_tiles)
+    wanted["quantized_base"] = None if base is None else base.digest
     work = UnfinishedExport(out)
     with lock_output(out, "export"), explained_full_disk(out, remedy=work.remedy):
         work.check_same_export(wanted)
         model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
         trust = {"trust_remote_code": bool(load_options.get("trust_remote_code"))}
         processor = GenieBlueProcessor.from_pretrained(model_folder, **trust, **hub)
-        export = _Export(model, processor, chip, settings, vision_tiles, on_step)
+        recipe = model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {})
+        warn_of_other_base(recipe, lambda: None if base is None else base.digest)
+        export = _Export(model, processor, chip, settings, vision_tiles, base, on_step)
         export.run(work, calibration, divide_blocks(export.shape.num_blocks, parts), wanted)
         if not work.is_judged:
             export.judge(work, held_out, answers, accept_loss)
@@ -147,11 +167,12 @@ class _Export:
         soc: Soc,
         settings: LanguageSettings,
         vision_tiles: int,
+        base: BundleBase | None,
         on_step: Callable[[str, int, int], None] | None,
     ):
-        """Raises `ValueError` for a model that the graphs do not reproduce."""
+        """Raises `ValueError` for a model that the graphs do not reproduce, or for too small a budget."""
         self.model, self.processor, self.soc = model, processor, soc
-        self.settings, self.vision_tiles, self._on_step = settings, vision_tiles, on_step
+        self.settings, self.vision_tiles, self.base, self._on_step = settings, vision_tiles, base, on_step
         lengths = (settings.chunk_length, settings.context_length)
         self.shape: DecoderShape = make_decoder_shape(model.language_model, *lengths)
         title = f"The multimodal view of {type(model.language_model).__name__}"
@@ -159,6 +180,8 @@ class _Export:
         self.views = {"text": model.language_model, "multimodal": model.multimodal_language_model}
         self.digests = trained_digests(model)
         self.rotation = Rotation(self.shape.hidden_size)
+        if settings.llm == "mixed" and base is None:
+            matrix_budget(model, settings)
 
     def run(
         self,
@@ -205,7 +228,8 @@ class _Export:
         plan = self._plan(work, streams)
         for number, blocks in enumerate(parts):
             self._announce(f"blocks {blocks.start} to {blocks.stop - 1}", number + 1, steps)
-            part = Part(self.shape, blocks, self.settings, self.rotation, plan)
+            codes = None if self.base is None else self.base.codes
+            part = Part(self.shape, blocks, self.settings, self.rotation, plan, codes)
             record, streams, ranges = self._part(work, number, part, streams, ranges)
             records.append(record)
         self._announce("embeddings", steps - 2, steps)
@@ -241,12 +265,14 @@ class _Export:
     def _plan(self, work: UnfinishedExport, streams: Mapping[str, list[np.ndarray]]) -> PrecisionPlan:
         """The formats of the base's matrices."""
         settings = self.settings
+        if self.base is not None:
+            return self.base.plan(settings)
         if settings.llm != "mixed":
-            return PrecisionPlan(WeightFormat(8) if settings.llm == "w8a16" else settings.four_bits, {})
+            return PrecisionPlan(settings.most_matrices, {})
         if (record := work.finished("plan")) is None:
-            assert settings.bits_per_weight is not None
-            damages = measure_damage(self.views, self.shape, streams, self.rotation, settings.four_bits)
-            chosen = choose_eight_bits(damages, settings.four_bits, settings.bits_per_weight)
+            copied = self.model.config.replicated_layers
+            damages = measure_damage(self.views, self.shape, streams, self.rotation, settings.four_bits, copied)
+            chosen = choose_eight_bits(damages, settings.four_bits, matrix_budget(self.model, settings))
             record = {"eight_bits": list(chosen.items()), "damages": [asdict(damage) for damage in damages]}
             work.finish("plan", record)
             logger.info("8 bits for %d of %d matrices.", sum(map(len, chosen.values())), len(damages))
@@ -313,6 +339,8 @@ class _Export:
 
     def _part_record(self, folder: Path, blocks: range, part: PartResult) -> dict[str, Any]:
         name, graphs = folder.name, {}
+        codes = (each for view in VIEWS for each in part.codes[view].items())
+        matrices = {id(weight): weight for title, weight in codes if not is_lora(title)}.values()  # shared ones once
         for view in VIEWS:
             for stage in STAGES:
                 path = part.graphs[f"{view}_{stage}"]
@@ -328,8 +356,8 @@ class _Export:
             "blocks": [blocks.start, blocks.stop],
             "binary": f"{name}/{name}.bin",
             "base_weight_codes": codes_digest(part.codes["text"]),
-            "base_weights": sum(weight.codes.size for weight in part.codes["text"].values()),
-            "base_weight_bits": sum(w.codes.size * w.format.bits_per_weight for w in part.codes["text"].values()),
+            "base_weights": sum(weight.codes.size for weight in matrices),
+            "base_weight_bits": sum(weight.codes.size * weight.format.bits_per_weight for weight in matrices),
             "graphs": graphs,
         }
 

@@ -41,12 +41,15 @@ def check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: i
 
 
 def _check_bits(settings: LanguageSettings) -> None:
-    """`ValueError` for an average of bits that cannot be."""
+    """`ValueError` for an average of bits that cannot be, and for a budget that has no use."""
     bits = settings.bits_per_weight
+    for name in ("bits_per_weight", "max_bytes"):
+        if getattr(settings, name) is not None and settings.llm != "mixed":
+            raise ValueError(f"`{name}` belongs to `llm='mixed'`: {settings.llm} has one precision for all.")
     if bits is None:
         return
-    if settings.llm != "mixed":
-        raise ValueError(f"`bits_per_weight` belongs to `llm='mixed'`: {settings.llm} has one precision for all.")
+    if settings.max_bytes is not None:
+        raise ValueError("Give either `bits_per_weight` or `max_bytes`, not both.")
     least = settings.four_bits.bits_per_weight
     if not least <= bits <= 8:
         raise ValueError(f"`bits_per_weight` is {bits:g}: expected {least:g} ({settings.four_bits}) to 8.")

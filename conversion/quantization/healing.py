@@ -6,7 +6,7 @@ trained, so it stays the quantized base bit for bit.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from conversion.quantization.bases import read_matching_base, take_rounded_values
@@ -35,18 +35,19 @@ def put_on_quantized_base(model: Any, name: str | os.PathLike, **hub_kwargs: Any
     settings = read_matching_base(name, model.config, access)
     take_rounded_values(model, name, settings, access)
     model._as_built = AsBuilt(model)  # what it stands on from here on
-    return {TRAINED_ON: f"{os.path.basename(os.path.normpath(name))}, sha256 {_digest(name, access)}"}
+    return {TRAINED_ON: f"{os.path.basename(os.path.normpath(name))}, sha256 {base_digest(name, access)}"}
 
 
 def warn_of_other_base(
-    training_recipe: Mapping[str, Mapping[str, Any]], name: str | os.PathLike | None, access: dict[str, Any]
+    training_recipe: Mapping[str, Mapping[str, Any]], base_digest: Callable[[], str | None]
 ) -> None:
-    """Warns if a GenieBlue was trained on another quantized base than `name`, on which it is quantized.
+    """Warns if a GenieBlue was trained on another quantized base than the one on which it is quantized.
 
-    `training_recipe` has the facts of each stage of its training.
+    `training_recipe` has the facts of each stage of its training; `base_digest` is called if one names a base, and
+    gives `None` for a new one.
     """
     trained_on = next((str(facts[TRAINED_ON]) for facts in training_recipe.values() if TRAINED_ON in facts), None)
-    if trained_on is None or (name is not None and trained_on.endswith(_digest(name, access))):
+    if trained_on is None or ((digest := base_digest()) is not None and trained_on.endswith(digest)):
         return
     logger.warning(
         "This GenieBlue was trained to make up for the errors of the quantized base %s, not for those of another one: "
@@ -55,6 +56,6 @@ def warn_of_other_base(
     )
 
 
-def _digest(name: str | os.PathLike, access: dict[str, Any]) -> str:
+def base_digest(name: str | os.PathLike, access: dict[str, Any]) -> str:
     """The start of the sha256 of a quantized base's weights."""
     return next(iter(weight_file_hashes(name, None, **access).values()))[:16]

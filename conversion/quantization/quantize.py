@@ -19,7 +19,7 @@ from conversion.quantization.bases import (
     rounding_of,
 )
 from conversion.quantization.error import errors_by_part, measured_errors, unrelated_views, view_logits
-from conversion.quantization.healing import warn_of_other_base
+from conversion.quantization.healing import base_digest, warn_of_other_base
 from conversion.quantization.mixed import Budget, MixedLinear
 from conversion.quantization.mixed_model import MixedModel, Plans
 from conversion.quantization.parts import round_parts
@@ -116,7 +116,10 @@ def quantize_genieblue(
     if model.device.type == "cpu":
         warn_of_threads()
     origin = _origin(source, config, places.output, load_kwargs.get("revision"), access)
-    warn_of_other_base(model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}), quantized_base, access)
+    warn_of_other_base(
+        model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}),
+        lambda: None if quantized_base is None else base_digest(quantized_base, access),
+    )
     rounder = Rounder(recipe, samples, progress or _silent, rounding_of(existing, recipe))
     plans = Plans(
         plan_own_parts(model, recipe),

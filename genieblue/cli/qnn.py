@@ -18,6 +18,7 @@ from genieblue.cli.options import (
     Revision,
     UnquantizedModel,
     loading_options,
+    read_bytes,
 )
 from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, stdout_for_json
 from hub_cards.short_numbers import short_bytes
@@ -54,6 +55,14 @@ def qnn(
     ] = 32,
     bits_per_weight: Annotated[
         float | None, typer.Option(help="Average of the base's matrices in mixed; default: 5.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(parser=read_bytes, metavar="SIZE", help="The same by the size of all weights, such as 2.3GB."),
+    ] = None,
+    quantized_base: Annotated[
+        str | None,
+        typer.Option(metavar="BUNDLE", help="Keep the codes of this bundle's base, on which MODEL was trained."),
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="16, or 8 for half the table.")] = 16,
     chunk_length: Annotated[int, typer.Option(min=1, help="Prefill chunk size, in tokens.")] = 128,
@@ -116,6 +125,8 @@ def qnn(
             llm=llm,
             group_size=group_size,
             bits_per_weight=bits_per_weight,
+            max_bytes=max_bytes,
+            quantized_base=quantized_base,
             rounding=rounding,
             embedding_bits=embedding_bits,
             encodings=encodings,

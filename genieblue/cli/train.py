@@ -7,6 +7,7 @@ import typer
 
 from genieblue.cli.chat import load_chat
 from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed, was_given
+from genieblue.cli.qnn import is_bundle
 from genieblue.cli.terminal import is_main_process, looking_for, note, print_json, quiet_transformers, stdout_for_json
 from hub_cards.short_numbers import counted
 
@@ -91,7 +92,7 @@ def train(
     base: Base = None,
     on_quantized: Annotated[
         str | None,
-        typer.Option(metavar="BASE", help="Quantized base: train what makes up for its errors."),
+        typer.Option(metavar="BASE", help="Quantized base, or NPU bundle: train what makes up for its errors."),
     ] = None,
     dtype: Dtype = "auto",
     trust_remote_code: BaseCode = False,
@@ -155,10 +156,12 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     )  # Trainer moves it to the GPU
     structure = GenieBlueStructure(chat.model)
     if (quantized := values.get("on_quantized")) is not None:
-        from conversion.quantization.healing import put_on_quantized_base
-
         with looking_for(quantized):
-            structure.trained_on = put_on_quantized_base(chat.model, quantized)
+            if is_bundle(quantized):
+                from conversion.qnn.bundle_base import put_on_bundle as put_on
+            else:
+                from conversion.quantization.healing import put_on_quantized_base as put_on
+            structure.trained_on = put_on(chat.model, quantized)
     if plan_only:
         found = stages.plan(structure, chat.processor, chats, settings, validation)
         return {**found.as_dict(), "lines": format_plan(found)}
@@ -177,7 +180,8 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
         note("The base's bytes are unchanged.")
         following = f"genieblue chat {out} --image photo.jpg; genieblue verify {out}"
         if quantized is not None:
-            following = f"genieblue quantize {out} --quantized-base {quantized} --out …"
+            command = "export qnn" if is_bundle(quantized) else "quantize"
+            following = f"genieblue {command} {out} --quantized-base {quantized} --out …"
         elif settings.stage == 1:
             following = f"genieblue train --stage 2 --model {out} --data instructions.jsonl --out …"
         note(f"Next: {following}")

@@ -35,6 +35,13 @@ class Rotation:
             x = (x.unflatten(-1, (-1, len(factor))) @ factor.to(x.device)).transpose(-1, -2).flatten(-2)
         return x
 
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """Undoes `states`."""
+        x = x.float()
+        for factor in reversed(self._factors):
+            x = (x.unflatten(-1, (len(factor), -1)).transpose(-1, -2) @ factor.t().to(x.device)).flatten(-2)
+        return x * self._signs.to(x.device)
+
     def readers(self, weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """A matrix (size, out) behind a norm with weights (size,) → for rotated states behind a norm without any."""
         return self.states((norm[:, None] * weight).t()).t().contiguous()

@@ -24,6 +24,7 @@ Hessians = dict[str, torch.Tensor]  # by the name of a matrix
 States = dict[str, list[torch.Tensor]]  # by view, each (1, tokens, hidden_size)
 # (index of the block or, for the head, the number of blocks; name of a matrix) → its format
 FormatOf = Callable[[int, str], WeightFormat]
+BaseCodes = Callable[[int, str], WeightCodes]  # of a matrix of the base, by the same
 # (index, float graphs of one block by view, with the head after the last; their inputs)
 Visit = Callable[[int, Mapping[str, DecoderGraph], States], None]
 
@@ -112,12 +113,14 @@ def round_blocks(
     *,
     gptq: bool,
     lora_as_inputs: bool = False,
+    base_codes: BaseCodes | None = None,
 ) -> dict[str, dict[str, WeightCodes]]:
     """Codes by view and by the names of a graph over `blocks`; arguments as for `walk_blocks`.
 
     Args:
         gptq: whether 4-bit codes make up for each other's errors; those of 8 bits are always the nearest.
         lora_as_inputs: gives each LoRA matrix a single scale, which the NPU needs of an input.
+        base_codes: the base's matrices, rounded before; only those of replicated blocks are rounded then.
     """
     codes: dict[str, dict[str, WeightCodes]] = {view: {} for view in views}
 
@@ -137,12 +140,15 @@ def round_blocks(
                     codes[view][title] = round_to_nearest(weight.numpy(), LORA_BITS, axis)
                     continue
                 users = [other for other in views if torch.equal(matrices[other][name], weight)]
-                form = format_of(shape.num_blocks if name == "head.weight" else index, name.removeprefix("blocks.0."))
-                hessian = None
-                if gptq and form.bits == 4:
-                    hessians = hessians or {v: input_hessians(graph, states[v]) for v, graph in graphs.items()}
-                    hessian = torch.stack([hessians[user][name] for user in users]).sum(0)
-                rounded = round_matrix(weight, form, hessian)
+                place = shape.num_blocks if name == "head.weight" else index, name.removeprefix("blocks.0.")
+                if base_codes is not None and "text" in users:
+                    rounded = base_codes(*place)
+                else:
+                    form, hessian = format_of(*place), None
+                    if gptq and form.bits == 4:
+                        hessians = hessians or {v: input_hessians(graph, states[v]) for v, graph in graphs.items()}
+                        hessian = torch.stack([hessians[user][name] for user in users]).sum(0)
+                    rounded = round_matrix(weight, form, hessian)
                 for user in users:
                     codes[user][title] = rounded
         for view, own in matrices.items():

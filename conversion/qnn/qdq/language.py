@@ -23,7 +23,7 @@ from conversion.qnn.graphs.names import EXACT, ROUNDED, STAGES, VIEWS, is_lora
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu.sessions import cpu_session
 from conversion.qnn.qdq.aimet_encodings import save_with_encodings
-from conversion.qnn.qdq.block_rounding import FormatOf, round_blocks
+from conversion.qnn.qdq.block_rounding import BaseCodes, FormatOf, round_blocks
 from conversion.qnn.qdq.encoding import Encoding, Range, WeightCodes, WeightFormat
 from conversion.qnn.qdq.quantize import apply_codes, encodings_of, quantize_graph, weights_of
 from conversion.qnn.qdq.ranges import RangeMeter
@@ -45,12 +45,18 @@ class LanguageSettings:
     rounding: str = "gptq"
     embedding_bits: int = 16
     encodings: bool = False  # write float graphs with AIMET encodings as well
-    bits_per_weight: float | None = None  # of `mixed`
+    bits_per_weight: float | None = None  # of `mixed`, or
+    max_bytes: int | None = None  # of all weights
 
     @property
     def four_bits(self) -> WeightFormat:
         """The format of matrices in 4 bits."""
         return WeightFormat(4, self.group_size)
+
+    @property
+    def most_matrices(self) -> WeightFormat:
+        """The format of all matrices, or in `mixed` of those that have not 8 bits."""
+        return WeightFormat(8) if self.llm == "w8a16" else self.four_bits
 
     def tokens(self, stage: str) -> int:
         """Tokens per call of the `prefill` or the `decode` graph."""
@@ -66,6 +72,7 @@ class Part:
     settings: LanguageSettings
     rotation: Rotation
     format_of: FormatOf
+    base_codes: BaseCodes | None = None  # the base's matrices, if they are not to be rounded
 
     @property
     def input_name(self) -> str:
@@ -164,7 +171,7 @@ def quantize_part(
     settings = part.settings
     codes = round_blocks(
         views, part.shape, part.blocks, streams, part.rotation, part.format_of,
-        gptq=settings.rounding == "gptq", lora_as_inputs=settings.lora == "inputs",
+        gptq=settings.rounding == "gptq", lora_as_inputs=settings.lora == "inputs", base_codes=part.base_codes,
     )  # fmt: skip
     with ExitStack() as stack:
         files = _PartFiles(stack, name, folder, float_folder)

@@ -1,7 +1,7 @@
 """Which matrices have 8 bits instead of 4, by the damage that 4 bits do to each on calibration requests."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Damage:
 
     index: int  # of its block, or the number of blocks for the head
     name: str  # in its block
-    weights: int
+    weights: int  # with those of its copy in a replicated block, which has the same format
     error: float  # squared, of the block's output relative to that output, by token; of the logits for the head
 
 
@@ -43,16 +43,11 @@ class PrecisionPlan:
         return EIGHT if name in self.eight_bits.get(index, ()) else self.four_bits
 
 
-def choose_eight_bits(damages: list[Damage], four_bits: WeightFormat, bits_per_weight: float) -> dict[int, list[str]]:
-    """Names by block of the matrices that get 8 bits: most damage per byte first, up to `bits_per_weight` on average.
+def choose_eight_bits(damages: list[Damage], four_bits: WeightFormat, bits: float) -> dict[int, list[str]]:
+    """Names by block of the matrices that get 8 bits: most damage per byte first, up to `bits` for all together.
 
-    Raises `ValueError` for an average below that of 4 bits.
+    Raises `ValueError` for fewer than 4 bits of each weight take.
     """
-    total = sum(damage.weights for damage in damages)
-    if bits_per_weight < four_bits.bits_per_weight:
-        raise ValueError(
-            f"{bits_per_weight:g} bits a weight are too few: {four_bits} take {four_bits.bits_per_weight:g}."
-        )
     ordered = sorted(damages, key=lambda damage: (damage.index, damage.name))
     ladders = {
         (damage.index, damage.name): [
@@ -62,7 +57,7 @@ def choose_eight_bits(damages: list[Damage], four_bits: WeightFormat, bits_per_w
         for damage in ordered
     }
     chosen: dict[int, list[str]] = {}
-    for (index, name), place in spend(ladders, bits_per_weight * total).items():
+    for (index, name), place in spend(ladders, bits).items():
         if place:
             chosen.setdefault(index, []).append(name)
     return chosen
@@ -74,8 +69,12 @@ def measure_damage(
     streams: Mapping[str, list[np.ndarray]],
     rotation: Rotation,
     four_bits: WeightFormat,
+    copied: Collection[int] = (),
 ) -> list[Damage]:
-    """Rounds every matrix of the base alone to 4 bits and measures the worse of both views, block by block."""
+    """Rounds every matrix of the base alone to 4 bits and measures the worse of both views, block by block.
+
+    `copied` are the replicated blocks.
+    """
     damages: list[Damage] = []
     few = {view: streams[view][:REQUESTS] for view in views}
 
@@ -90,7 +89,8 @@ def measure_damage(
                 damages.append(Damage(shape.num_blocks, name, weight.numel(), error))
                 continue
             error = max(_block_error(graphs[view], name, four_bits, states[view], outputs[view]) for view in views)
-            damages.append(Damage(index, name.removeprefix("blocks.0."), weight.numel(), error))
+            count = weight.numel() * (1 + (index in copied))
+            damages.append(Damage(index, name.removeprefix("blocks.0."), count, error))
 
     walk_blocks(views, shape, range(shape.num_blocks), few, rotation, visit)
     return damages

@@ -187,6 +187,8 @@ def test_two_exports_to_one_place_are_kept_apart(pair, tmp_path, dies_at_the_vis
         ({"llm": "w4a16", "group_size": 64}, "intermediate_size of 96 is no multiple of the group size 64"),
         ({"bits_per_weight": 5}, "belongs to `llm='mixed'`: w8a16"),
         ({"llm": "mixed", "bits_per_weight": 4.1}, "`bits_per_weight` is 4.1: expected 4.25"),
+        ({"max_bytes": 10**6}, "`max_bytes` belongs to `llm='mixed'`: w8a16"),
+        ({"llm": "mixed", "bits_per_weight": 5, "max_bytes": 10**6}, "either `bits_per_weight` or `max_bytes`"),
         ({"embedding_bits": 4}, "`embedding_bits` is 4"),
     ],
 )
@@ -312,6 +314,21 @@ def test_an_output_that_cannot_be_is_told(pair, tmp_path, out):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Cannot write to .*: give another output"):
         export_bundle(pair, tmp_path / out, calibration=requests(), **SETTINGS)
+
+
+def test_a_size_that_cannot_be_is_refused_with_the_least_that_can(pair, tmp_path, dies_at_the_vision_tower):
+    def export(max_bytes):
+        settings = {**SETTINGS, "llm": "mixed", "max_bytes": max_bytes}
+        export_bundle(pair, tmp_path / "out", calibration=requests(), **settings)
+
+    with pytest.raises(ValueError, match=r"cannot take 10,000 bytes: the least is [0-9,]+, with") as refused:
+        export(10_000)
+    assert list(tmp_path.iterdir()) == []
+    least = int(str(refused.value).partition("the least is ")[2].partition(", with")[0].replace(",", ""))
+    with pytest.raises(ValueError, match="cannot take"):
+        export(least - 1)
+    with pytest.raises(KeyboardInterrupt):
+        export(least)
 
 
 def test_a_folder_without_a_genieblue_is_told(chats, tmp_path):

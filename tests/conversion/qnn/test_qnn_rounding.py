@@ -11,6 +11,7 @@ from conversion.qnn.qdq.block_rounding import round_blocks
 from conversion.qnn.qdq.encoding import WeightFormat
 from conversion.qnn.qdq.matrix_rounding import output_error, round_matrix
 from conversion.qnn.qdq.precision_plan import Damage, PrecisionPlan, choose_eight_bits, measure_damage
+from conversion.qnn.stored_size import matrix_weights
 
 GROUPS = WeightFormat(4, 32)
 
@@ -94,8 +95,11 @@ def test_the_codes_of_a_part_are_those_of_the_whole_model(tiny):
 
 
 def test_damage_is_measured_for_every_matrix_of_the_base(tiny):
-    _, views, shape, streams, rotation = tiny
-    damages = measure_damage(views, shape, streams, rotation, GROUPS)
+    model, views, shape, streams, rotation = tiny
+    copied = model.config.replicated_layers
+    damages = measure_damage(views, shape, streams, rotation, GROUPS, copied)
+    by_block = [sum(each.weights for each in damages if each.index == index) for index in range(shape.num_blocks + 1)]
+    assert by_block == matrix_weights(model) and by_block[copied[0]] == 2 * by_block[0]
     assert len(damages) == 7 * shape.num_blocks + 1
     assert all(0 < damage.error < 1 for damage in damages)
     assert (damages[-1].index, damages[-1].name) == (shape.num_blocks, "head.weight")
@@ -108,9 +112,7 @@ def test_8_bits_go_where_a_byte_saves_most_damage_until_the_average_is_reached()
         Damage(1, "a", 100, 0.1),
         Damage(2, "head", 800, 0.9),
     ]
-    assert choose_eight_bits(damages, GROUPS, 4.25) == {}
-    assert choose_eight_bits(damages, GROUPS, 4.5) == {0: ["a"]}
-    assert choose_eight_bits(damages, GROUPS, 6.2) == {0: ["a"], 1: ["a"], 2: ["head"]}
-    assert choose_eight_bits(damages, GROUPS, 8.0) == {0: ["a", "b"], 1: ["a"], 2: ["head"]}
-    with pytest.raises(ValueError, match="4 bits, groups of 32 take 4.25"):
-        choose_eight_bits(damages, GROUPS, 4.1)
+    assert choose_eight_bits(damages, GROUPS, 2000 * 4.25) == {}
+    assert choose_eight_bits(damages, GROUPS, 2000 * 4.5) == {0: ["a"]}
+    assert choose_eight_bits(damages, GROUPS, 2000 * 6.2) == {0: ["a"], 1: ["a"], 2: ["head"]}
+    assert choose_eight_bits(damages, GROUPS, 2000 * 8.0) == {0: ["a", "b"], 1: ["a"], 2: ["head"]}

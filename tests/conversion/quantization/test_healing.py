@@ -7,7 +7,7 @@ import torch
 from tiny_quantized import large_pair, load, quantized_pair
 from transformers import AutoModelForCausalLM
 
-from conversion.quantization.healing import put_on_quantized_base, warn_of_other_base
+from conversion.quantization.healing import base_digest, put_on_quantized_base, warn_of_other_base
 from conversion.verification.verify import verify_model
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.quantized_base_genieblue import load_quantized_base
@@ -81,9 +81,9 @@ def test_quantizing_on_another_base_than_it_was_trained_on_is_warned_of(quantize
     facts = put_on_quantized_base(healing_model(), quantized_base)
     recipe = {"stage 2": {"steps": 3}, "stage 2 on a quantized base": {"steps": 1, **facts}}
     with caplog.at_level(logging.WARNING):
-        warn_of_other_base({"stage 2": {"steps": 3}}, None, {})
-        warn_of_other_base(recipe, quantized_base, {})
+        warn_of_other_base({"stage 2": {"steps": 3}}, lambda: None)
+        warn_of_other_base(recipe, lambda: base_digest(quantized_base, {}))
         assert not caplog.messages
-        warn_of_other_base(recipe, None, {})
-        warn_of_other_base(recipe, quantized_pair(llm="w8a16", rounding="rtn") / "base", {})
+        warn_of_other_base(recipe, lambda: None)
+        warn_of_other_base(recipe, lambda: base_digest(quantized_pair(llm="w8a16", rounding="rtn") / "base", {}))
     assert len(caplog.messages) == 2 and "--quantized-base" in caplog.messages[0]
