@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 LMMS_EVAL := .venvs/lmms-eval
 DEEPSPEED := .venvs/deepspeed
+LLAMACPP := .venvs/llamacpp
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo demo-real test test-slow test-versions lint clean
+.PHONY: help demo demo-real test test-slow test-llamacpp test-versions lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -23,6 +24,9 @@ test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 
 test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval and DeepSpeed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+
+test-llamacpp: $(LLAMACPP)/installed.stamp  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m llamacpp
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments
 	PYTHONPATH=.:tests/support $(BIN)/python tests/versions/run_matrix.py
@@ -43,6 +47,19 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	touch $@
+
+# Not its Python package: its source archive holds llama.cpp, which comes with no web page and needs no network here.
+$(LLAMACPP)/installed.stamp: $(STAMP)
+	mkdir -p $(LLAMACPP)/source
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMACPP) \
+		llama-cpp-python==0.3.36
+	tar xzf $(LLAMACPP)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMACPP)/source --strip-components=3 \
+		llama_cpp_python-0.3.36/vendor/llama.cpp
+	cmake -S $(LLAMACPP)/source -B $(LLAMACPP)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
+		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+	cmake --build $(LLAMACPP)/build --parallel $$(nproc) --target llama-server llama-quantize llama-perplexity
 	touch $@
 
 # Only its GGUF file is used: without its requirements, which are a program that runs such files.

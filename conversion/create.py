@@ -56,6 +56,8 @@ def create_genieblue(
     lora_rank: int = 8,
     lora_alpha: int = 16,
     max_tiles: int = 16,
+    image_prefix: str = "",
+    image_suffix: str = "",
     chat_template: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
@@ -74,6 +76,7 @@ def create_genieblue(
         vision: folder or Hub id of a SigLIP: the complete model or its vision half.
         placement: which quarter of the blocks is replicated: `skip`, `pre` or `post`.
         max_tiles: square number; an image is cut into at most this many tiles, plus a thumbnail.
+        image_prefix, image_suffix: texts before and behind each tile.
         chat_template: Jinja text for a base whose tokenizer has none.
         dtype: `"auto"` is the base's dtype; the vision tower gets the same.
         trust_remote_code: allows code from the base's repository to run.
@@ -104,7 +107,14 @@ def create_genieblue(
         base_model_revision=base_revision,
         hub_kwargs=hub,
     )
-    processor = processor_for(model.config, tokenizer, max_tiles=max_tiles, chat_template=chat_template)
+    processor = processor_for(
+        model.config,
+        tokenizer,
+        max_tiles=max_tiles,
+        image_prefix=image_prefix,
+        image_suffix=image_suffix,
+        chat_template=chat_template,
+    )
     _report_stop_tokens(processor, model.generation_config)
 
     model.save_pretrained(output, processor=processor)

@@ -97,43 +97,71 @@ def export_lora(
     Raises `ValueError` or `OSError`, leaving nothing behind, for settings that contradict each other or are out of
     range, a model that cannot be exported (see `load_source`), and an output that exists.
     """
-    _check_choice(rank, error, max_bytes)
+    check_choice(rank, error, max_bytes)
     model, out = load_source(source, out, **load_kwargs)
-    export = _LoraExport(model, embed_requests(model, calibration), calibration is not None)
-    budget = None if max_bytes is None else export.bytes_for_ranks(max_bytes)
     with explained_full_disk(out), NewFolder(out, "export") as new:
-        spectra = export.factor(new.folder, progress or (lambda steps, _title: steps))
-        number = export.dtype.itemsize
-        ranks = choose_ranks(spectra, rank=rank, error=error, max_bytes=budget, bytes_per_number=number)
-        export.write(new.staging, new.folder, ranks)
-        measurements = export.measure(new.staging)
-        form = LoraForm(
-            out,
-            (new.staging / ADAPTER_WEIGHTS_NAME).stat().st_size,
-            [export.describe(name, spectra[name], ranks[name]) for name in spectra],
-            export.left_behind,
-            measurements,
-        )
-        facts = export_facts(
-            "lora",
+        form = write_lora_form(
             model,
-            out,
-            measurements,
-            choice={"rank": rank, "error": error, "max_bytes": max_bytes},
-            calibrated=export.is_calibrated,
-            replicated_layers=model.config.replicated_layers,
-            matrices=[asdict(matrix) for matrix in form.matrices],
-            left_behind=form.left_behind,
+            new,
+            new.staging,
+            rank=rank,
+            error=error,
+            max_bytes=max_bytes,
+            calibration=calibration,
+            progress=progress,
         )
-        write_json(new.staging / EXPORT_FACTS_NAME, facts)
-        draw_spectra(form.matrices, spectra.values(), new.staging / SPECTRUM_NAME, export.is_calibrated)
-        export.name_base(new.staging, facts["base"]["name"])
         write_export_card(new.staging, out.name, base_folder=Path(model.config.base_model_name_or_path))
         new.put_in_place()
     return form
 
 
-def _check_choice(rank: int | None, error: float | None, max_bytes: int | None) -> None:
+def write_lora_form(
+    model: Any,
+    new: NewFolder,
+    folder: Path,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    max_bytes: int | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    progress: Progress | None = None,
+) -> LoraForm:
+    """Writes the adapter of a loaded model, its facts and the spectrum into `folder`, on the way to `new`.
+
+    For the other arguments see `export_lora`; they were checked.
+    """
+    export = _LoraExport(model, embed_requests(model, calibration), calibration is not None)
+    budget = None if max_bytes is None else export.bytes_for_ranks(max_bytes)
+    spectra = export.factor(new.folder, progress or (lambda steps, _title: steps))
+    number = export.dtype.itemsize
+    ranks = choose_ranks(spectra, rank=rank, error=error, max_bytes=budget, bytes_per_number=number)
+    export.write(folder, new.folder, ranks)
+    form = LoraForm(
+        new.target,
+        (folder / ADAPTER_WEIGHTS_NAME).stat().st_size,
+        [export.describe(name, spectra[name], ranks[name]) for name in spectra],
+        export.left_behind,
+        export.measure(folder),
+    )
+    facts = export_facts(
+        "lora",
+        model,
+        new.target,
+        form.measurements,
+        choice={"rank": rank, "error": error, "max_bytes": max_bytes},
+        calibrated=export.is_calibrated,
+        replicated_layers=model.config.replicated_layers,
+        matrices=[asdict(matrix) for matrix in form.matrices],
+        left_behind=form.left_behind,
+    )
+    write_json(folder / EXPORT_FACTS_NAME, facts)
+    draw_spectra(form.matrices, spectra.values(), folder / SPECTRUM_NAME, export.is_calibrated)
+    export.name_base(folder, facts["base"]["name"])
+    return form
+
+
+def check_choice(rank: int | None, error: float | None, max_bytes: int | None) -> None:
+    """`ValueError` for more than one choice of ranks or one out of range, `ModuleNotFoundError` for no matplotlib."""
     given = [name for name, value in (("rank", rank), ("error", error), ("max_bytes", max_bytes)) if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} each choose the ranks: give only one of them.")

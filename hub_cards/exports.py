@@ -35,12 +35,14 @@ from modeling_genieblue.model_files_genieblue import (
     TOKENIZER_FILES,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
+    file_sha256,
     is_hub_id,
     read_settings,
     some,
 )
 
 EXPORT_FACTS_NAME, SPECTRUM_NAME = "genieblue_export.json", "spectrum.png"
+LORA_GGUF_NAME, MMPROJ_NAME = "lora.gguf", "mmproj.gguf"
 EXPORT_VERSION = 1  # of the facts
 
 
@@ -72,6 +74,14 @@ KINDS = {
         ("genieblue",),
         (CONFIG_NAME, GENERATION_CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS, *TOKENIZER_FILES, "*.py"),
         (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CODE_FILES, *PROCESSOR_CONFIGS),
+    ),
+    "gguf": ExportKind(
+        "gguf_card_template.md",
+        "adapter",
+        "gguf",
+        ("genieblue", "lora", "gguf", "llama.cpp"),
+        (LORA_GGUF_NAME, MMPROJ_NAME, SPECTRUM_NAME),
+        (CONFIG_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS),
     ),
 }
 
@@ -113,7 +123,7 @@ def render_export_card(
         "base_link": _link(base, on_hub),
         "base_revision": base["revision"] if on_hub else None,
         "source_link": _link(source, is_hub_id(source["name"], folder) and "/" in source["name"]),
-        "size": sum(_sizes(folder, facts["kind"]).values(), PartSize()),
+        "size": None if facts["kind"] == "gguf" else sum(_sizes(folder, facts["kind"]).values(), PartSize()),
         "licence": licence,
         "has_spectrum": (folder / SPECTRUM_NAME).is_file(),
     }
@@ -122,7 +132,7 @@ def render_export_card(
         kind.relation,
         licence,
         languages,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if facts.get("image_tokens") else "text-generation",
         tags=kind.tags,
     )
     metadata.library_name = kind.library
@@ -187,7 +197,7 @@ def publish_export(folder: str | Path, repo_id: str, *, base: str | None = None,
 def export_problems(folder: Path, facts: dict[str, Any]) -> Iterator[str]:
     """Reasons why an export cannot be published, one sentence each."""
     base = facts["base"]
-    if facts["kind"] == "lora":
+    if facts["kind"] in ("lora", "gguf"):
         if not (is_hub_id(base["name"], folder) and "/" in base["name"]):
             yield (
                 f"Its base is {base['name']!r}, a local path that nobody else has: give the Hub repository with the "
@@ -199,6 +209,14 @@ def export_problems(folder: Path, facts: dict[str, Any]) -> Iterator[str]:
         yield from tokenizer_problems(folder)
         if read_settings(folder / CONFIG_NAME).get("quantization_config") is not None:
             yield f"{CONFIG_NAME} has a quantization_config, but the weights are not quantized: export it again."
+    if facts["kind"] == "gguf":
+        for name, recorded in facts["files"].items():
+            path = folder / name
+            if not path.is_file():
+                yield f"{name} is missing: export the model again."
+            elif file_sha256(path) != recorded["sha256"]:
+                yield f"{name} is not what was exported, by its sha256: export the model again."
+        return
     try:
         files = [ADAPTER_WEIGHTS_NAME] if facts["kind"] == "lora" else own_weight_files(folder)
         _sizes(folder, facts["kind"])

@@ -94,8 +94,7 @@ class MarkingTokenizer:
         self,
         original: PreTrainedTokenizerBase,
         encode: Callable[..., Any],
-        lengths: list[int],
-        image_token_id: int,
+        images: list[list[int]],
         *,
         index: int = 0,
         truncation: Any = None,
@@ -103,36 +102,36 @@ class MarkingTokenizer:
         **options: Any,
     ) -> dict[str, list]:
         """
-        Tokenize one row, with `lengths[i]` times `image_token_id` for its image `i`.
+        Tokenize one row, with the ids `images[i]` for its image `i`.
 
         `encode(tokenizer, markers, **options)` tokenizes its text. A row without images is what `original` makes of
         it. ValueError, which names row `index`, for a truncation that would cut an image.
         """
-        count = len(lengths)
+        count, image_ids = len(images), sum(map(len, images))
         tokenizer, numbers = self.tokenizer(original, count) if count else (original, {})
         options = {"return_attention_mask": True, "return_token_type_ids": False, "verbose": False, **options}
         encoding = encode(tokenizer, self.markers(count), **options)
         found = [numbers[token] for token in encoding["input_ids"] if token in numbers]
         if found != list(range(count)):
             raise _order_error(found, count, f"Row {index}")
-        length = len(encoding["input_ids"]) - count + sum(lengths)
+        length = len(encoding["input_ids"]) - count + image_ids
         limit = tokenizer.model_max_length if max_length is None else max_length
         if truncation not in (None, False, "do_not_truncate") and length > limit:
-            room = limit - sum(lengths) + count
+            room = limit - image_ids + count
             if room > count:
                 encoding = encode(tokenizer, self.markers(count), truncation=truncation, max_length=room, **options)
             if sum(token in numbers for token in encoding["input_ids"]) != count or len(encoding["input_ids"]) > room:
                 raise ValueError(
-                    f"Row {index} has {length} tokens, {sum(lengths)} of them for images, and truncation to {limit} "
+                    f"Row {index} has {length} tokens, {image_ids} of them for images, and truncation to {limit} "
                     f"would cut an image. Set max_length to at least {length}, or use a smaller max_tiles."
                 )
         ids = encoding["input_ids"]
-        repeats = [lengths[numbers[token]] if token in numbers else 1 for token in ids]
-        columns = {**encoding, "input_ids": [image_token_id if token in numbers else token for token in ids]}
-        return {
-            name: [value for value, times in zip(values, repeats, strict=True) for _ in range(times)]
-            for name, values in columns.items()
+        places = [images[numbers[token]] if token in numbers else [token] for token in ids]
+        columns = {
+            name: [value for value, place in zip(values, places, strict=True) for _ in place]
+            for name, values in encoding.items()
         }
+        return columns | {"input_ids": [token for place in places for token in place]}
 
     def tokenizer(
         self, original: PreTrainedTokenizerBase, count: int

@@ -49,8 +49,9 @@ class GenieBlueProcessor(ProcessorMixin):
     Turns text and images into model inputs and keeps the base's tokenizer as it is.
 
     A request without images is what `tokenizer` makes of it. In a row with images each image's place becomes
-    `image_seq_length` copies of `image_token_id` per tile; that id lies outside the base's embedding. A place is an
-    image part of a message, whatever the texts beside it hold, or the placeholder (`image_token`) in a plain string.
+    `image_seq_length` copies of `image_token_id` per tile, between the tokens of `image_prefix` and `image_suffix`;
+    that id lies outside the base's embedding. A place is an image part of a message, whatever the texts beside it
+    hold, or the placeholder (`image_token`) in a plain string.
     """
 
     # Makes save_pretrained copy this file and its siblings and name the class in auto_map.
@@ -65,9 +66,12 @@ class GenieBlueProcessor(ProcessorMixin):
         image_token: str = PLACEHOLDERS[0],
         image_token_id: int | None = None,
         image_seq_length: int = 196,
+        image_prefix: str = "",
+        image_suffix: str = "",
     ) -> None:
         """
         `image_seq_length` is the number of tokens of one tile; `chat_template` is for a tokenizer that has none.
+        `image_prefix` and `image_suffix` are texts around each tile, if the model was trained with some.
 
         ValueError if the tokenizer already knows the placeholder or its id, or has another chat template.
         """
@@ -82,6 +86,7 @@ class GenieBlueProcessor(ProcessorMixin):
         self.image_token_id: Any = image_token_id  # a number, as is checked below
         self.image_token_ids = [image_token_id]  # as serving engines ask for it
         self.image_seq_length = image_seq_length
+        self.image_prefix, self.image_suffix = image_prefix, image_suffix
         self._marking = MarkingTokenizer()
         self._checked: tuple[PreTrainedTokenizerBase, tuple] | None = None
         self._check_tokenizer()
@@ -96,6 +101,8 @@ class GenieBlueProcessor(ProcessorMixin):
         tile_size: int,
         max_tiles: int = 16,
         chat_template: str | None = None,
+        image_prefix: str = "",
+        image_suffix: str = "",
     ) -> "GenieBlueProcessor":
         """Build the processor of a new GenieBlue; its placeholder is the first one that the tokenizer lacks."""
         vocabulary = tokenizer.get_vocab()
@@ -106,7 +113,8 @@ class GenieBlueProcessor(ProcessorMixin):
                 f"{cls.__name__}(...) with an image_token of your own."
             )
         image_processor = GenieBlueImageProcessor(tile_size=tile_size, max_tiles=max_tiles)
-        return cls(image_processor, tokenizer, chat_template, free[0], image_token_id, image_seq_length)
+        texts = {"image_prefix": image_prefix, "image_suffix": image_suffix}
+        return cls(image_processor, tokenizer, chat_template, free[0], image_token_id, image_seq_length, **texts)
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -320,6 +328,8 @@ class GenieBlueProcessor(ProcessorMixin):
             "image_token": self.image_token,
             "image_token_id": self.image_token_id,
             "image_seq_length": self.image_seq_length,
+            "image_prefix": self.image_prefix,
+            "image_suffix": self.image_suffix,
             # chat_template.jinja does not tell whose it is, and the base's tokenizer may have none.
             "base_has_chat_template": getattr(self.tokenizer, "chat_template", None) is not None,
         }
@@ -425,8 +435,12 @@ class GenieBlueProcessor(ProcessorMixin):
         return BatchFeature({**pad_rows(self.tokenizer, rows, **padding), **pixels}, tensor_type=return_tensors)
 
     def _encode_row(self, encode: Callable[..., Any], num_tiles: Sequence[int], **options: Any) -> dict[str, list]:
-        lengths = [count * self.image_seq_length for count in num_tiles]
-        return self._marking.encode(self.tokenizer, encode, lengths, self.image_token_id, **options)
+        before, after = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            for text in (self.image_prefix, self.image_suffix)
+        )
+        tile = [*before, *[self.image_token_id] * self.image_seq_length, *after]
+        return self._marking.encode(self.tokenizer, encode, [tile * count for count in num_tiles], **options)
 
     def _text_encoder(self, text: str, images: Sequence[Any], add_special_tokens: bool | None) -> Callable[..., Any]:
         if add_special_tokens is None:  # a rendered chat has what its template writes

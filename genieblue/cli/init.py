@@ -18,6 +18,8 @@ def init(
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
     alpha: Annotated[int, typer.Option(min=1, help="LoRA alpha.")] = 16,
     max_tiles: Annotated[int, typer.Option(help="Maximum tiles per image: 1, 4, 9, 16, …")] = 16,
+    image_prefix: Annotated[str, typer.Option(help="Text before each tile, such as <|image_start|>.")] = "",
+    image_suffix: Annotated[str, typer.Option(help="Text behind each tile, such as <|image_end|>.")] = "",
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file, for a base that has no chat template.")
     ] = None,
@@ -42,6 +44,8 @@ def init(
         lora_rank=rank,
         lora_alpha=alpha,
         max_tiles=max_tiles,
+        image_prefix=image_prefix,
+        image_suffix=image_suffix,
         chat_template=template,
         dtype=dtype,
         trust_remote_code=trust_remote_code,

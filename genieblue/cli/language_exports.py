@@ -1,4 +1,4 @@
-"""`genieblue export lora` and `export merged`: the multimodal language side for other engines."""
+"""`genieblue export lora`, `export gguf` and `export merged`: a GenieBlue for other engines."""
 
 import re
 from collections.abc import Iterator
@@ -38,19 +38,22 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is no size: give bytes, or 12MB, 1.5GB.") from error
 
 
+Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the copied blocks' matrices; default: full.")]
+Error = Annotated[
+    float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
+]
+MaxBytes = Annotated[
+    int | None, typer.Option(parser=_bytes, metavar="SIZE", help="Or what this file size pays for: 12MB.")
+]
+
+
 @export_app.command()
 def lora(
     model: UnquantizedModel,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of the copied blocks' matrices; default: full.")
-    ] = None,
-    error: Annotated[
-        float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
-    ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(parser=_bytes, metavar="SIZE", help="Or what this file size pays for: 12MB.")
-    ] = None,
+    rank: Rank = None,
+    error: Error = None,
+    max_bytes: MaxBytes = None,
     calibration: Calibration = None,
     image_folder: CalibrationImages = None,
     samples: Samples = 32,
@@ -85,22 +88,67 @@ def lora(
 
         print_json(asdict(form) | {"output": str(form.output)})
         return
-    rows = [
-        (
-            f"{each.block}.{each.name}",
-            "×".join(map(str, each.shape)),
-            f"{each.rank} of {each.full_rank}",
-            short_bytes(each.bytes),
-            f"{each.error:.2g}",
-            f"{each.lost:.1%}",
-        )
-        for each in form.matrices
-    ]
-    print_table(("matrix", "shape", "rank", "size", "error", "lost of its change"), rows)
-    for name, difference in form.left_behind.items():
-        note(f"{name}: no LoRA carries it; the base's is used, from which it differs by {difference:.1%}")
+    _print_matrices(form)
     _print_measurements(form)
     note(f"Next: PeftModel.from_pretrained(base, {str(form.output)!r}); genieblue push {form.output} you/adapter")
+
+
+@export_app.command()
+def gguf(
+    model: UnquantizedModel,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")],
+    language_only: Annotated[
+        bool, typer.Option("--language-only", help="Leave the vision side out, where llama.cpp cannot run it.")
+    ] = False,
+    base_gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The base's GGUF, to check that the adapter fits it.")
+    ] = None,
+    rank: Rank = None,
+    error: Error = None,
+    max_bytes: MaxBytes = None,
+    calibration: Calibration = None,
+    image_folder: CalibrationImages = None,
+    samples: Samples = 32,
+    dtype: Dtype = "auto",
+    base: Base = None,
+    revision: Revision = None,
+    trust_remote_code: BaseCode = False,
+    json_output: Json = False,
+) -> None:
+    """Write an adapter and a file for images for llama.cpp.
+
+    The adapter is the LoRA form (see `export lora`), for any GGUF of the untouched base. An unmodified `llama-server`
+    answers text with the base and images with the adapter, as each request says.
+    """
+    options = hub_options(revision, trust_remote_code) | {"base_model": base, "dtype": dtype}
+    with stdout_for_json(json_output), looking_for(model):
+        quiet_transformers()
+        from conversion.llamacpp.export import export_llamacpp
+
+        result = export_llamacpp(
+            model,
+            out.expanduser(),
+            language_only=language_only,
+            base_gguf=base_gguf,
+            rank=rank,
+            error=error,
+            max_bytes=max_bytes,
+            calibration=_requests(model, calibration, image_folder, samples, options),
+            progress=progress_bar,
+            **options,
+        )
+    if json_output:
+        from dataclasses import asdict
+
+        print_json(asdict(result) | {"output": str(result.output)})
+        return
+    _print_matrices(result)
+    _print_measurements(result)
+    images, command = result.image_tokens, f"llama-server -m base.gguf --lora-scaled {result.output}/lora.gguf:0"
+    command += " --cache-ram 0 --no-cache-prompt"  # caches do not know which adapter has filled them
+    if images is not None:
+        command += f" --mmproj {result.output}/mmproj.gguf --image-min-tokens {images} --image-max-tokens {images}"
+    note(f"Next: {command}")
 
 
 @export_app.command()
@@ -153,7 +201,25 @@ def _requests(
     return read_requests(calibration, processor, count=samples, image_folder=image_folder)
 
 
+def _print_matrices(form: Any) -> None:
+    rows = [
+        (
+            f"{each.block}.{each.name}",
+            "×".join(map(str, each.shape)),
+            f"{each.rank} of {each.full_rank}",
+            short_bytes(each.bytes),
+            f"{each.error:.2g}",
+            f"{each.lost:.1%}",
+        )
+        for each in form.matrices
+    ]
+    print_table(("matrix", "shape", "rank", "size", "error", "lost of its change"), rows)
+    for name, difference in form.left_behind.items():
+        note(f"{name}: no LoRA carries it; the base's is used, from which it differs by {difference:.1%}")
+
+
 def _print_measurements(result: Any) -> None:
     for row in result.measurements:
         typer.echo(f"{row.name}: {row.value} ({row.how})")
-    typer.echo(f"{result.output}: {short_bytes(result.bytes)}")
+    size = result.bytes if hasattr(result, "bytes") else sum(result.files.values())
+    typer.echo(f"{result.output}: {short_bytes(size)}")

@@ -20,6 +20,8 @@ from tiny_processor import (
     snapshot,
 )
 
+from modeling_genieblue import GenieBlueProcessor
+
 
 @pytest.fixture(params=KINDS)
 def tokenizer(request):
@@ -185,6 +187,20 @@ def test_unusual_tokenizer_settings_do_not_change_what_an_image_request_returns(
     assert sorted(output) == ["attention_mask", "input_ids", "num_tiles", "pixel_values"]
     assert image_runs(output["input_ids"][0]) == [SEQ]
     assert dict(processor(text="yes <image></s>")) == dict(processor.tokenizer("yes <image></s>"))
+
+
+def test_each_tile_stands_between_the_texts_of_the_processor(tmp_path):
+    make_processor(image_prefix="yes", image_suffix="no").save_pretrained(tmp_path)
+    processor = GenieBlueProcessor.from_pretrained(tmp_path)
+    before, after = (processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("yes", "no"))
+    tile = [*before, *[IMAGE_ID] * SEQ, *after]
+    output = processor(text="<image> yes", images=picture(2, 1), return_mm_token_type_ids=True)
+    plain = make_processor()(text="<image> yes", images=picture(2, 1))["input_ids"][0]
+    first = plain.index(IMAGE_ID)
+    assert output["input_ids"] == [[*plain[:first], *tile * 3, *plain[first + 3 * SEQ :]]]
+    assert output["attention_mask"] == [[1] * len(output["input_ids"][0])]
+    assert output["mm_token_type_ids"] == [[int(token == IMAGE_ID) for token in output["input_ids"][0]]]
+    assert processor("yes")["input_ids"] == processor.tokenizer("yes")["input_ids"]
 
 
 def test_several_images_per_turn_and_several_turns():

@@ -1,12 +1,23 @@
-"""`genieblue export lora` and `export merged`: what they print, and options that contradict each other."""
+"""`genieblue export lora`, `export gguf` and `export merged`: what they print, bad options, runs that are killed."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from command_line import error_of, run, run_json
+from command_line import REPOSITORY, error_of, run, run_json
 from PIL import Image
 from tiny_genieblue import save_tiny_pair
+
+# All but the card is written.
+KILLED = """
+import importlib, os, signal, sys
+from genieblue.cli.app import app
+importlib.import_module(sys.argv[1]).write_export_card = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+app(sys.argv[2:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +56,35 @@ def test_lora_as_json_is_the_whole_table(source, tmp_path):
 def test_a_size_may_have_a_unit(source, tmp_path):
     table = run_json("export", "lora", source, "--out", tmp_path / "lora", "--max-bytes", "50kB", "--json")
     assert 40_000 < table["bytes"] <= 50_000
+
+
+def test_gguf_prints_the_command_that_serves_it(source, tmp_path):
+    result = run("export", "gguf", source, "--out", tmp_path / "gguf", "--language-only", "--rank", "2")
+    assert "2 of 16" in result.stdout and "Logits of this adapter: " in result.stdout
+    command = f"llama-server -m base.gguf --lora-scaled {tmp_path}/gguf/lora.gguf:0 --cache-ram 0 --no-cache-prompt"
+    assert f"Next: {command}\n" in result.stderr
+
+
+def test_gguf_says_what_llama_cpp_cannot_run(source, tmp_path):
+    assert "--language-only" in error_of("export", "gguf", source, "--out", tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("lora", "conversion.lora_form"), ("gguf", "conversion.llamacpp.export"), ("merged", "conversion.merge")],
+)
+def test_an_export_that_is_killed_leaves_nothing_half_and_the_next_one_is_whole(source, tmp_path, kind, module):
+    options = ["--language-only"] if kind == "gguf" else []
+    command = ["export", kind, str(source), "--out", str(tmp_path / "out"), *options]
+    killed = subprocess.run([sys.executable, "-c", KILLED, module, *command], cwd=REPOSITORY, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out").exists()
+    assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]  # hidden, and removed by the next run
+    run(*command)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/README.md").exists()
 
 
 def test_merged_prints_the_measured_logits(source, tmp_path):

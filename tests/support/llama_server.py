@@ -1,0 +1,62 @@
+"""llama.cpp as `make test-llamacpp` builds it: its server, and its converter for bases."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from command_line import REPOSITORY
+
+LLAMA_CPP = REPOSITORY / ".venvs/llamacpp"
+SERVER = LLAMA_CPP / "build/bin/llama-server"
+# The converter knows tokenizers by what they make of one text; it knows none that was made for a test.
+CONVERT = """
+import runpy, sys
+from conversion import base, get_model_class
+family, pre = sys.argv.pop(1), sys.argv.pop(1)
+get_model_class(family).set_vocab = base.TextModel._set_vocab_gpt2
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+runpy.run_path("convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+def write_base_gguf(folder: Path, family: str, path: Path, pre: str = "gpt-2") -> None:
+    """Writes a base in a folder, of the class `family` and with a byte-level tokenizer, as a GGUF file in float32."""
+    command = [sys.executable, "-c", CONVERT, family, pre, str(folder), "--outfile", str(path), "--outtype", "f32"]
+    source = LLAMA_CPP / "source"
+    # Its package `conversion` and its own `gguf`, not ours.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@contextmanager
+def serving(base: Path, *options: str) -> Iterator[str]:
+    """Address of a server with one slot and one thread; its log lies beside the base's file."""
+    assert SERVER.exists(), f"{SERVER} is missing: `make test-llamacpp` builds it"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fixed = ["--host", "127.0.0.1", "--port", str(port), "-np", "1", "-t", "1", "-c", "1024", "--no-warmup"]
+    log_file = base.with_suffix(".log")
+    with open(log_file, "w") as log:
+        command = [str(SERVER), "-m", str(base), *options, *fixed]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None, log_file.read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
