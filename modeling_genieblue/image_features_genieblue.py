@@ -64,6 +64,10 @@ class ImageFeaturesMixin:
         # Counted above; `get_placeholder_mask` would count again, and end a compiled graph by it.
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1).to(inputs_embeds.device), image_features)
 
+    def _images_of_rows(self, pixel_values: Any, rows: list[int]) -> Any:
+        """The images of the rows of a batch that have any: tiles belong to no row."""
+        return pixel_values
+
     def _embedded(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the multimodal view, ids and pixels as embeddings."""
         inputs = dict(inputs)

@@ -37,6 +37,8 @@ CARD_NAME = "README.md"
 # The folder of a GenieBlue
 MODEL_TYPE = "genieblue"
 OWN_MODULES = ("vision_tower", "multi_modal_projector")  # in its weights; the language parts lie in the adapter
+VLM_MODULES = ("vlm", "own_language")  # in the place of these, where a whole VLM is the multimodal side
+VLM_FOLDER = "vlm"  # its processor and generation settings; those in the root are the base's
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_FINGERPRINT_NAME = "base_fingerprint.json"
