@@ -66,6 +66,11 @@ def name_of_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
+def own_modules(config: dict[str, Any]) -> tuple[str, ...]:
+    """The modules whose weights lie in `model.safetensors` of a GenieBlue with these settings (of config.json)."""
+    return OWN_MODULES if config.get("vlm_config") is None else VLM_MODULES
+
+
 # Folder or Hub id
 
 

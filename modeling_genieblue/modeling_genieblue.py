@@ -39,8 +39,8 @@ from .loading_genieblue import LoadRequest, Provenance
 from .loss_genieblue import IGNORED, loss_of, run_with_loss
 from .model_files_genieblue import OWN_MODULES, RECIPE_NAME
 from .own_state_genieblue import keep_own_state
-from .projector_genieblue import GenieBlueMultiModalProjector
 from .processing_genieblue import GenieBlueProcessor
+from .projector_genieblue import GenieBlueMultiModalProjector
 from .saving_genieblue import processor_for, push_model, save_model, write_trained_weights
 from .view_routing_genieblue import (
     MULTIMODAL,

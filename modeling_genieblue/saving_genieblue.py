@@ -270,7 +270,7 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
             logger.warning("The weight files of %s are not available locally, so their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
     config.__dict__.pop("use_cache", None)  # set by Trainer
-    for part in (config.text_config, config.vision_config):
+    for part in (config.text_config, config.vision_config, getattr(config, "vlm_config", None)):
         if os.path.exists(getattr(part, "_name_or_path", None) or ""):
             part.name_or_path = ""  # do not store a local path
     own_class = _own_class(model)

@@ -13,7 +13,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .addresses_genieblue import refuse_address
 from .chat_messages_genieblue import conversations_of, image_sources, text_for_template
-from .model_files_genieblue import ACCESS_KEYS, TOKENIZER_CONFIG_NAME, VLM_FOLDER, check_settings_files
+from .model_files_genieblue import (
+    ACCESS_KEYS,
+    PROCESSOR_CONFIGS,
+    TOKENIZER_CONFIG_NAME,
+    VLM_FOLDER,
+    check_settings_files,
+    write_json,
+)
 
 HUB_KEYS = (*ACCESS_KEYS, "revision")
 
@@ -41,6 +48,11 @@ class VlmGenieBlueProcessor(ProcessorMixin):
     def chat_template(self, chat_template: Any) -> None:
         if chat_template not in (None, self.chat_template):
             raise ValueError("The chat template is the base's own, and that of `vlm_processor` for images.")
+
+    @property
+    def image_token(self) -> str:
+        """The VLM's placeholder of an image in a plain string."""
+        return self.vlm_processor.image_token
 
     @property
     def model_input_names(self) -> list[str]:
@@ -92,6 +104,9 @@ class VlmGenieBlueProcessor(ProcessorMixin):
         self.tokenizer.save_pretrained(save_directory)
         self.vlm_processor.save_pretrained(Path(save_directory, VLM_FOLDER))
         custom_object_save(self, save_directory)
+        auto_map = {self._auto_class: f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
+        settings = {"processor_class": type(self).__name__, "auto_map": auto_map}
+        write_json(Path(save_directory, PROCESSOR_CONFIGS[0]), settings)
         return []
 
     @classmethod

@@ -18,7 +18,12 @@ VISION = {
 QWEN_VISION = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2
 }  # fmt: skip
-QWEN_IDS = {"image_token_id": IMAGE_ID, "video_token_id": 196, "vision_start_token_id": 198, "vision_end_token_id": 197}
+QWEN_IDS = {
+    "image_token_id": IMAGE_ID,
+    "video_token_id": 196,
+    "vision_start_token_id": 198,
+    "vision_end_token_id": 197,
+}
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
 
@@ -90,7 +95,10 @@ def image_request(family: str, images: int = 1, dtype: torch.dtype = torch.float
     request: dict = {}
     if family.startswith("qwen"):
         channels = 3 * 2 * 14 * 14
-        request = {"pixel_values": _pixels(16 * images, channels), "image_grid_thw": torch.tensor([[1, 4, 4]] * images)}
+        request = {
+            "pixel_values": _pixels(16 * images, channels),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * images),
+        }
     elif family in ("idefics3", "smolvlm"):
         request = {"pixel_values": _pixels(1, images, 3, 28, 28)}
     elif family == "llava_onevision":

@@ -1,0 +1,228 @@
+"""Makes a GenieBlue of a VLM and the base that it was trained from, without training."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedModel
+
+from conversion.create import WEIGHT_OPTIONS, load_base_model, load_part
+from conversion.extraction_plan import BlockChange, Choice, Plan, plan_extraction, trade_off
+from conversion.language_exports import check_new_folder
+from conversion.low_rank import Spectrum
+from conversion.quantization.error import logits_error
+from conversion.staging import explained_full_disk
+from conversion.verification.saved_model import PROMPTS
+from hub_cards.model_card import Measurement
+from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
+from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
+from modeling_genieblue.model_files_genieblue import MEASUREMENTS_NAME, ModelFiles, some, weight_files
+from modeling_genieblue.staging_genieblue import StagingFolder
+from modeling_genieblue.vlm_configuration_genieblue import check_family
+from modeling_genieblue.vlm_language_genieblue import LanguagePair, balanced, change_basis
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[Iterable[int], str], Iterable[int]]
+EXTRACTION_NAME, CURVE_NAME = "extraction.json", "extraction.png"
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What was written: the folder, the plan, how far the VLM's blocks were from the base's, and the errors."""
+
+    output: Path
+    plan: Plan
+    difference: float
+    own_rows: dict[str, Any]
+    measurements: list[Measurement]
+
+
+def extract_genieblue(
+    mllm: str | os.PathLike,
+    base: str | os.PathLike,
+    output: str | os.PathLike,
+    choice: Choice | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    mllm_revision: str | None = None,
+    base_revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Writes a GenieBlue whose images run the VLM `mllm` and whose text runs `base`, from which that was trained.
+
+    Weights stay in their files until they are read, one matrix at a time; the singular vectors of all changes lie on
+    the disk beside `output` meanwhile.
+
+    Args:
+        mllm: folder or Hub id of a VLM of a known family.
+        base: folder or Hub id of its base; recorded as a relative path, or with its commit.
+        choice: which blocks are copied, and the ranks of the others.
+        dtype: `"auto"` is the base's; the VLM is read in it too.
+        trust_remote_code: allows code from the base's repository to run.
+
+    Raises `ValueError` or `OSError`, leaving nothing behind, for an output that exists, a VLM of an unknown family, a
+    quantized or incomplete source, and two models that do not belong together.
+    """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("The trade-off is drawn with matplotlib: pip install 'genieblue[train]'.")
+    choice = choice or Choice()
+    mllm, base = os.fspath(mllm), os.fspath(base)
+    out = check_new_folder(output, [mllm, base])
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    from_vlm = {**hub, "revision": mllm_revision}
+    from_base = {**hub, "revision": base_revision, "trust_remote_code": trust_remote_code}
+    _check_configs(mllm, base, from_vlm, from_base)
+    processor = VlmGenieBlueProcessor(
+        load_part("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base),
+        load_part("VLM's processor", mllm, AutoProcessor.from_pretrained, **from_vlm),
+    )
+    base_model = load_base_model(base, dtype=dtype, **from_base)
+    vlm = _load_vlm(mllm, base_model.dtype, from_vlm)
+    pair = LanguagePair(vlm, base_model)
+    difference = pair.check()
+    requests = _requests(processor)
+    exact = _logits(lambda **request: vlm(**request).logits, requests)
+    with explained_full_disk(out), StagingFolder(out, "extraction") as folder:
+        blocks = _factor(pair, folder, progress or (lambda steps, _title: steps))
+        number = base_model.dtype.itemsize
+        plan, curve = plan_extraction(blocks, choice, number), trade_off(blocks, choice, number)
+        rank = min(plan.ranks.values(), default=1)
+        model = GenieBlueForConditionalGeneration.from_vlm(
+            vlm,
+            base_model,
+            replicated_layers=plan.copied,
+            lora_rank=rank,
+            lora_alpha=rank,
+            rank_pattern={name: each for name, each in plan.ranks.items() if each != rank} or None,
+            factors=_StoredFactors(folder),
+            base_model_name_or_path=base,
+            base_model_revision=base_revision,
+            hub_kwargs=hub,
+        )
+        ours = _logits(lambda **request: model(**request, view="multimodal").logits, requests)
+        rows = _measure(exact, ours, plan, blocks)
+        settings = model.own_language.settings(model.config.own_head_rows is None)
+        own_rows = {name: settings[name] for name in ("own_embedding_rows", "own_head_rows")}
+        facts = {
+            MEASUREMENTS_NAME: [asdict(row) for row in rows],
+            EXTRACTION_NAME: {
+                "source": {"name": mllm if not os.path.isdir(mllm) else Path(mllm).name, "revision": mllm_revision},
+                "choice": asdict(choice),
+                "difference": difference,
+                "plan": asdict(plan),
+                "trade_off": [{"bytes": each.bytes, "error": each.error, "copied": each.copied} for each in curve],
+            },
+        }
+        model.save_pretrained(out, processor=processor, facts=facts)
+    draw_trade_off(plan, curve, sum(block.bytes for block in blocks), out / CURVE_NAME)
+    return Extraction(out, plan, difference, own_rows, rows)
+
+
+def _check_configs(mllm: str, base: str, from_vlm: dict[str, Any], from_base: dict[str, Any]) -> None:
+    """`ValueError` or `OSError` for unsuitable sources, after reading only configurations and indices."""
+    config = load_part("VLM", mllm, AutoConfig.from_pretrained, **from_vlm)
+    check_family(config, mllm)
+    base_config = load_part("base", base, AutoConfig.from_pretrained, **from_base)
+    check_base_type(base, base_config)
+    for name, each in ((mllm, config), (base, base_config)):
+        if getattr(each, "quantization_config", None) is not None:
+            raise ValueError(f"The weights of {name} are quantized, so no change can be computed: give 16 or 32 bits.")
+    for name in (mllm, base):  # a missing shard is named before anything is read
+        if os.path.isdir(name) and not weight_files(ModelFiles(name).find):
+            raise FileNotFoundError(
+                f"{name} has no safetensors files: only these are read. Convert its weights, or fetch it again."
+            )
+
+
+def _load_vlm(mllm: str, dtype: torch.dtype, from_vlm: dict[str, Any]) -> PreTrainedModel:
+    vlm, info = load_part(
+        "VLM", mllm, AutoModelForImageTextToText.from_pretrained, dtype=dtype, **WEIGHT_OPTIONS, **from_vlm
+    )
+    check_complete(mllm, info)
+    if unread := sorted(map(str, info["unexpected_keys"])):
+        logger.warning("%s has %d tensors that its class does not read: %s.", mllm, len(unread), some(unread))
+    return vlm.eval()
+
+
+class _StoredFactors:
+    """Factors of changes, from the singular vectors that are stored in a folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __call__(
+        self, name: str, base: torch.Tensor, own: torch.Tensor, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
+            basis = file.get_slice("basis")[:, :rank]
+        return balanced(basis, own.float() - base.float())
+
+
+@torch.no_grad()
+def _factor(pair: LanguagePair, folder: Path, progress: Progress) -> list[BlockChange]:
+    """The spectra of all blocks' changes; singular vectors go into files in `folder`."""
+    blocks = []
+    for index in progress(range(pair.count_blocks()), "blocks"):
+        spectra = {}
+        for name in pair.linears(index):
+            base, own = pair.of_base(f"{name}.weight"), pair.of_vlm(f"{name}.weight")
+            basis, values = change_basis(base, own)
+            save_file({"basis": basis.contiguous()}, folder / f"{name}.safetensors")
+            spectra[name] = Spectrum((base.shape[0], base.shape[1]), values, float(own.float().norm()))
+        block = pair.base.get_submodule(f"{pair.blocks}.{index}")
+        size = sum(each.numel() * each.element_size() for each in block.parameters())
+        blocks.append(BlockChange(index, size, spectra))
+    return blocks
+
+
+def _requests(processor: VlmGenieBlueProcessor) -> list[dict[str, torch.Tensor]]:
+    """Fixed prompts as the VLM's tokenizer reads them: text alone, which every family takes."""
+    tokenizer = processor.vlm_processor.tokenizer
+    return [{"input_ids": tokenizer(prompt, return_tensors="pt")["input_ids"]} for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def _logits(run: Callable[..., torch.Tensor], requests: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([run(**request)[0].float() for request in requests])
+
+
+def _measure(exact: torch.Tensor, ours: torch.Tensor, plan: Plan, blocks: list[BlockChange]) -> list[Measurement]:
+    error, agreeing = logits_error(exact, ours)
+    full = sum(block.bytes for block in blocks)
+    return [
+        Measurement(
+            "Logits against the VLM's own",
+            f"{error:.2g} relative L2; the same top token at {agreeing:.1%} of positions",
+            f"{len(exact)} positions of {len(PROMPTS)} fixed prompts without images",
+        ),
+        Measurement(
+            "Linear layers against the VLM's own",
+            f"{plan.error:.2g} relative error, at {plan.bytes / full:.0%} of the blocks' bytes",
+            f"{len(plan.copied)} of {len(blocks)} blocks copied, the changes of all others cut by their SVD",
+        ),
+    ]
+
+
+def draw_trade_off(plan: Plan, curve: list[Plan], full: int, path: Path) -> None:
+    """Writes a PNG: the error of the linear layers by bytes of copies and LoRA, with a dot at the plan."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axis: Any = figure.subplots()
+    axis.plot([100 * each.bytes / full for each in curve], [each.error for each in curve], marker=".")
+    axis.plot(100 * plan.bytes / full, plan.error, "o", label="this extraction")
+    axis.set(xlabel="bytes of copies and LoRA, % of all blocks", ylabel="relative error of the linear layers", ylim=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110, format="png")
