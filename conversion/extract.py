@@ -23,14 +23,21 @@ from conversion.verification.saved_model import PROMPTS
 from hub_cards.model_card import Measurement
 from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
-from modeling_genieblue.model_files_genieblue import MEASUREMENTS_NAME, ModelFiles, some, weight_files
+from modeling_genieblue.model_files_genieblue import (
+    EXTRACTION_NAME,
+    MEASUREMENTS_NAME,
+    TRADE_OFF_NAME,
+    ModelFiles,
+    some,
+    weight_files,
+)
 from modeling_genieblue.staging_genieblue import StagingFolder
 from modeling_genieblue.vlm_configuration_genieblue import check_family
 from modeling_genieblue.vlm_language_genieblue import LanguagePair, balanced, change_basis
 
 logger = logging.getLogger(__name__)
+LARGEST_SHARE_OF_MOVED_TOKENS = 0.01  # some VLMs give an unused token of their base another name
 Progress = Callable[[Iterable[int], str], Iterable[int]]
-EXTRACTION_NAME, CURVE_NAME = "extraction.json", "extraction.png"
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ def extract_genieblue(
         load_part("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base),
         load_part("VLM's processor", mllm, AutoProcessor.from_pretrained, **from_vlm),
     )
+    _check_vocabulary(processor, mllm, base)
     base_model = load_base_model(base, dtype=dtype, **from_base)
     vlm = _load_vlm(mllm, base_model.dtype, from_vlm)
     pair = LanguagePair(vlm, base_model)
@@ -125,7 +133,7 @@ def extract_genieblue(
             },
         }
         model.save_pretrained(out, processor=processor, facts=facts)
-    draw_trade_off(plan, curve, sum(block.bytes for block in blocks), out / CURVE_NAME)
+    draw_trade_off(plan, curve, sum(block.bytes for block in blocks), out / TRADE_OFF_NAME)
     return Extraction(out, plan, difference, own_rows, rows)
 
 
@@ -143,6 +151,17 @@ def _check_configs(mllm: str, base: str, from_vlm: dict[str, Any], from_base: di
             raise FileNotFoundError(
                 f"{name} has no safetensors files: only these are read. Convert its weights, or fetch it again."
             )
+
+
+def _check_vocabulary(processor: VlmGenieBlueProcessor, mllm: str, base: str) -> None:
+    """`ValueError` if many tokens of the base have another id in the VLM."""
+    of_vlm, of_base = processor.vlm_processor.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
+    moved = sum(of_vlm.get(token) != index for token, index in of_base.items())
+    if moved > LARGEST_SHARE_OF_MOVED_TOKENS * len(of_base):
+        raise ValueError(
+            f"{mllm} was not trained from {base}: {moved:,} of the base's {len(of_base):,} tokens are missing or have "
+            "another id in it. Give the base that the VLM was made from."
+        )
 
 
 def _load_vlm(mllm: str, dtype: torch.dtype, from_vlm: dict[str, Any]) -> PreTrainedModel:

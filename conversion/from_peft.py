@@ -171,8 +171,8 @@ def _take_over(model: GenieBlueForConditionalGeneration, folder: Path) -> float:
     error, _ = logits_error(*logits)
     if not error <= LARGEST_ERROR.get(base.dtype, 1e-3):
         raise ValueError(
-            f"The multimodal view's logits differ from the adapter's by {error:.2g} of their size: it has parts that a "
-            "GenieBlue's adapter cannot carry."
+            f"The multimodal view's logits differ from the adapter's by {error:.2g} of their size: it has parts that "
+            "a GenieBlue's adapter cannot carry."
         )
     return error
 

@@ -33,6 +33,7 @@ from modeling_genieblue.model_files_genieblue import (
     COMMIT_SHA,
     CONFIG_NAME,
     EVAL_RESULTS,
+    EXTRACTION_NAME,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
     INNER_BASE,
@@ -42,6 +43,7 @@ from modeling_genieblue.model_files_genieblue import (
     QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
     TOKENIZER_FILES,
+    TRADE_OFF_NAME,
     VLM_FOLDER,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
@@ -67,6 +69,7 @@ PUBLISHED_NAMES = (
     *TOKENIZER_FILES,
     RECIPE_NAME,
     MEASUREMENTS_NAME,
+    EXTRACTION_NAME,
     CARD_NAME,
     *LICENSE_FILES,
     "*.png",  # images in the card
@@ -189,7 +192,8 @@ def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -
     chosen |= {name for name in names if matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
     chosen |= {path.relative_to(folder).as_posix() for path in folder.glob(f"{EVAL_RESULTS}/*.yaml")}
     card = read_card(folder) or ""
-    chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
+    shown = f"{card} {TRADE_OFF_NAME}"
+    chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in shown}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
     if left_out:
         logger.warning("Not published, because not part of a GenieBlue: %s", ", ".join(left_out))

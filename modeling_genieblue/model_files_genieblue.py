@@ -38,6 +38,7 @@ CARD_NAME = "README.md"
 MODEL_TYPE = "genieblue"
 OWN_MODULES = ("vision_tower", "multi_modal_projector")  # in its weights; the language parts lie in the adapter
 VLM_MODULES = ("vlm", "own_language")  # in the place of these, where a whole VLM is the multimodal side
+EXTRACTION_NAME, TRADE_OFF_NAME = "extraction.json", "extraction.png"  # how a VLM's language model was kept
 VLM_FOLDER = "vlm"  # its processor and generation settings; those in the root are the base's
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

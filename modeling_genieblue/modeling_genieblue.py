@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .arguments_genieblue import (
@@ -47,7 +47,6 @@ from .view_routing_genieblue import (
     TEXT,
     as_mixed_cache,
     cache_view,
-    check_inputs,
     choose_views,
     mark_given_cache,
     mark_returned_cache,
@@ -94,10 +93,6 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         self.provenance = Provenance()
         keep_own_state(self)
         self.post_init()
-
-    def _build_vision_side(self, config: GenieBlueConfig) -> None:
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = GenieBlueMultiModalProjector(config)
 
     # Making and loading
 
@@ -249,14 +244,6 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         self._cache_argument = cache_argument(base.forward)
         self._embed_text = TextEmbedder(view)
 
-    def _check_image_token(self, rows: int) -> None:
-        """`ValueError` if a text of the base, which has `rows` embeddings, can hold the image token."""
-        if self.config.image_token_id < rows:
-            raise ValueError(
-                f"`image_token_id` is {self.config.image_token_id}, which is a token of the base ({rows} embeddings): "
-                "a text with it would be taken for an image. Expected the first id past them, as saved."
-            )
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -370,18 +357,6 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
         has_image = [False] if input_ids is None else self._rows_with_images(input_ids, cache, pixel_values)
         return choose_views(has_image, cache, view, self.training)
-
-    _check_inputs = staticmethod(check_inputs)
-
-    def _rows_with_images(self, input_ids: torch.Tensor, cache: Any, pixel_values: Any) -> list[bool]:
-        """Which rows have image tokens; `ValueError` for pixels without any."""
-        has_image = (input_ids == self.config.image_token_id).any(dim=1).tolist()
-        if pixel_values is not None and not any(has_image):
-            raise ValueError(
-                f"The request has no image tokens, but `pixel_values` of {len(pixel_values)} tiles: put one "
-                "placeholder per image into the text, and let the processor expand it."
-            )
-        return has_image
 
     def forward(
         self,

@@ -31,6 +31,7 @@ from .model_files_genieblue import (
     CARD_NAME,
     CONFIG_NAME,
     EVAL_RESULTS,
+    EXTRACTION_NAME,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
     MEASUREMENTS_NAME,
@@ -41,6 +42,7 @@ from .model_files_genieblue import (
     QUANTIZED_CODE_FILES,
     RECIPE_NAME,
     TOKENIZER_FILES,
+    TRADE_OFF_NAME,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
     file_sha256,
@@ -63,7 +65,7 @@ MULTIMODAL_TREE = "multimodal_language_model"
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_WEIGHTS = (INDEX_NAME, WEIGHT_SHARDS, ADAPTER_WEIGHTS_NAME)
 STALE_NAMES = (
-    *STALE_WEIGHTS, ADAPTER_CONFIG_NAME, RECIPE_NAME, MEASUREMENTS_NAME, EVAL_RESULTS,
+    *STALE_WEIGHTS, ADAPTER_CONFIG_NAME, RECIPE_NAME, MEASUREMENTS_NAME, EXTRACTION_NAME, TRADE_OFF_NAME, EVAL_RESULTS,
     QUANTIZED_ADAPTER_NAME, QMAP_NAME, QUANTIZED_CODE_FILES,
 )  # fmt: skip
 STALE_PROCESSOR_NAMES = (*PROCESSOR_CONFIGS, *TOKENIZER_FILES)
@@ -271,7 +273,7 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(model.config)
     config.__dict__.pop("use_cache", None)  # set by Trainer
     for part in (config.text_config, config.vision_config, getattr(config, "vlm_config", None)):
-        if os.path.exists(getattr(part, "_name_or_path", None) or ""):
+        if part is not None and os.path.exists(getattr(part, "_name_or_path", None) or ""):
             part.name_or_path = ""  # do not store a local path
     own_class = _own_class(model)
     config.auto_map = {"AutoConfig": _reference(own_class.config_class), **own_class.processor_map}

@@ -192,10 +192,10 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         images = self._take_images(pixel_values, kwargs)
         return super().generate(inputs, generation_config, pixel_values=images, view=view, **kwargs)
 
-    def _take_images(self, pixel_values: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _take_images(self, pixel_values: Any, kwargs: dict[str, Any]) -> Any:
         """What shows images, taken out of the arguments of a request; `None` in a request without pixels."""
         if isinstance(pixel_values, Mapping):
-            return pixel_values  # pyright: ignore[reportReturnType]: taken before
+            return pixel_values  # taken before
         if given := [name for name in OTHER_MEDIA if kwargs.get(name) is not None]:
             raise ValueError(f"`{given[0]}` is given, but a GenieBlue sees images only: leave the video out.")
         kwargs.pop("num_tiles", None)

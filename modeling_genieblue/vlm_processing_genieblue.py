@@ -33,11 +33,10 @@ class VlmGenieBlueProcessor(ProcessorMixin):
 
     # Makes save_pretrained copy this file and its siblings and name the class in auto_map.
     _auto_class = "AutoProcessor"
-    attributes = ["tokenizer"]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vlm_processor: Any, **kwargs: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vlm_processor: Any) -> None:
+        self.tokenizer, self.vlm_processor = tokenizer, vlm_processor
         super().__init__(tokenizer)
-        self.vlm_processor = vlm_processor
 
     @property
     def chat_template(self) -> Any:

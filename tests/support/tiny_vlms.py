@@ -1,8 +1,12 @@
 """Tiny random VLMs of each family, trained-looking from a tiny base, and requests for them."""
 
+from pathlib import Path
+
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from tiny_models import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 SEED = 20250306
 IMAGE_ID, ROWS, BASE_ROWS = 199, 200, 190  # the VLM has more tokens than its base
@@ -87,6 +91,27 @@ def tiny_vlm_pair(family: str, *, change: float = 0.02, dtype: torch.dtype = tor
             vlm.get_output_embeddings().weight[:BASE_ROWS] = base.get_output_embeddings().weight
         vlm.get_input_embeddings().weight[7] += 1  # a row that training changed
     return vlm.to(dtype).eval(), base.to(dtype).eval()
+
+
+def save_tiny_vlm_pair(folder: Path, dtype: torch.dtype = torch.float32, **options) -> tuple[Path, Path]:
+    """Saves a LLaVA with a processor as `folder/vlm`, and its base as `folder/base`; returns both."""
+    vlm, base = tiny_vlm_pair("llava", dtype=dtype, **options)
+    tokenizer, own = tiny_tokenizer(add_bos=True), tiny_tokenizer(add_bos=True)
+    own.add_tokens(["<image>"], special_tokens=True)
+    vlm.config.image_token_id = own.convert_tokens_to_ids("<image>")
+    processor = LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+        own,
+        patch_size=7,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        chat_template="{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == "
+        "'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}",
+    )
+    for name, parts in (("vlm", (vlm, processor)), ("base", (base, tokenizer))):
+        for part in parts:
+            part.save_pretrained(folder / name)
+    return folder / "vlm", folder / "base"
 
 
 def image_request(family: str, images: int = 1, dtype: torch.dtype = torch.float32) -> dict:
