@@ -242,5 +242,6 @@ def save_adapter_config(lora_config: LoraConfig, folder: str | os.PathLike) -> N
     saved_config.save_pretrained(str(folder))
     config_file = Path(folder) / ADAPTER_CONFIG_NAME
     written = json.loads(config_file.read_text(encoding="utf-8"))
-    written["target_modules"] = sorted(written["target_modules"])  # a set: otherwise no two saves are alike
+    if isinstance(written["target_modules"], list):  # of a set: otherwise no two saves are alike
+        written["target_modules"] = sorted(written["target_modules"])
     config_file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")

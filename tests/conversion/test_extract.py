@@ -7,12 +7,23 @@ import pytest
 import torch
 from PIL import Image
 from tiny_vlms import save_tiny_vlm_pair
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    QuantoConfig,
+)
 
 from conversion.extract import extract_genieblue
 from conversion.extraction_plan import Choice
+from conversion.lora_form import export_lora
+from conversion.merge import export_merged
+from conversion.qnn.export import export_bundle
+from conversion.quantization.quantize import quantize_genieblue
 from conversion.verification.verify import verify_model
 from hub_cards.model_parts import model_info
+from hub_cards.publish import files_to_publish, find_problems
 from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
@@ -64,10 +75,41 @@ def test_an_extraction_records_what_it_kept(extracted):
     assert model_info(extracted.output).parts["vlm"].parameters > 0
 
 
+@torch.no_grad()
+def test_an_extraction_runs_on_a_base_that_is_quantized_as_it_is_loaded(pair, extracted):
+    quantization = {"quantization_config": QuantoConfig(weights="int8")}
+    model = GenieBlueForConditionalGeneration.from_pretrained(extracted.output, **quantization)
+    exact = GenieBlueForConditionalGeneration.from_pretrained(extracted.output)
+    base = AutoModelForCausalLM.from_pretrained(pair[1], **quantization)
+    inputs, text = _inputs(VlmGenieBlueProcessor.from_pretrained(extracted.output)), torch.arange(3, 12)[None]
+    ours, expected = model(**inputs).logits, exact(**inputs).logits
+    assert 0 < (ours - expected).norm() < 0.1 * expected.norm()
+    assert torch.equal(model(text).logits, base(text).logits)
+
+
+def test_only_the_local_base_keeps_an_extraction_from_being_published(extracted):
+    assert [problem for problem in find_problems(extracted.output) if "local path" not in problem] == []
+    files = files_to_publish(extracted.output)
+    assert {"vlm/generation_config.json", "extraction.json", "extraction.png"} < set(files)
+
+
+@pytest.mark.parametrize("refused", ["quantize", "lora", "merged", "qnn"])
+def test_exports_that_cannot_take_a_vlm_along_say_so(extracted, tmp_path, refused):
+    run = {
+        "quantize": lambda: quantize_genieblue(extracted.output, tmp_path / "out"),
+        "lora": lambda: export_lora(extracted.output, tmp_path / "out"),
+        "merged": lambda: export_merged(extracted.output, tmp_path / "out"),
+        "qnn": lambda: export_bundle(extracted.output, tmp_path / "out", soc="sm8750", calibration=[]),
+    }
+    with pytest.raises(ValueError, match="VLM"):
+        run[refused]()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_verify_accepts_an_extraction(extracted):
     checks = verify_model(extracted.output)
-    assert [(check.name, check.detail) for check in checks if not check.passed] == []
+    assert [(check.name, check.detail) for check in checks if not check.ok] == []
 
 
 def test_an_output_that_exists_is_refused(pair, tmp_path):
@@ -94,6 +136,18 @@ def test_a_quantized_source_is_refused(pair, tmp_path, which):
     (copied[which] / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="are quantized"):
         extract_genieblue(*copied, tmp_path / "mine")
+
+
+def test_a_vlm_with_another_vocabulary_is_refused_with_the_number(pair, tmp_path):
+    vlm = shutil.copytree(pair[0], tmp_path / "vlm")
+    tokenizer = json.loads((vlm / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = max(vocabulary.values())
+    moved = {token: index if index < 60 else last + 60 - index for token, index in vocabulary.items()}
+    tokenizer["model"]["vocab"] = moved
+    (vlm / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"of the base's 120 tokens are missing or have another id"):
+        extract_genieblue(vlm, pair[1], tmp_path / "mine")
 
 
 def test_a_language_model_in_the_place_of_the_vlm_is_refused(pair, tmp_path):
