@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,13 +16,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from conversion.create import WEIGHT_OPTIONS, load_base_model, load_part
 from conversion.extraction_plan import BlockChange, Choice, Plan, plan_extraction, trade_off
 from conversion.language_exports import check_new_folder
-from conversion.low_rank import Spectrum
+from conversion.low_rank import factor_change
 from conversion.quantization.error import logits_error
+from conversion.quantization.hessians import Hessians, walk_blocks
 from conversion.staging import explained_full_disk
 from conversion.verification.saved_model import PROMPTS
 from hub_cards.model_card import Measurement
 from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
 from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
+from modeling_genieblue.image_reading_genieblue import read_image
 from modeling_genieblue.model_files_genieblue import (
     EXTRACTION_NAME,
     MEASUREMENTS_NAME,
@@ -33,10 +35,13 @@ from modeling_genieblue.model_files_genieblue import (
 )
 from modeling_genieblue.staging_genieblue import StagingFolder
 from modeling_genieblue.vlm_configuration_genieblue import check_family
-from modeling_genieblue.vlm_language_genieblue import LanguagePair, balanced, change_basis
+from modeling_genieblue.vlm_language_genieblue import LanguagePair, decoder_path
 
 logger = logging.getLogger(__name__)
 LARGEST_SHARE_OF_MOVED_TOKENS = 0.01  # some VLMs give an unused token of their base another name
+MEASURED_REQUESTS, MEASURED_POSITIONS = 8, 64  # the logits of more would fill the memory
+Request = dict[str, Any]  # of the VLM
+Chat = tuple[Sequence[dict[str, Any]], Sequence[Any]]  # messages, and the images of their image parts in order
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
@@ -57,6 +62,7 @@ def extract_genieblue(
     output: str | os.PathLike,
     choice: Choice | None = None,
     *,
+    calibration: Iterable[Chat] | None = None,
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     mllm_revision: str | None = None,
@@ -68,13 +74,15 @@ def extract_genieblue(
 ) -> Extraction:
     """Writes a GenieBlue whose images run the VLM `mllm` and whose text runs `base`, from which that was trained.
 
-    Weights stay in their files until they are read, one matrix at a time; the singular vectors of all changes lie on
-    the disk beside `output` meanwhile.
+    Weights stay in their files until they are read, one matrix at a time; the factors of all changes lie on the disk
+    beside `output` meanwhile.
 
     Args:
         mllm: folder or Hub id of a VLM of a known family.
         base: folder or Hub id of its base; recorded as a relative path, or with its commit.
         choice: which blocks are copied, and the ranks of the others.
+        calibration: chats with images; errors are then those of the linear layers' outputs on them, as the VLM runs
+            them, and otherwise those of weights. The cut is the best for these errors.
         dtype: `"auto"` is the base's; the VLM is read in it too.
         trust_remote_code: allows code from the base's repository to run.
 
@@ -99,10 +107,12 @@ def extract_genieblue(
     vlm = _load_vlm(mllm, base_model.dtype, from_vlm)
     pair = LanguagePair(vlm, base_model)
     difference = pair.check()
-    requests = _requests(processor)
-    exact = _logits(lambda **request: vlm(**request).logits, requests)
+    requests = _requests(processor, calibration)
+    measured = requests[:MEASURED_REQUESTS]
+    exact = _logits(lambda **request: vlm(**request).logits, measured)
     with explained_full_disk(out), StagingFolder(out, "extraction") as folder:
-        blocks = _factor(pair, folder, progress or (lambda steps, _title: steps))
+        wrap = progress or (lambda steps, _title: steps)
+        blocks = _factor(pair, vlm, folder, requests if calibration is not None else None, wrap)
         number = base_model.dtype.itemsize
         plan, curve = plan_extraction(blocks, choice, number), trade_off(blocks, choice, number)
         rank = min(plan.ranks.values(), default=1)
@@ -118,8 +128,8 @@ def extract_genieblue(
             base_model_revision=base_revision,
             hub_kwargs=hub,
         )
-        ours = _logits(lambda **request: model(**request, view="multimodal").logits, requests)
-        rows = _measure(exact, ours, plan, blocks)
+        ours = _logits(lambda **request: model(**request, view="multimodal").logits, measured)
+        rows = _measure(exact, ours, plan, blocks, len(measured) if calibration is not None else 0)
         settings = model.own_language.settings(model.config.own_head_rows is None)
         own_rows = {name: settings[name] for name in ("own_embedding_rows", "own_head_rows")}
         facts = {
@@ -127,6 +137,7 @@ def extract_genieblue(
             EXTRACTION_NAME: {
                 "source": {"name": mllm if not os.path.isdir(mllm) else Path(mllm).name, "revision": mllm_revision},
                 "choice": asdict(choice),
+                "calibrated": calibration is not None,
                 "difference": difference,
                 "plan": asdict(plan),
                 "trade_off": [{"bytes": each.bytes, "error": each.error, "copied": each.copied} for each in curve],
@@ -175,7 +186,7 @@ def _load_vlm(mllm: str, dtype: torch.dtype, from_vlm: dict[str, Any]) -> PreTra
 
 
 class _StoredFactors:
-    """Factors of changes, from the singular vectors that are stored in a folder."""
+    """Factors of changes, which are stored in a folder with all their ranks."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -184,49 +195,82 @@ class _StoredFactors:
         self, name: str, base: torch.Tensor, own: torch.Tensor, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
-            basis = file.get_slice("basis")[:, :rank]
-        return balanced(basis, own.float() - base.float())
+            return file.get_slice("B")[:, :rank], file.get_slice("A")[:rank]
 
 
 @torch.no_grad()
-def _factor(pair: LanguagePair, folder: Path, progress: Progress) -> list[BlockChange]:
-    """The spectra of all blocks' changes; singular vectors go into files in `folder`."""
+def _factor(
+    pair: LanguagePair,
+    vlm: PreTrainedModel,
+    folder: Path,
+    requests: Sequence[Request] | None,
+    progress: Progress,
+) -> list[BlockChange]:
+    """The spectra of all blocks' changes; the factors go into files in `folder`."""
     blocks = []
-    for index in progress(range(pair.count_blocks()), "blocks"):
+
+    def process(index: int, _block: Any, hessians: Hessians) -> None:
         spectra = {}
+        path = f"{pair.blocks}.{index}"
         for name in pair.linears(index):
-            base, own = pair.of_base(f"{name}.weight"), pair.of_vlm(f"{name}.weight")
-            basis, values = change_basis(base, own)
-            save_file({"basis": basis.contiguous()}, folder / f"{name}.safetensors")
-            spectra[name] = Spectrum((base.shape[0], base.shape[1]), values, float(own.float().norm()))
-        block = pair.base.get_submodule(f"{pair.blocks}.{index}")
-        size = sum(each.numel() * each.element_size() for each in block.parameters())
+            weights = pair.of_base(f"{name}.weight"), pair.of_vlm(f"{name}.weight")
+            b, a, spectra[name] = factor_change(*weights, hessians.get(name.removeprefix(f"{path}.")))
+            save_file({"A": a.contiguous(), "B": b.contiguous()}, folder / f"{name}.safetensors")
+        size = sum(each.numel() * each.element_size() for each in pair.base.get_submodule(path).parameters())
         blocks.append(BlockChange(index, size, spectra))
+
+    if requests is None:
+        for index in progress(range(pair.count_blocks()), "blocks"):
+            process(index, None, {})
+    else:
+        path = f"{decoder_path(vlm)}.layers"
+        batches = [{**request, "use_cache": False} for request in requests]  # blocks run twice, and a cache would grow
+        walk_blocks(vlm, batches, path, process, progress=lambda steps: progress(steps, "blocks"))
     return blocks
 
 
-def _requests(processor: VlmGenieBlueProcessor) -> list[dict[str, torch.Tensor]]:
-    """Fixed prompts as the VLM's tokenizer reads them: text alone, which every family takes."""
-    tokenizer = processor.vlm_processor.tokenizer
-    return [{"input_ids": tokenizer(prompt, return_tensors="pt")["input_ids"]} for prompt in PROMPTS]
+def _requests(processor: VlmGenieBlueProcessor, chats: Iterable[Chat] | None) -> list[Request]:
+    """Chats with images as the VLM's processor encodes them; without any, fixed prompts, which every family takes.
+
+    Raises `ValueError` if there are no chats.
+    """
+    own = processor.vlm_processor
+    if chats is None:
+        return [{"input_ids": own.tokenizer(prompt, return_tensors="pt")["input_ids"]} for prompt in PROMPTS]
+    requests = []
+    for messages, images in chats:
+        parts = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
+        text, pictures = own.apply_chat_template(parts), [read_image(image).convert("RGB") for image in images]
+        requests.append(dict(own(text=[text], images=pictures, return_tensors="pt")))
+    if not requests:
+        raise ValueError("There are no calibration chats with images: give some, or leave them out.")
+    return requests
 
 
 @torch.no_grad()
-def _logits(run: Callable[..., torch.Tensor], requests: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    return torch.cat([run(**request)[0].float() for request in requests])
+def _logits(run: Callable[..., torch.Tensor], requests: Sequence[Request]) -> torch.Tensor:
+    return torch.cat([run(**request)[0, -MEASURED_POSITIONS:].float() for request in requests])
 
 
-def _measure(exact: torch.Tensor, ours: torch.Tensor, plan: Plan, blocks: list[BlockChange]) -> list[Measurement]:
+def _measure(
+    exact: torch.Tensor, ours: torch.Tensor, plan: Plan, blocks: list[BlockChange], chats: int
+) -> list[Measurement]:
     error, agreeing = logits_error(exact, ours)
     full = sum(block.bytes for block in blocks)
+    of = f"{chats} calibration chats" if chats else f"{len(PROMPTS)} fixed prompts without images"
     return [
         Measurement(
             "Logits against the VLM's own",
             f"{error:.2g} relative L2; the same top token at {agreeing:.1%} of positions",
-            f"{len(exact)} positions of {len(PROMPTS)} fixed prompts without images",
+            f"{len(exact)} positions of {of}",
         ),
         Measurement(
-            "Linear layers against the VLM's own",
+            f"{'Outputs' if chats else 'Weights'} of linear layers against the VLM's own",
             f"{plan.error:.2g} relative error, at {plan.bytes / full:.0%} of the blocks' bytes",
             f"{len(plan.copied)} of {len(blocks)} blocks copied, the changes of all others cut by their SVD",
         ),

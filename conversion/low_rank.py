@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from modeling_genieblue.vlm_language_genieblue import balanced
+
 # Of the mean of a Hessian's diagonal, added to it: directions that no calibration sample has still count a little.
 DAMPING = 0.01
 BYTES_OF_HEADER = 140  # of a safetensors file for each tensor, at most, without the tensor's name
@@ -69,10 +71,8 @@ def factor_change(
         hessian = hessian + damping * torch.eye(len(hessian), dtype=torch.float64)
         root = torch.linalg.cholesky(hessian).float()
         basis, values, _ = torch.linalg.svd(change @ root, full_matrices=False)
-    rest = basis.t() @ change
-    balance = rest.norm(dim=1).clamp(min=1e-30).sqrt()
     size = float((changed if root is None else changed @ root).norm())
-    return basis * balance, rest / balance[:, None], Spectrum((change.shape[0], change.shape[1]), values, size)
+    return *balanced(basis, change), Spectrum((change.shape[0], change.shape[1]), values, size)
 
 
 def choose_ranks(

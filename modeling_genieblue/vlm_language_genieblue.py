@@ -267,14 +267,9 @@ def fill_adapter(view: nn.Module, pair: LanguagePair, factors: Factors) -> None:
 
 def best_factors(name: str, base: torch.Tensor, own: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The product of this rank that is nearest to `own - base`, by the SVD; as `Factors`."""
-    basis, change = change_basis(base, own)[0][:, :rank], own.float() - base.float()
-    return balanced(basis, change)
-
-
-def change_basis(base: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left singular vectors (out, full rank) and singular values of `own - base`, in float32."""
-    basis, values, _ = torch.linalg.svd(own.float() - base.float(), full_matrices=False)
-    return basis, values
+    change = own.float() - base.float()
+    basis, _, _ = torch.linalg.svd(change, full_matrices=False)
+    return balanced(basis[:, :rank], change)
 
 
 def balanced(basis: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,14 @@
 """`genieblue extract` and `genieblue from-peft`: a GenieBlue of what people have already, without training."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from genieblue.cli.info import print_info
 from genieblue.cli.init import read_template
-from genieblue.cli.language_exports import size_in_bytes
-from genieblue.cli.options import BaseCode, Dtype, Json, PlacementOption, Revision
+from genieblue.cli.language_exports import Calibration, Samples, size_in_bytes
+from genieblue.cli.options import BaseCode, CalibrationImages, Dtype, Json, PlacementOption, Revision
 from genieblue.cli.terminal import (
     check_name,
     note,
@@ -39,6 +39,9 @@ def extract(
     max_bytes: Annotated[
         int | None, typer.Option(parser=size_in_bytes, metavar="SIZE", help="Or what this size pays for: 900MB.")
     ] = None,
+    calibration: Calibration = None,
+    image_folder: CalibrationImages = None,
+    samples: Samples = 32,
     dtype: Dtype = "auto",
     mllm_revision: Revision = None,
     base_revision: Revision = None,
@@ -61,6 +64,7 @@ def extract(
             base,
             out.expanduser(),
             Choice(placement, copies, rank, error, max_bytes),
+            calibration=None if calibration is None else _chats(calibration, samples, image_folder),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             mllm_revision=mllm_revision,
@@ -81,6 +85,13 @@ def extract(
     for row in result.measurements:
         typer.echo(f"{row.name}: {row.value} ({row.how})")
     note(f"Next: genieblue verify {result.output}; genieblue push {result.output} you/model")
+
+
+def _chats(path: Path, count: int, image_folder: Path | None) -> list[Any]:
+    from genieblue.data.calibration_chats import read_chats
+
+    chats = read_chats(path, 2 * count, image_folder=image_folder)  # half of them with images
+    return [(chat.messages, chat.images) for chat in chats if chat.images][:count]
 
 
 def from_peft(

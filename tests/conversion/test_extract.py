@@ -67,6 +67,23 @@ def test_text_of_an_extraction_is_the_bases(pair, extracted):
     assert torch.equal(model(**ours).logits, base(**plain).logits)
 
 
+def test_a_calibrated_extraction_is_nearer_to_the_vlm_on_its_chats(pair, tmp_path):
+    chats = [([MESSAGES[0], {"role": "assistant", "content": "the answer"}], [IMAGE])] * 2
+    choice = Choice(copies=0, rank=4)
+    plain, calibrated = (
+        extract_genieblue(*pair, tmp_path / name, choice, calibration=given)
+        for name, given in (("plain", None), ("calibrated", chats))
+    )
+    inputs = _inputs(VlmGenieBlueProcessor.from_pretrained(plain.output))
+    expected = AutoModelForImageTextToText.from_pretrained(pair[0])(**inputs).logits
+    errors = [
+        (GenieBlueForConditionalGeneration.from_pretrained(each.output)(**inputs).logits - expected).norm()
+        for each in (plain, calibrated)
+    ]
+    assert errors[1] < errors[0]
+    assert "calibration chats" in calibrated.measurements[0].how
+
+
 def test_an_extraction_records_what_it_kept(extracted):
     facts = json.loads((extracted.output / "extraction.json").read_text())
     assert facts["plan"]["copied"] == extracted.plan.copied == [1, 3]
