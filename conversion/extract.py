@@ -215,7 +215,9 @@ def _factor(
         for name in pair.linears(index):
             weights = pair.of_base(f"{name}.weight"), pair.of_vlm(f"{name}.weight")
             b, a, spectra[name] = factor_change(*weights, hessians.get(name.removeprefix(f"{path}.")))
-            save_file({"A": a.contiguous(), "B": b.contiguous()}, folder / f"{name}.safetensors")
+            factors = {"A": a, "B": b}  # LoRA is saved in the base's precision anyway
+            factors = {kind: each.to("cpu", pair.base.dtype).contiguous() for kind, each in factors.items()}
+            save_file(factors, folder / f"{name}.safetensors")
         size = sum(each.numel() * each.element_size() for each in pair.base.get_submodule(path).parameters())
         blocks.append(BlockChange(index, size, spectra))
 

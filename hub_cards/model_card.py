@@ -93,6 +93,7 @@ class ModelCardInfo:
     placement: str | None = None
     replicated_layers: list[int] = field(default_factory=list)
     lora_rank: int | None = None
+    largest_rank: int | None = None  # of LoRA, where ranks differ by layer
     lora_alpha: int | None = None
     tile_size: int | None = None
     max_tiles: int | None = None
@@ -215,6 +216,7 @@ def card_info_from_folder(
         placement=config.get("placement"),
         replicated_layers=config.get("replicated_layers") or [],
         lora_rank=config.get("lora_rank"),
+        largest_rank=max((config.get("rank_pattern") or {}).values(), default=None),
         lora_alpha=config.get("lora_alpha"),
         tile_size=images.get("tile_size"),
         max_tiles=images.get("max_tiles"),

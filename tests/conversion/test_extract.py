@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from clean_process import run_clean
 from PIL import Image
 from tiny_vlms import save_tiny_vlm_pair
 from transformers import (
@@ -23,7 +24,7 @@ from conversion.qnn.export import export_bundle
 from conversion.quantization.quantize import quantize_genieblue
 from conversion.verification.verify import verify_model
 from hub_cards.model_parts import model_info
-from hub_cards.publish import files_to_publish, find_problems
+from hub_cards.publish import files_to_publish, find_problems, publish_folder
 from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
@@ -53,6 +54,32 @@ def test_an_extraction_of_all_blocks_answers_as_the_vlm_does(pair, tmp_path):
     own = AutoModelForImageTextToText.from_pretrained(pair[0])
     assert torch.equal(inputs["input_ids"], _inputs(AutoProcessor.from_pretrained(pair[0]))["input_ids"])
     assert torch.equal(model(**inputs).logits, own(**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_pushed_extraction_answers_by_name_in_a_clean_process_as_the_vlm_does(hub, tmp_path):
+    vlm, base = save_tiny_vlm_pair(tmp_path)
+    hub.commit_folder("maker/base", base)
+    hub.commit_folder("maker/vlm", vlm)
+    result = extract_genieblue("maker/vlm", "maker/base", tmp_path / "mine", Choice(copies=4))
+    publish_folder(result.output, "you/mine")
+    IMAGE.save(tmp_path / "image.png")
+    ours = run_clean(
+        f"""
+        from PIL import Image
+        from transformers import AutoModel, AutoProcessor
+        model = AutoModel.from_pretrained("you/mine", trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained("you/mine", trust_remote_code=True)
+        text = processor.apply_chat_template({MESSAGES!r}, add_generation_prompt=True)
+        inputs = processor(text=text, images=Image.open({str(tmp_path / "image.png")!r}), return_tensors="pt")
+        with torch.no_grad():
+            answer(model(**inputs).logits.double().tolist())
+        """,
+        tmp_path,
+        hub.env(),
+    )
+    expected = AutoModelForImageTextToText.from_pretrained(vlm)(**_inputs(AutoProcessor.from_pretrained(vlm))).logits
+    assert torch.equal(torch.tensor(ours).float(), expected)
 
 
 @torch.no_grad()
