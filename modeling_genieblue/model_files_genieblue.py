@@ -46,7 +46,7 @@ BASE_FINGERPRINT_NAME = "base_fingerprint.json"
 RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
 INNER_BASE = "base"  # the subfolder with the quantized base of a self-contained GenieBlue
 EVAL_RESULTS = ".eval_results"  # the Hub's folder for results, see huggingface.co/docs/hub/eval-results
-CODE_FILES, QUANTIZED_CODE_FILES = "*_genieblue.py", "quantized_*_genieblue.py"
+CODE_FILES, QUANTIZED_CODE_FILES, VLM_CODE_FILES = "*_genieblue.py", "quantized_*_genieblue.py", "vlm_*_genieblue.py"
 
 # What has a name of its own where weights are stored in another form. Not PEFT's name: stock PEFT would take the file,
 # find none of its keys in it, and go on with random LoRA. Nor transformers' own: its classes would do the same.
