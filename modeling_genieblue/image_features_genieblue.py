@@ -8,12 +8,14 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .language_views_genieblue import TextEmbedder
+from .processing_genieblue import GenieBlueProcessor
 from .projector_genieblue import GenieBlueMultiModalProjector
+from .saving_genieblue import processor_for
 from .view_routing_genieblue import check_inputs, check_tiles
 
 
 class ImageFeaturesMixin:
-    """What embeds a request with images; to be mixed into the model class."""
+    """The vision side, its processor, and what embeds a request with images; to be mixed into the model class."""
 
     vision_tower: PreTrainedModel
     multi_modal_projector: GenieBlueMultiModalProjector
@@ -21,6 +23,16 @@ class ImageFeaturesMixin:
     training: bool
     _embed_text: TextEmbedder
     get_input_embeddings: Callable[[], Any]
+
+    processor_class = GenieBlueProcessor
+    processor_map = {
+        "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
+        "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
+    }
+
+    def make_processor(self, tokenizer: Any) -> Any:
+        """A processor for this model, of its base's tokenizer."""
+        return processor_for(self.config, tokenizer)
 
     def _build_vision_side(self, config: Any) -> None:
         self.vision_tower = AutoModel.from_config(config.vision_config)

@@ -39,9 +39,8 @@ from .loading_genieblue import LoadRequest, Provenance
 from .loss_genieblue import IGNORED, loss_of, run_with_loss
 from .model_files_genieblue import OWN_MODULES, RECIPE_NAME
 from .own_state_genieblue import keep_own_state
-from .processing_genieblue import GenieBlueProcessor
 from .projector_genieblue import GenieBlueMultiModalProjector
-from .saving_genieblue import processor_for, push_model, save_model, write_trained_weights
+from .saving_genieblue import push_model, save_model, write_trained_weights
 from .view_routing_genieblue import (
     MULTIMODAL,
     TEXT,
@@ -302,18 +301,9 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         """
         return push_model(self, repo_id, processor=processor, **check_save_arguments(kwargs, PUSH_KEYWORDS))
 
-    # The processor, and how weights are stored
+    # How weights are stored
 
-    processor_class = GenieBlueProcessor
-    processor_map = {
-        "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
-        "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
-    }
     own_modules = OWN_MODULES  # what `model.safetensors` holds
-
-    def make_processor(self, tokenizer: Any) -> Any:
-        """A processor for this model, of its base's tokenizer."""
-        return processor_for(self.config, tokenizer)
 
     _kept_facts = (RECIPE_NAME,)  # files of facts that hold for a save of a loaded model too
 

@@ -213,7 +213,7 @@ def check_language_adapter(subject: SavedModel) -> str:
     problems += [*find_invalid_values(path), *subject.different_settings(lora_config)]
     fail_on(problems)
     count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
-    layers = ", ".join(map(str, subject.config.replicated_layers))
+    layers = ", ".join(map(str, subject.config.replicated_layers)) or "none"
     return (
         f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as in "
         "config.json; every number is valid"

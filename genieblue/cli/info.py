@@ -24,8 +24,8 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
     layers = config.get("replicated_layers") or []
     typer.echo(
         f"{len(layers)} of {(config.get('text_config') or {}).get('num_hidden_layers')} blocks replicated: "
-        f"{', '.join(map(str, layers))} ({config.get('placement') or 'custom'}); LoRA rank {_ranks(config)}, "
-        f"alpha {config.get('lora_alpha')}; {_images(config)}\n"
+        f"{', '.join(map(str, layers)) or 'none'} ({config.get('placement') or 'custom'}); "
+        f"LoRA rank {_ranks(config)}, alpha {config.get('lora_alpha')}; {_images(config)}\n"
     )
     own = [size for name, size in found.parts.items() if size is not None and name != LANGUAGE_MODEL]
     total = sum(own, PartSize())
