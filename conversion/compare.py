@@ -11,7 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hub_cards.model_folder import adapter_weights, check_is_genieblue
-from modeling_genieblue.model_files_genieblue import CONFIG_NAME, ModelFiles, read_settings, weight_files
+from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
+    OWN_MODULES,
+    VLM_MODULES,
+    ModelFiles,
+    read_settings,
+    weight_files,
+)
 
 # Settings that say how or by what a folder was written, and not what its model computes.
 OTHER_SETTINGS = ("_name_or_path", "architectures", "auto_map", "transformers_version", "weight_fingerprint")
@@ -122,7 +129,7 @@ def _compare(name: str, first: _SavedTensors, second: _SavedTensors) -> TensorDi
 
 def _part(name: str) -> str:
     first = name.partition(".")[0]
-    if first in ("vision_tower", "multi_modal_projector"):
+    if first in (*OWN_MODULES, *VLM_MODULES):
         return first
     return "lora" if ".lora_" in name else "replicated_blocks"
 

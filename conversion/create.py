@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ def create_genieblue(
     output: str | os.PathLike,
     *,
     placement: str = "skip",
+    replicated_layers: list[int] | None = None,
     lora_rank: int = 8,
     lora_alpha: int = 16,
+    adapt: Callable[[GenieBlueForConditionalGeneration], None] | None = None,
     max_tiles: int = 16,
     image_prefix: str = "",
     image_suffix: str = "",
@@ -75,6 +78,8 @@ def create_genieblue(
         base: folder or Hub id of a decoder with at least four blocks; recorded as a relative path, or with its commit.
         vision: folder or Hub id of a SigLIP: the complete model or its vision half.
         placement: which quarter of the blocks is replicated: `skip`, `pre` or `post`.
+        replicated_layers: block indices, instead of `placement`.
+        adapt: called with the new model before it is saved, to fill its adapter.
         max_tiles: square number; an image is cut into at most this many tiles, plus a thumbnail.
         image_prefix, image_suffix: texts before and behind each tile.
         chat_template: Jinja text for a base whose tokenizer has none.
@@ -93,20 +98,23 @@ def create_genieblue(
     _check_settings(lora_rank, lora_alpha, max_tiles)
     _check_base_config(base, placement, **from_base)
     vision_config = _load_vision_config(vision, **from_vision)
-    tokenizer = _load("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
+    tokenizer = load_part("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
     _check_chat_template(tokenizer, base, chat_template)
 
-    base_model = _load_base(base, dtype=dtype, **from_base).to(device)
+    base_model = load_base_model(base, dtype=dtype, **from_base).to(device)
     model = GenieBlueForConditionalGeneration.from_base(
         base_model,
         _load_vision_tower(vision, vision_config, dtype=base_model.dtype, **from_vision).to(device),
         placement=placement,
+        replicated_layers=replicated_layers,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
         base_model_name_or_path=base,
         base_model_revision=base_revision,
         hub_kwargs=hub,
     )
+    if adapt is not None:
+        adapt(model)
     processor = processor_for(
         model.config,
         tokenizer,
@@ -190,7 +198,7 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, chat_tem
         )
 
 
-def _load(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
+def load_part(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
     """`from_pretrained(name, …)`, with errors that name what was being loaded."""
     refuse_address(name, f"The {what}")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -235,7 +243,7 @@ def _check_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> 
 
 def _check_base_config(base: str, placement: str, *, trust_remote_code: bool, **hub: Any) -> None:
     """`ValueError` for an unsuitable base, after reading only its configuration."""
-    config = _load("base", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code, **hub)
+    config = load_part("base", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code, **hub)
     check_base_type(base, config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -246,10 +254,10 @@ def _check_base_config(base: str, placement: str, *, trust_remote_code: bool, **
     check_settings_files(base, {GENERATION_CONFIG_NAME: None}, **hub)
 
 
-def _load_base(base: str, *, dtype: str | torch.dtype, trust_remote_code: bool, **hub: Any) -> PreTrainedModel:
+def load_base_model(base: str, *, dtype: str | torch.dtype, trust_remote_code: bool, **hub: Any) -> PreTrainedModel:
     """Loads the base and checks that it is complete and finite."""
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub, **WEIGHT_OPTIONS}
-    base_model, info = _load("base", base, AutoModelForCausalLM.from_pretrained, **options)
+    base_model, info = load_part("base", base, AutoModelForCausalLM.from_pretrained, **options)
     if info["mismatched_keys"]:
         name, found, expected = min(info["mismatched_keys"])
         raise ValueError(
@@ -262,7 +270,7 @@ def _load_base(base: str, *, dtype: str | torch.dtype, trust_remote_code: bool, 
 
 
 def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
-    config = _load("vision model", vision, AutoConfig.from_pretrained, trust_remote_code=False, **kwargs)
+    config = load_part("vision model", vision, AutoConfig.from_pretrained, trust_remote_code=False, **kwargs)
     if config.model_type not in SIGLIP_TYPES:
         raise ValueError(
             f"{vision} has model_type {config.model_type!r}: expected a SigLIP ({' or '.join(SIGLIP_TYPES)}), such as "
@@ -278,7 +286,7 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, *, dtype: torch.dt
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, info = _load("vision model", vision, SiglipVisionModel.from_pretrained, **options)
+        model, info = load_part("vision model", vision, SiglipVisionModel.from_pretrained, **options)
     finally:
         transformers_logging.set_verbosity(verbosity)
     if info["missing_keys"] or info["mismatched_keys"]:

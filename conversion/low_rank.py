@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from modeling_genieblue.vlm_language_genieblue import balanced
+
 # Of the mean of a Hessian's diagonal, added to it: directions that no calibration sample has still count a little.
 DAMPING = 0.01
 BYTES_OF_HEADER = 140  # of a safetensors file for each tensor, at most, without the tensor's name
@@ -69,10 +71,8 @@ def factor_change(
         hessian = hessian + damping * torch.eye(len(hessian), dtype=torch.float64)
         root = torch.linalg.cholesky(hessian).float()
         basis, values, _ = torch.linalg.svd(change @ root, full_matrices=False)
-    rest = basis.t() @ change
-    balance = rest.norm(dim=1).clamp(min=1e-30).sqrt()
     size = float((changed if root is None else changed @ root).norm())
-    return basis * balance, rest / balance[:, None], Spectrum((change.shape[0], change.shape[1]), values, size)
+    return *balanced(basis, change), Spectrum((change.shape[0], change.shape[1]), values, size)
 
 
 def choose_ranks(
@@ -102,13 +102,19 @@ def choose_ranks(
             f"A budget of {max_bytes:,} bytes does not pay for rank 1 in {len(spectra)} matrices, which takes "
             f"{sum(cost.values()):,}: give more."
         )
-    steps = []
-    for name, spectrum in spectra.items():
-        squares = spectrum.errors().square()
-        steps += [(float(gain) / cost[name], name) for gain in squares[1:-1] - squares[2:]]
+    squares = [spectrum.errors().square() for spectrum in spectra.values()]
+    gains = torch.cat([each[1:-1] - each[2:] for each in squares])  # of one rank more, matrix by matrix
+    owners = torch.repeat_interleave(torch.arange(len(squares)), torch.tensor([len(each) - 2 for each in squares]))
+    costs = torch.tensor(list(cost.values()))[owners]
     # A matrix's gains fall with its rank, so its steps come in order; sorting keeps the order of equal ones.
-    for gain, name in sorted(steps, key=lambda step: -step[0]):
-        if gain > 0 and cost[name] <= left:
-            left -= cost[name]
-            ranks[name] += 1
+    steps = (gains / costs).argsort(descending=True, stable=True)
+    steps = steps[gains[steps] > 0]
+    names = list(spectra)
+    while len(steps := steps[costs[steps] <= left]):
+        spent = costs[steps].cumsum(0)
+        taken = int((spent <= left).sum())
+        left -= int(spent[taken - 1])
+        for owner, count in enumerate(owners[steps[:taken]].bincount(minlength=len(names)).tolist()):
+            ranks[names[owner]] += count
+        steps = steps[taken:]  # the next one is too dear, but perhaps not all behind it
     return ranks

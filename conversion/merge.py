@@ -91,12 +91,13 @@ def merged_state(base: nn.Module, view: nn.Module) -> dict[str, torch.Tensor]:
     merged: dict[int, torch.Tensor] = {}
     for name, value in base.state_dict(keep_vars=True).items():
         if id(value) not in merged:
-            merged[id(value)] = _merged(name, value, view, modules)
+            merged[id(value)] = merged_tensor(name, value, modules)
         state[name] = merged[id(value)]
     return state
 
 
-def _merged(name: str, value: torch.Tensor, view: nn.Module, modules: dict[str, nn.Module]) -> torch.Tensor:
+def merged_tensor(name: str, value: torch.Tensor, modules: Mapping[str, nn.Module]) -> torch.Tensor:
+    """A tensor of the base with its copy in its place or its LoRA merged; `modules` are those of the adapted tree."""
     owner, _, leaf = name.rpartition(".")
     parts = owner.split(".")
     for end in range(len(parts), 0, -1):

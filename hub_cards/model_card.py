@@ -93,10 +93,13 @@ class ModelCardInfo:
     placement: str | None = None
     replicated_layers: list[int] = field(default_factory=list)
     lora_rank: int | None = None
+    largest_rank: int | None = None  # of LoRA, where ranks differ by layer
     lora_alpha: int | None = None
     tile_size: int | None = None
     max_tiles: int | None = None
     image_seq_length: int | None = None
+    vlm_type: str | None = None  # model type of the VLM that it sees with, in the place of a vision tower
+    vlm: str | None = None  # Hub id of that VLM
     recipe: dict[str, dict[str, Any]] | None = None  # stage -> setting -> value
     measurements: list[Measurement] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
@@ -192,6 +195,7 @@ def card_info_from_folder(
     config = config or read_model_config(folder)
     base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
     text_config = config.get("text_config") or {}
+    vlm_name = (config.get("vlm_config") or {}).get("_name_or_path")
     vision_name = (config.get("vision_config") or {}).get("_name_or_path")
     on_hub = is_hub_id(base, folder)
     local_base = None if on_hub else base
@@ -212,10 +216,13 @@ def card_info_from_folder(
         placement=config.get("placement"),
         replicated_layers=config.get("replicated_layers") or [],
         lora_rank=config.get("lora_rank"),
+        largest_rank=max((config.get("rank_pattern") or {}).values(), default=None),
         lora_alpha=config.get("lora_alpha"),
         tile_size=images.get("tile_size"),
         max_tiles=images.get("max_tiles"),
         image_seq_length=config.get("image_seq_length"),
+        vlm_type=(config.get("vlm_config") or {}).get("model_type"),
+        vlm=vlm_name if "/" in str(vlm_name) and is_hub_id(vlm_name, folder) else None,
         recipe=_read_recipe(folder / RECIPE_NAME),
         measurements=_read_measurements(folder / MEASUREMENTS_NAME),
         languages=_as_list(base_card.get("language")),

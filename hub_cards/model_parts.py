@@ -19,12 +19,18 @@ from hub_cards.model_folder import (
     stored_size,
     sum_by_part,
 )
-from modeling_genieblue.model_files_genieblue import CONFIG_NAME, ModelFiles, is_inner_folder, read_settings
+from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
+    ModelFiles,
+    is_inner_folder,
+    own_modules,
+    read_settings,
+)
 
 logger = logging.getLogger(__name__)
 
 LANGUAGE_MODEL = "language_model"
-PART_NAMES = (LANGUAGE_MODEL, "vision_tower", "multi_modal_projector", "replicated_blocks", "lora")
+ADAPTER_PARTS = ("replicated_blocks", "lora")
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def model_info(
             raise OSError(f"{config_path} has {config[name]!r} for {name}: it is damaged; fetch it again.")
 
     own = map(files.tensor_sizes, own_weight_files(files.name, files.locate))
-    parts: dict[str, PartSize | None] = dict.fromkeys(PART_NAMES)
+    parts: dict[str, PartSize | None] = dict.fromkeys((LANGUAGE_MODEL, *own_modules(config), *ADAPTER_PARTS))
+    if config.get("vlm_config") is not None:  # one whose blocks are all copied has no LoRA
+        parts = dict.fromkeys(parts, PartSize())
     parts |= sum_by_part(own, files.tensor_sizes(adapter_weights(config)))
     parts[LANGUAGE_MODEL] = _base_size(files, config, None if base is None else os.fspath(base))
     return ModelInfo(config, parts)

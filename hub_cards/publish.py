@@ -33,22 +33,25 @@ from modeling_genieblue.model_files_genieblue import (
     COMMIT_SHA,
     CONFIG_NAME,
     EVAL_RESULTS,
+    EXTRACTION_NAME,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
     INNER_BASE,
     LICENSE_FILES,
     MEASUREMENTS_NAME,
-    OWN_MODULES,
     PROCESSOR_CONFIGS,
     QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
     TOKENIZER_FILES,
+    TRADE_OFF_NAME,
+    VLM_FOLDER,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
     changed_weights,
     file_sha256,
     is_hub_id,
     is_inner_folder,
+    own_modules,
     read_json,
     read_weight_map,
     some,
@@ -66,6 +69,7 @@ PUBLISHED_NAMES = (
     *TOKENIZER_FILES,
     RECIPE_NAME,
     MEASUREMENTS_NAME,
+    EXTRACTION_NAME,
     CARD_NAME,
     *LICENSE_FILES,
     "*.png",  # images in the card
@@ -180,13 +184,16 @@ def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -
     inner_base = config.get("base_model_name_or_path")
     if is_inner_folder(inner_base):
         chosen |= {f"{inner_base[2:]}/{name}" for name in base_files_to_publish(folder / inner_base)}
+    if config.get("vlm_config") is not None:
+        chosen |= {path.relative_to(folder).as_posix() for path in folder.glob(f"{VLM_FOLDER}/*") if path.is_file()}
     if WEIGHTS_NAME not in chosen:
         chosen.add(INDEX_NAME)
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     chosen |= {name for name in names if matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
     chosen |= {path.relative_to(folder).as_posix() for path in folder.glob(f"{EVAL_RESULTS}/*.yaml")}
     card = read_card(folder) or ""
-    chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
+    shown = f"{card} {TRADE_OFF_NAME}"
+    chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in shown}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
     if left_out:
         logger.warning("Not published, because not part of a GenieBlue: %s", ", ".join(left_out))
@@ -248,13 +255,15 @@ def _weight_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         yield _not_finite_problem(broken)
     if config.get("quantization") is not None:
         yield from map_problems(folder / QMAPS[0], set(found))
-    foreign = sorted(name for name in found if name.split(".", 1)[0] not in OWN_MODULES)
+    own = own_modules(config)
+    foreign = sorted(name for name in found if name.split(".", 1)[0] not in own)
     if foreign:
         yield (
-            f"The weights contain {some(foreign)}, expected only {' and '.join(OWN_MODULES)}: the base's weights "
+            f"The weights contain {some(foreign)}, expected only {' and '.join(own)}: the base's weights "
             "are never published; save the model with `save_pretrained`, which leaves them out."
         )
-    missing = [module for module in OWN_MODULES if not any(name.startswith(f"{module}.") for name in found)]
+    needed = own if config.get("vlm_config") is None else own[:1]  # a VLM may differ in nothing but its blocks
+    missing = [module for module in needed if not any(name.startswith(f"{module}.") for name in found)]
     if missing:
         yield f"The weights are missing {' and '.join(missing)}: save the model again."
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING or "hub_cards" not in sys.modules:
         GenieBlueProcessor,
         QuantizedGenieBlueConfig,
         QuantizedGenieBlueForConditionalGeneration,
+        VlmGenieBlueConfig,
+        VlmGenieBlueForConditionalGeneration,
+        VlmGenieBlueProcessor,
     )
 else:
 
@@ -32,4 +35,7 @@ __all__ = [
     "GenieBlueProcessor",
     "QuantizedGenieBlueConfig",
     "QuantizedGenieBlueForConditionalGeneration",
+    "VlmGenieBlueConfig",
+    "VlmGenieBlueForConditionalGeneration",
+    "VlmGenieBlueProcessor",
 ]

@@ -7,8 +7,8 @@ from torch import nn
 from .base_identity_genieblue import compare_with_samples, deciding_settings, plain_values, tensor_samples
 
 BUILT_FROM = (
-    "placement", "replicated_layers", "lora_rank", "lora_alpha", "lora_dropout", "image_token_id", "image_seq_length",
-    "downsample_factor",
+    "placement", "replicated_layers", "lora_rank", "lora_alpha", "lora_dropout", "rank_pattern", "image_token_id",
+    "image_seq_length", "downsample_factor",
 )  # fmt: skip
 _BEFORE = (
     "Load the GenieBlue again. What changes a base comes first: quantize, resize or merge it, and then make a "

@@ -24,6 +24,7 @@ BROKEN_SETTING = (TypeError, AttributeError, LookupError, ArithmeticError, Stric
 CONFIG_KINDS = {
     "text_config": dict, "vision_config": dict, "base_model_name_or_path": str, "base_model_revision": str,
     "base_model_fingerprint": dict, "weight_fingerprint": dict, "lora_dropout": (int, float), "dtype": str,
+    "rank_pattern": dict,
     "auto_map": dict,
 }  # fmt: skip
 
@@ -84,6 +85,7 @@ class GenieBlueConfig(PreTrainedConfig):
         placement: `skip`, `pre` or `post`: how `replicated_layers` was chosen; `None` for a custom choice.
         replicated_layers: indices of the blocks that run as trained copies in the multimodal view.
         lora_rank, lora_alpha, lora_dropout: LoRA on the linear layers of all other blocks.
+        rank_pattern: ranks of linear layers that have another one than `lora_rank`, by name in the base.
         image_token_id: id of an image token. It is the first id past the base's embedding, so no text can contain it.
         image_seq_length: tokens per image tile.
         downsample_factor: side of the square of patch tokens that become one image token.
@@ -94,6 +96,7 @@ class GenieBlueConfig(PreTrainedConfig):
     """
 
     model_type = "genieblue"
+    needs_both_kinds = True  # blocks that are copied, and others with LoRA
     # Not `sub_configs_defaults`, of which transformers before 5.20 knows nothing.
     sub_configs = {"vision_config": AutoConfig}  # pyright: ignore[reportAssignmentType]: there a property
 
@@ -109,6 +112,7 @@ class GenieBlueConfig(PreTrainedConfig):
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] | None = None
     image_token_id: int | None = None
     image_seq_length: int | None = None
     downsample_factor: int = 2
@@ -120,36 +124,46 @@ class GenieBlueConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = text_config_from_dict(self.text_config)
         kwargs.setdefault("output_attentions", None)
-        if self.vision_config is None or isinstance(self.vision_config, dict):
-            self.vision_config = AutoConfig.for_model(**{"model_type": VISION_TYPE, **(self.vision_config or {})})
+        self._read_vision_side()
         super().__post_init__(**kwargs)
         if self.text_config is not None:
             _check_count("text_config.hidden_size", getattr(self.text_config, "hidden_size", None))
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout!r}: expected a number from 0 to below 1.")
-        if self.vision_config.model_type != VISION_TYPE:
-            raise ValueError(
-                f"The vision tower is of type {self.vision_config.model_type!r}: expected {VISION_TYPE!r}."
-            )
-        for name in ("lora_rank", "lora_alpha", "downsample_factor"):
-            _check_count(name, getattr(self, name))
         for name in ("image_token_id", "image_seq_length"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        self._check_vision_side()
+        for name in ("lora_rank", "lora_alpha"):
+            _check_count(name, getattr(self, name))
+        for name, rank in (self.rank_pattern or {}).items():
+            _check_count(f"rank_pattern[{name}]", rank)
         num_layers = getattr(self.text_config, "num_hidden_layers", None)
         if self.replicated_layers is None and num_layers is not None and self.placement is not None:
             self.replicated_layers = select_replicated_layers(num_layers, self.placement)
         if self.replicated_layers is not None:
-            self.replicated_layers = check_replicated_layers(self.replicated_layers, num_layers)
+            self.replicated_layers = check_replicated_layers(self.replicated_layers, num_layers, self.needs_both_kinds)
+        if self.image_token_id is None and self.text_config is not None:
+            self.image_token_id = getattr(self.text_config, "vocab_size", None)
+
+    def _read_vision_side(self) -> None:
+        """Makes objects of the dictionaries that describe the vision side."""
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = AutoConfig.for_model(**{"model_type": VISION_TYPE, **(self.vision_config or {})})
+
+    def _check_vision_side(self) -> None:
+        """`ValueError` for a vision side that is none of ours, or another number of tokens than a tile gives."""
+        tower: Any = self.vision_config
+        if tower.model_type != VISION_TYPE:
+            raise ValueError(f"The vision tower is of type {tower.model_type!r}: expected {VISION_TYPE!r}.")
+        _check_count("downsample_factor", self.downsample_factor)
         if self.image_seq_length is None:
             self.image_seq_length = self.tokens_per_tile
         elif self.image_seq_length != self.tokens_per_tile:
             raise ValueError(
-                f"`image_seq_length` is {self.image_seq_length}, but a tile of this vision tower gives "
+                f"`image_seq_length` is {self.image_seq_length!r}, but a tile of this vision tower gives "
                 f"{self.tokens_per_tile} tokens."
             )
-        if self.image_token_id is None and self.text_config is not None:
-            self.image_token_id = getattr(self.text_config, "vocab_size", None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -215,8 +229,13 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}: expected an integer of at least 1.")
 
 
-def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int | None) -> list[int]:
-    """Sorted block indices; `ValueError` if one repeats or is out of range, or if no block is left for LoRA."""
+def check_replicated_layers(
+    replicated_layers: list[int], num_hidden_layers: int | None, needs_both_kinds: bool = True
+) -> list[int]:
+    """Sorted block indices; `ValueError` if one repeats or is out of range.
+
+    With `needs_both_kinds`, also if no block is copied or none is left for LoRA.
+    """
     is_list = isinstance(replicated_layers, list | tuple)
     if not is_list or not all(isinstance(index, int) and not isinstance(index, bool) for index in replicated_layers):
         raise ValueError(f"`replicated_layers` is {replicated_layers!r}: expected a list of block indices.")
@@ -228,7 +247,7 @@ def check_replicated_layers(replicated_layers: list[int], num_hidden_layers: int
             raise ValueError(
                 f"`replicated_layers` is {layers}, but the base has blocks 0 to {num_hidden_layers - 1} only."
             )
-        if not layers or len(layers) == num_hidden_layers:
+        if needs_both_kinds and (not layers or len(layers) == num_hidden_layers):
             raise ValueError(
                 f"`replicated_layers` names {len(layers)} of {num_hidden_layers} blocks: GenieBlue replicates some "
                 "blocks (a quarter in the paper) and puts LoRA on the others, so choose at least one of each."

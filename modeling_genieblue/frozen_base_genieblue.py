@@ -120,6 +120,8 @@ for _name, _reason in LOOKED_FOR.items():
 class FrozenBaseModel(TensorGuard, PreTrainedModel):
     """A model whose base no inherited method changes; see the module's docstring."""
 
+    _other_shared_trees: tuple[str, ...] = ()  # paths of modules beside `LANGUAGE_TREES` that hold the base's weights
+    _vision_trees: tuple[str, ...] = ("vision_tower",)  # models that see images
     vision_tower: PreTrainedModel
     multi_modal_projector: GenieBlueMultiModalProjector
     # Both are None until a base is attached.
@@ -128,13 +130,16 @@ class FrozenBaseModel(TensorGuard, PreTrainedModel):
 
     def requires_grad_(self, requires_grad: bool = True) -> "FrozenBaseModel":
         """`nn.Module.requires_grad_` without the base and the tower's unused head, which stay frozen."""
-        self.vision_tower.requires_grad_(requires_grad)
-        self.multi_modal_projector.requires_grad_(requires_grad)
-        if self.multimodal_language_model is not None:
-            self.multimodal_language_model.requires_grad_(requires_grad)
-        if getattr(self.vision_tower, "head", None) is not None:  # a SigLIP's, which pools patches
-            self.vision_tower.head.requires_grad_(False)
+        for name, child in self.named_children():
+            if name != "language_model":
+                child.requires_grad_(requires_grad)
+        self._freeze_unused()
         return self
+
+    def _freeze_unused(self) -> None:
+        """Freezes what no image token is made of: a SigLIP's head, which pools patches into one vector."""
+        if (head := getattr(self.vision_tower, "head", None)) is not None:
+            head.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "FrozenBaseModel":
         """Sets the training mode of everything except the base."""
@@ -157,7 +162,7 @@ class FrozenBaseModel(TensorGuard, PreTrainedModel):
 
         Raises `ValueError` or `ImportError` for what one of them does not support, before anything changes.
         """
-        names = {"vision_config": ("vision_tower",), "text_config": LANGUAGE_TREES}
+        names = {"vision_config": self._vision_trees, "text_config": LANGUAGE_TREES}
         wanted = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
         if unknown := sorted(set(wanted) - {"", *names}):
             raise ValueError(
@@ -221,8 +226,8 @@ class FrozenBaseModel(TensorGuard, PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         # Not on `self`, whose modules include the base.
-        for module in (self.vision_tower, self.multimodal_language_model):
-            module._set_gradient_checkpointing(enable, *args, **kwargs)
+        for name in (*self._vision_trees, "multimodal_language_model"):
+            getattr(self, name)._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise ValueError(

@@ -22,18 +22,18 @@ VIEW_REFUSALS = {name: reason for name, reason in REFUSALS.items() if name not i
 VIEW_REFUSALS |= {"save_pretrained": _WHOLE_MODEL, "push_to_hub": _WHOLE_MODEL}
 
 
-class _SharedTree(TensorGuard):
+class SharedTree(TensorGuard):
     """A model within the multimodal view, whose parameters are the base's own but for the adapter's."""
 
     _plain_class: type[PreTrainedModel]
 
-    def requires_grad_(self, requires_grad: bool = True) -> "_SharedTree":
+    def requires_grad_(self, requires_grad: bool = True) -> "SharedTree":
         """`nn.Module.requires_grad_` of the adapter alone."""
         for _, _, parameter in adapter_parameters(self):
             parameter.requires_grad_(requires_grad)
         return self
 
-    def apply(self, fn: Callable[[nn.Module], Any]) -> "_SharedTree":
+    def apply(self, fn: Callable[[nn.Module], Any]) -> "SharedTree":
         """`nn.Module.apply` to the modules of the adapter alone."""
         for owner in dict.fromkeys(name.rpartition(".")[0] for name, _, _ in adapter_parameters(self)):
             fn(self.get_submodule(owner))
@@ -62,10 +62,10 @@ class _SharedTree(TensorGuard):
 
 
 for _name, _reason in VIEW_REFUSALS.items():
-    setattr(_SharedTree, _name, refusal(_SharedTree, _name, _reason))
+    setattr(SharedTree, _name, refusal(SharedTree, _name, _reason))
 
 
-class _SharedView(_SharedTree):
+class _SharedView(SharedTree):
     """The multimodal view; its settings are the base's, of which there is one truth."""
 
     _base: PreTrainedModel
@@ -93,8 +93,8 @@ def guard_view(view: PreTrainedModel, base: PreTrainedModel) -> None:
     """Makes `view`, and each model within it, a class that keeps inherited methods away from the weights of `base`."""
     for module in view.modules():
         if isinstance(module, PreTrainedModel):
-            module.__class__ = _shared_class(_SharedView if module is view else _SharedTree, type(module))
-            module.register_load_state_dict_pre_hook(_check_is_adapter)
+            module.__class__ = shared_class(_SharedView if module is view else SharedTree, type(module))
+            module.register_load_state_dict_pre_hook(check_is_adapter)
         elif isinstance(module, BaseTunerLayer):
             module.merge = partial(_merge_apart, module)  # pyright: ignore[reportArgumentType]: no module
     vars(view).pop("generation_config", None)
@@ -102,16 +102,16 @@ def guard_view(view: PreTrainedModel, base: PreTrainedModel) -> None:
 
 
 @cache
-def _shared_class(guard: type, kind: type[PreTrainedModel]) -> type:
+def shared_class(guard: type, kind: type[PreTrainedModel]) -> type:
     members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_plain_class": kind}
     return type(kind.__name__, (guard, kind), members)
 
 
 def _new_shared(guard: type, kind: type[PreTrainedModel]) -> Any:
-    return object.__new__(_shared_class(guard, kind))
+    return object.__new__(shared_class(guard, kind))
 
 
-def _check_is_adapter(tree: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def check_is_adapter(tree: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     of_base = [name for name in state if name.startswith(prefix) and not is_adapter_name(name)]
     own = tree.state_dict(prefix=prefix) if of_base else {}
     for name in of_base:

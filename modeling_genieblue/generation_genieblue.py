@@ -11,7 +11,6 @@ from .view_routing_genieblue import (
     MULTIMODAL,
     TEXT,
     as_mixed_cache,
-    check_inputs,
     join_sequences,
     split_rows,
     take_rows,
@@ -38,6 +37,8 @@ class GenieBlueGenerationMixin(GenerationMixin):
     embed_request: Callable[[torch.Tensor, Any], torch.Tensor]
     _cache_argument: str
     _route: Callable[..., list[bool]]
+    _check_inputs: Callable[..., None]
+    _images_of_rows: Callable[..., Any]
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -77,7 +78,7 @@ class GenieBlueGenerationMixin(GenerationMixin):
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         kwargs.pop("mm_token_type_ids", None)  # where the images are, which the ids say already
-        check_inputs(input_ids, pixel_values, num_tiles)
+        self._check_inputs(input_ids, pixel_values, num_tiles)
         if (cache := take_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
         is_multimodal = self._route(input_ids, cache, view, pixel_values)
@@ -208,7 +209,8 @@ class GenieBlueGenerationMixin(GenerationMixin):
             return taken if cache[view] is None else {**taken, CACHE: cache[view]}
 
         text = self.language_model.generate(input_ids[rows[TEXT]], **part(TEXT))
-        multimodal = self._multimodal_generate(input_ids[rows[MULTIMODAL]], pixel_values, **part(MULTIMODAL))
+        images = self._images_of_rows(pixel_values, rows[MULTIMODAL])
+        multimodal = self._multimodal_generate(input_ids[rows[MULTIMODAL]], images, **part(MULTIMODAL))
         pad = self._setting("pad_token_id", kwargs)
         if pad is None:
             eos = self._setting("eos_token_id", kwargs)

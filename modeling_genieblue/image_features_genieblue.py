@@ -4,16 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .language_views_genieblue import TextEmbedder
+from .processing_genieblue import GenieBlueProcessor
 from .projector_genieblue import GenieBlueMultiModalProjector
-from .view_routing_genieblue import check_tiles
+from .saving_genieblue import processor_for
+from .view_routing_genieblue import check_inputs, check_tiles
 
 
 class ImageFeaturesMixin:
-    """What embeds a request with images; to be mixed into the model class."""
+    """The vision side, its processor, and what embeds a request with images; to be mixed into the model class."""
 
     vision_tower: PreTrainedModel
     multi_modal_projector: GenieBlueMultiModalProjector
@@ -21,6 +23,20 @@ class ImageFeaturesMixin:
     training: bool
     _embed_text: TextEmbedder
     get_input_embeddings: Callable[[], Any]
+
+    processor_class = GenieBlueProcessor
+    processor_map = {
+        "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
+        "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
+    }
+
+    def make_processor(self, tokenizer: Any) -> Any:
+        """A processor for this model, of its base's tokenizer."""
+        return processor_for(self.config, tokenizer)
+
+    def _build_vision_side(self, config: Any) -> None:
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = GenieBlueMultiModalProjector(config)
 
     def get_image_features(
         self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
@@ -63,6 +79,30 @@ class ImageFeaturesMixin:
         image_features = features.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
         # Counted above; `get_placeholder_mask` would count again, and end a compiled graph by it.
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1).to(inputs_embeds.device), image_features)
+
+    def _check_image_token(self, rows: int) -> None:
+        """`ValueError` if a text of the base, which has `rows` embeddings, can hold the image token."""
+        if self.config.image_token_id < rows:
+            raise ValueError(
+                f"`image_token_id` is {self.config.image_token_id}, which is a token of the base ({rows} embeddings): "
+                "a text with it would be taken for an image. Expected the first id past them, as saved."
+            )
+
+    _check_inputs = staticmethod(check_inputs)
+
+    def _rows_with_images(self, input_ids: torch.Tensor, cache: Any, pixel_values: Any) -> list[bool]:
+        """Which rows have image tokens; `ValueError` for pixels without any."""
+        has_image = (input_ids == self.config.image_token_id).any(dim=1).tolist()
+        if pixel_values is not None and not any(has_image):
+            raise ValueError(
+                f"The request has no image tokens, but `pixel_values` of {len(pixel_values)} tiles: put one "
+                "placeholder per image into the text, and let the processor expand it."
+            )
+        return has_image
+
+    def _images_of_rows(self, pixel_values: Any, rows: list[int]) -> Any:
+        """The images of the rows of a batch that have any: tiles belong to no row."""
+        return pixel_values
 
     def _embedded(self, pixel_values: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the multimodal view, ids and pixels as embeddings."""

@@ -23,6 +23,7 @@ from .model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_
 try:
     from peft import LoraConfig, TaskType
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 except ImportError:  # Without a try transformers would import peft before `require_peft` can check it.
     raise
 
@@ -63,17 +64,23 @@ def make_lora_config(base: PreTrainedModel, config: Any) -> LoraConfig:
         # A kind of linear that the base's own code defines (a router, say) may return something else.
         if isinstance(module, nn.Linear) and type(module).__module__ != type(base).__module__
     }
-    if not linears:
+    if not linears and adapted:
         raise ValueError(f"The blocks of {type(base).__name__} hold no `nn.Linear` that LoRA could adapt.")
     pattern = _unique_suffix(base, path)
+    where: dict[str, Any] = {
+        "target_modules": sorted(linears),
+        "layers_to_transform": adapted,
+        "layers_pattern": pattern,
+        "rank_pattern": config.rank_pattern or {},
+    }
+    if not adapted:  # PEFT's name for an adapter that has whole modules alone
+        where = {"target_modules": DUMMY_TARGET_MODULES}
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=sorted(linears),
-        layers_to_transform=adapted,
-        layers_pattern=pattern,
+        **where,
         modules_to_save=[f"{pattern}.{index}" for index in sorted(replicated)],
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.base_model_revision,
@@ -82,7 +89,7 @@ def make_lora_config(base: PreTrainedModel, config: Any) -> LoraConfig:
 
 def check_adapter_settings(lora_config: LoraConfig, saved: dict) -> None:
     """`ValueError` if the saved PEFT configuration means another adapter than config.json: PEFT would run another."""
-    scaling = ("r", "lora_alpha", "use_rslora", "alpha_pattern")
+    scaling = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     for name in (*scaling, "target_modules", "layers_to_transform", "modules_to_save"):
         here: Any = getattr(lora_config, name)
         there = saved.get(name, None if here else here)  # what the file leaves out has PEFT's default
@@ -235,5 +242,6 @@ def save_adapter_config(lora_config: LoraConfig, folder: str | os.PathLike) -> N
     saved_config.save_pretrained(str(folder))
     config_file = Path(folder) / ADAPTER_CONFIG_NAME
     written = json.loads(config_file.read_text(encoding="utf-8"))
-    written["target_modules"] = sorted(written["target_modules"])  # a set: otherwise no two saves are alike
+    if isinstance(written["target_modules"], list):  # of a set: otherwise no two saves are alike
+        written["target_modules"] = sorted(written["target_modules"])
     config_file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -32,7 +32,8 @@ def run_with_loss(view: PreTrainedModel, inputs: dict[str, Any], keep_logits: bo
     else:
         loss, outputs = _labelled_loss(view, inputs, labels, num_items)
     dropped = ("loss",) if keep_logits else ("loss", "logits")
-    return CausalLMOutputWithPast(loss=loss, **{name: value for name, value in outputs.items() if name not in dropped})
+    known = CausalLMOutputWithPast.__dataclass_fields__.keys() - set(dropped)  # a VLM also returns image features
+    return CausalLMOutputWithPast(loss=loss, **{name: value for name, value in outputs.items() if name in known})
 
 
 def loss_of(view: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:

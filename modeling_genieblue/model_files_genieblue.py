@@ -37,13 +37,16 @@ CARD_NAME = "README.md"
 # The folder of a GenieBlue
 MODEL_TYPE = "genieblue"
 OWN_MODULES = ("vision_tower", "multi_modal_projector")  # in its weights; the language parts lie in the adapter
+VLM_MODULES = ("vlm", "own_language")  # in the place of these, where a whole VLM is the multimodal side
+EXTRACTION_NAME, TRADE_OFF_NAME = "extraction.json", "extraction.png"  # how a VLM's language model was kept
+VLM_FOLDER = "vlm"  # its processor and generation settings; those in the root are the base's
 ADAPTER_FOLDER = "language_adapter"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_FINGERPRINT_NAME = "base_fingerprint.json"
 RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"
 INNER_BASE = "base"  # the subfolder with the quantized base of a self-contained GenieBlue
 EVAL_RESULTS = ".eval_results"  # the Hub's folder for results, see huggingface.co/docs/hub/eval-results
-CODE_FILES, QUANTIZED_CODE_FILES = "*_genieblue.py", "quantized_*_genieblue.py"
+CODE_FILES, QUANTIZED_CODE_FILES, VLM_CODE_FILES = "*_genieblue.py", "quantized_*_genieblue.py", "vlm_*_genieblue.py"
 
 # What has a name of its own where weights are stored in another form. Not PEFT's name: stock PEFT would take the file,
 # find none of its keys in it, and go on with random LoRA. Nor transformers' own: its classes would do the same.
@@ -62,6 +65,11 @@ def name_of_variant(name: str, variant: str | None) -> str:
     """A weight file's name with transformers' mark of a variant: `model.safetensors` → `model.fp16.safetensors`."""
     stem, _, suffix = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def own_modules(config: dict[str, Any]) -> tuple[str, ...]:
+    """The modules whose weights lie in `model.safetensors` of a GenieBlue with these settings (of config.json)."""
+    return OWN_MODULES if config.get("vlm_config") is None else VLM_MODULES
 
 
 # Folder or Hub id

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .arguments_genieblue import (
@@ -37,7 +37,7 @@ from .language_adapter_genieblue import check_adapter_settings, initialize_adapt
 from .language_views_genieblue import TextEmbedder, build_multimodal_view
 from .loading_genieblue import LoadRequest, Provenance
 from .loss_genieblue import IGNORED, loss_of, run_with_loss
-from .model_files_genieblue import RECIPE_NAME
+from .model_files_genieblue import OWN_MODULES, RECIPE_NAME
 from .own_state_genieblue import keep_own_state
 from .projector_genieblue import GenieBlueMultiModalProjector
 from .saving_genieblue import push_model, save_model, write_trained_weights
@@ -46,7 +46,6 @@ from .view_routing_genieblue import (
     TEXT,
     as_mixed_cache,
     cache_view,
-    check_inputs,
     choose_views,
     mark_given_cache,
     mark_returned_cache,
@@ -87,8 +86,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
                 "The configuration has no `text_config`. Use `GenieBlueForConditionalGeneration.from_base(base, "
                 "vision_tower)` to make a GenieBlue, or `from_pretrained` to load one."
             )
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = GenieBlueMultiModalProjector(config)
+        self._build_vision_side(config)
         # Attached after the weights above are in place: `from_pretrained` would initialise what its file lacks.
         self.language_model = self.multimodal_language_model = None  # pyright: ignore[reportAttributeAccessIssue]
         self.provenance = Provenance()
@@ -96,6 +94,18 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         self.post_init()
 
     # Making and loading
+
+    @classmethod
+    def from_vlm(cls, vlm: PreTrainedModel, base_model: PreTrainedModel, **options: Any) -> Any:
+        """A GenieBlue whose multimodal side is a whole VLM that was trained from `base_model`, with its own vision.
+
+        Its class, and the options, are those of `vlm_modeling_genieblue`. Only a model's package makes one; the code
+        in a repository loads what it was written for.
+        """
+        kind = cls._class_for({"vlm_config": {}})
+        if kind is cls:
+            raise ValueError("This code loads one kind of GenieBlue: make one of a VLM with the package `genieblue`.")
+        return kind.from_vlm(vlm, base_model, **options)
 
     @classmethod
     def from_base(
@@ -189,7 +199,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         model_class = cls._class_for(settings)
         model, loading_info = model_class._load_own_weights(request, model_args, base_model)
         base = base_model if isinstance(base_model, nn.Module) else load_base(model.config, request, base_model)
-        check_not_offloaded((*model.parameters(), *base.parameters()), "the vision tower, the projector or the base")
+        check_not_offloaded((*model.state_dict().values(), *base.parameters()), "the vision side or the base")
         samples = request.base_samples(required=check_base)
         model.provenance = Provenance(source=request, access=request.access(), base_samples=samples)
         model._check_base(base, request, samples if check_base else None)
@@ -220,19 +230,14 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
                 f"The base has hidden size {hidden_size}, this GenieBlue was made for "
                 f"{self.config.text_config.hidden_size}: load it onto {self.config.base_model_name_or_path}."
             )
-        if self.config.image_token_id < rows:
-            raise ValueError(
-                f"`image_token_id` is {self.config.image_token_id}, which is a token of the base ({rows} embeddings): "
-                "a text with it would be taken for an image. Expected the first id past them, as saved."
-            )
+        self._check_image_token(rows)
         view = self._build_view(base, lora_config)
         adapt_to_cache_of_generate(view)
         view.register_forward_pre_hook(mark_given_cache, with_kwargs=True)
         view.register_forward_hook(mark_returned_cache)
         self.language_model, self.multimodal_language_model = base, view
         self.config._attn_implementation_internal = base.config._attn_implementation
-        if (head := getattr(self.vision_tower, "head", None)) is not None:
-            head.requires_grad_(False)  # it pools patches into one vector, which no image token is made of
+        self._freeze_unused()
         self._lora_config = lora_config
         self._as_built = AsBuilt(self)
         self._cache_argument = cache_argument(base.forward)
@@ -298,6 +303,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
 
     # How weights are stored
 
+    own_modules = OWN_MODULES  # what `model.safetensors` holds
+
     _kept_facts = (RECIPE_NAME,)  # files of facts that hold for a save of a loaded model too
 
     @classmethod
@@ -336,16 +343,9 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             is_training = self.training and torch.is_grad_enabled()
             if is_training or cache_view(cache) is None:  # once a request, not with each token
                 self._as_built.check_request(self.language_model, is_training)
-        if input_ids is None:
-            if pixel_values is not None:
-                raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
-            return choose_views([False], cache, view, self.training)
-        has_image = (input_ids == self.config.image_token_id).any(dim=1).tolist()
-        if pixel_values is not None and not any(has_image):
-            raise ValueError(
-                f"The request has no image tokens, but `pixel_values` of {len(pixel_values)} tiles: put one "
-                "placeholder per image into the text, and let the processor expand it."
-            )
+        if input_ids is None and pixel_values is not None:
+            raise ValueError("`pixel_values` need `input_ids` that say where the images are.")
+        has_image = [False] if input_ids is None else self._rows_with_images(input_ids, cache, pixel_values)
         return choose_views(has_image, cache, view, self.training)
 
     def forward(
@@ -378,7 +378,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
 
         Raises `ValueError` when images, image tokens, view and cache do not belong together.
         """
-        check_inputs(input_ids, pixel_values, num_tiles)
+        self._check_inputs(input_ids, pixel_values, num_tiles)
         cache = take_cache({"past_key_values": past_key_values, "cache": cache})
         is_multimodal = self._route(input_ids, cache, view, pixel_values)
         kwargs.pop("mm_token_type_ids", None)  # where the images are, which the ids say already
@@ -423,7 +423,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             return taken if cache[view] is None else {**taken, self._cache_argument: cache[view]}
 
         text = self.language_model(**part(TEXT), return_dict=True)
-        multimodal = self._multimodal_forward(pixel_values, part(MULTIMODAL))
+        images = self._images_of_rows(pixel_values, rows[MULTIMODAL])
+        multimodal = self._multimodal_forward(images, part(MULTIMODAL))
         for view, outputs in ((TEXT, text), (MULTIMODAL, multimodal)):
             cache[view] = getattr(outputs, cache_field(outputs))
         merged = merge_rows(text, multimodal, rows)

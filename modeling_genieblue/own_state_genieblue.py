@@ -14,8 +14,12 @@ from .frozen_base_genieblue import LANGUAGE_TREES
 from .language_adapter_genieblue import is_adapter_name
 from .model_files_genieblue import some
 
-# Trees of modules that hold the base's weights.
-BASE_TREES = tuple(f"{name}." for name in LANGUAGE_TREES)
+VIEW = f"{LANGUAGE_TREES[1]}."  # the tree that holds the adapter beside the base's weights
+
+
+def shared_trees(model: Any) -> tuple[str, ...]:
+    """Prefixes of the names of modules that hold the base's weights; the adapter is stored under those of the view."""
+    return tuple(f"{name}." for name in (*LANGUAGE_TREES, *model._other_shared_trees))
 
 
 def keep_own_state(model: nn.Module) -> None:
@@ -28,7 +32,7 @@ def keep_own_state(model: nn.Module) -> None:
 def check_own_state(model: nn.Module, state: Mapping[str, torch.Tensor], prefix: str = "") -> None:
     """`ValueError` unless `state` has all tensors of ours, in their shapes, and none of the base."""
     expected = model.state_dict(prefix=prefix)
-    trees = tuple(prefix + tree for tree in BASE_TREES)
+    trees = tuple(prefix + tree for tree in shared_trees(model))
     missing = [name for name in expected if name not in state]
     foreign = [name for name in state if name.startswith(trees) and name not in expected]
     reshaped = [name for name in expected if name in state and state[name].shape != expected[name].shape]
@@ -44,10 +48,11 @@ def check_own_state(model: nn.Module, state: Mapping[str, torch.Tensor], prefix:
 
 def _drop_base(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     view = model.multimodal_language_model
-    shared = set() if view is None else {f"{prefix}{BASE_TREES[1]}{name}" for name, _ in view.named_buffers()}
-    for name in [name for name in state if name.startswith(tuple(prefix + tree for tree in BASE_TREES))]:
+    shared = set() if view is None else {f"{prefix}{VIEW}{name}" for name, _ in view.named_buffers()}
+    for name in [name for name in state if name.startswith(tuple(prefix + tree for tree in shared_trees(model)))]:
         # Buffers of a copied block are those of the original.
-        if not is_adapter_name(name.removeprefix(prefix)) or name in shared:
+        is_adapter = name.startswith(prefix + VIEW) and is_adapter_name(name.removeprefix(prefix))
+        if not is_adapter or name in shared:
             del state[name]
 
 
@@ -65,5 +70,5 @@ def _check_before_loading(model: Any, state: dict[str, Any], prefix: str, *_: An
 
 def _forget_base(model: Any, incompatible: Any) -> None:
     prefix = model.__dict__.pop("_prefix_of_load")
-    trees = tuple(prefix + tree for tree in BASE_TREES)
+    trees = tuple(prefix + tree for tree in shared_trees(model))
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith(trees)]

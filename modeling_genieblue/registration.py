@@ -23,6 +23,9 @@ from .processing_genieblue import GenieBlueProcessor
 from .projector_genieblue import GenieBlueMultiModalProjector
 from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
 from .quantized_modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
+from .vlm_configuration_genieblue import VlmGenieBlueConfig
+from .vlm_modeling_genieblue import VlmGenieBlueForConditionalGeneration
+from .vlm_processing_genieblue import VlmGenieBlueProcessor
 
 AutoConfig.register(GenieBlueConfig.model_type, GenieBlueConfig, exist_ok=True)
 for _config, _model in (
@@ -34,6 +37,9 @@ for _config, _model in (
     AutoProcessor.register(_config, GenieBlueProcessor, exist_ok=True)
     for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         _auto_class.register(_config, _model, exist_ok=True)
+AutoProcessor.register(VlmGenieBlueConfig, VlmGenieBlueProcessor, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(VlmGenieBlueConfig, VlmGenieBlueForConditionalGeneration, exist_ok=True)
 
 __all__ = [
     "GenieBlueConfig",
@@ -43,4 +49,7 @@ __all__ = [
     "GenieBlueProcessor",
     "QuantizedGenieBlueConfig",
     "QuantizedGenieBlueForConditionalGeneration",
+    "VlmGenieBlueConfig",
+    "VlmGenieBlueForConditionalGeneration",
+    "VlmGenieBlueProcessor",
 ]

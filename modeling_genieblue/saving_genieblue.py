@@ -31,17 +31,20 @@ from .model_files_genieblue import (
     CARD_NAME,
     CONFIG_NAME,
     EVAL_RESULTS,
+    EXTRACTION_NAME,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
     MEASUREMENTS_NAME,
     MODEL_TYPE,
-    OWN_MODULES,
     PROCESSOR_CONFIGS,
     QMAP_NAME,
     QUANTIZED_ADAPTER_NAME,
     QUANTIZED_CODE_FILES,
     RECIPE_NAME,
     TOKENIZER_FILES,
+    TRADE_OFF_NAME,
+    VLM_CODE_FILES,
+    VLM_FOLDER,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
     file_sha256,
@@ -61,15 +64,11 @@ logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 MULTIMODAL_TREE = "multimodal_language_model"
-AUTO_MAP = {
-    "AutoImageProcessor": "image_processing_genieblue.GenieBlueImageProcessor",
-    "AutoProcessor": "processing_genieblue.GenieBlueProcessor",
-}
 # Written by an earlier save perhaps, and wrong beside the new files if they stayed.
 STALE_WEIGHTS = (INDEX_NAME, WEIGHT_SHARDS, ADAPTER_WEIGHTS_NAME)
 STALE_NAMES = (
-    *STALE_WEIGHTS, ADAPTER_CONFIG_NAME, RECIPE_NAME, MEASUREMENTS_NAME, EVAL_RESULTS,
-    QUANTIZED_ADAPTER_NAME, QMAP_NAME, QUANTIZED_CODE_FILES,
+    *STALE_WEIGHTS, ADAPTER_CONFIG_NAME, RECIPE_NAME, MEASUREMENTS_NAME, EXTRACTION_NAME, TRADE_OFF_NAME, EVAL_RESULTS,
+    QUANTIZED_ADAPTER_NAME, QMAP_NAME, QUANTIZED_CODE_FILES, VLM_CODE_FILES, VLM_FOLDER,
 )  # fmt: skip
 STALE_PROCESSOR_NAMES = (*PROCESSOR_CONFIGS, *TOKENIZER_FILES)
 
@@ -222,7 +221,7 @@ def _own_class(model: Any) -> type:
 def code_files(model_class: type) -> list[Path]:
     """The Python files that a model of a class needs: those of the class, its configuration and its processor."""
     names = [kind.__module__.rpartition(".")[2] for kind in (model_class, model_class.config_class)]
-    names += [reference.partition(".")[0] for reference in AUTO_MAP.values()]
+    names += [reference.partition(".")[0] for reference in model_class.processor_map.values()]
     folder = Path(__file__).parent
     return [folder / name for name in with_siblings(folder, [f"{name}.py" for name in names])]
 
@@ -240,7 +239,7 @@ def write_trained_weights(
             memory_format=torch.contiguous_format
         )
         for name, value in state.items()
-        if is_checkpoint or name.partition(".")[0] in OWN_MODULES
+        if is_checkpoint or name.partition(".")[0] in model.own_modules
     }  # fmt: skip
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     tree = f"{MULTIMODAL_TREE}."
@@ -250,10 +249,10 @@ def write_trained_weights(
 
 def _check_tensors(model: Any, state: Mapping[str, torch.Tensor]) -> None:
     """`ValueError` for tensors that somebody added to the model, or put in the place of its own."""
-    if others := [name for name in state if name.partition(".")[0] not in (*OWN_MODULES, MULTIMODAL_TREE)]:
+    if others := [name for name in state if name.partition(".")[0] not in (*model.own_modules, MULTIMODAL_TREE)]:
         raise ValueError(
-            f"A saved GenieBlue has no place for {', '.join(others[:3])} ({len(others)} tensors in all): it holds a "
-            "vision tower, a projector and an adapter. Keep and save what you add outside the model."
+            f"A saved GenieBlue has no place for {', '.join(others[:3])} ({len(others)} tensors in all): it holds "
+            f"{', '.join(model.own_modules)} and an adapter. Keep and save what you add outside the model."
         )
     # What was loaded in another form is copied from its files.
     if not model.provenance.files and (changed := sorted(state.keys() ^ model._as_built.names)):
@@ -275,14 +274,16 @@ def _config_to_save(model: Any, target: Path, dtype: torch.dtype) -> Any:
             logger.warning("The weight files of %s are not available locally, so their sha256 is not recorded.", name)
     config = copy.deepcopy(model.config)
     config.__dict__.pop("use_cache", None)  # set by Trainer
-    for part in (config.text_config, config.vision_config):
-        if os.path.exists(getattr(part, "_name_or_path", None) or ""):
+    for part in (config.text_config, config.vision_config, getattr(config, "vlm_config", None)):
+        if part is not None and os.path.exists(getattr(part, "_name_or_path", None) or ""):
             part.name_or_path = ""  # do not store a local path
     own_class = _own_class(model)
-    config.auto_map = {"AutoConfig": _reference(own_class.config_class), **AUTO_MAP}
+    config.auto_map = {"AutoConfig": _reference(own_class.config_class), **own_class.processor_map}
     config.auto_map |= dict.fromkeys(MODEL_CLASSES, _reference(own_class))
     config.architectures = [own_class.__name__]
-    config.dtype = config.vision_config.dtype = dtype
+    config.dtype = dtype
+    if config.vision_config is not None:
+        config.vision_config.dtype = dtype
     if name is not None and os.path.isabs(name):
         relative = os.path.relpath(name, target)
         config.base_model_name_or_path = relative if relative.startswith(".") else os.path.join(".", relative)
@@ -310,7 +311,7 @@ def _own_processor(model: Any) -> Any:
             logger.warning("%s is gone: creating a new processor from the base's tokenizer.", request.path)
         elif request is not None and any(request.find(name) for name in PROCESSOR_CONFIGS):
             trust = bool(request.base_kwargs.get("trust_remote_code"))
-            return GenieBlueProcessor.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
+            return model.processor_class.from_pretrained(request.path, trust_remote_code=trust, **request.hub_kwargs)
         if model.config.base_model_name_or_path is not None:
             tokenizer = AutoTokenizer.from_pretrained(
                 model.config.base_model_name_or_path,
@@ -318,7 +319,7 @@ def _own_processor(model: Any) -> Any:
                 trust_remote_code=model.language_model.is_remote_code(),  # then its code was allowed to run already
                 **model.provenance.access,
             )
-            return processor_for(model.config, tokenizer)
+            return model.make_processor(tokenizer)
     except (OSError, ValueError) as error:
         logger.warning("No processor is saved (%s): pass `processor=` to `save_pretrained`.", error)
     return None

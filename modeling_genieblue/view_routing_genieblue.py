@@ -188,8 +188,11 @@ def merge_rows(text: Any, multimodal: Any, rows: dict[str, list[int]]) -> dict[s
 
     def merge(first: Any, second: Any) -> Any:
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-            merged = first.new_empty(len(first) + len(second), *first.shape[1:])
-            merged[rows[TEXT]], merged[rows[MULTIMODAL]] = first, second.to(merged.device, merged.dtype)
+            # A VLM may have more tokens than the base, which the base never gives.
+            width = max(first.shape[-1], second.shape[-1])
+            merged = first.new_full((len(first) + len(second), *first.shape[1:-1], width), float("-inf"))
+            merged[rows[TEXT], ..., : first.shape[-1]] = first
+            merged[rows[MULTIMODAL], ..., : second.shape[-1]] = second.to(merged.device, merged.dtype)
             return merged
         if isinstance(first, tuple) and isinstance(second, tuple):
             return tuple(merge(one, other) for one, other in zip(first, second, strict=True))

@@ -12,7 +12,7 @@ from conversion.qnn.npu.sessions import check_libraries_installed, compiler_vers
 from conversion.qnn.npu.soc import Soc
 from conversion.qnn.qdq.language import LanguageSettings
 from conversion.qnn.qdq.quantize import CACHE_DTYPES
-from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
+from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig, VlmGenieBlueConfig
 
 # Their versions, like the compiler's, determine the bytes of a bundle.
 PROGRAMS = ("genieblue", "torch", "transformers", "numpy", "onnx", "onnxscript")
@@ -65,6 +65,11 @@ def choose_context_length(given: int | None, config: GenieBlueConfig) -> int:
 
 def check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
     """`ValueError` for what the configuration shows at once, and the weights would only show much later."""
+    if isinstance(config, VlmGenieBlueConfig):
+        raise ValueError(
+            f"{name} sees with a whole VLM ({config.vlm_config.model_type}), whose vision side and positions the "
+            "graphs do not know: only a GenieBlue with a SigLIP and a projector (`genieblue init`) is exported."
+        )
     if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(f"{name} is quantized: export the 16-bit GenieBlue that it was made from.")
     base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)

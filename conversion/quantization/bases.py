@@ -17,7 +17,7 @@ import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
-from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
+from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig, VlmGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
 from modeling_genieblue.loading_genieblue import hub_commit
 from modeling_genieblue.model_files_genieblue import (
@@ -49,7 +49,13 @@ LARGEST_UNRECORDED_ERROR = {"qint4": 0.25, "qint8": 0.1}
 
 
 def check_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
-    """`ValueError` for a GenieBlue that is already quantized, or that does not record its base."""
+    """`ValueError` for a GenieBlue with a VLM, for a quantized one, and for one that does not record its base."""
+    if isinstance(config, VlmGenieBlueConfig):
+        raise ValueError(
+            f"{source} runs its images through the own code of a VLM ({config.vlm_config.model_type}), which this "
+            "cannot take along: it is for a GenieBlue with vision tower and projector. To run it with a quantized "
+            "language model, load it with `quantization_config=`, which quantizes the base."
+        )
     if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(
             f"{source} is already quantized ({config.quantization['llm']}): give the 16-bit GenieBlue it was made "

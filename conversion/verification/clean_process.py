@@ -41,10 +41,12 @@ def main() -> None:
     if settings["device"]:
         model.to(settings["device"])
 
-    size = config.vision_config.image_size
+    # A VLM's processor expands its own placeholder, by its own template.
+    size = getattr(config.vision_config, "image_size", 224)
+    template = getattr(processor, "vlm_processor", processor).chat_template
     image = Image.linear_gradient("L").resize((2 * size, size))  # two tiles and a thumbnail
     text = f"{processor.image_token}\n{settings['prompt']}"
-    if processor.chat_template is not None:
+    if template is not None:
         content = [{"type": "image"}, {"type": "text", "text": settings["prompt"]}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=text, images=[image], return_tensors="pt").to(model.device)

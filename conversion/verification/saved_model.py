@@ -16,7 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import modeling_genieblue
 from conversion.verdict import HeldOut
 from hub_cards.model_folder import read_model_config
-from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
+from modeling_genieblue import (
+    GenieBlueConfig,
+    GenieBlueForConditionalGeneration,
+    GenieBlueProcessor,
+    VlmGenieBlueConfig,
+    VlmGenieBlueProcessor,
+)
 from modeling_genieblue.addresses_genieblue import refuse_address
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
@@ -102,6 +108,16 @@ class SavedModel:
     @cached_property
     def config(self) -> GenieBlueConfig:
         return GenieBlueConfig.from_pretrained(self.folder)
+
+    @property
+    def has_vlm(self) -> bool:
+        """Whether its multimodal side is a whole VLM."""
+        return isinstance(self.config, VlmGenieBlueConfig)
+
+    @property
+    def processor_class(self) -> type:
+        """The class of its processor."""
+        return VlmGenieBlueProcessor if self.has_vlm else GenieBlueProcessor
 
     @property
     def source(self) -> dict[str, Any]:

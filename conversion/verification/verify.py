@@ -26,7 +26,6 @@ from conversion.verification.verify_quantized import (
     may_run_code_of_base,
 )
 from hub_cards.model_folder import adapter_weights, not_finite, own_weight_files, read_model_config, read_tensor_sizes
-from modeling_genieblue import GenieBlueProcessor
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, load_adapter, make_lora_config
 from modeling_genieblue.language_views_genieblue import build_multimodal_view
@@ -36,11 +35,11 @@ from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
     BASE_FINGERPRINT_NAME,
     HUB_KEYS,
-    OWN_MODULES,
     ModelFiles,
     changed_weights,
     file_sha256,
     is_inner_folder,
+    own_modules,
     own_weight_places,
     read_json,
     recorded_weights,
@@ -113,7 +112,10 @@ def verify_model(
     for name, function in CHECKS.items():
         if name in ONLY_QUANTIZED and not subject.is_quantized:
             continue
-        name, function = QUANTIZED_CHECKS.get(name, (name, function)) if subject.is_quantized else (name, function)
+        if name in NOT_WITH_VLM and subject.has_vlm:
+            continue
+        replaced = QUANTIZED_CHECKS if subject.is_quantized else VLM_CHECKS if subject.has_vlm else {}
+        name, function = replaced.get(name, (name, function))
         try:
             check = Check(name, True, function(subject))
         except CheckFailed as failure:
@@ -141,9 +143,10 @@ def check_folder(subject: SavedModel) -> str:
         )
     files = own_weight_files(folder)
     names = {name for file in files for name in read_tensor_sizes(folder / file)}
-    foreign = sorted(name for name in names if name.split(".", 1)[0] not in OWN_MODULES)
+    own = own_modules(read_model_config(folder))
+    foreign = sorted(name for name in names if name.split(".", 1)[0] not in own)
     if foreign:
-        problems.append(f"{', '.join(files)} contain {some(foreign)}, expected only {' and '.join(OWN_MODULES)}")
+        problems.append(f"{', '.join(files)} contain {some(foreign)}, expected only {' and '.join(own)}")
     if broken := [name for file in files for name in not_finite(folder / file)]:
         problems.append(f"NaN or infinity in {some(broken)}")
     others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
@@ -152,7 +155,7 @@ def check_folder(subject: SavedModel) -> str:
     fail_on(problems)
     base = read_model_config(folder).get("base_model_name_or_path")
     of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
-    return f"{len(names)} tensors of {' and '.join(OWN_MODULES)}, all finite; {of_base}, no adapter in the root"
+    return f"{len(names)} tensors of {' and '.join(own)}, all finite; {of_base}, no adapter in the root"
 
 
 def check_own_files(subject: SavedModel) -> str:
@@ -210,7 +213,7 @@ def check_language_adapter(subject: SavedModel) -> str:
     problems += [*find_invalid_values(path), *subject.different_settings(lora_config)]
     fail_on(problems)
     count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
-    layers = ", ".join(map(str, subject.config.replicated_layers))
+    layers = ", ".join(map(str, subject.config.replicated_layers)) or "none"
     return (
         f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as in "
         "config.json; every number is valid"
@@ -220,12 +223,13 @@ def check_language_adapter(subject: SavedModel) -> str:
 def check_tokenizer(subject: SavedModel) -> str:
     """Text-only requests are formatted and tokenized exactly as the base's own tokenizer does it."""
     trust = {"trust_remote_code": subject.trust}
-    processor = GenieBlueProcessor.from_pretrained(subject.name, **trust, **subject.source)
+    processor = subject.processor_class.from_pretrained(subject.name, **trust, **subject.source)
     own = subject.base_tokenizer
     problems = []
     if processor.tokenizer.get_vocab() != own.get_vocab():
         problems.append("the vocabulary differs from the base's")
-    if processor.image_token_id != subject.config.image_token_id:
+    # With a VLM it is the VLM's processor that expands images.
+    if not subject.has_vlm and processor.image_token_id != subject.config.image_token_id:
         problems.append(
             f"the processor's image_token_id is {processor.image_token_id}, config.json has "
             f"{subject.config.image_token_id}"
@@ -302,6 +306,17 @@ def check_stock_peft(subject: SavedModel) -> str:
         f"largest difference, of the logits' range: {worst:.1g} ({_name(dtype)}); the adapter changes the base's "
         f"logits by {moved:.2g}; disabled, they equal the base's bit for bit"
     )
+
+
+def check_adapter_tensors(subject: SavedModel) -> str:
+    """Stock PEFT loads the adapter onto the plain base: matrices, without the norms and rows of the VLM."""
+    peft: Any = PeftModel.from_pretrained(subject.plain, subject.folder, subfolder=ADAPTER_FOLDER)
+    stock = {name: value for name, _, value in adapter_parameters(peft.base_model.model)}
+    ours = {name: value for name, _, value in adapter_parameters(subject.model.multimodal_language_model)}
+    differing = [name for name in ours if name not in stock or (stock[name].float() - ours[name].float()).any()]
+    fail_on([f"stock PEFT has other values in {some(differing)}"] if differing else [])
+    own = len(list(subject.model.own_language.parameters()))
+    return f"stock PEFT loads {len(ours)} tensors onto the base; {own} more of the VLM's are in model.safetensors"
 
 
 def _relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -392,7 +407,9 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "verdict": check_verdict,
     "remote_code": check_remote_code,
 }
-# Replacements of checks for a quantized GenieBlue.
+# Replacements of checks for a GenieBlue with a VLM, and for a quantized one.
+VLM_CHECKS = {"stock_peft": ("adapter_tensors", check_adapter_tensors)}
+NOT_WITH_VLM = ("answer_boundaries",)  # chats are trained with the VLM's own template
 QUANTIZED_CHECKS = {"stock_peft": ("quantization", check_quantization)}
 ONLY_QUANTIZED = ("verdict",)
 

@@ -10,6 +10,7 @@ from genieblue.cli.compare import diff, stack
 from genieblue.cli.data import data_app
 from genieblue.cli.demo import demo
 from genieblue.cli.eval import evaluate
+from genieblue.cli.extract import extract, from_peft
 from genieblue.cli.info import info
 from genieblue.cli.init import init
 from genieblue.cli.lab import lab_app
@@ -53,7 +54,10 @@ def main(
     log_progress_without_terminal()
 
 
-for command in (init, train, chat):
+for command in (init, extract):
+    app.command()(command)
+app.command("from-peft")(from_peft)
+for command in (train, chat):
     app.command()(command)
 app.command("eval")(evaluate)
 for command in (info, params, verify, diff, stack, quantize, push, demo):

@@ -1,5 +1,7 @@
 """`genieblue info`: the parts of a GenieBlue, as a table or JSON."""
 
+from typing import Any
+
 import typer
 
 from genieblue.cli.options import Base, Json, Model, Revision
@@ -22,8 +24,8 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
     layers = config.get("replicated_layers") or []
     typer.echo(
         f"{len(layers)} of {(config.get('text_config') or {}).get('num_hidden_layers')} blocks replicated: "
-        f"{', '.join(map(str, layers))} ({config.get('placement') or 'custom'}); LoRA rank {config.get('lora_rank')}, "
-        f"alpha {config.get('lora_alpha')}; {config.get('image_seq_length')} tokens per tile\n"
+        f"{', '.join(map(str, layers)) or 'none'} ({config.get('placement') or 'custom'}); "
+        f"LoRA rank {_ranks(config)}, alpha {config.get('lora_alpha')}; {_images(config)}\n"
     )
     own = [size for name, size in found.parts.items() if size is not None and name != LANGUAGE_MODEL]
     total = sum(own, PartSize())
@@ -39,6 +41,17 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
         note("language_model is the base, stored in a folder of this GenieBlue.")
     else:
         note("language_model is the base; its weights are stored in its own repository, not here.")
+
+
+def _ranks(config: dict[str, Any]) -> str:
+    ranks = {config.get("lora_rank"), *(config.get("rank_pattern") or {}).values()}
+    return str(config.get("lora_rank")) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+def _images(config: dict[str, Any]) -> str:
+    if (vlm := config.get("vlm_config")) is not None:
+        return f"images run a VLM of type {vlm.get('model_type')}"
+    return f"{config.get('image_seq_length')} tokens per tile"
 
 
 def info(model: Model, json_output: Json = False, base: Base = None, revision: Revision = None) -> None:

@@ -29,7 +29,7 @@ Calibration = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="Number of calibration chats.")]
 
 
-def _bytes(text: str) -> int:
+def size_in_bytes(text: str) -> int:
     """A size in bytes: `12000000`, `12MB`, `1.5GB`."""
     match = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", text.strip())
     try:
@@ -43,7 +43,7 @@ Error = Annotated[
     float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
 ]
 MaxBytes = Annotated[
-    int | None, typer.Option(parser=_bytes, metavar="SIZE", help="Or what this file size pays for: 12MB.")
+    int | None, typer.Option(parser=size_in_bytes, metavar="SIZE", help="Or what this file size pays for: 12MB.")
 ]
 
 

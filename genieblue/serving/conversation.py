@@ -178,6 +178,11 @@ class Chat(Conversation):
         loaded = GenieBlueForConditionalGeneration.from_pretrained(
             model, base_model=base_model, dtype=dtype, **hub_kwargs
         )
+        if getattr(loaded.config, "vlm_config", None) is not None:
+            raise ValueError(
+                f"{model} sees with a whole VLM, whose own template and tiles this conversation does not know: run it "
+                "by its own processor, `AutoProcessor.from_pretrained(...)`, and `model.generate`."
+            )
         if device is not None:
             loaded.to(device)
         return cls(loaded, GenieBlueProcessor.from_pretrained(model, **hub_kwargs), compile=compile)

@@ -55,6 +55,11 @@ class GenieBlueStructure:
             raise ValueError(
                 "This GenieBlue has no base: create it with `from_base` or load it with `from_pretrained`."
             )
+        if getattr(model.config, "vlm_config", None) is not None:
+            raise ValueError(
+                "This GenieBlue sees with a whole VLM, whose own template and tiles this trainer does not know: train "
+                "it in a loop of your own on batches of `processor.vlm_processor`, and save it with `save_pretrained`."
+            )
         if getattr(model.config, "quantization", None) is not None:
             raise ValueError(
                 "Quantized weights cannot be trained: train the 16-bit GenieBlue, then quantize it again."

@@ -34,7 +34,8 @@ REQUEST, PIXELS = row(5, IMAGE, 9, 40, 41), tiles()
 # Defined by GenieBlue itself; other tests say what they do.
 OURS = """
 apply base_model base_model_prefix config_class destroy_cached_continuous_batching_manager
-disable_input_require_grads embed_request enable_input_require_grads forward from_base from_pretrained generate
+disable_input_require_grads embed_request enable_input_require_grads forward from_base from_pretrained from_vlm
+generate make_processor own_modules processor_class processor_map
 generation_config get_decoder get_experts_implementation get_image_features get_input_embeddings
 get_output_embeddings get_placeholder_mask hqq_quantized input_modalities loss_function main_input_name push_to_hub
 requires_grad_ save_pretrained set_attn_implementation set_experts_implementation set_submodule

@@ -1,0 +1,293 @@
+"""Makes a GenieBlue of a VLM and the base that it was trained from, without training."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedModel
+
+from conversion.create import WEIGHT_OPTIONS, load_base_model, load_part
+from conversion.extraction_plan import BlockChange, Choice, Plan, plan_extraction, trade_off
+from conversion.language_exports import check_new_folder
+from conversion.low_rank import factor_change
+from conversion.quantization.error import logits_error
+from conversion.quantization.hessians import Hessians, walk_blocks
+from conversion.staging import explained_full_disk
+from conversion.verification.saved_model import PROMPTS
+from hub_cards.model_card import Measurement
+from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
+from modeling_genieblue.base_loading_genieblue import check_base_type, check_complete
+from modeling_genieblue.image_reading_genieblue import read_image
+from modeling_genieblue.model_files_genieblue import (
+    EXTRACTION_NAME,
+    MEASUREMENTS_NAME,
+    TRADE_OFF_NAME,
+    ModelFiles,
+    some,
+    weight_files,
+)
+from modeling_genieblue.staging_genieblue import StagingFolder
+from modeling_genieblue.vlm_configuration_genieblue import check_family
+from modeling_genieblue.vlm_language_genieblue import LanguagePair, decoder_path
+
+logger = logging.getLogger(__name__)
+LARGEST_SHARE_OF_MOVED_TOKENS = 0.01  # some VLMs give an unused token of their base another name
+MEASURED_REQUESTS, MEASURED_POSITIONS = 8, 64  # the logits of more would fill the memory
+Request = dict[str, Any]  # of the VLM
+Chat = tuple[Sequence[dict[str, Any]], Sequence[Any]]  # messages, and the images of their image parts in order
+Progress = Callable[[Iterable[int], str], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What was written: the folder, the plan, how far the VLM's blocks were from the base's, and the errors."""
+
+    output: Path
+    plan: Plan
+    difference: float
+    own_rows: dict[str, Any]
+    measurements: list[Measurement]
+
+
+def extract_genieblue(
+    mllm: str | os.PathLike,
+    base: str | os.PathLike,
+    output: str | os.PathLike,
+    choice: Choice | None = None,
+    *,
+    calibration: Iterable[Chat] | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    mllm_revision: str | None = None,
+    base_revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Writes a GenieBlue whose images run the VLM `mllm` and whose text runs `base`, from which that was trained.
+
+    Weights stay in their files until they are read, one matrix at a time; the factors of all changes lie on the disk
+    beside `output` meanwhile.
+
+    Args:
+        mllm: folder or Hub id of a VLM of a known family.
+        base: folder or Hub id of its base; recorded as a relative path, or with its commit.
+        choice: which blocks are copied, and the ranks of the others.
+        calibration: chats with images; errors are then those of the linear layers' outputs on them, as the VLM runs
+            them, and otherwise those of weights. The cut is the best for these errors.
+        dtype: `"auto"` is the base's; the VLM is read in it too.
+        trust_remote_code: allows code from the base's repository to run.
+
+    Raises `ValueError` or `OSError`, leaving nothing behind, for an output that exists, a VLM of an unknown family, a
+    quantized or incomplete source, and two models that do not belong together.
+    """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("The trade-off is drawn with matplotlib: pip install 'genieblue[train]'.")
+    choice = choice or Choice()
+    mllm, base = os.fspath(mllm), os.fspath(base)
+    out = check_new_folder(output, [mllm, base])
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    from_vlm = {**hub, "revision": mllm_revision}
+    from_base = {**hub, "revision": base_revision, "trust_remote_code": trust_remote_code}
+    _check_configs(mllm, base, from_vlm, from_base)
+    processor = VlmGenieBlueProcessor(
+        load_part("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base),
+        load_part("VLM's processor", mllm, AutoProcessor.from_pretrained, **from_vlm),
+    )
+    _check_vocabulary(processor, mllm, base)
+    base_model = load_base_model(base, dtype=dtype, **from_base)
+    vlm = _load_vlm(mllm, base_model.dtype, from_vlm)
+    pair = LanguagePair(vlm, base_model)
+    difference = pair.check()
+    requests = _requests(processor, calibration)
+    measured = requests[:MEASURED_REQUESTS]
+    exact = _logits(lambda **request: vlm(**request).logits, measured)
+    with explained_full_disk(out), StagingFolder(out, "extraction") as folder:
+        wrap = progress or (lambda steps, _title: steps)
+        blocks = _factor(pair, vlm, folder, requests if calibration is not None else None, wrap)
+        number = base_model.dtype.itemsize
+        plan, curve = plan_extraction(blocks, choice, number), trade_off(blocks, choice, number)
+        rank = min(plan.ranks.values(), default=1)
+        model = GenieBlueForConditionalGeneration.from_vlm(
+            vlm,
+            base_model,
+            replicated_layers=plan.copied,
+            lora_rank=rank,
+            lora_alpha=rank,
+            rank_pattern={name: each for name, each in plan.ranks.items() if each != rank} or None,
+            factors=_StoredFactors(folder),
+            base_model_name_or_path=base,
+            base_model_revision=base_revision,
+            hub_kwargs=hub,
+        )
+        ours = _logits(lambda **request: model(**request, view="multimodal").logits, measured)
+        rows = _measure(exact, ours, plan, blocks, len(measured) if calibration is not None else 0)
+        settings = model.own_language.settings(model.config.own_head_rows is None)
+        own_rows = {name: settings[name] for name in ("own_embedding_rows", "own_head_rows")}
+        facts = {
+            MEASUREMENTS_NAME: [asdict(row) for row in rows],
+            EXTRACTION_NAME: {
+                "source": {"name": mllm if not os.path.isdir(mllm) else Path(mllm).name, "revision": mllm_revision},
+                "choice": asdict(choice),
+                "calibrated": calibration is not None,
+                "difference": difference,
+                "plan": asdict(plan),
+                "trade_off": [{"bytes": each.bytes, "error": each.error, "copied": each.copied} for each in curve],
+            },
+        }
+        model.save_pretrained(out, processor=processor, facts=facts)
+    draw_trade_off(plan, curve, sum(block.bytes for block in blocks), out / TRADE_OFF_NAME)
+    return Extraction(out, plan, difference, own_rows, rows)
+
+
+def _check_configs(mllm: str, base: str, from_vlm: dict[str, Any], from_base: dict[str, Any]) -> None:
+    """`ValueError` or `OSError` for unsuitable sources, after reading only configurations and indices."""
+    config = load_part("VLM", mllm, AutoConfig.from_pretrained, **from_vlm)
+    check_family(config, mllm)
+    base_config = load_part("base", base, AutoConfig.from_pretrained, **from_base)
+    check_base_type(base, base_config)
+    for name, each in ((mllm, config), (base, base_config)):
+        if getattr(each, "quantization_config", None) is not None:
+            raise ValueError(f"The weights of {name} are quantized, so no change can be computed: give 16 or 32 bits.")
+    for name in (mllm, base):  # a missing shard is named before anything is read
+        if os.path.isdir(name) and not weight_files(ModelFiles(name).find):
+            raise FileNotFoundError(
+                f"{name} has no safetensors files: only these are read. Convert its weights, or fetch it again."
+            )
+
+
+def _check_vocabulary(processor: VlmGenieBlueProcessor, mllm: str, base: str) -> None:
+    """`ValueError` if many tokens of the base have another id in the VLM."""
+    of_vlm, of_base = processor.vlm_processor.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
+    moved = sum(of_vlm.get(token) != index for token, index in of_base.items())
+    if moved > LARGEST_SHARE_OF_MOVED_TOKENS * len(of_base):
+        raise ValueError(
+            f"{mllm} was not trained from {base}: {moved:,} of the base's {len(of_base):,} tokens are missing or have "
+            "another id in it. Give the base that the VLM was made from."
+        )
+
+
+def _load_vlm(mllm: str, dtype: torch.dtype, from_vlm: dict[str, Any]) -> PreTrainedModel:
+    vlm, info = load_part(
+        "VLM", mllm, AutoModelForImageTextToText.from_pretrained, dtype=dtype, **WEIGHT_OPTIONS, **from_vlm
+    )
+    check_complete(mllm, info)
+    if unread := sorted(map(str, info["unexpected_keys"])):
+        logger.warning("%s has %d tensors that its class does not read: %s.", mllm, len(unread), some(unread))
+    return vlm.eval()
+
+
+class _StoredFactors:
+    """Factors of changes, which are stored in a folder with all their ranks."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __call__(
+        self, name: str, base: torch.Tensor, own: torch.Tensor, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
+            return file.get_slice("B")[:, :rank], file.get_slice("A")[:rank]
+
+
+@torch.no_grad()
+def _factor(
+    pair: LanguagePair,
+    vlm: PreTrainedModel,
+    folder: Path,
+    requests: Sequence[Request] | None,
+    progress: Progress,
+) -> list[BlockChange]:
+    """The spectra of all blocks' changes; the factors go into files in `folder`."""
+    blocks = []
+
+    def process(index: int, _block: Any, hessians: Hessians) -> None:
+        spectra = {}
+        path = f"{pair.blocks}.{index}"
+        for name in pair.linears(index):
+            weights = pair.of_base(f"{name}.weight"), pair.of_vlm(f"{name}.weight")
+            b, a, spectra[name] = factor_change(*weights, hessians.get(name.removeprefix(f"{path}.")))
+            factors = {"A": a, "B": b}  # LoRA is saved in the base's precision anyway
+            factors = {kind: each.to("cpu", pair.base.dtype).contiguous() for kind, each in factors.items()}
+            save_file(factors, folder / f"{name}.safetensors")
+        size = sum(each.numel() * each.element_size() for each in pair.base.get_submodule(path).parameters())
+        blocks.append(BlockChange(index, size, spectra))
+
+    if requests is None:
+        for index in progress(range(pair.count_blocks()), "blocks"):
+            process(index, None, {})
+    else:
+        path = f"{decoder_path(vlm)}.layers"
+        batches = [{**request, "use_cache": False} for request in requests]  # blocks run twice, and a cache would grow
+        walk_blocks(vlm, batches, path, process, progress=lambda steps: progress(steps, "blocks"))
+    return blocks
+
+
+def _requests(processor: VlmGenieBlueProcessor, chats: Iterable[Chat] | None) -> list[Request]:
+    """Chats with images as the VLM's processor encodes them; without any, fixed prompts, which every family takes.
+
+    Raises `ValueError` if there are no chats.
+    """
+    own = processor.vlm_processor
+    if chats is None:
+        return [{"input_ids": own.tokenizer(prompt, return_tensors="pt")["input_ids"]} for prompt in PROMPTS]
+    requests = []
+    for messages, images in chats:
+        parts = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
+        text, pictures = own.apply_chat_template(parts), [read_image(image).convert("RGB") for image in images]
+        requests.append(dict(own(text=[text], images=pictures, return_tensors="pt")))
+    if not requests:
+        raise ValueError("There are no calibration chats with images: give some, or leave them out.")
+    return requests
+
+
+@torch.no_grad()
+def _logits(run: Callable[..., torch.Tensor], requests: Sequence[Request]) -> torch.Tensor:
+    return torch.cat([run(**request)[0, -MEASURED_POSITIONS:].float() for request in requests])
+
+
+def _measure(
+    exact: torch.Tensor, ours: torch.Tensor, plan: Plan, blocks: list[BlockChange], chats: int
+) -> list[Measurement]:
+    error, agreeing = logits_error(exact, ours)
+    full = sum(block.bytes for block in blocks)
+    of = f"{chats} calibration chats" if chats else f"{len(PROMPTS)} fixed prompts without images"
+    return [
+        Measurement(
+            "Logits against the VLM's own",
+            f"{error:.2g} relative L2; the same top token at {agreeing:.1%} of positions",
+            f"{len(exact)} positions of {of}",
+        ),
+        Measurement(
+            f"{'Outputs' if chats else 'Weights'} of linear layers against the VLM's own",
+            f"{plan.error:.2g} relative error, at {plan.bytes / full:.0%} of the blocks' bytes",
+            f"{len(plan.copied)} of {len(blocks)} blocks copied, the changes of all others cut by their SVD",
+        ),
+    ]
+
+
+def draw_trade_off(plan: Plan, curve: list[Plan], full: int, path: Path) -> None:
+    """Writes a PNG: the error of the linear layers by bytes of copies and LoRA, with a dot at the plan."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axis: Any = figure.subplots()
+    axis.plot([100 * each.bytes / full for each in curve], [each.error for each in curve], marker=".")
+    axis.plot(100 * plan.bytes / full, plan.error, "o", label="this extraction")
+    axis.set(xlabel="bytes of copies and LoRA, % of all blocks", ylabel="relative error of the linear layers", ylim=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110, format="png")

@@ -1,0 +1,127 @@
+"""Processor of a GenieBlue with a VLM: the base's own tokenizer for text, the VLM's own processor for images."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .addresses_genieblue import refuse_address
+from .chat_messages_genieblue import conversations_of, image_sources, text_for_template
+from .model_files_genieblue import (
+    ACCESS_KEYS,
+    PROCESSOR_CONFIGS,
+    TOKENIZER_CONFIG_NAME,
+    VLM_FOLDER,
+    check_settings_files,
+    write_json,
+)
+
+HUB_KEYS = (*ACCESS_KEYS, "revision")
+
+
+class VlmGenieBlueProcessor(ProcessorMixin):
+    """
+    Turns text and images into model inputs: text alone is what `tokenizer`, the base's own, makes of it; a request
+    with images is what `vlm_processor`, the VLM's own, makes of it, with its own template and special tokens.
+    """
+
+    # Makes save_pretrained copy this file and its siblings and name the class in auto_map.
+    _auto_class = "AutoProcessor"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vlm_processor: Any) -> None:
+        self.tokenizer, self.vlm_processor = tokenizer, vlm_processor
+        super().__init__(tokenizer)
+
+    @property
+    def chat_template(self) -> Any:
+        """The base's, which formats text-only conversations."""
+        return getattr(self.tokenizer, "chat_template", None)
+
+    @chat_template.setter
+    def chat_template(self, chat_template: Any) -> None:
+        if chat_template not in (None, self.chat_template):
+            raise ValueError("The chat template is the base's own, and that of `vlm_processor` for images.")
+
+    @property
+    def image_token(self) -> str:
+        """The VLM's placeholder of an image in a plain string."""
+        return self.vlm_processor.image_token
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of all inputs, of both views."""
+        return list(dict.fromkeys([*self.tokenizer.model_input_names, *self.vlm_processor.model_input_names]))
+
+    def __call__(self, text: Any = None, images: Any = None, **kwargs: Any) -> BatchFeature:
+        """Return what the base's tokenizer makes of a text, and the VLM's processor of a request with images.
+
+        ValueError for a batch of which only some rows have images: the VLM's processor takes no row without any.
+        """
+        rows = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
+        if not rows or all(isinstance(row, (list, tuple)) and not row for row in rows):
+            return BatchFeature(self.tokenizer(text, **kwargs))
+        if any(isinstance(row, (list, tuple)) and not row for row in rows):
+            raise ValueError(
+                "Some rows have images and others none: encode the texts in a call of their own, which the base's "
+                "tokenizer reads."
+            )
+        return self.vlm_processor(text=text, images=images, **kwargs)
+
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, *, tokenize: bool = False, **kwargs: Any
+    ) -> Any:
+        """
+        Format one conversation or a batch of them, and tokenize it if `tokenize` is set; by the base's template if
+        none has an image, by the VLM's if all have.
+        """
+        conversations, is_batch = conversations_of(conversation)
+        has_images = [bool(image_sources(chat)) for chat in conversations]
+        if all(has_images):
+            return self.vlm_processor.apply_chat_template(
+                conversation, chat_template=chat_template, tokenize=tokenize, **kwargs
+            )
+        if any(has_images):
+            raise ValueError(
+                "Some conversations have images and others none: encode the texts in a call of their own, which the "
+                "base's template formats."
+            )
+        kwargs["chat_template"] = chat_template
+        chats = [text_for_template(self.tokenizer, chat, kwargs) for chat in conversations]
+        return self.tokenizer.apply_chat_template(chats if is_batch else chats[0], tokenize=tokenize, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
+        """Write the base's tokenizer into the folder, the VLM's processor into `vlm` within it, and this code."""
+        if push_to_hub:
+            raise ValueError("Publish the model instead: `model.push_to_hub(name, processor=processor)`.")
+        os.makedirs(save_directory, exist_ok=True)
+        self.tokenizer.save_pretrained(save_directory)
+        self.vlm_processor.save_pretrained(Path(save_directory, VLM_FOLDER))
+        custom_object_save(self, save_directory)
+        auto_map = {self._auto_class: f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
+        settings = {"processor_class": type(self).__name__, "auto_map": auto_map}
+        write_json(Path(save_directory, PROCESSOR_CONFIGS[0]), settings)
+        return []
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Load both from a folder or Hub id of a GenieBlue; OSError if one is missing or damaged."""
+        refuse_address(pretrained_model_name_or_path, "The processor")
+        hub = {name: kwargs[name] for name in HUB_KEYS if kwargs.get(name) is not None}
+        name, trust = pretrained_model_name_or_path, bool(kwargs.get("trust_remote_code"))
+        if not os.path.isdir(name):
+            patterns = ["*.json", "*.jinja", "*.model", "*.txt", f"{VLM_FOLDER}/*"]
+            name = snapshot_download(os.fspath(name), allow_patterns=patterns, **hub)
+        check_settings_files(name, {TOKENIZER_CONFIG_NAME: None}, TOKENIZER_CONFIG_NAME)
+        if not (of_vlm := Path(name, VLM_FOLDER)).is_dir():
+            raise FileNotFoundError(f"{name} has no {VLM_FOLDER}/ with the VLM's processor: fetch or save it again.")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        return cls(tokenizer, AutoProcessor.from_pretrained(of_vlm))
+
+
+VlmGenieBlueProcessor.register_for_auto_class()

@@ -1,0 +1,32 @@
+"""`genieblue extract`, `info` of what it makes, and commands that cannot run that."""
+
+import pytest
+from command_line import error_of, run, run_json
+from tiny_vlms import save_tiny_vlm_pair
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return save_tiny_vlm_pair(tmp_path_factory.mktemp("pair"))
+
+
+def test_extract_prints_the_parts_the_plan_and_the_measured_logits(pair, tmp_path):
+    mine = tmp_path / "mine"
+    result = run("extract", "--mllm", pair[0], "--base", pair[1], "--out", mine, "--placement", "auto", "--copies", 1)
+    assert "images run a VLM of type llava" in result.stdout
+    assert "Logits against the VLM's own: " in result.stdout
+    assert "sees with a whole VLM" in error_of("chat", mine, "--prompt", "hi")
+
+
+def test_extract_as_json_has_the_plan(pair, tmp_path):
+    options = ["--max-bytes", "40kB", "--placement", "auto", "--json"]
+    found = run_json("extract", "--mllm", pair[0], "--base", pair[1], "--out", tmp_path / "mine", *options)
+    assert 0 < found["plan"]["bytes"] <= 40_000
+    assert found["difference"] < 0.2
+
+
+def test_ranks_chosen_twice_are_refused(pair, tmp_path):
+    options = ["--rank", "4", "--error", "0.1"]
+    message = error_of("extract", "--mllm", pair[0], "--base", pair[1], "--out", tmp_path / "mine", *options)
+    assert "give only one of them" in message
+    assert not (tmp_path / "mine").exists()
