@@ -62,7 +62,10 @@ setup(
         "tqdm>=4.67",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["genieblue = genieblue.cli.app:app"]},
+    entry_points={
+        "console_scripts": ["genieblue = genieblue.cli.app:app"],
+        "vllm.general_plugins": ["genieblue = genieblue.serving.vllm.plugin:register"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

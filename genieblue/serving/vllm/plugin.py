@@ -1,0 +1,62 @@
+"""What vLLM runs when it starts, in each of its processes: makes GenieBlue known to it, and imports little."""
+
+import logging
+
+ARCHITECTURE = "GenieBlueForConditionalGeneration"
+TOKENIZER_MODE = "genieblue"
+VLLM_VERSION = "0.32"  # the plugin relies on parts of vLLM that change from one minor version to the next
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Registers the model, its configuration, processor, chat renderer and the reader of images.
+
+    With another version of vLLM only the model's name, whose import then says so: no other model is disturbed.
+    """
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(ARCHITECTURE, f"{__package__}.model:{ARCHITECTURE}")
+    if not is_supported_vllm():
+        return
+    # Ahead of `modeling_genieblue`, which then imports no model: vLLM has its own.
+    import hub_cards  # noqa: F401, I001
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+
+    from genieblue.serving.vllm.engine_settings import GenieBlueEngineSettings
+    from genieblue.serving.vllm.media import MEDIA_CONNECTOR, DataOnlyConnector
+    from modeling_genieblue.configuration_genieblue import GenieBlueConfig
+    from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcessor
+    from modeling_genieblue.processing_genieblue import GenieBlueProcessor
+
+    AutoConfig.register(GenieBlueConfig.model_type, GenieBlueConfig, exist_ok=True)
+    AutoImageProcessor.register(GenieBlueConfig, GenieBlueImageProcessor, exist_ok=True)
+    AutoProcessor.register(GenieBlueConfig, GenieBlueProcessor, exist_ok=True)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = GenieBlueEngineSettings
+    MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(DataOnlyConnector)
+    if TOKENIZER_MODE not in TokenizerRegistry.tokenizers:
+        # The base's tokenizer as it is; the mode names the renderer.
+        TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
+        RENDERER_REGISTRY.register(TOKENIZER_MODE, f"{__package__}.renderer", "GenieBlueRenderer")
+
+
+def is_supported_vllm() -> bool:
+    """Whether the vLLM that is installed is of the version that the plugin is made for."""
+    from vllm import __version__
+
+    return __version__.startswith(f"{VLLM_VERSION}.")
+
+
+def require_supported_vllm() -> None:
+    """`ImportError` with another version of vLLM."""
+    from vllm import __version__
+
+    if not is_supported_vllm():
+        raise ImportError(
+            f"GenieBlue's plugin is made for vLLM {VLLM_VERSION}, this is {__version__}: pip install "
+            "'genieblue[vllm]' in an environment of its own, or serve the model with `transformers serve`."
+        )
