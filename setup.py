@@ -26,12 +26,14 @@ EXTRAS = {
     "qnn": ["onnxruntime>=1.31,<2", QNN_COMPILER, "onnx>=1.23", "onnxscript>=0.7"],
     # SeqMSE. Of its requirements torchvision is not needed, and PyPI's breaks CPU builds of torch: see the Makefile.
     "aimet": ["aimet-onnx>=2.42,<3"],
+    # Servers. vLLM's own requirements differ from those of all else here: in an environment of its own.
+    "vllm": ["vllm==0.32.*"],
     # What tests drive as it is: servers, evaluation and training of others.
     "clients": ["fastapi>=0.165", "uvicorn>=0.54", "openai>=3.57", "lm-eval>=0.4.13", "trl>=1.16"],
     "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "pyright[nodejs]>=1.1.414", "setuptools>=77"],
 }
 EXTRAS["all"] = sorted(
-    {each for name, extra in EXTRAS.items() if name not in ("aimet", "clients", "lab") for each in extra}
+    {each for name, extra in EXTRAS.items() if name not in ("aimet", "clients", "lab", "vllm") for each in extra}
 )
 
 setup(

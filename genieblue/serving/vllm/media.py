@@ -6,8 +6,6 @@ from typing import Any
 from vllm.multimodal.media import MediaIO
 from vllm.multimodal.media.connector import MediaConnector, global_thread_pool
 
-MEDIA_CONNECTOR = "genieblue_data_only"  # the value of VLLM_MEDIA_CONNECTOR that chooses it
-
 
 class DataOnlyConnector(MediaConnector):
     """Reads `data:` URLs and refuses all others; errors of broken data are `ValueError`, which a client is told."""

@@ -1,12 +1,9 @@
 """What vLLM runs when it starts, in each of its processes: makes GenieBlue known to it, and imports little."""
 
-import logging
-
 ARCHITECTURE = "GenieBlueForConditionalGeneration"
 TOKENIZER_MODE = "genieblue"
+MEDIA_CONNECTOR = "genieblue_data_only"  # the value of VLLM_MEDIA_CONNECTOR with which no address is fetched
 VLLM_VERSION = "0.32"  # the plugin relies on parts of vLLM that change from one minor version to the next
-
-logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -14,10 +11,10 @@ def register() -> None:
 
     With another version of vLLM only the model's name, whose import then says so: no other model is disturbed.
     """
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, __version__
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__package__}.model:{ARCHITECTURE}")
-    if not is_supported_vllm():
+    if other_version(__version__) is not None:
         return
     # Ahead of `modeling_genieblue`, which then imports no model: vLLM has its own.
     import hub_cards  # noqa: F401, I001
@@ -28,7 +25,7 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
     from genieblue.serving.vllm.engine_settings import GenieBlueEngineSettings
-    from genieblue.serving.vllm.media import MEDIA_CONNECTOR, DataOnlyConnector
+    from genieblue.serving.vllm.media import DataOnlyConnector
     from modeling_genieblue.configuration_genieblue import GenieBlueConfig
     from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcessor
     from modeling_genieblue.processing_genieblue import GenieBlueProcessor
@@ -44,19 +41,19 @@ def register() -> None:
         RENDERER_REGISTRY.register(TOKENIZER_MODE, f"{__package__}.renderer", "GenieBlueRenderer")
 
 
-def is_supported_vllm() -> bool:
-    """Whether the vLLM that is installed is of the version that the plugin is made for."""
-    from vllm import __version__
-
-    return __version__.startswith(f"{VLLM_VERSION}.")
+def other_version(version: str) -> ImportError | None:
+    """What to say of a version of vLLM that the plugin is not made for; `None` for one that it is."""
+    if version.startswith(f"{VLLM_VERSION}."):
+        return None
+    return ImportError(
+        f"GenieBlue's plugin is made for vLLM {VLLM_VERSION}, this is {version}: pip install 'genieblue[vllm]' in an "
+        "environment of its own, or serve the model with `transformers serve`."
+    )
 
 
 def require_supported_vllm() -> None:
     """`ImportError` with another version of vLLM."""
     from vllm import __version__
 
-    if not is_supported_vllm():
-        raise ImportError(
-            f"GenieBlue's plugin is made for vLLM {VLLM_VERSION}, this is {__version__}: pip install "
-            "'genieblue[vllm]' in an environment of its own, or serve the model with `transformers serve`."
-        )
+    if (error := other_version(__version__)) is not None:
+        raise error

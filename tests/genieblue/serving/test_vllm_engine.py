@@ -20,7 +20,7 @@ FAMILIES = ("llama-tied", "llama-biased", "qwen2", "qwen3", "mistral", "gemma3_t
 
 def save_pair(folder, family):
     """A tiny GenieBlue and its base, with heads as wide as vLLM's attention needs them."""
-    save_tiny_base(family, folder / "base", head_dim=32)
+    save_tiny_base(family, folder / "base", hidden_size=128, head_dim=32)
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     tiny_genieblue(base=base).save_pretrained(folder / "genieblue")
     return folder / "genieblue"
