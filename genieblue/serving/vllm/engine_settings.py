@@ -1,5 +1,7 @@
 """What vLLM's settings must be for a GenieBlue, checked before any weight is loaded."""
 
+import os
+
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -15,7 +17,8 @@ class GenieBlueEngineSettings(VerifyAndUpdateConfig):
         from genieblue.serving.vllm.base import find_base  # imports PEFT, which other models do not need
 
         config = model_config.hf_config
-        if model_config.tokenizer != model_config.model or model_config.tokenizer_mode not in ("auto", "hf"):
+        is_own = model_config.tokenizer == model_config.model
+        if not is_own or model_config.tokenizer_mode not in ("auto", "hf", TOKENIZER_MODE):
             raise ValueError(
                 f"tokenizer is {model_config.tokenizer!r} (mode {model_config.tokenizer_mode!r}): a GenieBlue is "
                 "served with the tokenizer in its own folder. Leave both options out."
@@ -24,6 +27,8 @@ class GenieBlueEngineSettings(VerifyAndUpdateConfig):
             raise ValueError(
                 "Prompts and images as embeddings do not say which view they belong to: send tokens, texts and images."
             )
+        if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":  # which processes that vLLM starts inherit
+            raise ValueError("VLLM_USE_V2_MODEL_RUNNER is set: a GenieBlue has been tried with the V1 runner alone.")
         model_config.tokenizer_mode = TOKENIZER_MODE
         base, revision, architectures = find_base(model_config.model, model_config.revision, config)
         config.base_model_name_or_path, config.base_model_revision = base, revision

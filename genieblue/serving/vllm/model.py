@@ -99,6 +99,8 @@ class GenieBlueForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         **_: Any,
     ) -> torch.Tensor:
         """Hidden states, (tokens, hidden_size); a pass of texts alone is the base's own."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("A CUDA graph of a whole pass would replay one view for all: use piecewise graphs.")
         positions = positions[0] if positions.ndim == 2 else positions  # the three rows are the same
         is_multimodal = False
         if self._sees_images:  # until the first image nothing waits for a device to tell
