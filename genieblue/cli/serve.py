@@ -31,7 +31,10 @@ def serve(
     revision: Revision = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Serve a model with vLLM: text requests get the base's answers, image requests the multimodal view's."""
+    """Serve a model with vLLM to any client of OpenAI's API.
+
+    Requests of text get the base's own answers, requests with images the multimodal view's.
+    """
     from genieblue.serving.vllm.server import ServerSettings, check_model, check_vllm, start, stop
 
     check_vllm()
