@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_genieblue import save_tiny_pair
+from tiny_genieblue import save_tiny_pair, tiny_genieblue
+from tiny_models import save_tiny_base
+from transformers import AutoModelForCausalLM
 
 from genieblue.serving.vllm.base import find_base
 from modeling_genieblue import GenieBlueConfig
@@ -18,6 +20,13 @@ def model(tmp_path):
 
 def found(model):
     return find_base(str(model), None, GenieBlueConfig.from_pretrained(model))
+
+
+def test_a_base_on_the_hub_is_found_at_the_recorded_commit(hub, tmp_path):
+    commit = hub.commit_folder("you/base-llm", save_tiny_base("llama", tmp_path / "base"))
+    tiny_genieblue(base=AutoModelForCausalLM.from_pretrained("you/base-llm")).push_to_hub("you/genieblue-tiny")
+    hub.commit_folder("you/base-llm", save_tiny_base("llama", tmp_path / "newer", seed=2))
+    assert found("you/genieblue-tiny") == ("you/base-llm", commit, ["LlamaForCausalLM"])
 
 
 def change(path, **settings):

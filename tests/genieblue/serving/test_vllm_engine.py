@@ -62,7 +62,7 @@ def test_every_answer_is_that_of_transformers(family, models, tmp_path):
     "settings",
     [
         {"max_num_batched_tokens": 96, "max_num_seqs": 5},
-        {"num_gpu_blocks_override": 12, "block_size": 32, "enable_prefix_caching": False},
+        {"num_gpu_blocks_override": 18, "block_size": 32, "enable_prefix_caching": False},
         {"tensor_parallel_size": 2},
         {"enforce_eager": False},
     ],
