@@ -74,11 +74,10 @@ class GenieBlueRenderer(HfRenderer):
         options = params.get_apply_chat_template_kwargs()
         options = resolve_chat_template_kwargs(self.get_tokenizer(), template, options, raise_on_unexpected=False)
         options = {name: value for name, value in options.items() if name not in OWN_ARGUMENTS}
+        chat = [_with_plain_parts(message) for message in conversation]
         with self._lock:
             try:
-                text = self._processor.apply_chat_template(
-                    conversation, params.chat_template, tokenize=False, **options
-                )
+                text = self._processor.apply_chat_template(chat, params.chat_template, tokenize=False, **options)
             except TemplateError as error:  # of a template that refuses this conversation
                 raise ValueError(str(error)) from error
             return self._encode(text, len(text.pieces) - 1, add_special_tokens=False)
@@ -110,3 +109,11 @@ class GenieBlueRenderer(HfRenderer):
         if (salt := cache_salt(view, prompt.get("cache_salt"))) is not None:
             request["cache_salt"] = salt
         return request
+
+
+def _with_plain_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as vLLM parsed it, whose parts have their kind and text alone; the images come apart from it."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [{key: part[key] for key in ("type", "text") if key in part} for part in content]}
