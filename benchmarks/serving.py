@@ -4,6 +4,7 @@
 
 Texts and images alternate. With --base the base alone answers the same texts in plain vLLM. Run it where vLLM is
 installed (`make test-vllm` makes such an environment); transformers' answers come first, and with `--no-check` never.
+Options that are not named below are vLLM's.
 """
 
 import argparse
@@ -127,14 +128,13 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--no-check", action="store_true", help="do not compare with transformers' answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    parser.add_argument("vllm_options", nargs="*", help="further options of vLLM, behind --")
-    options = parser.parse_args()
+    options, vllm_options = parser.parse_known_args()
 
     half = options.requests // 2
     texts, images = text_chats(half), image_chats(options.data, half)
     expected = None if options.no_check else expected_answers(options.model, texts, images)
     running = {
-        "dtype": options.dtype, "tensor_parallel": options.tensor_parallel, "other": options.vllm_options,
+        "dtype": options.dtype, "tensor_parallel": options.tensor_parallel, "other": vllm_options,
     }  # fmt: skip
     mixed = [chat for pair in zip(texts, images, strict=True) for chat in pair]
     loads = {"mixed": (options.model, mixed), "text only": (options.model, texts)}

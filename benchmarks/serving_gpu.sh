@@ -8,4 +8,4 @@ model=$1 base=$2 data=$3
 cd "$(dirname "$0")/.."
 PYTHONPATH=. timeout 480 python benchmarks/serving.py "$model" "$data" --base "$base" --dtype bfloat16 \
     --requests 1000 --clients 64 --no-check --out "${OUT:?the folder for the figures}/serving_gpu.json" \
-    -- --max-model-len 4096 --gpu-memory-utilization 0.5
+    --max-model-len 4096 --gpu-memory-utilization 0.5
