@@ -6,9 +6,10 @@ STAMP := $(VENV)/installed.stamp
 LMMS_EVAL := .venvs/lmms-eval
 DEEPSPEED := .venvs/deepspeed
 LLAMACPP := .venvs/llamacpp
+VLLM := .venvs/vllm
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo demo-real test test-slow test-llamacpp test-versions lint clean
+.PHONY: help demo demo-real test test-slow test-llamacpp test-versions test-vllm lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -30,6 +31,10 @@ test-llamacpp: $(LLAMACPP)/installed.stamp  ## llama.cpp runs exports: built fro
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments
 	PYTHONPATH=.:tests/support $(BIN)/python tests/versions/run_matrix.py
+
+test-vllm: $(VLLM)/installed.stamp  ## both views in vLLM's engine and server, in an environment of its own (3.5 GB)
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest -q -m slow tests/genieblue/serving/test_vllm_engine.py \
+		tests/genieblue/serving/test_vllm_server.py
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -84,4 +89,13 @@ $(DEEPSPEED)/installed.stamp: tests/clients/deepspeed.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $(filter %.txt,$^)
 	realpath $(VENV)/lib/python3*/site-packages > $(@D)/shared.pth
 	mv $(@D)/shared.pth $(@D)/lib/python3*/site-packages/
+	touch $@
+
+# vLLM's requirements are not those of the rest, so nothing is shared. Its CPU build asks for torchvision and others
+# that it works without and that do not import with this torch: all that it does need is listed with its version.
+$(VLLM)/installed.stamp: tests/clients/vllm.txt setup.py
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r tests/clients/vllm.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

@@ -19,6 +19,7 @@ from genieblue.cli.params import params
 from genieblue.cli.progress import log_progress_without_terminal
 from genieblue.cli.push import push
 from genieblue.cli.quantize import quantize
+from genieblue.cli.serve import serve
 from genieblue.cli.terminal import ReportingGroup, configure_logging
 from genieblue.cli.train import train
 from genieblue.cli.verify import verify
@@ -57,7 +58,7 @@ def main(
 for command in (init, extract):
     app.command()(command)
 app.command("from-peft")(from_peft)
-for command in (train, chat):
+for command in (train, chat, serve):
     app.command()(command)
 app.command("eval")(evaluate)
 for command in (info, params, verify, diff, stack, quantize, push, demo):

@@ -7,8 +7,8 @@ import typer
 
 from genieblue.cli.info import print_info
 from genieblue.cli.init import read_template
-from genieblue.cli.language_exports import Calibration, Samples, size_in_bytes
-from genieblue.cli.options import BaseCode, CalibrationImages, Dtype, Json, PlacementOption, Revision
+from genieblue.cli.language_exports import Calibration, Samples
+from genieblue.cli.options import BaseCode, CalibrationImages, Dtype, Json, PlacementOption, Revision, read_bytes
 from genieblue.cli.terminal import (
     check_name,
     note,
@@ -37,7 +37,7 @@ def extract(
         float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
     ] = None,
     max_bytes: Annotated[
-        int | None, typer.Option(parser=size_in_bytes, metavar="SIZE", help="Or what this size pays for: 900MB.")
+        int | None, typer.Option(parser=read_bytes, metavar="SIZE", help="Or what this size pays for: 900MB.")
     ] = None,
     calibration: Calibration = None,
     image_folder: CalibrationImages = None,

@@ -1,13 +1,21 @@
 """`genieblue export lora`, `export gguf` and `export merged`: a GenieBlue for other engines."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from genieblue.cli.options import Base, BaseCode, CalibrationImages, Dtype, Json, Revision, UnquantizedModel
+from genieblue.cli.options import (
+    Base,
+    BaseCode,
+    CalibrationImages,
+    Dtype,
+    Json,
+    Revision,
+    UnquantizedModel,
+    read_bytes,
+)
 from genieblue.cli.options import loading_options as hub_options
 from genieblue.cli.qnn import export_app
 from genieblue.cli.terminal import (
@@ -21,21 +29,10 @@ from genieblue.cli.terminal import (
 )
 from hub_cards.short_numbers import short_bytes
 
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-
 Calibration = Annotated[
     Path | None, typer.Option(metavar="FILE", help="JSONL of chats, some with images, on which errors are measured.")
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Number of calibration chats.")]
-
-
-def size_in_bytes(text: str) -> int:
-    """A size in bytes: `12000000`, `12MB`, `1.5GB`."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", text.strip())
-    try:
-        return int(float(match[1]) * UNITS[match[2]])  # pyright: ignore[reportOptionalSubscript]
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"{text!r} is no size: give bytes, or 12MB, 1.5GB.") from error
 
 
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the copied blocks' matrices; default: full.")]
@@ -43,7 +40,7 @@ Error = Annotated[
     float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
 ]
 MaxBytes = Annotated[
-    int | None, typer.Option(parser=size_in_bytes, metavar="SIZE", help="Or what this file size pays for: 12MB.")
+    int | None, typer.Option(parser=read_bytes, metavar="SIZE", help="Or what this file size pays for: 12MB.")
 ]
 
 

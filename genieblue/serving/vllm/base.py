@@ -1,0 +1,134 @@
+"""The base of a GenieBlue that is to be served: where it is, and whether it is the recorded one. Needs no vLLM."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
+from modeling_genieblue.hints_genieblue import BaseNotFoundError, WrongBaseError
+from modeling_genieblue.loading_genieblue import LoadRequest
+from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
+    MODEL_TYPE,
+    QUANT_METHOD,
+    ModelFiles,
+    cached_sha256,
+    read_settings,
+    weight_files,
+)
+
+# Bases whose block is a tree of linears and norms around one attention, which the tests run in both views.
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+
+
+def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str | None, list[str]]:
+    """Folder or Hub id of the base that `config` names, its revision, and its architectures.
+
+    `config` is that of the GenieBlue in `model`. Raises `ValueError` for a base that vLLM or this plugin cannot run,
+    or that is not the recorded one, and `OSError` for missing or damaged files; both say what to do.
+    """
+    request = LoadRequest.from_arguments(model, {"revision": revision})
+    settings = request.check_layout()
+    if settings.get("quantization") is not None:
+        raise ValueError(
+            f"{model} has weights that `genieblue quantize` wrote, in a format (optimum-quanto's) that vLLM does not "
+            "read: serve the 16-bit GenieBlue that it was made from, or this one with `transformers serve`."
+        )
+    request.check_weight_files(settings)
+    _check_adapter_settings(request.adapter_settings(), config)
+    base = request.base_location(config)
+    if base is None:
+        raise WrongBaseError(f"{model} does not record its base.")
+    base_revision = None if os.path.isdir(base) else config.base_model_revision
+    files = ModelFiles(base, revision=base_revision)
+    architectures = _check_base_settings(base, files, config)
+    _check_base_weights(base, files, config, request.base_samples(required=True))
+    return base, base_revision, architectures
+
+
+def _check_adapter_settings(found: dict[str, Any], config: Any) -> None:
+    """`ValueError` if PEFT would run another adapter than `config` means."""
+    plain = {"use_rslora": False, "use_dora": False, "alpha_pattern": {}, "rank_pattern": {}}
+    meant = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, **plain}
+    for name, value in meant.items():
+        if (found.get(name) or value) != value:
+            raise ValueError(
+                f"language_adapter/adapter_config.json has {name} {found[name]!r}, config.json means {value!r}: serve "
+                "files that belong together (same repository, same revision)."
+            )
+
+
+def _check_base_settings(base: str, files: ModelFiles, config: Any) -> list[str]:
+    """The architectures in a base's config.json; `ValueError` if it cannot be served or computes something else."""
+    path = files.find(CONFIG_NAME, must_answer=True)
+    if path is None:
+        raise BaseNotFoundError(f"The base {base} has no {CONFIG_NAME}: put it there, or fetch it again.")
+    settings = read_settings(path)
+    quantization = settings.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method == QUANT_METHOD:
+        raise ValueError(
+            f"The base {base} was quantized by `genieblue quantize`, in a format that vLLM does not read: serve the "
+            "16-bit GenieBlue, on its 16-bit base."
+        )
+    if method is not None:
+        raise ValueError(
+            f"The base {base} is quantized ({method}), and only bases in 16 or 32 bits have been tried in both views: "
+            "serve the GenieBlue on its 16-bit base."
+        )
+    if settings.get("model_type") == MODEL_TYPE:
+        raise ValueError(f"{base} is a GenieBlue, expected its base: the language model that it was made from.")
+    architectures = settings.get("architectures") or []
+    if not any(name in ARCHITECTURES for name in architectures):
+        raise ValueError(
+            f"The base {base} is a {architectures or settings.get('model_type')}; served by vLLM are GenieBlues on "
+            f"{', '.join(ARCHITECTURES)}. Serve this one with `transformers serve`."
+        )
+    if differences := different_settings(AutoConfig.from_pretrained(path.parent), config.text_config):
+        raise _wrong_base(base, config, differences)
+    return architectures
+
+
+def _check_base_weights(base: str, files: ModelFiles, config: Any, samples: dict[str, dict]) -> None:
+    """`ValueError` if the values in a base's files are not the recorded ones; a few pages of each are read."""
+    paths = weight_files(files.find)
+    if not paths:
+        raise BaseNotFoundError(f"The base {base} has no weights in safetensors files: fetch it again.")
+    recorded = config.base_model_fingerprint or {}
+    for name, path in paths.items():
+        found = cached_sha256(path)
+        if None not in (found, recorded.get(name)) and found != recorded[name]:
+            raise _wrong_base(base, config, [f"sha256 of {name} is {found}, expected {recorded[name]}"])
+    differences, missing = _compare_files(list(paths.values()), samples)
+    differences += [f"{name} is missing" for name in missing]
+    if differences:
+        raise _wrong_base(base, config, differences)
+
+
+def _compare_files(paths: list[Path], samples: dict[str, dict]) -> tuple[list[str], list[str]]:
+    """Differences of tensors in files from recorded samples, and the names of those that no file has."""
+    differences, missing = [], set(samples)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(missing & set(file.keys())):
+                tensors = {name: file.get_tensor(name)}
+                differences += compare_with_samples(None, {name: samples[name]}, tensors)
+                missing.remove(name)
+    return differences, sorted(missing)
+
+
+def _wrong_base(base: str, config: Any, differences: list[str]) -> WrongBaseError:
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return WrongBaseError(
+        f"{base} is not the base that this GenieBlue was made for, {config.base_model_name_or_path}: "
+        f"{'; '.join(differences[:3])}{more}. Serve it on that one."
+    )

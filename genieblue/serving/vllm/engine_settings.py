@@ -1,0 +1,49 @@
+"""What vLLM's settings must be for a GenieBlue, checked before any weight is loaded."""
+
+import os
+
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from genieblue.serving.vllm.plugin import TOKENIZER_MODE
+
+
+class GenieBlueEngineSettings(VerifyAndUpdateConfig):
+    """vLLM's hook for models whose settings need changes; a setting that cannot be right is a `ValueError`."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Finds and checks the base, and has vLLM ask the model for positions by request, which carry its view."""
+        from genieblue.serving.vllm.base import find_base  # imports PEFT, which other models do not need
+
+        config = model_config.hf_config
+        is_own = model_config.tokenizer == model_config.model
+        if not is_own or model_config.tokenizer_mode not in ("auto", "hf", TOKENIZER_MODE):
+            raise ValueError(
+                f"tokenizer is {model_config.tokenizer!r} (mode {model_config.tokenizer_mode!r}): a GenieBlue is "
+                "served with the tokenizer in its own folder. Leave both options out."
+            )
+        if model_config.enable_prompt_embeds or model_config.get_multimodal_config().enable_mm_embeds:
+            raise ValueError(
+                "Prompts and images as embeddings do not say which view they belong to: send tokens, texts and images."
+            )
+        if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":  # which processes that vLLM starts inherit
+            raise ValueError("VLLM_USE_V2_MODEL_RUNNER is set: a GenieBlue has been tried with the V1 runner alone.")
+        model_config.tokenizer_mode = TOKENIZER_MODE
+        base, revision, architectures = find_base(model_config.model, model_config.revision, config)
+        config.base_model_name_or_path, config.base_model_revision = base, revision
+        config.text_config.architectures = architectures
+        # On the outer configuration only: the base's own rotary embedding stays as it is.
+        config.mrope_section = [1, 1, 1]
+        # vLLM hands the outer setting, which GenieBlue leaves False, down to the language model.
+        config.tie_word_embeddings = bool(getattr(config.text_config, "tie_word_embeddings", False))
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Keeps CUDA graphs to the parts of a pass, so that each pass chooses its view."""
+        if vllm_config.speculative_config is not None:
+            raise ValueError("Speculative decoding has one view for the draft: serve a GenieBlue without it.")
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            # A graph of a whole pass would replay the text view whatever the requests are.
+            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -1,0 +1,94 @@
+"""A GenieBlue in vLLM's engine: the answers of both views are those of transformers. Run by `make test-vllm`."""
+
+import random
+
+import pytest
+from openai_chats import LONG, image, mixed_chats, transformers_answers, user
+from safetensors.torch import load_file, save_file
+from tiny_genieblue import tiny_genieblue
+from tiny_models import save_tiny_base
+from transformers import AutoModelForCausalLM
+from vllm_engine import vllm_answers
+
+pytest.importorskip("vllm", reason="`make test-vllm` has an environment with it")
+import modeling_genieblue  # noqa: E402, F401  # registers the classes that the references are loaded with
+
+pytestmark = pytest.mark.slow
+
+FAMILIES = ("llama-tied", "llama-biased", "qwen2", "qwen3", "mistral", "gemma3_text")
+
+
+def save_pair(folder, family):
+    """A tiny GenieBlue and its base, with heads as wide as vLLM's attention needs them."""
+    save_tiny_base(family, folder / "base", hidden_size=128, head_dim=32)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tiny_genieblue(base=base).save_pretrained(folder / "genieblue")
+    return folder / "genieblue"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder and transformers' answers to the mixed chats, by family."""
+    made = {}
+
+    def model(family):
+        if family not in made:
+            folder = save_pair(tmp_path_factory.mktemp(family), family)
+            made[family] = folder, transformers_answers(folder, mixed_chats())
+        return made[family]
+
+    return model
+
+
+def answers_of(tmp_path, model, rounds=2, **settings):
+    """Answers by name, each a list with one of each round; the rounds are shuffled differently."""
+    chats = mixed_chats()
+    orders = [random.Random(number).sample(sorted(chats), len(chats)) for number in range(rounds)]
+    found = vllm_answers(tmp_path / "engine", model, [[chats[name] for name in order] for order in orders], **settings)
+    by_round = [
+        {name: answer["ids"] for name, answer in zip(order, answers, strict=True)}
+        for order, answers in zip(orders, found, strict=True)
+    ]
+    return {name: [each[name] for each in by_round] for name in chats}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_answer_is_that_of_transformers(family, models, tmp_path):
+    folder, expected = models(family)
+    assert answers_of(tmp_path, folder) == {name: [ids] * 2 for name, ids in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_batched_tokens": 96, "max_num_seqs": 5},
+        {"num_gpu_blocks_override": 18, "block_size": 32, "enable_prefix_caching": False},
+        {"tensor_parallel_size": 2},
+        {"enforce_eager": False},
+    ],
+    ids=["prompts in pieces", "preemption", "tensor parallel", "compiled"],
+)
+def test_every_answer_is_that_of_transformers_however_it_is_run(settings, models, tmp_path):
+    folder, expected = models("llama-tied")
+    assert answers_of(tmp_path, folder, rounds=1, **settings) == {name: [ids] for name, ids in expected.items()}
+
+
+def test_views_share_no_cached_block_and_each_shares_its_own(models, tmp_path):
+    folder, _ = models("llama-tied")
+    text, pictured = [LONG, user("How many digits?")], [LONG, user(image(4), "How many digits?")]
+    other = [LONG, user(image(5), "How many digits?")]
+    rounds = [[text], [pictured], [text], [other]]
+    cached = [answers[0]["cached"] for answers in vllm_answers(tmp_path / "e", folder, rounds, block_size=32)]
+    assert cached[0] == cached[1] == 0
+    assert cached[2] > 0 and cached[3] > 0
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused_by_its_name(tmp_path):
+    folder = save_pair(tmp_path, "llama-tied")
+    path = folder / "language_adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if "q_proj.lora_A" in name)
+    del tensors[lost]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="The language adapter lacks layers.0.self_attn.q_proj.lora_A.weight"):
+        vllm_answers(tmp_path / "engine", folder, [])
