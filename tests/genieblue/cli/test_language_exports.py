@@ -96,7 +96,7 @@ def test_merged_prints_the_measured_logits(source, tmp_path):
     ("options", "code", "told"),
     [
         (["--rank", "2", "--error", "0.1"], 1, "give only one of them"),
-        (["--max-bytes", "many"], 2, "'many' is no size"),
+        (["--max-bytes", "many"], 2, "'many' is not a size"),
         (["--image-folder", "."], 2, "--image-folder is for images of --calibration"),
         (["--calibration", "missing.jsonl"], 1, "missing.jsonl"),
     ],
