@@ -14,6 +14,18 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
+def save_wide_pair(folder: Path, family: str) -> Path:
+    """A tiny GenieBlue as `folder/genieblue` on `folder/base`, with heads as wide as vLLM's attention needs them."""
+    from tiny_genieblue import tiny_genieblue
+    from tiny_models import save_tiny_base
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_base(family, folder / "base", hidden_size=128, head_dim=32)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tiny_genieblue(base=base).save_pretrained(folder / "genieblue")
+    return folder / "genieblue"
+
+
 def vllm_answers(folder: Path, model: Path, rounds: list[list], max_tokens: int = 12, **settings) -> list[list[dict]]:
     """Greedy answers to the chats of each round: `ids` of the answer, and how many tokens of the prompt were `cached`.
 

@@ -15,8 +15,9 @@ from genieblue.cli.app import app
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 OPTIMUM = {"optimum-cli genieblue-": "genieblue ", "optimum-cli export genieblue-": "genieblue export "}
-# Of accelerate, lm-eval and lmms-eval.
-OF_OTHERS = {"--use_fsdp", "--fsdp_version", "--use_deepspeed", "--zero_stage", "--include_path", "--model"}
+# Of accelerate, lm-eval, lmms-eval and vLLM.
+OF_OTHERS = {"--use_fsdp", "--fsdp_version", "--use_deepspeed", "--zero_stage", "--include_path", "--model",
+             "--trust-request-mm-kwargs"}  # fmt: skip
 
 
 def code_of(page: Path) -> Iterator[tuple[str, bool]]:

@@ -5,10 +5,7 @@ import random
 import pytest
 from openai_chats import LONG, image, mixed_chats, transformers_answers, user
 from safetensors.torch import load_file, save_file
-from tiny_genieblue import tiny_genieblue
-from tiny_models import save_tiny_base
-from transformers import AutoModelForCausalLM
-from vllm_engine import vllm_answers
+from vllm_engine import save_wide_pair, vllm_answers
 
 pytest.importorskip("vllm", reason="`make test-vllm` has an environment with it")
 import modeling_genieblue  # noqa: E402, F401  # registers the classes that the references are loaded with
@@ -18,14 +15,6 @@ pytestmark = pytest.mark.slow
 FAMILIES = ("llama-tied", "llama-biased", "qwen2", "qwen3", "mistral", "gemma3_text")
 
 
-def save_pair(folder, family):
-    """A tiny GenieBlue and its base, with heads as wide as vLLM's attention needs them."""
-    save_tiny_base(family, folder / "base", hidden_size=128, head_dim=32)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    tiny_genieblue(base=base).save_pretrained(folder / "genieblue")
-    return folder / "genieblue"
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folder and transformers' answers to the mixed chats, by family."""
@@ -33,7 +22,7 @@ def models(tmp_path_factory):
 
     def model(family):
         if family not in made:
-            folder = save_pair(tmp_path_factory.mktemp(family), family)
+            folder = save_wide_pair(tmp_path_factory.mktemp(family), family)
             made[family] = folder, transformers_answers(folder, mixed_chats())
         return made[family]
 
@@ -84,7 +73,7 @@ def test_views_share_no_cached_block_and_each_shares_its_own(models, tmp_path):
 
 
 def test_an_adapter_that_lacks_a_tensor_is_refused_by_its_name(tmp_path):
-    folder = save_pair(tmp_path, "llama-tied")
+    folder = save_wide_pair(tmp_path, "llama-tied")
     path = folder / "language_adapter/adapter_model.safetensors"
     tensors = load_file(path)
     lost = next(name for name in tensors if "q_proj.lora_A" in name)

@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from openai_chats import image, mixed_chats, transformers_answers, user
 from PIL import Image
-from test_vllm_engine import save_pair
 from transformers import AutoTokenizer
-from vllm_engine import ENVIRONMENT
+from vllm_engine import ENVIRONMENT, save_wide_pair
 
 import modeling_genieblue  # noqa: F401  # registers the classes that the references are loaded with
 
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("server"), "llama-tied")
+    return save_wide_pair(tmp_path_factory.mktemp("server"), "llama-tied")
 
 
 @pytest.fixture(scope="module")
