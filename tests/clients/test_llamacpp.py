@@ -149,7 +149,7 @@ def test_images_give_the_log_probabilities_of_the_multimodal_view(server, model,
     images = [drawn(*size, str(number)) for number, size in enumerate(sizes, 7)]
     inputs = chat(processor, PROMPTS[1], images)
     pixels = (127.5 * (inputs["pixel_values"] + 1)).round() / 127.5 - 1  # the padding is between two values of a PNG
-    assert (pixels - inputs["pixel_values"]).abs().max() < 1 / 255
+    assert (pixels - inputs["pixel_values"]).abs().max() < 0.004
     embeds = model.embed_request(inputs["input_ids"], pixels)
     found = next_tokens(server, image_prompt(server, processor, PROMPTS[1], images), MULTIMODAL_VIEW)
     assert largest_error(found, model.multimodal_language_model, inputs_embeds=embeds) < LARGEST_ERROR
