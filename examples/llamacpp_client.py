@@ -34,12 +34,15 @@ def post(server: str, path: str, content: dict[str, Any] | None = None) -> Any:
 
 
 def cut_into_tiles(processor: GenieBlueProcessor, image: Any) -> list[str]:
-    """The tiles and the thumbnail of an image as the model sees them, each as a PNG in base64."""
+    """The tiles and the thumbnail of an image as the model sees them, each as a PNG in base64.
+
+    But for the padding: its grey is between two of the 256 values that llama.cpp reads.
+    """
     pixels = processor.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
     tiles = []
     for tile in numpy.asarray(pixels):
         file = io.BytesIO()
-        Image.fromarray(tile.transpose(1, 2, 0).astype("uint8")).save(file, "PNG")  # a JPEG has other pixels
+        Image.fromarray(tile.transpose(1, 2, 0).round().astype("uint8")).save(file, "PNG")  # a JPEG has other pixels
         tiles.append(base64.b64encode(file.getvalue()).decode())
     return tiles
 

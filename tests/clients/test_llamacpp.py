@@ -1,6 +1,9 @@
 """An unmodified llama.cpp with one base and our files: both views, text as without us, and answers about images."""
 
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conversion.llamacpp.export import export_llamacpp
 from conversion.llamacpp.vision import IMAGE_PREFIX, IMAGE_SUFFIX
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.model_files_genieblue import read_settings, write_json
 from modeling_genieblue.saving_genieblue import processor_for
 
 sys.path.append(str(REPOSITORY / "examples"))
@@ -22,6 +26,8 @@ from llamacpp_client import MULTIMODAL_VIEW, TEXT_VIEW, ask, image_prompt, post
 pytestmark = pytest.mark.llamacpp
 
 PROMPTS = ("The answer is", "What does the sign on the door say?", "1, 2, 3 and", "Read the number aloud", "door")
+TEXTS = {"image_prefix": IMAGE_PREFIX, "image_suffix": IMAGE_SUFFIX}
+DEMO = REPOSITORY / "demo-out"
 LARGEST_ERROR = 0.02  # of log-probabilities
 # What no LoRA carries is left as it is in the base: that it is measured and named is tested elsewhere.
 KEPT = ("_proj.bias", "_norm.weight", "feedforward_layernorm.weight")
@@ -31,8 +37,10 @@ KEPT = ("_proj.bias", "_norm.weight", "feedforward_layernorm.weight")
 def pair(request, tmp_path_factory):
     """A folder with a base, a GenieBlue on it, the base's GGUF and the export."""
     folder = tmp_path_factory.mktemp(request.param)
-    # The heads are as wide as llama.cpp's kernels for attention expect.
-    save_tiny_base(request.param, folder / "base", head_dim=16)
+    # The heads of all families are 16 wide then: of qwen2 llama.cpp reads no other width than that of the sum.
+    # The converter takes the rows of Gemma's embedding for as many as its tokenizer.json lists.
+    others = {"vocab_size": 127} if request.param == "gemma3_text" else {}
+    save_tiny_base(request.param, folder / "base", hidden_size=64, **others)
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = GenieBlueForConditionalGeneration.from_base(base, tiny_vision_tower(image_size=32), lora_rank=4)
     change_adapter(model)
@@ -41,8 +49,7 @@ def pair(request, tmp_path_factory):
             for name, own in block.modules_to_save["default"].named_parameters():
                 if name.endswith(KEPT) or request.param == "gemma3_text" and name == "post_attention_layernorm.weight":
                     own.data.copy_(block.original_module.get_parameter(name))
-    texts = {"image_prefix": IMAGE_PREFIX, "image_suffix": IMAGE_SUFFIX}
-    processor = processor_for(model.config, AutoTokenizer.from_pretrained(folder / "base"), **texts)
+    processor = processor_for(model.config, AutoTokenizer.from_pretrained(folder / "base"), **TEXTS)
     model.save_pretrained(folder / "genieblue", processor=processor)
     write_base_gguf(folder / "base", type(base).__name__, folder / "base.gguf")
     export_llamacpp(folder / "genieblue", folder / "gguf", base_gguf=folder / "base.gguf")
@@ -61,11 +68,20 @@ def processor(pair):
 
 @pytest.fixture(scope="module")
 def server(pair):
-    card = (pair / "gguf/README.md").read_text()
-    command = card.split("```bash\nllama-server -m base.gguf ")[1].split("```")[0].replace("\\\n", "")
-    options = [str(pair / "gguf" / word) if ".gguf" in word else word for word in command.split()]
-    with serving(pair / "base.gguf", *options) as address:
+    with serving(pair / "base.gguf", *options_of_card(pair / "gguf")) as address:
         yield address
+
+
+def options_of_card(folder: Path) -> list[str]:
+    """Of the server, as the card of an export has them."""
+    command = (folder / "README.md").read_text().split("```bash\nllama-server -m base.gguf ")[1].split("```")[0]
+    return [str(folder / word) if ".gguf" in word else word for word in command.replace("\\\n", "").split()]
+
+
+def chat(processor, question: str, images: list[Image.Image]):
+    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template([{"role": "user", "content": parts}], **options)
 
 
 def next_tokens(server, prompt, view) -> dict[int, float]:
@@ -131,14 +147,38 @@ def drawn(width: int, height: int, text: str) -> Image.Image:
 @pytest.mark.parametrize("sizes", [[(32, 32)], [(64, 32)], [(70, 50), (20, 40)]], ids=["tile", "tiles", "images"])
 def test_images_give_the_log_probabilities_of_the_multimodal_view(server, model, processor, sizes):
     images = [drawn(*size, str(number)) for number, size in enumerate(sizes, 7)]
-    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": PROMPTS[1]}]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    inputs = processor.apply_chat_template([{"role": "user", "content": parts}], **options)
-    embeds = model.embed_request(inputs["input_ids"], inputs["pixel_values"])
+    inputs = chat(processor, PROMPTS[1], images)
+    pixels = (127.5 * (inputs["pixel_values"] + 1)).round() / 127.5 - 1  # the padding is between two values of a PNG
+    assert (pixels - inputs["pixel_values"]).abs().max() < 0.004
+    embeds = model.embed_request(inputs["input_ids"], pixels)
     found = next_tokens(server, image_prompt(server, processor, PROMPTS[1], images), MULTIMODAL_VIEW)
     assert largest_error(found, model.multimodal_language_model, inputs_embeds=embeds) < LARGEST_ERROR
     without = model.embed_request(inputs["input_ids"], torch.zeros_like(inputs["pixel_values"]))
     assert largest_error(found, model.multimodal_language_model, inputs_embeds=without) > 2 * LARGEST_ERROR
+
+
+def test_answers_to_held_out_scans_are_those_of_the_multimodal_view(tmp_path):
+    # The demo was trained without llama.cpp's texts around tiles: they change its answers, in both programs alike.
+    assert DEMO.exists(), f"{DEMO} is missing: `make test-llamacpp` makes it"
+    for part in ("base", "genieblue"):
+        shutil.copytree(DEMO / part, tmp_path / part)
+    settings = read_settings(tmp_path / "genieblue/processor_config.json")
+    write_json(tmp_path / "genieblue/processor_config.json", settings | TEXTS)
+    write_base_gguf(tmp_path / "base", "LlamaForCausalLM", tmp_path / "base.gguf", pre="smollm")
+    export_llamacpp(tmp_path / "genieblue", tmp_path / "gguf", base_gguf=tmp_path / "base.gguf")
+    model = GenieBlueForConditionalGeneration.from_pretrained(tmp_path / "genieblue")
+    processor = GenieBlueProcessor.from_pretrained(tmp_path / "genieblue")
+    samples = (DEMO / "held-out/answers.jsonl").read_text().splitlines()[::20]
+    same = 0
+    with serving(tmp_path / "base.gguf", *options_of_card(tmp_path / "gguf")) as address:
+        for sample in map(json.loads, samples):
+            (image, question) = sample["messages"][0]["content"]
+            picture = Image.open(DEMO / "held-out" / image["image"])
+            inputs = chat(processor, question["text"], [picture])
+            new = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+            answer = ask(address, processor, question["text"], [picture], n_predict=8, temperature=0)
+            same += answer == processor.decode(new, skip_special_tokens=True)
+    assert same >= 0.96 * len(samples)  # two next tokens may be as likely, up to rounding
 
 
 def test_a_text_that_holds_the_servers_marker_is_refused(server, processor):

@@ -37,12 +37,13 @@ def write_base_gguf(folder: Path, family: str, path: Path, pre: str = "gpt-2") -
 
 @contextmanager
 def serving(base: Path, *options: str) -> Iterator[str]:
-    """Address of a server with one slot and one thread; its log lies beside the base's file."""
+    """Address of a server with one slot, one thread and a cache in float32; its log lies beside the base's file."""
     assert SERVER.exists(), f"{SERVER} is missing: `make test-llamacpp` builds it"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fixed = ["--host", "127.0.0.1", "--port", str(port), "-np", "1", "-t", "1", "-c", "1024", "--no-warmup"]
+    fixed += ["-ctk", "f32", "-ctv", "f32"]
     log_file = base.with_suffix(".log")
     with open(log_file, "w") as log:
         command = [str(SERVER), "-m", str(base), *options, *fixed]
