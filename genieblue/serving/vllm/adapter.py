@@ -90,29 +90,28 @@ class LanguageAdapter:
                 missing += lacking
             else:
                 self._load_lora(path, module, tensors)
-        if missing or tensors:
-            raise _wrong_adapter(missing, sorted(tensors))
+        if missing:
+            raise _wrong_adapter(f"lacks {some(missing)}")
+        if tensors:
+            raise _wrong_adapter(f"has unexpected {some(sorted(tensors))}")
 
     def _load_copies(self, tensors: dict[str, torch.Tensor]) -> None:
         def renamed() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in tensors.items():
                 index = int(name.split(".")[1])
                 if index not in self._replicated:
-                    raise _wrong_adapter([], [name])
+                    raise _wrong_adapter(f"has unexpected {name}")
                 yield f"model.layers.{self._replicated.index(index)}.{name.split('.', 2)[2]}", tensor
 
         expected = {name for name, _ in self._copies.named_parameters() if ".layers." in name}
-        counts = self._count_shards(expected)
-        if sum(counts.values()) != len(tensors):
-            raise _wrong_adapter([f"{sum(counts.values()) - len(tensors)} of the replicated blocks' tensors"], [])
+        # As many tensors of the base's file as make each parameter of vLLM, which does not miss one of several.
+        count = sum(len(self._packed.get(name.split(".")[-2], [""])) for name in expected)
+        if count != len(tensors):
+            raise _wrong_adapter(f"has {len(tensors)} tensors of replicated blocks, expected {count}")
         loaded = set(self._copies.load_weights(renamed()))
         if missing := expected - loaded:
-            raise _wrong_adapter(sorted(missing), [])
+            raise _wrong_adapter(f"lacks {some(sorted(missing))}")
         self._copies = None  # its blocks' modules are in the tree
-
-    def _count_shards(self, parameters: set[str]) -> dict[str, int]:
-        """How many tensors of the base's file make each parameter of vLLM."""
-        return {name: len(self._packed.get(name.split(".")[-2], [""])) for name in parameters}
 
     def _load_lora(self, path: str, module: LoraLinear, tensors: dict[str, torch.Tensor]) -> None:
         linear: Any = module.original
@@ -122,7 +121,7 @@ class LanguageAdapter:
         if isinstance(linear, RowParallelLinear):
             width = linear.input_size_per_partition
             down = down[:, linear.tp_rank * width : (linear.tp_rank + 1) * width]
-        module.lora_a.data.copy_(down)
+        _fill(module.lora_a.data, down, path)
         row = 0
         for place, (part, size) in enumerate(zip(parts, _part_sizes(linear), strict=True)):
             up = tensors.pop(f"{part}.lora_B.weight")
@@ -130,7 +129,8 @@ class LanguageAdapter:
                 is_key_or_value = isinstance(linear, QKVParallelLinear) and place > 0
                 shard = linear.tp_rank // (linear.num_kv_head_replicas if is_key_or_value else 1)
                 up = up[shard * size : (shard + 1) * size]
-            module.lora_b.data[row : row + size, place * rank : (place + 1) * rank].copy_(up * scale)
+            place_of_part = module.lora_b.data[row : row + size, place * rank : (place + 1) * rank]
+            _fill(place_of_part, up * scale, part)
             row += size
 
 
@@ -140,11 +140,15 @@ def _part_sizes(linear: Any) -> list[int]:
     return list(sizes) if sizes else [linear.output_size]
 
 
-def _wrong_adapter(missing: list[str], unexpected: list[str]) -> ValueError:
-    problems = [
-        f"{title} {some(names)}" for title, names in (("lacks", missing), ("has unexpected", unexpected)) if names
-    ]
+def _fill(target: torch.Tensor, values: torch.Tensor, path: str) -> None:
+    """Copies values of the same shape; others would be repeated where they can be."""
+    if target.shape != values.shape:
+        raise _wrong_adapter(f"has LoRA of shape {list(values.shape)} for {path}, expected {list(target.shape)}")
+    target.copy_(values)
+
+
+def _wrong_adapter(problem: str) -> ValueError:
     return ValueError(
-        f"The language adapter {' and '.join(problems)}: it does not fit this base and configuration. Serve "
-        "files that belong together (same repository, same revision)."
+        f"The language adapter {problem}: it does not fit this base and configuration. Serve files that belong "
+        "together (same repository, same revision)."
     )

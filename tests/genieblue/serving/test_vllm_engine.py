@@ -72,12 +72,31 @@ def test_views_share_no_cached_block_and_each_shares_its_own(models, tmp_path):
     assert cached[2] > 0 and cached[3] > 0
 
 
-def test_an_adapter_that_lacks_a_tensor_is_refused_by_its_name(tmp_path):
+def without_lora_a(tensors, name):
+    del tensors[name]
+
+
+def with_lower_rank(tensors, name):
+    tensors[name] = tensors[name][:1].contiguous()
+
+
+def without_a_copied_tensor(tensors, name):
+    del tensors[name.replace("layers.0", "layers.3").replace("lora_A.", "")]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_lora_a, "lacks layers.0.self_attn.q_proj.lora_A.weight"),
+        (with_lower_rank, r"has LoRA of shape \[.*\] for layers.0.self_attn.qkv_proj"),
+        (without_a_copied_tensor, r"has \d+ tensors of replicated blocks"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_its_tensor(damage, message, tmp_path):
     folder = save_wide_pair(tmp_path, "llama-tied")
     path = folder / "language_adapter/adapter_model.safetensors"
     tensors = load_file(path)
-    lost = next(name for name in tensors if "q_proj.lora_A" in name)
-    del tensors[lost]
+    damage(tensors, next(name for name in tensors if "layers.0.self_attn.q_proj.lora_A" in name))
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(RuntimeError, match="The language adapter lacks layers.0.self_attn.q_proj.lora_A.weight"):
+    with pytest.raises(RuntimeError, match=f"The language adapter {message}"):
         vllm_answers(tmp_path / "engine", folder, [])
