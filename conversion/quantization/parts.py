@@ -18,16 +18,11 @@ from conversion.quantization.bases import (
 from conversion.quantization.hessians import linear_hessians
 from conversion.quantization.mixed import FITTED
 from conversion.quantization.mixed_model import MixedModel, Plans, four_bit_weights
-from conversion.quantization.precision import (
-    LayerPlan,
-    describe,
-)
+from conversion.quantization.precision import LayerPlan, describe
 from conversion.quantization.rounder import Rounder
 from conversion.quantization.rounding import round_weight
 from conversion.quantization.sensitivity import REQUESTS, inputs_by_weight
-from modeling_genieblue import (
-    QuantizedGenieBlueForConditionalGeneration,
-)
+from modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, find_blocks, set_parameter
 from modeling_genieblue.model_files_genieblue import (

@@ -11,33 +11,19 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from conversion.cpu_threads import warn_of_threads
-from conversion.quantization.bases import (
-    check_existing_base,
-    check_places,
-    check_source,
-    record_verdict,
-    rounding_of,
-)
+from conversion.quantization.bases import check_existing_base, check_places, check_source, record_verdict, rounding_of
 from conversion.quantization.error import errors_by_part, measured_errors, unrelated_views, view_logits
 from conversion.quantization.healing import base_digest, warn_of_other_base
 from conversion.quantization.mixed import Budget, MixedLinear
 from conversion.quantization.mixed_model import MixedModel, Plans
 from conversion.quantization.parts import round_parts
-from conversion.quantization.precision import (
-    QuantizationRecipe,
-    plan_adapter,
-    plan_base,
-    plan_own_parts,
-)
+from conversion.quantization.precision import QuantizationRecipe, plan_adapter, plan_base, plan_own_parts
 from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
 from conversion.staging import explained_full_disk, uninterrupted
 from conversion.verdict import HeldOut, nothing_measured, of_text_view, with_problems
 from hub_cards.model_folder import parameter_sizes
 from hub_cards.verdicts import measurement_rows
-from modeling_genieblue import (
-    GenieBlueConfig,
-    GenieBlueForConditionalGeneration,
-)
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
 from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
