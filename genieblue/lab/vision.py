@@ -1,6 +1,7 @@
 """A small SigLIP that a lab trains once, on images and captions of its own, and that all of its structures share."""
 
 import math
+import shutil
 import string
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,17 @@ class ImageTextContrast(nn.Module):
 
 
 def make_small_siglip(out: Path, *, steps: int, seed: int = 0) -> None:
-    """Trains a SigLIP and writes its vision half as a SiglipVisionModel folder."""
+    """Trains a SigLIP and writes its vision half as a SiglipVisionModel folder; a killed run goes on if called again."""
     set_seed(seed)
     siglip = SiglipModel(siglip_config())
     tiles = CaptionedTiles(steps * BATCH_SIZE, seed)
-    pretrain(ImageTextContrast(siglip), tiles, batch_size=BATCH_SIZE, learning_rate=1e-3, seed=seed)
+    checkpoints = out.with_name(f"{out.name}-checkpoints")
+    pretrain(
+        ImageTextContrast(siglip), tiles, batch_size=BATCH_SIZE, learning_rate=1e-3, seed=seed, checkpoints=checkpoints
+    )
     tower = SiglipVisionModel(siglip.config.vision_config)
     tower.load_state_dict(siglip.vision_model.state_dict())
     with NewFolder(out, "training") as new:
         tower.eval().save_pretrained(new.staging)
         new.put_in_place()
+    shutil.rmtree(checkpoints)
