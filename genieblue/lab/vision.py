@@ -112,7 +112,7 @@ class ImageTextContrast(nn.Module):
 
 
 def make_small_siglip(out: Path, *, steps: int, seed: int = 0) -> None:
-    """Trains a SigLIP and writes its vision half as a SiglipVisionModel folder; a killed run goes on if called again."""
+    """Trains a SigLIP and writes its vision half as a SiglipVisionModel folder; called again, a killed run goes on."""
     set_seed(seed)
     siglip = SiglipModel(siglip_config())
     tiles = CaptionedTiles(steps * BATCH_SIZE, seed)
