@@ -1,10 +1,13 @@
 """An unmodified llama.cpp with one base and our files: both views, text as without us, and answers about images."""
 
+import base64
+import io
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from command_line import REPOSITORY
@@ -21,7 +24,7 @@ from modeling_genieblue.model_files_genieblue import read_settings, write_json
 from modeling_genieblue.saving_genieblue import processor_for
 
 sys.path.append(str(REPOSITORY / "examples"))
-from llamacpp_client import MULTIMODAL_VIEW, TEXT_VIEW, ask, image_prompt, post
+from llamacpp_client import MULTIMODAL_VIEW, TEXT_VIEW, ask, cut_into_tiles, image_prompt, post
 
 pytestmark = pytest.mark.llamacpp
 
@@ -149,7 +152,10 @@ def drawn(width: int, height: int, text: str) -> Image.Image:
 def test_images_give_the_log_probabilities_of_the_multimodal_view(server, model, processor, sizes):
     images = [drawn(*size, str(number)) for number, size in enumerate(sizes, 7)]
     inputs = chat(processor, PROMPTS[1], images)
-    pixels = (127.5 * (inputs["pixel_values"] + 1)).round() / 127.5 - 1  # the padding is between two values of a PNG
+    tiles = [tile for image in images for tile in cut_into_tiles(processor, image)]
+    files = [Image.open(io.BytesIO(base64.b64decode(tile))) for tile in tiles]
+    pixels = torch.stack([torch.tensor(numpy.asarray(file)).permute(2, 0, 1) for file in files]) / 127.5 - 1
+    # The padding is between two values of a PNG.
     assert (pixels - inputs["pixel_values"]).abs().max() < 0.004
     embeds = model.embed_request(inputs["input_ids"], pixels)
     found = next_tokens(server, image_prompt(server, processor, PROMPTS[1], images), MULTIMODAL_VIEW)
