@@ -242,7 +242,11 @@ def test_source_on_the_hub_is_quantized(hub, tmp_path):
     assert (settings["source"]["name"], settings["source"]["revision"]) == ("you/base-llm", source_base)
     assert settings["source"]["fingerprint"] == weight_file_hashes(large_pair().parent / "base-llm")
     own = json.loads((tmp_path / "genieblue/config.json").read_text())["quantization"]["source"]
-    assert own == {"name": "you/genieblue", "revision": hub.commits("you/genieblue")[-1].sha}
+    assert own == {
+        "name": "you/genieblue",
+        "revision": hub.commits("you/genieblue")[-1].sha,
+        "fingerprint": config["weight_fingerprint"],
+    }
     assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab()
 
 

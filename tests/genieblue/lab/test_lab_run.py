@@ -234,7 +234,9 @@ def test_a_cell_that_started_elsewhere_or_is_asked_something_else_is_refused(lab
         ({"tasks": {"mine": {"train": "mine.jsonl", "eval": "mine.jsonl"}}}, "has 1 questions, and `held_out` is 4"),
         ({"texts": ["texts.jsonl"], "training": {"steps": 2, "max_length": 4}}, "All 3 texts have more than 4 tokens"),
         ({"texts": ["gone.jsonl"]}, "gone.jsonl is not a file"),
-        ({"text_tasks": {"facts": 10**6}}, "`facts` is 1000000, but there are"),
+        pytest.param(  # slow is where the extra `lab` is installed
+            {"text_tasks": {"facts": 10**6}}, "`facts` is 1000000, but there are", marks=pytest.mark.slow
+        ),
     ],
     ids=["too few questions", "too long texts", "missing texts", "too many facts"],
 )
