@@ -7,12 +7,11 @@ import typer
 
 from genieblue.cli.info import print_info
 from genieblue.cli.init import read_template
-from genieblue.cli.language_exports import Calibration, Samples
+from genieblue.cli.language_exports import Calibration, Error, Samples, check_image_folder, print_result
 from genieblue.cli.options import BaseCode, CalibrationImages, Dtype, Json, PlacementOption, Revision, read_bytes
 from genieblue.cli.terminal import (
     check_name,
     note,
-    print_json,
     print_table,
     progress_bar,
     quiet_transformers,
@@ -33,9 +32,7 @@ def extract(
         int | None, typer.Option(min=0, help="Number of copied blocks; default: a quarter, or what is best (auto).")
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of all other blocks' LoRA; default: 64.")] = None,
-    error: Annotated[
-        float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
-    ] = None,
+    error: Error = None,
     max_bytes: Annotated[
         int | None, typer.Option(parser=read_bytes, metavar="SIZE", help="Or what this size pays for: 900MB.")
     ] = None,
@@ -54,6 +51,7 @@ def extract(
     """
     check_name(mllm, "The VLM")
     check_name(base, "The base")
+    check_image_folder(calibration, image_folder)
     with stdout_for_json(json_output):
         quiet_transformers()
         from conversion.extract import extract_genieblue
@@ -72,10 +70,7 @@ def extract(
             progress=progress_bar,
         )
     if json_output:
-        from dataclasses import asdict
-
-        print_json(asdict(result) | {"output": str(result.output)})
-        return
+        return print_result(result)
     print_info(str(result.output), base=None, revision=None)
     rows = [(name, f"{count or 0:,}") for name, count in result.own_rows.items()]
     rows += [("copied blocks", ", ".join(map(str, result.plan.copied)) or "none")]
@@ -109,6 +104,7 @@ def from_peft(
     base_revision: Revision = None,
     vision_revision: Revision = None,
     trust_remote_code: BaseCode = False,
+    json_output: Json = False,
 ) -> None:
     """Make a GenieBlue of a PEFT adapter and a SigLIP.
 
@@ -117,23 +113,26 @@ def from_peft(
     check_name(adapter, "The adapter")
     check_name(vision, "The vision model")
     template = None if chat_template is None else read_template(chat_template)
-    quiet_transformers()
-    from conversion.from_peft import create_from_peft
+    with stdout_for_json(json_output):
+        quiet_transformers()
+        from conversion.from_peft import create_from_peft
 
-    result = create_from_peft(
-        adapter,
-        vision,
-        out.expanduser(),
-        base=base,
-        placement=placement,
-        max_tiles=max_tiles,
-        chat_template=template,
-        dtype=dtype,
-        adapter_revision=adapter_revision,
-        base_revision=base_revision,
-        vision_revision=vision_revision,
-        trust_remote_code=trust_remote_code,
-    )
+        result = create_from_peft(
+            adapter,
+            vision,
+            out.expanduser(),
+            base=base,
+            placement=placement,
+            max_tiles=max_tiles,
+            chat_template=template,
+            dtype=dtype,
+            adapter_revision=adapter_revision,
+            base_revision=base_revision,
+            vision_revision=vision_revision,
+            trust_remote_code=trust_remote_code,
+        )
+    if json_output:
+        return print_result(result)
     print_info(str(result.output), base=None, revision=None)
     typer.echo(f"Logits against the adapter's own: {result.error:.2g} relative L2")
     note(f"Next: genieblue train --stage 1 --model {result.output} --data captions.jsonl --out {result.output}-1")

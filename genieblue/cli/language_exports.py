@@ -1,6 +1,7 @@
 """`genieblue export lora`, `export gguf` and `export merged`: a GenieBlue for other engines."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +34,6 @@ Calibration = Annotated[
     Path | None, typer.Option(metavar="FILE", help="JSONL of chats, some with images, on which errors are measured.")
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Number of calibration chats.")]
-
-
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the copied blocks' matrices; default: full.")]
 Error = Annotated[
     float | None, typer.Option(help="Or the least rank with this relative error of each matrix, such as 0.02.")
@@ -81,10 +80,7 @@ def lora(
             **options,
         )
     if json_output:
-        from dataclasses import asdict
-
-        print_json(asdict(form) | {"output": str(form.output)})
-        return
+        return print_result(form)
     _print_matrices(form)
     _print_measurements(form)
     note(f"Next: PeftModel.from_pretrained(base, {str(form.output)!r}); genieblue push {form.output} you/adapter")
@@ -135,10 +131,7 @@ def gguf(
             **options,
         )
     if json_output:
-        from dataclasses import asdict
-
-        print_json(asdict(result) | {"output": str(result.output)})
-        return
+        return print_result(result)
     _print_matrices(result)
     _print_measurements(result)
     images, command = result.image_tokens, f"llama-server -m base.gguf --lora-scaled {result.output}/lora.gguf:0"
@@ -173,22 +166,29 @@ def merged(
         requests = _requests(model, calibration, image_folder, samples, options)
         result = export_merged(model, out.expanduser(), calibration=requests, **options)
     if json_output:
-        from dataclasses import asdict
-
-        print_json(asdict(result) | {"output": str(result.output)})
-        return
+        return print_result(result)
     _print_measurements(result)
     note(
         f"Next: AutoModelForCausalLM.from_pretrained({str(result.output)!r}); genieblue push {result.output} you/model"
     )
 
 
+def print_result(result: Any) -> None:
+    """Prints the fields of a result that is a dataclass as the one JSON document of a command."""
+    print_json(asdict(result) | {"output": str(result.output)})
+
+
+def check_image_folder(calibration: Path | None, image_folder: Path | None) -> None:
+    """`BadParameter` for an --image-folder that nothing would be read from."""
+    if calibration is None and image_folder is not None:
+        raise typer.BadParameter("--image-folder is for images of --calibration: give both.")
+
+
 def _requests(
     model: str, calibration: Path | None, image_folder: Path | None, samples: int, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]] | None:
+    check_image_folder(calibration, image_folder)
     if calibration is None:
-        if image_folder is not None:
-            raise typer.BadParameter("--image-folder is for images of --calibration: give both.")
         return None
     from genieblue.data.calibration_chats import read_requests
     from modeling_genieblue import GenieBlueProcessor

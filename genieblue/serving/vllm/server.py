@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -108,8 +109,13 @@ def check_model(settings: ServerSettings) -> None:
 
 
 def start(settings: ServerSettings) -> subprocess.Popen:
-    """The process of a server that answers; `OSError` if it ends before, `ModuleNotFoundError` without vLLM."""
+    """The process of a server that answers.
+
+    Raises `OSError` if its address is taken, where something else would answer for it, or if it ends before it
+    serves, and `ModuleNotFoundError` without vLLM.
+    """
     check_vllm()
+    _check_free(settings.host, settings.port)
     process = subprocess.Popen(settings.command(), env=settings.environment())
     try:
         while not _answers(settings.address):
@@ -143,6 +149,18 @@ def check_vllm() -> None:
         ) from error
     if (error := other_version(__version__)) is not None:
         raise error
+
+
+def _check_free(host: str, port: int) -> None:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no obstacle
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise OSError(
+                f"{host}, port {port}: {error.strerror}. Give another --port (or --host), or end what is there."
+            ) from error
 
 
 def _answers(address: str) -> bool:

@@ -30,3 +30,9 @@ def test_ranks_chosen_twice_are_refused(pair, tmp_path):
     message = error_of("extract", "--mllm", pair[0], "--base", pair[1], "--out", tmp_path / "mine", *options)
     assert "give only one of them" in message
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_folder_of_images_without_chats_is_refused(pair, tmp_path):
+    options = ["--mllm", pair[0], "--base", pair[1], "--out", tmp_path / "mine", "--image-folder", tmp_path]
+    assert "--image-folder is for images of --calibration" in error_of("extract", *options, code=2)
+    assert not (tmp_path / "mine").exists()

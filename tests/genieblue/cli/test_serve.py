@@ -1,11 +1,13 @@
 """`genieblue serve`: the command line of vLLM with its limits, and what is told before it starts."""
 
 import json
+import socket
 import sys
 from types import ModuleType
 
 import pytest
 from command_line import error_of
+from tiny_genieblue import save_tiny_pair
 
 from genieblue.serving.vllm.server import ServerSettings
 
@@ -70,3 +72,13 @@ def test_a_model_that_cannot_be_served_is_told_before_vllm_starts(vllm, tmp_path
     vllm("0.32.0+cpu")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "'llama' model, expected 'genieblue'" in error_of("serve", tmp_path)
+
+
+def test_an_address_that_is_taken_is_told_before_vllm_starts(vllm, tmp_path):
+    vllm("0.32.0")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        message = error_of("serve", save_tiny_pair(tmp_path, "llama"), "--port", port)
+    assert f"port {port}: Address already in use. Give another --port" in message
