@@ -1,16 +1,13 @@
 """llama.cpp as `make test-llamacpp` builds it: its server, and its converter for bases."""
 
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from command_line import REPOSITORY
+from server_process import server_process
 
 LLAMA_CPP = REPOSITORY / ".venvs/llamacpp"
 SERVER = LLAMA_CPP / "build/bin/llama-server"
@@ -35,29 +32,10 @@ def write_base_gguf(folder: Path, family: str, path: Path, pre: str = "gpt-2") -
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@contextmanager
-def serving(base: Path, *options: str) -> Iterator[str]:
+def serving(base: Path, *options: str) -> AbstractContextManager[str]:
     """Address of a server with one slot, one thread and a cache in float32; its log lies beside the base's file."""
     assert SERVER.exists(), f"{SERVER} is missing: `make test-llamacpp` builds it"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fixed = ["--host", "127.0.0.1", "--port", str(port), "-np", "1", "-t", "1", "-c", "1024", "--no-warmup"]
-    fixed += ["-ctk", "f32", "-ctv", "f32"]
-    log_file = base.with_suffix(".log")
-    with open(log_file, "w") as log:
-        command = [str(SERVER), "-m", str(base), *options, *fixed]
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, log_file.read_text()
-                time.sleep(0.2)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    fixed = ["--host", "127.0.0.1", "-np", "1", "-t", "1", "-c", "1024", "--no-warmup", "-ctk", "f32", "-ctv", "f32"]
+    return server_process(
+        lambda port: [str(SERVER), "-m", str(base), *options, *fixed, "--port", str(port)], base.with_suffix(".log")
+    )
