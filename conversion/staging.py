@@ -1,12 +1,14 @@
 """Safe writing: folders and files are complete or absent, one run per output, and a clear error for a full disk."""
 
 import errno
+import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -47,6 +49,11 @@ def write_whole(path: Path, text: str) -> None:
     staged = path.with_name(path.name + UNFINISHED)
     staged.write_text(text, encoding="utf-8")
     os.replace(staged, path)
+
+
+def write_json_whole(path: Path, value: Any) -> None:
+    """Writes a JSON file as `write_whole` does."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager

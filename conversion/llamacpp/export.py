@@ -9,10 +9,11 @@ from typing import Any
 
 from conversion.language_exports import load_source
 from conversion.lora_form import Matrix, Progress, check_choice, write_lora_form
+from conversion.quantization.bases import check_source
 from conversion.staging import explained_full_disk
 from hub_cards.exports import EXPORT_FACTS_NAME, LORA_GGUF_NAME, MMPROJ_NAME, SPECTRUM_NAME, write_export_card
 from hub_cards.model_card import Measurement
-from modeling_genieblue import GenieBlueProcessor
+from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 from modeling_genieblue.model_files_genieblue import HUB_KEYS, file_sha256, read_settings, write_json
 from modeling_genieblue.staging_genieblue import NewFolder
 
@@ -27,6 +28,11 @@ class LlamaCppExport:
     left_behind: dict[str, float]
     measurements: list[Measurement]
     image_tokens: int | None  # of a tile, which the server must be told
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.files.values())
 
 
 def export_llamacpp(
@@ -58,13 +64,16 @@ def export_llamacpp(
     from conversion.llamacpp.adapter import check_base_file, family_of, write_adapter
     from conversion.llamacpp.vision import check_vision, write_mmproj
 
-    model, out = load_source(source, out, **load_kwargs)
-    hub = {key: load_kwargs[key] for key in (*HUB_KEYS, "trust_remote_code") if load_kwargs.get(key) is not None}
-    base, config = model.language_model, model.config
-    family_of(base.config)
-    processor = GenieBlueProcessor.from_pretrained(source, **hub)
+    hub = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
+    config = GenieBlueConfig.from_pretrained(source, **hub)
+    check_source(source, config)
+    family_of(config.text_config)
+    trust = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
+    processor = GenieBlueProcessor.from_pretrained(source, **trust, **hub)
     if not language_only:
         check_vision(config, processor)
+    model, out = load_source(source, out, **load_kwargs)
+    base, config = model.language_model, model.config
     if base_gguf is not None:
         check_base_file(Path(base_gguf).expanduser(), base)
     with explained_full_disk(out), NewFolder(out, "export") as new:

@@ -1,5 +1,6 @@
 """The base as a bundle has it: for another export with the same codes, and to train on their values (healing)."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from conversion.qnn.bundle.metadata import OWN_DIGEST, Bundle
+from conversion.qnn.bundle.metadata import Bundle
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.qdq.encoding import WeightCodes
 from conversion.qnn.qdq.files import read_codes
@@ -46,8 +47,9 @@ class BundleBase:
 
     @property
     def digest(self) -> str:
-        """The start of the metadata's own digest, which stands for the whole bundle."""
-        return self.bundle.metadata[OWN_DIGEST][:16]
+        """Of the codes of the base's matrices, which bundles of several GenieBlues may share."""
+        codes = [part["base_weight_codes"] for part in self.bundle.metadata["parts"]]
+        return hashlib.sha256("".join(codes).encode()).hexdigest()[:16]
 
     def plan(self, settings: LanguageSettings) -> PrecisionPlan:
         """The formats of the matrices; `ValueError` if `settings` ask for others."""

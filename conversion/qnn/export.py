@@ -14,7 +14,7 @@ import torch
 from conversion.chat_ids import stop_token_ids
 from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
-from conversion.qnn.bundle.export_state import UnfinishedExport, write_json
+from conversion.qnn.bundle.export_state import UnfinishedExport
 from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, Bundle, list_files, signed
 from conversion.qnn.bundle.runtime_files import write_runtime_files
 from conversion.qnn.bundle_base import BundleBase
@@ -43,7 +43,7 @@ from conversion.qnn.qdq.vision import quantize_vision
 from conversion.qnn.stored_size import matrix_budget
 from conversion.qnn.verdict import Answers, judge
 from conversion.quantization.healing import warn_of_other_base
-from conversion.staging import explained_full_disk, lock_output
+from conversion.staging import explained_full_disk, lock_output, write_json_whole
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
@@ -71,7 +71,7 @@ def export_bundle(
     group_size: int = 32,
     bits_per_weight: float | None = None,
     max_bytes: int | None = None,
-    rounding: str = "gptq",
+    rounding: str | None = None,
     embedding_bits: int = 16,
     quantized_base: str | os.PathLike | None = None,
     encodings: bool = False,
@@ -100,7 +100,7 @@ def export_bundle(
         group_size: inputs of a 4-bit matrix that share a scale: 32, 64, 128, or 0 for all of an output channel.
         bits_per_weight: of the base's matrices and their copies on average in `mixed`, by default 5.
         max_bytes: of all weights instead, embeddings and vision tower included, without the graphs' instructions.
-        rounding: of these matrices: `rtn`, to nearest, or `gptq`, in which 4-bit codes make up for each
+        rounding: of these matrices: `rtn`, to nearest, or `gptq`, the default, in which 4-bit codes make up for each
             other's errors; those of 8 bits are always the nearest.
         embedding_bits: 16, or 8 for half the table.
         quantized_base: a bundle of the same base whose codes the base's matrices get; their copies get the same
@@ -119,9 +119,10 @@ def export_bundle(
     """
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
+    chosen = rounding or "gptq"
     settings = LanguageSettings(
         chunk_length, LONGEST_DEFAULT, cache_bits, lora, llm, group_size,
-        "rtn" if llm == "w8a16" and rounding == "gptq" else rounding,  # only 4 bits need more than the nearest code
+        "rtn" if llm == "w8a16" and chosen == "gptq" else chosen,  # only 4 bits need more than the nearest code
         embedding_bits, encodings,
         MIXED_BITS if llm == "mixed" and bits_per_weight is None and max_bytes is None else bits_per_weight,
         max_bytes,
@@ -137,7 +138,10 @@ def export_bundle(
             raise ValueError(
                 "The matrices keep the bits of `quantized_base`: leave out `bits_per_weight`, `max_bytes`."
             )
-        settings = replace(settings, rounding=base.bundle.metadata["rounding"])
+        found = base.bundle.metadata["rounding"]
+        if rounding is not None and settings.rounding != found:
+            raise ValueError(f"{quantized_base} was rounded by {found}, not by {rounding}: leave `rounding` out.")
+        settings = replace(settings, rounding=found)
         base.plan(settings)
     wanted = resumable_settings(chip, settings, parts, vision_tiles)
     wanted["quantized_base"] = None if base is None else base.digest
@@ -214,7 +218,7 @@ class _Export:
 
     def _write_metadata(self, work: UnfinishedExport, metadata: Mapping[str, Any]) -> None:
         write_runtime_files(work.bundle, metadata, self.processor)
-        write_json(work.bundle / METADATA, signed({**metadata, "files": list_files(work.bundle)}))
+        write_json_whole(work.bundle / METADATA, signed({**metadata, "files": list_files(work.bundle)}))
 
     def _make(self, work: UnfinishedExport, calibration: Calibration, parts: Sequence[range]) -> None:
         (work.bundle / "qdq").mkdir(exist_ok=True)

@@ -25,15 +25,12 @@ def fixed_bytes(model: Any, embedding_bits: int) -> int:
     return bits // 8
 
 
-def matrix_weights(model: Any) -> list[int]:
-    """Weights in the matrices of each block, and last of the LM head; those of a replicated block count twice."""
+def matrix_weights(model: Any) -> int:
+    """Weights in the matrices of all blocks and the LM head; those of a replicated block count twice."""
     _, blocks = find_blocks(model.language_model)
-    copied = set(model.config.replicated_layers)
-    counts = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in blocks]
-    return [
-        *(count * (1 + (index in copied)) for index, count in enumerate(counts)),
-        model.get_output_embeddings().weight.numel(),
-    ]
+    copied = [blocks[index] for index in model.config.replicated_layers]
+    matrices = (p for block in (*blocks, *copied) for p in block.parameters() if p.ndim == 2)
+    return sum(p.numel() for p in matrices) + model.get_output_embeddings().weight.numel()
 
 
 def matrix_budget(model: Any, settings: LanguageSettings) -> float:
@@ -41,7 +38,7 @@ def matrix_budget(model: Any, settings: LanguageSettings) -> float:
 
     Raises `ValueError` for a size that is too small even with 4 bits throughout.
     """
-    total = sum(matrix_weights(model))
+    total = matrix_weights(model)
     if settings.max_bytes is None:
         assert settings.bits_per_weight is not None
         return settings.bits_per_weight * total

@@ -218,5 +218,4 @@ def _print_matrices(form: Any) -> None:
 def _print_measurements(result: Any) -> None:
     for row in result.measurements:
         typer.echo(f"{row.name}: {row.value} ({row.how})")
-    size = result.bytes if hasattr(result, "bytes") else sum(result.files.values())
-    typer.echo(f"{result.output}: {short_bytes(size)}")
+    typer.echo(f"{result.output}: {short_bytes(result.bytes)}")

@@ -24,7 +24,7 @@ Metric = Literal["exact", "contains", "anls", "relaxed", "choice"]  # of one ans
 NpuBackend = Literal["cpu", "emulator"]  # what runs a bundle's graphs on this computer
 
 
-def _check_not_empty(name: str | None) -> str | None:
+def check_not_empty(name: str | None) -> str | None:
     """`BadParameter` for an empty name: it comes from an unset shell variable and must not mean "not given"."""
     if name is not None and not name.strip():
         raise typer.BadParameter("The name is empty: give a folder or a Hub id.")
@@ -54,10 +54,7 @@ FollowLinks = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print a single JSON document.")]
 Base = Annotated[
-    str | None, typer.Option(help="Folder or Hub id of the base, if not the recorded one.", callback=_check_not_empty)
-]
-QuantizedBase = Annotated[
-    str | None, typer.Option(help="An already quantized base to reuse.", callback=_check_not_empty)
+    str | None, typer.Option(help="Folder or Hub id of the base, if not the recorded one.", callback=check_not_empty)
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Dtype = Annotated[Precision, typer.Option(help="Dtype to load the weights in.")]

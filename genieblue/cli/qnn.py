@@ -17,6 +17,7 @@ from genieblue.cli.options import (
     QnnRounding,
     Revision,
     UnquantizedModel,
+    check_not_empty,
     loading_options,
     read_bytes,
 )
@@ -62,7 +63,11 @@ def qnn(
     ] = None,
     quantized_base: Annotated[
         str | None,
-        typer.Option(metavar="BUNDLE", help="Keep the codes of this bundle's base, on which MODEL was trained."),
+        typer.Option(
+            metavar="BUNDLE",
+            help="Keep the codes of this bundle's base, on which MODEL was trained.",
+            callback=check_not_empty,
+        ),
     ] = None,
     embedding_bits: Annotated[int, typer.Option(help="16, or 8 for half the table.")] = 16,
     chunk_length: Annotated[int, typer.Option(min=1, help="Prefill chunk size, in tokens.")] = 128,
@@ -74,8 +79,9 @@ def qnn(
     cache_bits: Annotated[int, typer.Option(help="16, or 8 for half the cache.")] = 16,
     vision_tiles: Annotated[int, typer.Option(min=1, help="Image tiles per call of the vision graph.")] = 1,
     rounding: Annotated[
-        QnnRounding, typer.Option(help="gptq: 4-bit codes make up for each other's errors; rtn: to nearest.")
-    ] = "gptq",
+        QnnRounding | None,
+        typer.Option(help="gptq (default): 4-bit codes make up for each other's errors; rtn: to nearest."),
+    ] = None,
     encodings: Annotated[
         bool, typer.Option("--encodings", help="Also write float graphs with AIMET .encodings, for qairt-converter.")
     ] = False,

@@ -16,11 +16,11 @@ from genieblue.cli.options import (
     EightBits,
     GroupSize,
     Json,
-    QuantizedBase,
     Revision,
     Rounding,
     UnquantizedModel,
     Weights,
+    check_not_empty,
     loading_options,
     read_bytes,
 )
@@ -87,7 +87,9 @@ def quantize(
     base_out: Annotated[
         Path | None, typer.Option(help="Folder for the quantized base; default: next to --out.")
     ] = None,
-    quantized_base: QuantizedBase = None,
+    quantized_base: Annotated[
+        str | None, typer.Option(help="An already quantized base to reuse.", callback=check_not_empty)
+    ] = None,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Store the quantized base in --out, in the folder `base`.")
     ] = False,
@@ -178,7 +180,7 @@ def quantize(
     else:
         _print_report(report, sizes, precisions, recipe.activations)
     if not report.verdict["accepted"]:
-        less = "a larger budget" if budget else "a smaller --group-size" if calibration else "--calibration"
+        less = "a larger budget" if report.mixed else "a smaller --group-size" if calibration else "--calibration"
         note(
             f"{out} is marked as failed, and `push` refuses it. Less is lost with {less}, or w8a16 for the part with "
             "the largest error; `push --accept-loss` publishes it nevertheless."

@@ -6,7 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.chat import load_chat
-from genieblue.cli.options import Base, BaseCode, Dtype, FollowLinks, ImageFolder, ImageRoots, Json, Seed, was_given
+from genieblue.cli.options import (
+    Base,
+    BaseCode,
+    Dtype,
+    FollowLinks,
+    ImageFolder,
+    ImageRoots,
+    Json,
+    Seed,
+    check_not_empty,
+    was_given,
+)
 from genieblue.cli.qnn import is_bundle
 from genieblue.cli.terminal import is_main_process, looking_for, note, print_json, quiet_transformers, stdout_for_json
 from hub_cards.short_numbers import counted
@@ -92,7 +103,11 @@ def train(
     base: Base = None,
     on_quantized: Annotated[
         str | None,
-        typer.Option(metavar="BASE", help="Quantized base, or NPU bundle: train what makes up for its errors."),
+        typer.Option(
+            metavar="BASE",
+            help="Quantized base, or NPU bundle: train what makes up for its errors.",
+            callback=check_not_empty,
+        ),
     ] = None,
     dtype: Dtype = "auto",
     trust_remote_code: BaseCode = False,

@@ -19,7 +19,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from conversion.staging import lock_output, write_whole
+from conversion.staging import lock_output, write_json_whole
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import ScoredAnswer, evaluate
 from genieblue.evaluation.metrics import standard_error
@@ -112,7 +112,7 @@ def run_cell(folder: Path, cell: Cell) -> None:
         if (place / CELL).is_file():
             check_same(place / CELL, wanted)
         else:
-            write_json(place / CELL, wanted)
+            write_json_whole(place / CELL, wanted)
         if (place / RESULT).is_file():
             return
         try:
@@ -120,11 +120,11 @@ def run_cell(folder: Path, cell: Cell) -> None:
                 train_cell(folder, lab, cell, place / MODEL)
         except ValueError as error:
             logger.warning("%s failed: %s", cell, error)
-            write_json(place / RESULT, {"failed": str(error)})
+            write_json_whole(place / RESULT, {"failed": str(error)})
         else:
             for checkpoint in place.glob(f"{MODEL}-run/checkpoint-*"):
                 shutil.rmtree(checkpoint)
-            write_json(place / RESULT, _result(folder, lab, cell))
+            write_json_whole(place / RESULT, _result(folder, lab, cell))
 
 
 def configurations(folder: Path, lab: LabFile, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
@@ -150,11 +150,6 @@ def _folder_sha256(folder: Path) -> str:
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as a whole or not at all, so that a killed lab goes on from what is there."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def check_same(recorded: Path, wanted: Mapping[str, Any]) -> None:
@@ -190,11 +185,11 @@ def _result(folder: Path, lab: LabFile, cell: Cell) -> dict[str, Any]:
     processor = structure.processor(place / MODEL)
     structure.model.to("cuda" if torch.cuda.is_available() else "cpu")
     if not (place / IMAGES).is_file():
-        write_json(place / IMAGES, image_scores(structure.model, processor, folder, lab))
+        write_json_whole(place / IMAGES, image_scores(structure.model, processor, folder, lab))
     if not (place / TEXTS).is_file():
         base = read_json(folder / BASE_TEXTS)
         view = structure.model.multimodal_language_model
-        write_json(place / TEXTS, run_text_tasks(view, processor.tokenizer, folder / TEXT_TASKS, base=base))
+        write_json_whole(place / TEXTS, run_text_tasks(view, processor.tokenizer, folder / TEXT_TASKS, base=base))
     images, texts = read_json(place / IMAGES), read_json(place / TEXTS)
     return {
         "trainable": sum(trained_count(structure).values()),

@@ -188,7 +188,7 @@ def read_lab_file(path: Path) -> LabFile:
     if missing := [name for name in ("base", "structures", "training") if values.get(name) is None]:
         raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLE}`.")
     seeds = checked_values({"seeds": values.pop("seeds", None)}, {"seeds": int}, path, "a lab").get("seeds")
-    if seeds not in (None, 1) and isinstance(values["structures"], dict):
+    if seeds is not None and isinstance(values["structures"], dict):
         raise ValueError(f"{path}: `seeds` is for a list of structures, and here each has its own: leave it out.")
     for name, default in (("structures", 1 if seeds is None else seeds), ("tasks", None)):
         if isinstance(given := values.get(name), list):

@@ -12,6 +12,13 @@ ALIKE, STEP_ASIDE = 0.05, 1.04  # of parameters: a difference (of logarithms) th
 COLOURS = dict(zip(STRUCTURES, SHADES, strict=True))
 
 
+PLOTS = {
+    "Scores by task": "scores.png",
+    "Loss in training": "loss.png",
+    "Retained against trained parameters": "retained.png",
+}  # files by title
+
+
 def draw_plots(results: LabResults, folder: Path) -> dict[str, str]:
     """Writes PNGs of the first kind of data into a folder; returns their names by title."""
     data = next(iter(results.lab.data))
@@ -19,10 +26,9 @@ def draw_plots(results: LabResults, folder: Path) -> dict[str, str]:
     drawn = {"Scores by task": _draw_tasks(results, groups), "Loss in training": _draw_losses(groups)}
     if (full := results.get("full", data)) is not None:
         drawn["Retained against trained parameters"] = _draw_retention(results, full, groups)
-    names = {title: f"{title.split()[0].lower()}.png" for title in drawn}
     for title, figure in drawn.items():
-        figure.savefig(folder / names[title], dpi=110, format="png")
-    return names
+        figure.savefig(folder / PLOTS[title], dpi=110, format="png")
+    return {title: PLOTS[title] for title in drawn}
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from conversion.staging import write_whole
 from genieblue.lab import paper
 from genieblue.lab.observations import FAILS, HOLDS, UNDECIDED, judge
-from genieblue.lab.plots import draw_plots
+from genieblue.lab.plots import PLOTS, draw_plots
 from genieblue.lab.results import Estimate, Group, LabResults
 from genieblue.lab.structures import STRUCTURES
 from genieblue.lab.text_tasks import ENGLISH, FACTS, GSM8K, MT_BENCH
@@ -32,6 +32,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     path = out / REPORT
     if path.is_file() and not path.read_text(encoding="utf-8").startswith(TITLE):
         raise ValueError(f"{path} is not a report of a lab: give another folder with --out.")
+    if not path.is_file() and (others := [name for name in PLOTS.values() if (out / name).exists()]):
+        raise ValueError(f"{out / others[0]} is there, but no report of a lab: remove it, or give another --out.")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, format_report(results, draw_plots(results, out)))
     return path

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.create import create_genieblue
-from conversion.staging import lock_output
+from conversion.staging import lock_output, write_json_whole
 from genieblue.lab.cells import (
     BASE,
     BASE_TEXTS,
@@ -35,7 +35,6 @@ from genieblue.lab.cells import (
     is_done,
     start_folder,
     state_of,
-    write_json,
 )
 from genieblue.lab.data import LabChats, fitting, held_out, read_texts, write_held_out
 from genieblue.lab.lab_file import BASES, SMALL, LabFile, read_lab_file, write_lab_file
@@ -97,11 +96,12 @@ def _take_over(lab: LabFile, folder: Path) -> None:
     }
     if (folder / LAB).is_file():
         check_same(folder / LAB, decisive)
-    elif not (folder / LAB_FILE).is_file() and any(
-        path for path in folder.iterdir() if not path.name.startswith((".", LAB))
-    ):
-        raise ValueError(f"{folder} holds something other than a lab: give a new folder with --out.")
-    write_json(folder / LAB, decisive)
+    elif any(path for path in folder.iterdir() if not path.name.startswith((".", LAB))):
+        raise ValueError(
+            f"{folder} holds something other than a lab, or one that does not record what it stands on: give a new "
+            "folder with --out."
+        )
+    write_json_whole(folder / LAB, decisive)
     write_lab_file(folder / LAB_FILE, lab)
 
 
@@ -123,7 +123,7 @@ def prepare(lab: LabFile, folder: Path) -> None:
         fitting(texts, AutoTokenizer.from_pretrained(base_of(folder, lab)), lab.settings(0, {}).max_length)
     if not (folder / BASE_TEXTS).is_file():
         logger.info("Text tasks of the base")
-        write_json(folder / BASE_TEXTS, base_texts(lab, folder))
+        write_json_whole(folder / BASE_TEXTS, base_texts(lab, folder))
     if not (folder / VISION).is_dir() and lab.vision == SMALL:
         from genieblue.lab.vision import make_small_siglip
 

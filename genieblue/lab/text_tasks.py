@@ -98,7 +98,7 @@ def _read(path: str | None, count: int, needed: Mapping[str, type]) -> list[dict
         for name, kind in needed.items():
             if not isinstance(row, dict) or not isinstance(row.get(name), kind) or not row[name]:
                 raise ValueError(f"{path}: question {number} has no `{name}`: expected {', '.join(needed)} in each.")
-    return [{**row, "answer": CALCULATOR.sub("", row["answer"])} if "answer" in row else row for row in rows]
+    return [{**row, "answer": CALCULATOR.sub("", row["answer"])} if "answer" in needed else row for row in rows]
 
 
 def run_text_tasks(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.qnn.bundle.metadata import METADATA, Bundle
-from conversion.staging import UNFINISHED, write_whole
+from conversion.staging import UNFINISHED, write_json_whole
 
 logger = logging.getLogger(__name__)
 STATE, DONE = "export.json", "done.json"
@@ -53,7 +53,7 @@ class UnfinishedExport:
         elif self._state.is_file():
             logger.info("Continuing the export in %s.", self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._state, wanted)
+        write_json_whole(self._state, wanted)
         self.bundle.mkdir(exist_ok=True)
 
     @property
@@ -87,7 +87,7 @@ class UnfinishedExport:
 
     def finish(self, name: str, record: dict[str, Any]) -> None:
         """Records that all files of a step are written."""
-        write_json(self.step(name) / DONE, record)
+        write_json_whole(self.step(name) / DONE, record)
 
     def hand_over(self) -> None:
         """Moves the bundle to `out` and removes the rest."""
@@ -102,8 +102,3 @@ def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterato
             shown = [str(values.get(name, "nothing")) for values in (there, wanted)]
             is_short = max(map(len, shown)) <= LONGEST_SHOWN
             yield f"{name} ({shown[0]} there, {shown[1]} now)" if is_short else name
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as a whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")

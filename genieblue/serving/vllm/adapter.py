@@ -13,9 +13,8 @@ from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, Row
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from genieblue.serving.vllm.views import CopiedModule, LoraLinear, Rows, second_tree
+from modeling_genieblue.language_adapter_genieblue import PEFT_PREFIX
 from modeling_genieblue.model_files_genieblue import some
-
-PEFT_PREFIX = "base_model.model."
 
 
 class LanguageAdapter:

@@ -39,6 +39,10 @@ def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str |
     """
     request = LoadRequest.from_arguments(model, {"revision": revision})
     settings = request.check_layout()
+    if settings.get("vlm_config") is not None:
+        raise ValueError(
+            f"{model} sees with a whole VLM, which the plugin for vLLM does not run: load it with transformers."
+        )
     if settings.get("quantization") is not None:
         raise ValueError(
             f"{model} has weights that `genieblue quantize` wrote, in a format (optimum-quanto's) that vLLM does not "
@@ -52,8 +56,9 @@ def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str |
         raise WrongBaseError(f"{model} does not record its base.")
     base_revision = None if os.path.isdir(base) else config.base_model_revision
     files = ModelFiles(base, revision=base_revision)
-    architectures = _check_base_settings(base, files, config)
-    _check_base_weights(base, files, config, request.base_samples(required=True))
+    recorded = settings.get("base_model_name_or_path")  # `config` may have another one, that was given instead
+    architectures = _check_base_settings(base, files, config, recorded)
+    _check_base_weights(base, files, config, recorded, request.base_samples(required=True))
     return base, base_revision, architectures
 
 
@@ -71,17 +76,18 @@ def _check_texts_around_tiles(model: str, files: ModelFiles) -> None:
 
 def _check_adapter_settings(found: dict[str, Any], config: Any) -> None:
     """`ValueError` if PEFT would run another adapter than `config` means."""
-    plain = {"use_rslora": False, "use_dora": False, "alpha_pattern": {}, "rank_pattern": {}}
-    meant = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, **plain}
+    of_peft: dict[str, Any] = {"r": 8, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
+    of_peft |= {"alpha_pattern": {}, "rank_pattern": {}}
+    meant = of_peft | {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
     for name, value in meant.items():
-        if (found.get(name) or value) != value:
+        if (has := found.get(name) or of_peft[name]) != value:
             raise ValueError(
-                f"language_adapter/adapter_config.json has {name} {found[name]!r}, config.json means {value!r}: serve "
+                f"language_adapter/adapter_config.json has {name} {has!r}, config.json means {value!r}: serve "
                 "files that belong together (same repository, same revision)."
             )
 
 
-def _check_base_settings(base: str, files: ModelFiles, config: Any) -> list[str]:
+def _check_base_settings(base: str, files: ModelFiles, config: Any, recorded: str | None) -> list[str]:
     """The architectures in a base's config.json; `ValueError` if it cannot be served or computes something else."""
     path = files.find(CONFIG_NAME, must_answer=True)
     if path is None:
@@ -108,24 +114,26 @@ def _check_base_settings(base: str, files: ModelFiles, config: Any) -> list[str]
             f"{', '.join(ARCHITECTURES)}. Serve this one with `transformers serve`."
         )
     if differences := different_settings(AutoConfig.from_pretrained(path.parent), config.text_config):
-        raise _wrong_base(base, config, differences)
+        raise _wrong_base(base, recorded, differences)
     return architectures
 
 
-def _check_base_weights(base: str, files: ModelFiles, config: Any, samples: dict[str, dict]) -> None:
+def _check_base_weights(
+    base: str, files: ModelFiles, config: Any, recorded: str | None, samples: dict[str, dict]
+) -> None:
     """`ValueError` if the values in a base's files are not the recorded ones; a few pages of each are read."""
     paths = weight_files(files.find)
     if not paths:
         raise BaseNotFoundError(f"The base {base} has no weights in safetensors files: fetch it again.")
-    recorded = config.base_model_fingerprint or {}
+    hashes = config.base_model_fingerprint or {}
     for name, path in paths.items():
         found = cached_sha256(path)
-        if None not in (found, recorded.get(name)) and found != recorded[name]:
-            raise _wrong_base(base, config, [f"sha256 of {name} is {found}, expected {recorded[name]}"])
+        if None not in (found, hashes.get(name)) and found != hashes[name]:
+            raise _wrong_base(base, recorded, [f"sha256 of {name} is {found}, expected {hashes[name]}"])
     differences, missing = _compare_files(list(paths.values()), samples)
     differences += [f"{name} is missing" for name in missing]
     if differences:
-        raise _wrong_base(base, config, differences)
+        raise _wrong_base(base, recorded, differences)
 
 
 def _compare_files(paths: list[Path], samples: dict[str, dict]) -> tuple[list[str], list[str]]:
@@ -140,9 +148,9 @@ def _compare_files(paths: list[Path], samples: dict[str, dict]) -> tuple[list[st
     return differences, sorted(missing)
 
 
-def _wrong_base(base: str, config: Any, differences: list[str]) -> WrongBaseError:
+def _wrong_base(base: str, recorded: str | None, differences: list[str]) -> WrongBaseError:
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     return WrongBaseError(
-        f"{base} is not the base that this GenieBlue was made for, {config.base_model_name_or_path}: "
+        f"{base} is not the base that this GenieBlue was made for, {recorded}: "
         f"{'; '.join(differences[:3])}{more}. Serve it on that one."
     )

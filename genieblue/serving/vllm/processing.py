@@ -21,7 +21,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import HFMultiModalInputs
 
-from genieblue.serving.vllm.prompts import cache_salt, check_image_tokens, with_stand_ins
+from genieblue.serving.vllm.prompts import check_image_tokens, with_stand_ins
 
 IMAGE_OPTIONS = ("max_tiles",)  # what a request may set of the image processor
 
@@ -73,7 +73,6 @@ class GenieBlueMultiModalProcessor(BaseMultiModalProcessor[GenieBlueProcessingIn
         check_image_tokens(inputs.prompt, image_token_id, inputs.mm_data_items.get_all_counts().get("image", 0))
         result = super().apply(inputs, timing_ctx)
         result["prompt_token_ids"] = with_stand_ins(result["prompt_token_ids"], image_token_id)
-        result["cache_salt"] = cache_salt("multimodal", None)
         return result
 
     def _get_hf_mm_inputs(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> HFMultiModalInputs:

@@ -1,9 +1,11 @@
 """Prompts of requests with images, as token ids, and the cache that their view may share. Needs no vLLM."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 VIEWS = ("text", "multimodal")
+_SECRET = secrets.token_hex(16)  # some of vLLM's entries take a client's salt as it is
 
 
 def one_token_per_image(ids: Sequence[int], image_token_id: int, image_seq_length: int) -> list[int]:
@@ -40,12 +42,11 @@ def with_stand_ins(ids: Sequence[int], image_token_id: int) -> list[int]:
 def cache_salt(view: str, given: str | None) -> str | None:
     """What keeps the cached blocks of the two views apart; `given` is the request's own salt.
 
-    A text's block has the hash that the base alone would give it. No salt of a text request can be one of the
-    multimodal view, whatever its client writes.
+    A text's block has the hash that the base alone would give it. No client can write a salt of the multimodal view.
     """
     if view == "text" and given is None:
         return None
-    return f"{view}:{given or ''}"
+    return f"text:{given}" if view == "text" else f"multimodal-{_SECRET}:{given or ''}"
 
 
 def take_view(template_options: Mapping[str, Any], has_images: bool) -> dict[str, Any]:

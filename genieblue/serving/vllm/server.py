@@ -15,6 +15,10 @@ from pathlib import Path
 from genieblue.serving.vllm.plugin import MEDIA_CONNECTOR, other_version
 
 WAIT_SECONDS = 0.5
+OWN_OPTIONS = {
+    "--model", "--served-model-name", "--host", "--port", "--dtype", "--tensor-parallel-size", "-tp",
+    "--limit-mm-per-prompt", "--max-model-len", "--revision", "--hf-overrides", "--allowed-media-domains",
+}  # fmt: skip
 
 
 @dataclass
@@ -40,6 +44,13 @@ class ServerSettings:
     base: str | None = None
     allow_domains: Sequence[str] = ()
     other: Sequence[str] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        given = {option.partition("=")[0].replace("_", "-") for option in self.other if option.startswith("-")}
+        if taken := sorted(given & OWN_OPTIONS):
+            raise ValueError(f"{taken[0]} is what `genieblue serve` sets itself: use its own option instead.")
+        if elsewhere := sorted(name for name in given if name == "--uds" or name.startswith("--ssl-")):
+            raise ValueError(f"{elsewhere[0]}: the server answers plain HTTP at host and port; put a proxy in front.")
 
     @property
     def name(self) -> str:
@@ -99,7 +110,7 @@ class ServerSettings:
 def check_model(settings: ServerSettings) -> None:
     """`ValueError` or `OSError` for a model or base that cannot be served, before vLLM takes its time to start."""
     from genieblue.serving.vllm.base import find_base
-    from modeling_genieblue.configuration_genieblue import GenieBlueConfig
+    from modeling_genieblue import GenieBlueConfig
 
     options = {} if settings.revision is None else {"revision": settings.revision}
     config = GenieBlueConfig.from_pretrained(settings.model, **options)

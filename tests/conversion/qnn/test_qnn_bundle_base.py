@@ -72,8 +72,10 @@ def test_an_export_on_a_bundle_has_the_codes_of_its_base(pair, bundle, tmp_path,
             pair.parent / "healed", tmp_path / "out", calibration=requests(), quantized_base=bundle, **settings
         )
     first, second = (BundleBase(path, healed.config.base_model_fingerprint) for path in (bundle, out))
-    names = [(0, "q_proj.weight"), (1, "down_proj.weight"), (2, "head.weight")]
+    linears = [f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    names = [(2, "head.weight"), *((index, name) for index in range(2) for name in linears)]
     assert all((first.codes(*name).codes == second.codes(*name).codes).all() for name in names)
+    assert first.digest == second.digest
     facts = [Bundle(path).metadata for path in (bundle, out)]
     assert facts[0]["eight_bits"] == facts[1]["eight_bits"] and facts[0]["adapter"] != facts[1]["adapter"]
 

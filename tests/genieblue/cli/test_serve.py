@@ -8,7 +8,10 @@ from types import ModuleType
 import pytest
 from command_line import error_of
 from tiny_genieblue import save_tiny_pair
+from tiny_vlms import save_tiny_vlm_pair
 
+from conversion.extract import extract_genieblue
+from conversion.extraction_plan import Choice
 from genieblue.serving.vllm.server import ServerSettings
 
 
@@ -82,3 +85,16 @@ def test_an_address_that_is_taken_is_told_before_vllm_starts(vllm, tmp_path):
         port = other.getsockname()[1]
         message = error_of("serve", save_tiny_pair(tmp_path, "llama"), "--port", port)
     assert f"port {port}: Address already in use. Give another --port" in message
+
+
+@pytest.mark.parametrize("option", ["--port=9000", "--served_model_name", "-tp", "--hf-overrides", "--ssl-keyfile"])
+def test_options_that_would_be_set_twice_are_refused(option):
+    with pytest.raises(ValueError, match=option.partition("=")[0].replace("_", "-")):
+        ServerSettings("you/genieblue-3b", other=["--gpu-memory-utilization", "0.8", option, "2"])
+
+
+def test_a_genieblue_of_a_vlm_is_refused_before_vllm_starts(vllm, tmp_path):
+    vllm("0.32.0")
+    base, tower = save_tiny_vlm_pair(tmp_path)[::-1]
+    extract_genieblue(tower, base, tmp_path / "mine", Choice(rank=2))
+    assert "sees with a whole VLM" in error_of("serve", tmp_path / "mine")

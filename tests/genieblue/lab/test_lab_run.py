@@ -269,14 +269,14 @@ def test_a_cell_whose_evaluation_fails_is_not_marked_as_failed(lab, monkeypatch)
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / RESULT
-    cells.write_json(path, {"average": 1})
+    staging.write_json_whole(path, {"average": 1})
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(staging.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        cells.write_json(path, {"average": 2})
+        staging.write_json_whole(path, {"average": 2})
     assert json.loads(path.read_text()) == {"average": 1}
 
 
@@ -313,6 +313,11 @@ def test_a_report_leaves_what_else_is_in_its_folder_and_replaces_no_other_file(f
     with pytest.raises(ValueError, match="is not a report of a lab"):
         write_report(finished[1], tmp_path)
     assert (tmp_path / "report.md").read_text() == "# My own"
+    (other := tmp_path / "other").mkdir()
+    (other / "loss.png").write_text("mine")
+    with pytest.raises(ValueError, match="loss.png is there"):
+        write_report(finished[1], other)
+    assert [path.read_text() for path in other.iterdir()] == ["mine"]
 
 
 def test_results_of_one_structure_differ_from_itself_by_nothing(finished):

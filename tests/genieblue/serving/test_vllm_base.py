@@ -53,6 +53,20 @@ def test_a_base_with_other_values_is_refused_by_the_tensor(model):
         found(model)
 
 
+def test_the_error_names_the_recorded_base_if_another_was_given(model, tmp_path):
+    config = GenieBlueConfig.from_pretrained(model)
+    config.base_model_name_or_path = str(save_tiny_base("llama", tmp_path / "newer", seed=2))
+    with pytest.raises(ValueError, match=r"newer is not the base .* made for, \.\./base: "):
+        find_base(str(model), None, config)
+
+
+def test_an_adapter_without_its_rank_has_pefts(model):
+    path = model / "language_adapter/adapter_config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "r"}))
+    with pytest.raises(ValueError, match="r 8, config.json means"):
+        found(model)
+
+
 def test_a_base_that_lacks_a_tensor_is_refused(model):
     path = model.parent / "base/model.safetensors"
     tensors = load_file(path)
