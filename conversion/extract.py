@@ -143,8 +143,9 @@ def extract_genieblue(
                 "trade_off": [{"bytes": each.bytes, "error": each.error, "copied": each.copied} for each in curve],
             },
         }
+        draw_trade_off(plan, curve, sum(block.bytes for block in blocks), folder / TRADE_OFF_NAME)
         model.save_pretrained(out, processor=processor, facts=facts)
-    draw_trade_off(plan, curve, sum(block.bytes for block in blocks), out / TRADE_OFF_NAME)
+        os.replace(folder / TRADE_OFF_NAME, out / TRADE_OFF_NAME)
     return Extraction(out, plan, difference, own_rows, rows)
 
 
@@ -248,7 +249,7 @@ def _requests(processor: VlmGenieBlueProcessor, chats: Iterable[Chat] | None) ->
             for message in messages
         ]
         text, pictures = own.apply_chat_template(parts), [read_image(image).convert("RGB") for image in images]
-        requests.append(dict(own(text=[text], images=pictures, return_tensors="pt")))
+        requests.append(dict(processor(text=[text], images=pictures, return_tensors="pt")))
     if not requests:
         raise ValueError("There are no calibration chats with images: give some, or leave them out.")
     return requests

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from conversion.low_rank import Spectrum, choose_ranks
+from conversion.low_rank import Spectrum, check_rank_choice, choose_ranks
+from modeling_genieblue.configuration_genieblue import select_replicated_layers
 
 PLACEMENTS = ("skip", "pre", "post", "auto")
 DEFAULT_RANK = 64
@@ -61,15 +62,7 @@ class Choice:
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
             raise ValueError(f"Unknown placement {self.placement!r}: choose one of {', '.join(PLACEMENTS)}.")
-        given = [name for name in ("rank", "error", "max_bytes") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} each choose the ranks: give only one of them.")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"`rank` is {self.rank}: expected at least 1.")
-        if self.error is not None and not 0 < self.error < 1:
-            raise ValueError(f"`error` is {self.error}: expected a relative error between 0 and 1, such as 0.02.")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ValueError(f"`max_bytes` is {self.max_bytes}: expected a positive number.")
+        check_rank_choice(self.rank, self.error, self.max_bytes)
         if self.copies is not None and self.copies < 0:
             raise ValueError(f"`copies` is {self.copies}: expected a number of blocks.")
 
@@ -92,22 +85,32 @@ def plan_extraction(blocks: Sequence[BlockChange], choice: Choice, bytes_per_num
     """
     quarter = len(blocks) // 4
     if choice.placement != "auto":
-        copies = quarter if choice.copies is None else choice.copies
-        return _plan(blocks, place_copies(choice.placement, copies, len(blocks)), choice, bytes_per_number)
+        if choice.copies is None:  # as everywhere else
+            copied = select_replicated_layers(len(blocks), choice.placement) if quarter else []
+        else:
+            copied = place_copies(choice.placement, choice.copies, len(blocks))
+        return _plan(blocks, copied, choice, bytes_per_number)
     if choice.copies is not None and choice.copies > len(blocks):
         raise ValueError(f"`copies` is {choice.copies}, but the base has {len(blocks)} blocks.")
-    by_loss = [block.index for block in sorted(blocks, key=lambda block: -block.loss(choice.rank or 1))]
+
+    def gain(block: BlockChange) -> float:
+        """What a copy of the block saves: bytes if the error is given, otherwise error."""
+        if choice.error is not None:
+            return _bytes_at(block, choice.error, bytes_per_number) - block.bytes
+        return block.loss(1 if choice.max_bytes is not None else choice.rank or DEFAULT_RANK)
+
+    by_gain = [block.index for block in sorted(blocks, key=gain, reverse=True)]
     if choice.copies is not None:
-        return _plan(blocks, by_loss[: choice.copies], choice, bytes_per_number)
+        return _plan(blocks, by_gain[: choice.copies], choice, bytes_per_number)
     if choice.error is not None:
         dear = [block.index for block in blocks if _bytes_at(block, choice.error, bytes_per_number) >= block.bytes]
         return _plan(blocks, dear, choice, bytes_per_number)
     if choice.max_bytes is None:
-        return _plan(blocks, by_loss[:quarter], choice, bytes_per_number)
+        return _plan(blocks, by_gain[:quarter], choice, bytes_per_number)
     plans = []
     for copies in range(len(blocks) + 1):
         try:
-            plans.append(_plan(blocks, by_loss[:copies], choice, bytes_per_number))
+            plans.append(_plan(blocks, by_gain[:copies], choice, bytes_per_number))
         except ValueError:  # too dear
             if not plans:
                 raise

@@ -39,6 +39,8 @@ from modeling_genieblue.model_files_genieblue import (
 NOT_CARRIED = {
     "use_dora": (False, None), "lora_bias": (False, None), "bias": ("none", None), "layer_replication": (None,),
     "trainable_token_indices": (None,), "target_parameters": (None, []), "fan_in_fan_out": (False, None),
+    # The other ways to begin also change the weights of the base.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 LARGEST_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the logits, relative
 
@@ -66,7 +68,7 @@ def create_from_peft(
     """Writes a GenieBlue whose multimodal view is the base with an existing PEFT adapter; its projector is untrained.
 
     Blocks that the adapter has whole become the replicated ones. If it has none, those of `placement` are, with its
-    LoRA merged into the copies. LoRA of the other blocks is taken over, a lower rank with zeros.
+    LoRA merged into the copies. LoRA of the other blocks is taken over.
 
     Args:
         adapter: folder or Hub id of a stock PEFT adapter of a language model.
@@ -178,15 +180,14 @@ def _take_over(model: GenieBlueForConditionalGeneration, folder: Path) -> float:
 
 
 def _factors(given: nn.Module | None, like: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (rank, in) and B (out, rank) of our layer for those of an adapter's, with zeros where it has none."""
+    """A (rank, in) and B (out, rank) of our layer for those of an adapter's; ranks that it lacks are untrained."""
     rank, rows = layer.r[ADAPTER], layer.base_layer.weight.shape[0]
     device = layer.base_layer.weight.device
-    a, b = torch.zeros(rank, like.shape[1], device=device), torch.zeros(rows, rank, device=device)
+    a, b = torch.empty(rank, like.shape[1], device=device), torch.zeros(rows, rank, device=device)
+    nn.init.kaiming_uniform_(a, a=5**0.5)  # with B at zero, as in a layer that training has not begun with
     if given is not None and hasattr(given, "lora_A"):
         own: Any = given
         first, second = own.lora_A[ADAPTER].weight.float(), own.lora_B[ADAPTER].weight.float()
         a[: len(first)] = first
         b[:, : len(first)] = second * (own.scaling[ADAPTER] / layer.scaling[ADAPTER])
-    else:
-        nn.init.kaiming_uniform_(a, a=5**0.5)  # with B at zero, as in a layer that training has not begun with
     return a, b

@@ -16,7 +16,7 @@ from torch import nn
 
 from conversion.absorbed_norms import CopiedBlock, find_copied_blocks
 from conversion.language_exports import LogitsGauge, embed_requests, export_facts, load_source
-from conversion.low_rank import BYTES_OF_HEADER, Spectrum, choose_ranks, factor_change
+from conversion.low_rank import BYTES_OF_HEADER, Spectrum, check_rank_choice, choose_ranks, factor_change
 from conversion.quantization.hessians import Hessians, walk_blocks
 from conversion.staging import explained_full_disk
 from hub_cards.exports import EXPORT_FACTS_NAME, SPECTRUM_NAME, write_export_card
@@ -162,15 +162,7 @@ def write_lora_form(
 
 def check_choice(rank: int | None, error: float | None, max_bytes: int | None) -> None:
     """`ValueError` for more than one choice of ranks or one out of range, `ModuleNotFoundError` for no matplotlib."""
-    given = [name for name, value in (("rank", rank), ("error", error), ("max_bytes", max_bytes)) if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} each choose the ranks: give only one of them.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"`rank` is {rank}: expected at least 1.")
-    if error is not None and not 0 < error < 1:
-        raise ValueError(f"`error` is {error}: expected a relative error between 0 and 1, such as 0.02.")
-    if max_bytes is not None and max_bytes < 1:
-        raise ValueError(f"`max_bytes` is {max_bytes}: expected a positive number.")
+    check_rank_choice(rank, error, max_bytes)
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("The spectrum is drawn with matplotlib: pip install 'genieblue[train]'.")
 

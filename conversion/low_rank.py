@@ -75,6 +75,19 @@ def factor_change(
     return *balanced(basis, change), Spectrum((change.shape[0], change.shape[1]), values, size)
 
 
+def check_rank_choice(rank: int | None, error: float | None, max_bytes: int | None) -> None:
+    """`ValueError` for more than one choice of ranks, or one out of range."""
+    given = [name for name, value in (("rank", rank), ("error", error), ("max_bytes", max_bytes)) if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} each choose the ranks: give only one of them.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` is {rank}: expected at least 1.")
+    if error is not None and not 0 < error < 1:
+        raise ValueError(f"`error` is {error}: expected a relative error between 0 and 1, such as 0.02.")
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"`max_bytes` is {max_bytes}: expected a positive number.")
+
+
 def choose_ranks(
     spectra: Mapping[str, Spectrum],
     *,

@@ -20,9 +20,11 @@ from hub_cards.short_numbers import short_bytes, short_count
 from hub_cards.verdicts import summary
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
+    EXTRACTION_NAME,
     MEASUREMENTS_NAME,
     PROCESSOR_CONFIGS,
     RECIPE_NAME,
+    TRADE_OFF_NAME,
     is_hub_id,
     is_inner_folder,
     read_json,
@@ -100,6 +102,7 @@ class ModelCardInfo:
     image_seq_length: int | None = None
     vlm_type: str | None = None  # model type of the VLM that it sees with, in the place of a vision tower
     vlm: str | None = None  # Hub id of that VLM
+    trade_off: str | None = None  # picture of size against error of its language model
     recipe: dict[str, dict[str, Any]] | None = None  # stage -> setting -> value
     measurements: list[Measurement] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
@@ -223,6 +226,7 @@ def card_info_from_folder(
         image_seq_length=config.get("image_seq_length"),
         vlm_type=(config.get("vlm_config") or {}).get("model_type"),
         vlm=vlm_name if "/" in str(vlm_name) and is_hub_id(vlm_name, folder) else None,
+        trade_off=TRADE_OFF_NAME if (folder / EXTRACTION_NAME).is_file() else None,
         recipe=_read_recipe(folder / RECIPE_NAME),
         measurements=_read_measurements(folder / MEASUREMENTS_NAME),
         languages=_as_list(base_card.get("language")),

@@ -43,7 +43,6 @@ from modeling_genieblue.model_files_genieblue import (
     QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
     TOKENIZER_FILES,
-    TRADE_OFF_NAME,
     VLM_FOLDER,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
@@ -192,8 +191,7 @@ def files_to_publish(folder: str | Path, config: dict[str, Any] | None = None) -
     chosen |= {name for name in names if matches(name, PUBLISHED_NAMES) and (folder / name).is_file()}
     chosen |= {path.relative_to(folder).as_posix() for path in folder.glob(f"{EVAL_RESULTS}/*.yaml")}
     card = read_card(folder) or ""
-    shown = f"{card} {TRADE_OFF_NAME}"
-    chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in shown}
+    chosen -= {name for name in chosen if name.endswith((".png", ".jpg")) and name not in card}
     left_out = sorted(set(names) - {name.split("/")[0] for name in chosen} - {"__pycache__"})
     if left_out:
         logger.warning("Not published, because not part of a GenieBlue: %s", ", ".join(left_out))

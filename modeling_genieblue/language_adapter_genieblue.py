@@ -66,6 +66,12 @@ def make_lora_config(base: PreTrainedModel, config: Any) -> LoraConfig:
     }
     if not linears and adapted:
         raise ValueError(f"The blocks of {type(base).__name__} hold no `nn.Linear` that LoRA could adapt.")
+    names = {
+        f"{path}.{index}.{name}" for index in adapted for name, _ in blocks[index].named_modules() if name
+        if name.rsplit(".", 1)[-1] in linears
+    }  # fmt: skip
+    if unknown := sorted(set(config.rank_pattern or {}) - names):
+        raise ValueError(f"`rank_pattern` has {some(unknown)}: none is a linear layer of a block with LoRA.")
     pattern = _unique_suffix(base, path)
     where: dict[str, Any] = {
         "target_modules": sorted(linears),

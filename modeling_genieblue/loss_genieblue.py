@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 IGNORED = -100
+OF_A_VLM = ("image_hidden_states", "video_hidden_states", "rope_deltas")  # which a language model does not return
 
 
 def run_with_loss(view: PreTrainedModel, inputs: dict[str, Any], keep_logits: bool = True) -> CausalLMOutputWithPast:
@@ -31,9 +32,8 @@ def run_with_loss(view: PreTrainedModel, inputs: dict[str, Any], keep_logits: bo
         loss = loss_of(view, outputs.logits, labels, num_items)
     else:
         loss, outputs = _labelled_loss(view, inputs, labels, num_items)
-    dropped = ("loss",) if keep_logits else ("loss", "logits")
-    known = CausalLMOutputWithPast.__dataclass_fields__.keys() - set(dropped)  # a VLM also returns image features
-    return CausalLMOutputWithPast(loss=loss, **{name: value for name, value in outputs.items() if name in known})
+    dropped = ("loss", *OF_A_VLM) if keep_logits else ("loss", "logits", *OF_A_VLM)
+    return CausalLMOutputWithPast(loss=loss, **{name: value for name, value in outputs.items() if name not in dropped})
 
 
 def loss_of(view: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:

@@ -49,7 +49,8 @@ def check_own_state(model: nn.Module, state: Mapping[str, torch.Tensor], prefix:
 def _drop_base(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     view = model.multimodal_language_model
     shared = set() if view is None else {f"{prefix}{VIEW}{name}" for name, _ in view.named_buffers()}
-    for name in [name for name in state if name.startswith(tuple(prefix + tree for tree in shared_trees(model)))]:
+    trees = tuple(prefix + tree for tree in shared_trees(model))
+    for name in [name for name in state if name.startswith(trees)]:
         # Buffers of a copied block are those of the original.
         is_adapter = name.startswith(prefix + VIEW) and is_adapter_name(name.removeprefix(prefix))
         if not is_adapter or name in shared:

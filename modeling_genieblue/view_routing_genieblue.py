@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from .compat_genieblue import CACHE_NAMES, cache_field
 
@@ -188,11 +189,12 @@ def merge_rows(text: Any, multimodal: Any, rows: dict[str, list[int]]) -> dict[s
 
     def merge(first: Any, second: Any) -> Any:
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-            # A VLM may have more tokens than the base, which the base never gives.
-            width = max(first.shape[-1], second.shape[-1])
-            merged = first.new_full((len(first) + len(second), *first.shape[1:-1], width), float("-inf"))
-            merged[rows[TEXT], ..., : first.shape[-1]] = first
-            merged[rows[MULTIMODAL], ..., : second.shape[-1]] = second.to(merged.device, merged.dtype)
+            if missing := second.shape[-1] - first.shape[-1]:  # tokens of a VLM alone, or rows that it never gives
+                narrow = (0, abs(missing))
+                first = pad(first, narrow, value=float("-inf")) if missing > 0 else first
+                second = pad(second, narrow, value=float("-inf")) if missing < 0 else second
+            merged = first.new_empty(len(first) + len(second), *first.shape[1:])
+            merged[rows[TEXT]], merged[rows[MULTIMODAL]] = first, second.to(merged.device, merged.dtype)
             return merged
         if isinstance(first, tuple) and isinstance(second, tuple):
             return tuple(merge(one, other) for one, other in zip(first, second, strict=True))

@@ -20,6 +20,12 @@ try:
 except ImportError:  # PEFT needs it too
     raise
 
+# Of `from_pretrained`: these are heeded here, or mean nothing where each tensor is read once.
+OPTIONS = (
+    "config", "dtype", "torch_dtype", "attn_implementation", "variant", "generation_config", "device_map",
+    "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "max_memory", "offload_folder",
+    "offload_buffers", "adapter_kwargs", "output_loading_info",
+)  # fmt: skip
 OF_CHECKPOINT = "multimodal_language_model."  # the adapter again, in a checkpoint of training
 
 
@@ -29,6 +35,11 @@ def load_vlm_parts(model_class: type, request: LoadRequest, base_model: Any) -> 
     Raises `OSError` for missing or damaged files, and `ValueError` for tensors that do not fit the configuration.
     """
     kwargs = dict(request.own_kwargs)
+    if unknown := sorted(name for name, value in kwargs.items() if value is not None and name not in OPTIONS):
+        raise TypeError(
+            f"A GenieBlue of a VLM cannot be loaded with {', '.join(unknown)}: leave it out, or change its "
+            "configuration and pass that as `config`."
+        )
     config: Any = kwargs.get("config") or VlmGenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
     config = copy.deepcopy(config)
     dtype = _chosen_dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, base_model)
@@ -43,13 +54,14 @@ def load_vlm_parts(model_class: type, request: LoadRequest, base_model: Any) -> 
             _fill(model, file, dtype)
     except SafetensorError as error:
         raise OSError(f"The weights of {request.path} cannot be read ({error}): fetch them again.") from error
-    if (own := request.find(GENERATION_CONFIG_NAME)) is not None:
+    if (given := kwargs.get("generation_config")) is not None:
+        model.generation_config = given
+    elif (own := request.find(GENERATION_CONFIG_NAME)) is not None:
         model.generation_config = GenerationConfig.from_pretrained(Path(own).parent)
     of_vlm = request.file(GENERATION_CONFIG_NAME, folder=VLM_FOLDER)
     model.vlm.generation_config = GenerationConfig.from_pretrained(Path(of_vlm).parent)
     model.config.name_or_path = request.path
-    report = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), [])
-    return model, report
+    return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
 def _chosen_dtype(wanted: Any, config: Any, base_model: Any) -> torch.dtype:

@@ -33,6 +33,11 @@ from .vlm_shell_genieblue import guard_vlm
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images")
 ROW_INPUTS = ("mm_token_type_ids", "token_type_ids")
 IMAGES_BY_ROW = ("idefics3", "smolvlm")  # families whose pixels are (batch, images of a row, …)
+# What the pixels of a family cannot be read without.
+SIZES_OF_IMAGES = {
+    **dict.fromkeys(("llava_next", "llava_onevision"), "image_sizes"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "image_grid_thw"),
+}
 OTHER_MEDIA = ("pixel_values_videos", "video_grid_thw", "image_sizes_videos", "second_per_grid_ts")
 _OWN_CODE = (
     "the images of this GenieBlue run the own code of its VLM (tiles, positions, attention among image tokens), which "
@@ -209,6 +214,8 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
                 f"`pixel_values` is a {type(pixel_values).__name__}: expected a tensor, as the processor returns it "
                 "with `return_tensors='pt'`."
             )
+        if (needed := SIZES_OF_IMAGES.get(self.config.vlm_config.model_type)) and of_images[needed] is None:
+            raise ValueError(f"`pixel_values` are given without `{needed}`: pass all that the processor returned.")
         of_images |= {name: kwargs.pop(name, None) for name in ROW_INPUTS}
         return {"pixel_values": pixel_values} | {name: each for name, each in of_images.items() if each is not None}
 
@@ -234,6 +241,8 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         return [False] * len(has_image)  # to the base it is a token like others
 
     def _images_of_rows(self, pixel_values: Any, rows: list[int]) -> Any:
+        if pixel_values is None:  # a cache has them
+            return None
         by_row = (*ROW_INPUTS, *(IMAGE_INPUTS if self.config.vlm_config.model_type in IMAGES_BY_ROW else ()))
         return {name: each[rows] if name in by_row else each for name, each in pixel_values.items()}
 
@@ -265,7 +274,7 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         """The VLM's own features of its processor's pixels."""
         return self.vlm.get_image_features(*args, **kwargs)
 
-    def embed_request(self, input_ids: torch.Tensor, pixel_values: Any = None) -> torch.Tensor:
+    def embed_request(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Always a `ValueError`."""
         raise ValueError(f"`embed_request` is refused: {_OWN_CODE}. Run the model itself.")
 

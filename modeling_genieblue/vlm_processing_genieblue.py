@@ -63,6 +63,8 @@ class VlmGenieBlueProcessor(ProcessorMixin):
 
         ValueError for a batch of which only some rows have images: the VLM's processor takes no row without any.
         """
+        if kwargs.get("videos") is not None:
+            raise ValueError("`videos` is given, but a GenieBlue sees images only: leave the video out.")
         rows = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
         if not rows or all(isinstance(row, (list, tuple)) and not row for row in rows):
             return BatchFeature(self.tokenizer(text, **kwargs))
@@ -71,6 +73,10 @@ class VlmGenieBlueProcessor(ProcessorMixin):
                 "Some rows have images and others none: encode the texts in a call of their own, which the base's "
                 "tokenizer reads."
             )
+        bos = self.vlm_processor.tokenizer.bos_token
+        rows_of_text = [text] if isinstance(text, str) else text or []
+        if bos and rows_of_text and all(isinstance(each, str) and each.startswith(bos) for each in rows_of_text):
+            kwargs.setdefault("add_special_tokens", False)  # as transformers does: a template has written them
         return self.vlm_processor(text=text, images=images, **kwargs)
 
     def apply_chat_template(
@@ -113,15 +119,19 @@ class VlmGenieBlueProcessor(ProcessorMixin):
         """Load both from a folder or Hub id of a GenieBlue; OSError if one is missing or damaged."""
         refuse_address(pretrained_model_name_or_path, "The processor")
         hub = {name: kwargs[name] for name in HUB_KEYS if kwargs.get(name) is not None}
-        name, trust = pretrained_model_name_or_path, bool(kwargs.get("trust_remote_code"))
+        name, trust = pretrained_model_name_or_path, bool(kwargs.pop("trust_remote_code", False))
+        subfolder = kwargs.pop("subfolder", None) or ""
+        rest = {key: value for key, value in kwargs.items() if key not in HUB_KEYS}
         if not os.path.isdir(name):
             patterns = ["*.json", "*.jinja", "*.model", "*.txt", f"{VLM_FOLDER}/*"]
+            patterns = [os.path.join(subfolder, pattern) for pattern in patterns]
             name = snapshot_download(os.fspath(name), allow_patterns=patterns, **hub)
+        name = os.path.join(name, subfolder)
         check_settings_files(name, {TOKENIZER_CONFIG_NAME: None}, TOKENIZER_CONFIG_NAME)
         if not (of_vlm := Path(name, VLM_FOLDER)).is_dir():
             raise FileNotFoundError(f"{name} has no {VLM_FOLDER}/ with the VLM's processor: fetch or save it again.")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        return cls(tokenizer, AutoProcessor.from_pretrained(of_vlm))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **rest)
+        return cls(tokenizer, AutoProcessor.from_pretrained(of_vlm, **rest))
 
 
 VlmGenieBlueProcessor.register_for_auto_class()

@@ -43,7 +43,7 @@ def extracted(pair):
 
 def _inputs(processor):
     text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
-    return processor(text=text, images=IMAGE, return_tensors="pt")
+    return processor(text=text, images=IMAGE, return_tensors="pt", add_special_tokens=False)  # the text has its start
 
 
 @torch.no_grad()
@@ -92,6 +92,22 @@ def test_text_of_an_extraction_is_the_bases(pair, extracted):
     ours, plain = (each.apply_chat_template(chat, **options) for each in (processor, tokenizer))
     assert torch.equal(ours["input_ids"], plain["input_ids"])
     assert torch.equal(model(**ours).logits, base(**plain).logits)
+
+
+def test_a_rendered_chat_has_one_start_as_the_vlm_reads_it(extracted):
+    processor = VlmGenieBlueProcessor.from_pretrained(extracted.output)
+    own, text = processor.vlm_processor, processor.apply_chat_template(MESSAGES)
+    assert text.startswith(own.tokenizer.bos_token)
+    chat = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, *MESSAGES[0]["content"][1:]]}]
+    expected = own.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(processor(text=[text], images=[IMAGE], return_tensors="pt")["input_ids"], expected)
+
+
+def test_options_of_the_processor_reach_both_tokenizers(extracted):
+    processor = VlmGenieBlueProcessor.from_pretrained(extracted.output.parent, subfolder="mine", padding_side="right")
+    assert processor.tokenizer.padding_side == processor.vlm_processor.tokenizer.padding_side == "right"
+    with pytest.raises(ValueError, match="leave the video out"):
+        processor(text="What?", videos=[IMAGE])
 
 
 def test_a_calibrated_extraction_is_nearer_to_the_vlm_on_its_chats(pair, tmp_path):

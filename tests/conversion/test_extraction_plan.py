@@ -5,6 +5,7 @@ import torch
 
 from conversion.extraction_plan import BlockChange, Choice, place_copies, plan_extraction, trade_off
 from conversion.low_rank import Spectrum
+from modeling_genieblue.configuration_genieblue import select_replicated_layers
 
 WIDTH = 16
 
@@ -38,6 +39,27 @@ def test_copies_are_placed_as_asked(placement, copies, expected):
 def test_auto_copies_the_blocks_that_lose_most():
     plan = plan_extraction(blocks(1, 5, 1, 4), Choice("auto", copies=2, rank=2))
     assert plan.copied == [1, 3]
+
+
+@pytest.mark.parametrize(("num_blocks", "placement"), [(30, "skip"), (18, "skip"), (30, "pre"), (9, "post")])
+def test_the_quarter_is_that_of_every_genieblue(num_blocks, placement):
+    plan = plan_extraction(blocks(*[1] * num_blocks), Choice(placement))
+    assert plan.copied == select_replicated_layers(num_blocks, placement)
+
+
+def test_auto_weighs_blocks_at_the_rank_that_the_others_get():
+    shapes = {0: torch.logspace(0, -9, 100), 1: torch.linspace(1, 0.9, 100) * 0.3}  # which is cut more depends on it
+    uneven = [
+        BlockChange(index, 20_000, {f"layers.{index}.linear": Spectrum((100, 100), values, 10.0)})
+        for index, values in {**shapes, 2: shapes[0] * 0.1, 3: shapes[0] * 0.1}.items()
+    ]
+    assert plan_extraction(uneven, Choice("auto")) == plan_extraction(uneven, Choice("auto", rank=64))
+    assert plan_extraction(uneven, Choice("auto")).copied == [1]
+
+
+def test_auto_with_an_error_copies_the_blocks_whose_lora_would_be_dearest():
+    plan = plan_extraction(blocks(1, 5, 1, 4), Choice("auto", copies=1, error=0.05))
+    assert plan.copied == [1]
 
 
 @pytest.mark.parametrize("budget", [500, 900, 1400, 2048])

@@ -54,6 +54,7 @@ def test_the_multimodal_view_gives_the_adapters_logits(sources, tmp_path, kind):
     ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, "also has lm_head"),
         ({"target_modules": ["q_proj", "lm_head"]}, "also has base_model.model.lm_head"),
     ],
@@ -64,6 +65,16 @@ def test_what_a_genieblue_has_no_place_for_is_refused(sources, tmp_path, setting
     with pytest.raises(ValueError, match=message):
         create_from_peft(adapter, siglip, tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_ranks_that_the_adapter_lacks_can_be_trained(sources, tmp_path):
+    base, siglip = sources
+    adapter = save_adapter(base, tmp_path / "adapter", rank_pattern={"v_proj": 5})
+    create_from_peft(adapter, siglip, tmp_path / "mine")
+    model = GenieBlueForConditionalGeneration.from_pretrained(tmp_path / "mine")
+    lora = model.multimodal_language_model.get_submodule("model.layers.0.self_attn.q_proj")
+    (a,), (b,) = lora.lora_A.values(), lora.lora_B.values()
+    assert a.weight[3:].abs().min() > 0 and not b.weight[:, 3:].any()
 
 
 def test_a_folder_that_is_no_adapter_is_refused(sources, tmp_path):

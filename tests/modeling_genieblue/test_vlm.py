@@ -112,10 +112,15 @@ def test_a_mixed_batch_runs_each_row_in_its_own_view(family):
     both = {name: torch.cat([each, torch.zeros_like(each)]) if name not in ("pixel_values",) or family == "idefics3"
             else each for name, each in request.items()}  # fmt: skip
     both["input_ids"][1], both["attention_mask"][1] = words(length), 1
-    text, image = model(**both).logits.flip(0)
+    output = model(**both, use_cache=True)
+    text, image = output.logits.flip(0)
     assert torch.equal(text[:, :BASE_ROWS], model.language_model(words(length)).logits[0])
     assert text[:, BASE_ROWS:].isneginf().all()
     assert torch.allclose(image[-1], alone, atol=1e-5)
+    steps = {"attention_mask": torch.ones(2, length + 1, dtype=torch.long), "past_key_values": output.past_key_values}
+    following = model(torch.tensor([[5], [7]]), **steps).logits
+    whole = torch.cat([words(length), torch.tensor([[7]])], dim=1)
+    assert torch.allclose(following[1, -1, :BASE_ROWS], model.language_model(whole).logits[0, -1], atol=1e-5)
 
 
 def test_generation_with_an_image_is_the_vlms_own_and_marks_its_cache():
@@ -165,7 +170,7 @@ def test_the_vlm_alone_is_neither_cast_nor_saved():
 def test_images_that_are_half_there_are_refused(missing):
     model = tiny_vlm_genieblue("llava_onevision")
     request = {name: each for name, each in image_request("llava_onevision").items() if name != missing}
-    with pytest.raises((ValueError, TypeError, AttributeError)):
+    with pytest.raises(ValueError, match="pass all that the processor returned"):
         model(**request)
 
 
@@ -181,6 +186,19 @@ def test_a_vlm_of_another_shape_is_refused_with_both_shapes():
     _, base = tiny_vlm_pair("llava", intermediate_size=48)
     with pytest.raises(ValueError, match=r"has shape \[64, 32\], in the base \[48, 32\]"):
         GenieBlueForConditionalGeneration.from_vlm(vlm, base)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.qproj", "model.layers.3.self_attn.q_proj"])
+def test_a_rank_for_no_layer_with_lora_is_refused(name):
+    vlm, base = tiny_vlm_pair("llava")
+    with pytest.raises(ValueError, match=f"{name}: none is a linear layer of a block with LoRA"):
+        GenieBlueForConditionalGeneration.from_vlm(vlm, base, rank_pattern={name: 2})
+
+
+def test_options_of_loading_that_would_have_no_effect_are_refused(tmp_path):
+    tiny_vlm_genieblue().save_pretrained(tmp_path / "mine")
+    with pytest.raises(TypeError, match="cannot be loaded with lora_dropout"):
+        GenieBlueForConditionalGeneration.from_pretrained(tmp_path / "mine", lora_dropout=0.3)
 
 
 def test_an_unknown_family_is_refused_with_what_it_would_need():

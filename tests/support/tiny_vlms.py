@@ -105,8 +105,9 @@ def save_tiny_vlm_pair(folder: Path, dtype: torch.dtype = torch.float32, **optio
         patch_size=7,
         vision_feature_select_strategy="full",
         image_token="<image>",
-        chat_template="{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == "
-        "'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}",
+        chat_template="{{ bos_token }}{% for message in messages %}USER: {% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+        " ASSISTANT:{% endfor %}",
     )
     for name, parts in (("vlm", (vlm, processor)), ("base", (base, tokenizer))):
         for part in parts:
