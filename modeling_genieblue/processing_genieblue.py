@@ -14,10 +14,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.generic import to_py_obj
 
 from .addresses_genieblue import refuse_address
 from .chat_messages_genieblue import conversations_of, image_sources, text_for_template, with_string_contents
+from .decoding_genieblue import ImageTokenDecoding
 from .image_processing_genieblue import GenieBlueImageProcessor, GenieBlueImagesKwargs
 from .model_files_genieblue import PROCESSOR_FILES, check_settings_files
 from .placeholders_genieblue import MarkingTokenizer, TextWithImages, text_pieces
@@ -44,7 +44,7 @@ CALL_OPTIONS -= {"sanitize_control_tokens"}
 ORDER = "Give the images in the order of the placeholders."
 
 
-class GenieBlueProcessor(ProcessorMixin):
+class GenieBlueProcessor(ImageTokenDecoding, ProcessorMixin):
     """
     Turns text and images into model inputs and keeps the base's tokenizer as it is.
 
@@ -287,38 +287,6 @@ class GenieBlueProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[count * self.image_seq_length for count in tiles], num_image_patches=tiles
         )
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
-        """Return the text of one sequence or a batch; a run of image tokens is one placeholder, a special token."""
-        self._check_tokenizer()
-        token_ids = to_py_obj(token_ids)
-        if isinstance(token_ids, (list, tuple)) and any(isinstance(ids, (list, tuple)) for ids in token_ids):
-            return self.batch_decode(token_ids, skip_special_tokens, **kwargs)
-        if not isinstance(token_ids, (list, tuple)) or self.image_token_id not in token_ids:
-            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        if skip_special_tokens:
-            token_ids = [token for token in token_ids if token != self.image_token_id]
-            return self.tokenizer.decode(token_ids, skip_special_tokens=True, **kwargs)
-        tokenizer, numbers = self._marking.tokenizer(self.tokenizer, 1)
-        previous = [None, *token_ids[:-1]]
-        token_ids = [
-            next(iter(numbers)) if token == self.image_token_id else token
-            for token, before in zip(token_ids, previous, strict=True)
-            if token != self.image_token_id or before != self.image_token_id
-        ]
-        (marker,) = self._marking.markers(1)
-        return str(tokenizer.decode(token_ids, **kwargs)).replace(marker, self.image_token)
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
-        """Return the texts of several sequences, as `decode` does for each."""
-        texts: list[Any] = [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
-        return texts
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """Return the texts of generated sequences, prompt and image tokens included (for transformers' pipeline)."""
-        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what processor_config.json holds: all but the tokenizer and the template, which have their files."""
