@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.generic import to_py_obj
 
 from .placeholders_genieblue import MarkingTokenizer
@@ -11,7 +10,7 @@ from .placeholders_genieblue import MarkingTokenizer
 class ImageTokenDecoding:
     """What a processor decodes with."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     image_token: str
     image_token_id: Any
     _marking: MarkingTokenizer
