@@ -98,12 +98,12 @@ class SavedModel:
             snapshot_download(name, revision=self.revision, allow_patterns=f"{inner_base[2:]}/*", **hub)
         self.base_override = None if base is None else os.fspath(base)
 
-    def root_files(self) -> list[str]:
-        """Names of all files in the root, including files that are not downloaded."""
+    def files(self) -> list[str]:
+        """Places of all files in the repository, with "/", including files that are not downloaded."""
         if self.is_local or self.hub.get("local_files_only"):
-            return [path.name for path in self.folder.iterdir() if path.is_file()]
-        files = HfApi(token=self.hub.get("token")).list_repo_files(self.name, revision=self.revision)
-        return [file for file in files if "/" not in file]
+            paths = (path for path in self.folder.rglob("*") if path.is_file())
+            return [path.relative_to(self.folder).as_posix() for path in paths]
+        return HfApi(token=self.hub.get("token")).list_repo_files(self.name, revision=self.revision)
 
     @cached_property
     def config(self) -> GenieBlueConfig:

@@ -135,26 +135,32 @@ def check_folder(subject: SavedModel) -> str:
     """The auto classes recognise the folder as a GenieBlue; its weights are finite, and none belongs to the base."""
     folder = subject.folder
     problems = []
-    root_files = subject.root_files()
-    if ADAPTER_CONFIG_NAME in root_files:
+    places = subject.files()
+    if ADAPTER_CONFIG_NAME in places:
         problems.append(
             f"{ADAPTER_CONFIG_NAME} is in the root, so `AutoModel` of a Hub id would load the base instead: it "
             f"belongs in {ADAPTER_FOLDER}/"
         )
     files = own_weight_files(folder)
     names = {name for file in files for name in read_tensor_sizes(folder / file)}
-    own = own_modules(read_model_config(folder))
+    config = read_model_config(folder)
+    own = own_modules(config)
     foreign = sorted(name for name in names if name.split(".", 1)[0] not in own)
     if foreign:
         problems.append(f"{', '.join(files)} contain {some(foreign)}, expected only {' and '.join(own)}")
     if broken := [name for file in files for name in not_finite(folder / file)]:
         problems.append(f"NaN or infinity in {some(broken)}")
-    others = {name for name in root_files if name.endswith(WEIGHT_SUFFIXES)} - set(files)
-    if others:
-        problems.append(f"it contains foreign weight files: {some(sorted(others))}")
+    base = config.get("base_model_name_or_path")
+    inner = base[2:] if is_inner_folder(base) else None
+    expected = {*files, adapter_weights(config)}
+    if inner is not None:
+        expected |= {f"{inner}/{file}" for file in weight_files(ModelFiles(folder / inner).find)}
+    known = ("", ADAPTER_FOLDER, inner)
+    weights = {place for place in places if place.endswith(WEIGHT_SUFFIXES) and place.rpartition("/")[0] in known}
+    if others := weights - expected:
+        problems.append(f"it contains foreign weight files, which nothing loads or checks: {some(sorted(others))}")
     fail_on(problems)
-    base = read_model_config(folder).get("base_model_name_or_path")
-    of_base = f"the base in {base}" if is_inner_folder(base) else "no weight of the base"
+    of_base = f"the base in {base}" if inner is not None else "no weight of the base"
     return f"{len(names)} tensors of {' and '.join(own)}, all finite; {of_base}, no adapter in the root"
 
 

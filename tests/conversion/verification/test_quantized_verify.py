@@ -146,6 +146,13 @@ def test_layers_that_stay_at_another_precision_pass(tmp_path, run):
     assert failed == [], details
 
 
+def test_weight_files_beside_those_of_an_inner_base_are_found(whole, tmp_path, run):
+    folder = Path(shutil.copytree(whole, tmp_path / "whole"))
+    shutil.copy(folder / "base/quantized_model.safetensors", folder / "base/more.safetensors")
+    failed, details = run(folder, "folder")
+    assert failed == ["folder"] and "base/more.safetensors" in details
+
+
 def test_a_self_contained_one_passes(whole):
     checks = verify_model(whole)
     assert [check.detail for check in checks if not check.ok] == []

@@ -268,7 +268,9 @@ def test_weights_of_the_base_in_the_folder_are_found(folder, run):
     assert failed == ["folder"] and "language_model.lm_head" in details
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "base.safetensors", "model.gguf"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "base.safetensors", "model.gguf", "language_adapter/adapter_model.bin"]
+)
 def test_weight_files_of_other_origin_are_found(folder, run, name):
     (folder / name).touch()
     failed, details = run(folder, "folder")
