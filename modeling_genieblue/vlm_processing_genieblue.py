@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .addresses_genieblue import refuse_address
 from .chat_messages_genieblue import conversations_of, image_sources, text_for_template
+from .image_reading_genieblue import read_image
 from .model_files_genieblue import (
     ACCESS_KEYS,
     PROCESSOR_CONFIGS,
@@ -21,6 +22,7 @@ from .model_files_genieblue import (
     check_settings_files,
     write_json,
 )
+from .request_rows_genieblue import images_by_part
 
 HUB_KEYS = (*ACCESS_KEYS, "revision")
 
@@ -80,19 +82,30 @@ class VlmGenieBlueProcessor(ProcessorMixin):
         return self.vlm_processor(text=text, images=images, **kwargs)
 
     def apply_chat_template(
-        self, conversation: Any, chat_template: str | None = None, *, tokenize: bool = False, **kwargs: Any
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        images: Any = None,
+        tokenize: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """
         Format one conversation or a batch of them, and tokenize it if `tokenize` is set; by the base's template if
-        none has an image, by the VLM's if all have.
+        none has an image, by the VLM's if all have. `images` are those of image parts without one, in order.
         """
         conversations, is_batch = conversations_of(conversation)
-        has_images = [bool(image_sources(chat)) for chat in conversations]
-        if all(has_images):
+        sources = [image_sources(chat) for chat in conversations]
+        if images is not None:
+            sources = images_by_part(sources, images, "Give them in the order of the image parts.")
+        if all(sources):
+            chats = [self._in_parts(chat) for chat in conversations]
+            if images is not None:
+                chats = [_with_images(chat, row) for chat, row in zip(chats, sources, strict=True)]
             return self.vlm_processor.apply_chat_template(
-                conversation, chat_template=chat_template, tokenize=tokenize, **kwargs
+                chats if is_batch else chats[0], chat_template=chat_template, tokenize=tokenize, **kwargs
             )
-        if any(has_images):
+        if any(sources):
             raise ValueError(
                 "Some conversations have images and others none: encode the texts in a call of their own, which the "
                 "base's template formats."
@@ -100,6 +113,25 @@ class VlmGenieBlueProcessor(ProcessorMixin):
         kwargs["chat_template"] = chat_template
         chats = [text_for_template(self.tokenizer, chat, kwargs) for chat in conversations]
         return self.tokenizer.apply_chat_template(chats if is_batch else chats[0], tokenize=tokenize, **kwargs)
+
+    def _in_parts(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The chat with all contents as lists of parts, which every VLM's template takes; ValueError for a text with
+        a placeholder, which the VLM's processor would take for an image."""
+        settings = vars(self.vlm_processor).items()
+        markers = [each for name, each in settings if name.endswith("image_token") and isinstance(each, str)]
+        parted = []
+        for message in chat:
+            content = message.get("content")
+            parts = [content] if isinstance(content, str) else content or []
+            parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+            for text in (part["text"] for part in parts if part.get("type") == "text"):
+                if found := [marker for marker in markers if marker in text]:
+                    raise ValueError(
+                        f"A text contains {found[0]!r}, by which this VLM's processor marks images: reword it, and "
+                        "give images as parts of a message."
+                    )
+            parted.append({**message, "content": parts})
+        return parted
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
         """Write the base's tokenizer into the folder, the VLM's processor into `vlm` within it, and this code."""
@@ -132,6 +164,16 @@ class VlmGenieBlueProcessor(ProcessorMixin):
             raise FileNotFoundError(f"{name} has no {VLM_FOLDER}/ with the VLM's processor: fetch or save it again.")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **rest)
         return cls(tokenizer, AutoProcessor.from_pretrained(of_vlm, **rest))
+
+
+def _with_images(chat: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
+    """A chat of parts with its images, read, in its image parts."""
+    pictures = (read_image(image, index) for index, image in enumerate(images))
+
+    def filled(part: dict[str, Any]) -> dict[str, Any]:
+        return part if part.get("type") == "text" else {"type": "image", "image": next(pictures)}
+
+    return [{**message, "content": [filled(part) for part in message["content"]]} for message in chat]
 
 
 VlmGenieBlueProcessor.register_for_auto_class()

@@ -95,8 +95,8 @@ def evaluate(
         }  # fmt: skip
         if out is not None:
             write_report(
-                out, evaluation, dataset, answerer.processor.image_processor, name=name, settings=settings,
-                differences=differences,
+                out, evaluation, dataset, getattr(answerer.processor, "image_processor", None), name=name,
+                settings=settings, differences=differences,
             )  # fmt: skip
         if record and out is not None:
             record_in_model(model, out)
@@ -130,12 +130,12 @@ def _open(
 
         return BundleAnswerer(open_bundle(name, npu, None).runner)
     from conversion.cpu_threads import warn_of_threads
-    from genieblue.evaluation.answering import ModelAnswerer
+    from genieblue.evaluation.answering import answerer_of
 
     chat = load_chat(name, base, revision, dtype, choose_device(device), trust_remote_code)
     if chat.model.device.type == "cpu":
         warn_of_threads()
-    return ModelAnswerer(chat.model, chat.processor, batch_size=batch_size, view=view)
+    return answerer_of(chat.model, chat.processor, batch_size=batch_size, view=view)
 
 
 def _show(evaluation: Any, differences: list[Any], settings: dict[str, Any], json_output: bool) -> None:

@@ -149,7 +149,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     from genieblue.training import stages
     from genieblue.training.plan import format_plan
     from genieblue.training.run_file import settings_of
-    from genieblue.training.structure import GenieBlueStructure
+    from genieblue.training.vlm_structure import structure_of
 
     settings = settings_of(values)
     out = Path(values["out"])
@@ -169,7 +169,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     chat = load_chat(
         values["model"], values.get("base"), None, values.get("dtype", "auto"), "cpu", trust_remote_code
     )  # Trainer moves it to the GPU
-    structure = GenieBlueStructure(chat.model)
+    structure = structure_of(chat.model)
     if (quantized := values.get("on_quantized")) is not None:
         with looking_for(quantized):
             if is_bundle(quantized):

@@ -145,14 +145,16 @@ class ChatCollator:
             elif ends:
                 fitting.append(ChatRow(row.input_ids[: ends[-1]], row.labels[: ends[-1]]))
         if not fitting:
-            ids = rows[0].input_ids
-            raise ValueError(
-                f"{len(ids)} tokens, {ids.count(self.processor.image_token_id)} of them for images, and even the "
-                f"first answer does not fit in {self.max_length}; raise `max_length` or lower `max_tiles`."
-            )
+            raise ValueError(self._too_long(rows[0].input_ids))
         if len(fitting) < len(rows) or any(len(row.labels) > self.max_length for row in rows):
             self._log_once(f"Chats of more than {self.max_length} tokens lose their last answers.")
         return fitting
+
+    def _too_long(self, ids: list[int]) -> str:
+        return (
+            f"{len(ids)} tokens, {ids.count(self.processor.image_token_id)} of them for images, and even the first "
+            f"answer does not fit in {self.max_length}; raise `max_length` or lower `max_tiles`."
+        )
 
     def _log_once(self, message: str) -> None:
         if message not in self._said:

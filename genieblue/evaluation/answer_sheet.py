@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from modeling_genieblue.image_reading_genieblue import read_image
 
@@ -70,7 +70,13 @@ def _draw_image(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, image: Image.Image,
     image_processor: Any,
 ) -> None:  # fmt: skip
-    """Pastes an image as the processor places it on its canvas of tiles, with their borders."""
+    """Pastes an image as the processor places it on its canvas of tiles, with their borders.
+
+    Without a processor of ours (a VLM cuts images by its own rules) the image is shown as it is.
+    """
+    if image_processor is None:
+        sheet.paste(ImageOps.contain(image.convert("RGB"), (max(1, width), IMAGE_HEIGHT - 8)), corner)
+        return
     tile = image_processor.tile_size
     columns, rows = image_processor.select_grid(*image.size)
     scale = min(width / (columns * tile), (IMAGE_HEIGHT - 8) / (rows * tile))

@@ -6,8 +6,10 @@ from typing import Any, Protocol
 
 import torch
 
-from conversion.chat_ids import IGNORED, answer_ids, answer_text, stop_token_ids
+from conversion.chat_ids import IGNORED, ChatRow, answer_ids, answer_text, stop_token_ids
 from conversion.chat_template import check_processor_template
+from conversion.vlm_chat_ids import VlmChatFormat
+from genieblue.data.vlm_collation import VlmChatCollator
 from genieblue.evaluation.samples import EvaluationSample
 from genieblue.serving.conversation import GREEDY
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
@@ -76,7 +78,7 @@ class ModelAnswerer:
         )
         rows = generated[:, inputs["input_ids"].shape[1] :].tolist()
         return [
-            answer_text(self.processor, sample.prompt, self._until_stop(row))
+            answer_text(self._format(sample), sample.prompt, self._until_stop(row, sample))
             for sample, row in zip(samples, rows, strict=True)
         ]
 
@@ -113,9 +115,75 @@ class ModelAnswerer:
         logits = self.model(input_ids=ids, **images, view=self.view(sample), use_cache=False).logits[0]
         return logits[len(prompt) - 1 : -1].float(), ids[0, len(prompt) :]
 
-    def _until_stop(self, ids: list[int]) -> list[int]:
+    def _format(self, sample: EvaluationSample) -> Any:
+        """What formats and decodes a chat, as `chat_ids` asks a processor."""
+        return self.processor
+
+    def _stops(self, sample: EvaluationSample) -> tuple[int, ...]:
+        """The tokens that stop the answer to a sample."""
+        return self._stop_ids
+
+    def _until_stop(self, ids: list[int], sample: EvaluationSample) -> list[int]:
         """The ids up to the first stop token, behind which a batch is padded."""
-        return ids[: next((place for place, token in enumerate(ids) if token in self._stop_ids), len(ids))]
+        stops = self._stops(sample)
+        return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
+
+
+class VlmAnswerer(ModelAnswerer):
+    """Answers of a GenieBlue whose images run a VLM: one request at a time, as its own processor encodes it."""
+
+    def __init__(self, model: Any, processor: Any, *, view: str | None = None):
+        """`view` as for `ModelAnswerer`; `ValueError` for texts in the multimodal view, which is the VLM's."""
+        super().__init__(model, processor, batch_size=1, view=view)
+        self._stop_ids_of_vlm = stop_token_ids(model.vlm.generation_config)
+
+    def view(self, sample: EvaluationSample) -> str:
+        """The view that answers a sample; `ValueError` for a text that is to run the VLM."""
+        view = super().view(sample)
+        if view == MULTIMODAL and not sample.images:
+            raise ValueError("Text runs the base of this GenieBlue: its VLM is asked with an image only.")
+        return view
+
+    @torch.no_grad()
+    def log_likelihoods(self, sample: EvaluationSample) -> list[float]:
+        """As `ModelAnswerer.log_likelihoods`."""
+        found = []
+        for choice in sample.choices:
+            logits, answer = self._answer_logits(sample, choice)
+            found.append(float(torch.log_softmax(logits, dim=-1).gather(1, answer[:, None]).double().sum()))
+        return found
+
+    @torch.no_grad()
+    def reference_logits(self, sample: EvaluationSample) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `ModelAnswerer.reference_logits`."""
+        return self._answer_logits(sample, sample.references[0])
+
+    def _answer_logits(self, sample: EvaluationSample, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 logits (tokens, vocabulary) for an answer with its stop token, and its ids (tokens,)."""
+        chat = [*sample.prompt, {"role": "assistant", "content": text}]
+        chat_format = self._format(sample)
+        prompt, answer = chat_format.answer(chat, self._stops(sample))
+        inputs = {"input_ids": torch.tensor([prompt + answer])}
+        if sample.images:
+            collator = VlmChatCollator(self.processor)
+            row = collator.row(ChatRow(prompt + answer, prompt + answer), chat_format.inputs_of(prompt))
+            inputs = {name: value for name, value in collator([[row]]).items() if name != "labels"}
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        logits = self.model(**inputs, view=self.view(sample), use_cache=False).logits[0]
+        return logits[len(prompt) - 1 : -1].float(), inputs["input_ids"][0, len(prompt) :]
+
+    def _stops(self, sample: EvaluationSample) -> tuple[int, ...]:
+        return self._stop_ids_of_vlm if sample.images else self._stop_ids
+
+    def _format(self, sample: EvaluationSample) -> Any:
+        return VlmChatFormat(self.processor, sample.images)
+
+
+def answerer_of(model: Any, processor: Any, *, batch_size: int = 8, view: str | None = None) -> ModelAnswerer:
+    """What answers for a GenieBlue, by the kind of its multimodal side."""
+    if getattr(model.config, "vlm_config", None) is not None:
+        return VlmAnswerer(model, processor, view=view)
+    return ModelAnswerer(model, processor, batch_size=batch_size, view=view)
 
 
 def image_tiles(processor: Any, sample: EvaluationSample) -> tuple[torch.Tensor | None, list[int]]:

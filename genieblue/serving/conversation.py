@@ -10,11 +10,14 @@ import torch
 from transformers import CompileConfig, StaticCache, TextStreamer
 
 from conversion.chat_ids import decoded_frame
+from conversion.vlm_chat_ids import VlmChatFormat
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.chat_messages_genieblue import image_sources
 from modeling_genieblue.compat_genieblue import CACHE, takes_cache_of_generate
 from modeling_genieblue.image_reading_genieblue import read_image
 from modeling_genieblue.placeholders_genieblue import TextWithImages
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
+from modeling_genieblue.vlm_modeling_genieblue import IMAGE_INPUTS, ROW_INPUTS
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +75,16 @@ class Conversation(ABC):
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = self._encode(messages)
         ids: list[int] = inputs["input_ids"][0].tolist()
-        view = view or (MULTIMODAL if self.processor.image_token_id in ids else TEXT)
+        view = view or (MULTIMODAL if image_sources(messages) else TEXT)
         # The text view's answers are shown as the base generates them.
         is_framed = view == MULTIMODAL and not self.completes_only
-        before, after = decoded_frame(self.processor, messages) if is_framed else ("", "")
-        streamer = None if on_text is None else _TextPieces(self.processor.tokenizer, on_text, before, after)
+        chat_format = self._format(messages)
+        before, after = decoded_frame(chat_format, messages) if is_framed else ("", "")
+        streamer = None if on_text is None else _TextPieces(chat_format.tokenizer, on_text, before, after)
         answer_ids = self._answer(
-            ids, inputs.get("pixel_values"), view=view, max_new_tokens=max_new_tokens, streamer=streamer, **drawing
+            ids, self._pixels(inputs), view=view, max_new_tokens=max_new_tokens, streamer=streamer, **drawing
         )
-        text = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True)
+        text = chat_format.tokenizer.decode(answer_ids, skip_special_tokens=True)
         text = text.removeprefix(before).removesuffix(after)
         if self.completes_only:
             self._forget_cache()
@@ -97,6 +101,15 @@ class Conversation(ABC):
     def _answer(self, ids: list[int], pixel_values: Any, **settings: Any) -> list[int]:
         """Ids of the answer to `ids`; keeps the cache unless generation fails."""
 
+    def _format(self, messages: list[dict[str, Any]]) -> Any:
+        """What formats and decodes a chat, as `chat_ids` asks a processor."""
+        return self.processor
+
+    @staticmethod
+    def _pixels(inputs: Any) -> Any:
+        """What shows images among a request's inputs."""
+        return inputs.get("pixel_values")
+
     def _forget_cache(self) -> None:
         self._cache: Any = None
         self._cached_ids: list[int] = []
@@ -111,9 +124,11 @@ class Conversation(ABC):
             if cached != wanted:
                 break
             shared += 1
-        image_token = self.processor.image_token_id
-        in_image = shared > 0 and ids[shared - 1] == image_token == ids[shared]
-        return 0 if in_image else shared
+        return 0 if shared > 0 and self._is_in_image(ids[shared - 1 : shared + 1]) else shared
+
+    def _is_in_image(self, ids: list[int]) -> bool:
+        """Whether two tokens are of one image."""
+        return ids[0] == self.processor.image_token_id == ids[1]
 
     def _new_pixels(self, pixel_values: Any, new_ids: list[int]) -> Any:
         """The tiles of images that are not in the cache, which are the last ones."""
@@ -178,14 +193,11 @@ class Chat(Conversation):
         loaded = GenieBlueForConditionalGeneration.from_pretrained(
             model, base_model=base_model, dtype=dtype, **hub_kwargs
         )
-        if getattr(loaded.config, "vlm_config", None) is not None:
-            raise ValueError(
-                f"{model} sees with a whole VLM, whose own template and tiles this conversation does not know: run it "
-                "by its own processor, `AutoProcessor.from_pretrained(...)`, and `model.generate`."
-            )
         if device is not None:
             loaded.to(device)
-        return cls(loaded, GenieBlueProcessor.from_pretrained(model, **hub_kwargs), compile=compile)
+        has_vlm = getattr(loaded.config, "vlm_config", None) is not None
+        kind = VlmChat if has_vlm else cls
+        return kind(loaded, loaded.processor_class.from_pretrained(model, **hub_kwargs), compile=compile)
 
     def _answer(
         self,
@@ -264,6 +276,56 @@ class Chat(Conversation):
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if limit is not None and length > limit:
             logger.warning("The conversation may reach %d tokens, but the base supports only %d.", length, limit)
+
+
+class VlmChat(Chat):
+    """A conversation with a GenieBlue whose images run a VLM, by the VLM's own processor.
+
+    Text is the base's, with its cache. From the first image on, each turn is prefilled anew: some VLMs keep the
+    positions of images beside the cache.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, compile: bool = False):
+        if compile:
+            raise ValueError("Decoding of a GenieBlue with a VLM cannot be compiled here: leave out `compile`.")
+        super().__init__(model, processor)
+
+    def _encode(self, messages: list[dict[str, Any]]) -> Any:
+        if image_sources(messages) and self.processor.vlm_processor.chat_template is None:
+            raise ValueError(
+                "The VLM has no chat template, so a chat with images cannot be formatted: set "
+                "`processor.vlm_processor.chat_template`."
+            )
+        if image_sources(messages) and self.completes_only:
+            raise ValueError("The base has no chat template, so there are no chats with images.")
+        return super()._encode(messages)
+
+    def _format(self, messages: list[dict[str, Any]]) -> Any:
+        return VlmChatFormat(self.processor, image_sources(messages))
+
+    @staticmethod
+    def _pixels(inputs: Any) -> Any:
+        shown = {name: value for name, value in inputs.items() if name in (*IMAGE_INPUTS, *ROW_INPUTS)}
+        return shown if "pixel_values" in shown else None
+
+    def _answer(self, ids: list[int], pixel_values: Any, *, view: str, **settings: Any) -> list[int]:
+        if view == MULTIMODAL and pixel_values is None:
+            raise ValueError("Text runs the base of this GenieBlue: its VLM is asked with an image only.")
+        if pixel_values is not None:
+            device = self.model.language_model.device
+            pixel_values = {name: value.to(device) for name, value in pixel_values.items()}
+        return super()._answer(ids, pixel_values, view=view, **settings)
+
+    def _new_pixels(self, pixel_values: Any, new_ids: list[int]) -> Any:
+        return pixel_values
+
+    def _crop_cache(self, ids: list[int], view: str) -> int:
+        if view == MULTIMODAL:
+            self._forget_cache()
+        return super()._crop_cache(ids, view)
+
+    def _is_in_image(self, ids: list[int]) -> bool:
+        return False  # a base may have the VLM's image token as a word
 
 
 # Without these, a base with sampling settings would warn that they have no effect.

@@ -75,7 +75,7 @@ def plan_training(
     count = sum(trained.values())
     world = int(os.environ.get("WORLD_SIZE", 1))
     chats = data.chats if isinstance(data, PackedChats) else data
-    lengths, labelled, tiles = _probe(chats)
+    lengths, labelled, tiles, pixels = _probe(chats)
     mean = sum(lengths) / len(lengths)
     tokens = data.num_tokens / len(data) if isinstance(data, PackedChats) else mean  # in a row of a batch
     per_step = settings.samples_per_step
@@ -95,7 +95,7 @@ def plan_training(
         "gradients being exchanged": exchanged * FLOAT32,
         "blocks being gathered": gathered * GATHERED * FLOAT32,
         "activations (estimate)": _activations(
-            structure, settings, VISION_TOWER in trained, tokens, tiles * tokens / sum(lengths), labelled
+            structure, settings, VISION_TOWER in trained, tokens, pixels * tokens / sum(lengths), labelled
         ),
     }
     checkpoint = count * (1 + MOMENTS) * FLOAT32
@@ -201,14 +201,14 @@ def _largest_group(structure: GenieBlueStructure, groups: tuple[str, ...]) -> in
     return max([*blocks, sum(trained.values()) - sum(blocks)])
 
 
-def _probe(data: EncodedChats) -> tuple[list[int], float, int]:
-    """Lengths of some samples spread over the data, the share of labelled tokens, and how many tiles they have."""
+def _probe(data: EncodedChats) -> tuple[list[int], float, int, int]:
+    """Lengths of some samples spread over the data, the share of labelled tokens, how many tiles and pixel values."""
     count = min(PROBED, len(data))
     rows = [row for number in range(count) for row in data[number * len(data) // count]]
     lengths = [len(row["input_ids"]) for row in rows]
     labelled = sum(label >= 0 for row in rows for label in row["labels"])
-    tiles = sum(len(row["pixel_values"]) for row in rows if "pixel_values" in row)
-    return lengths, labelled / sum(lengths), tiles
+    tiles = [row["pixel_values"] for row in rows if "pixel_values" in row]
+    return lengths, labelled / sum(lengths), sum(map(len, tiles)), sum(each.numel() for each in tiles)
 
 
 def _activations(
@@ -216,15 +216,14 @@ def _activations(
     settings: TrainingSettings,
     trains_tower: bool,
     tokens: float,
-    tiles: float,
+    pixels: float,
     labelled: float,
 ) -> int:
     """Bytes that one batch keeps for its backward pass, roughly."""
-    text, vision = structure.model.config.text_config, structure.model.config.vision_config
+    text = structure.model.config.text_config
     size = 2 if structure.frozen.dtype == torch.bfloat16 else FLOAT32
     kept = KEPT_BY_CHECKPOINTED_BLOCK if settings.gradient_checkpointing else KEPT_BY_BLOCK
-    patches = (vision.image_size // vision.patch_size) ** 2
     blocks = text.num_hidden_layers * text.hidden_size * tokens
-    tower = vision.num_hidden_layers * vision.hidden_size * patches * tiles if trains_tower else 0
+    tower = structure.vision_activations(pixels) if trains_tower else 0
     logits = tokens * labelled * text.vocab_size * FLOAT32
     return int(settings.batch_size * ((blocks + tower) * kept * size + 2 * logits))

@@ -62,7 +62,7 @@ def prepared_for_training(
 
 
 @contextlib.contextmanager
-def naming_memory_settings(settings: TrainingSettings, max_tiles: int) -> Iterator[None]:
+def naming_memory_settings(settings: TrainingSettings, max_tiles: int | None) -> Iterator[None]:
     """Turns a GPU's lack of memory into a `ValueError` that names the settings to change."""
     try:
         yield
@@ -70,7 +70,8 @@ def naming_memory_settings(settings: TrainingSettings, max_tiles: int) -> Iterat
         remedies = [f"lower `batch_size` ({settings.batch_size}) and raise `gradient_accumulation` by as much"]
         if not settings.gradient_checkpointing:
             remedies.append("turn on `gradient_checkpointing` (--gradient-checkpointing)")
-        remedies.append(f"lower `max_length` ({settings.max_length}) or `max_tiles` ({max_tiles})")
+        tiles = "" if max_tiles is None else f" or `max_tiles` ({max_tiles})"
+        remedies.append(f"lower `max_length` ({settings.max_length}){tiles}")
         if not settings.fsdp:
             remedies.append("with several GPUs use `fsdp` (--fsdp)")
         raise ValueError(

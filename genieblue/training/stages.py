@@ -17,7 +17,6 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_accelerate_available
 
 from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
-from conversion.chat_template import check_processor_template
 from conversion.cpu_threads import warn_of_threads
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator, EncodedChats
@@ -36,6 +35,7 @@ from genieblue.training.sharding import sharded_parameters, wants_fsdp
 from genieblue.training.structure import VISION_TOWER, GenieBlueStructure, StageRecipe
 from genieblue.training.trainer import SAMPLES_PER_STEP, StageTrainer, TrainingProgress
 from genieblue.training.validation import ValidationAnswers, best_record, warn_of_training_data
+from genieblue.training.vlm_structure import structure_of
 from genieblue.training.zero import engine_settings, plain_after_zero, zero_stage
 from modeling_genieblue.saving_genieblue import check_replaceable
 
@@ -137,11 +137,15 @@ def _make_run(
     settings = replace(settings, fsdp=wants_fsdp(settings.fsdp))
     if settings.fsdp and zero_stage():
         raise ValueError("Both `fsdp` (--fsdp) and accelerate's --use_deepspeed are on: leave out one of them.")
-    structure = model if hasattr(model, "parameter_groups") else GenieBlueStructure(model)
-    check_processor_template(processor)
-    if not stop_token_ids(structure.model.generation_config):
-        raise ValueError(NO_STOP_TOKEN)
+    structure = model if hasattr(model, "parameter_groups") else structure_of(model)
     recipe = structure.recipe(settings.stage)
+    structure.check(processor, settings)
+    if not stop_token_ids(structure.generation_config):
+        raise ValueError(NO_STOP_TOKEN)
+    if validation is not None and not structure.trains_on_texts:
+        validation = validation.with_images()
+        if len(validation) == 0:
+            raise ValueError("None of the validation samples has an image: give some that have, or leave them out.")
     return _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation)
 
 
@@ -156,8 +160,8 @@ def _chats_to_learn_from(dataset: Any, recipe: StageRecipe) -> ChatDataset:
     with_images = chats.with_images()
     if len(with_images) == 0:
         raise ValueError(
-            f"None of the {len(chats)} samples has an image, so the projector cannot be trained: give chats with "
-            "images, or train stage 2."
+            f"None of the {len(chats)} samples has an image, so {recipe.groups[0]} cannot be trained: give chats with "
+            "images."
         )
     return with_images
 
@@ -182,8 +186,7 @@ class _Run:
             raise ValueError(f"All learning rates are 0 ({', '.join(rates)}), so nothing is trained: raise one.")
         if self.settings.cache_image_features:
             check_cacheable(self.structure.model.vision_tower, VISION_TOWER in self.learning_rates)
-        own_tiles = self.processor.image_processor.max_tiles
-        self.max_tiles = self.settings.max_tiles or self.recipe.max_tiles or own_tiles
+        self.max_tiles = self.structure.max_tiles(self.processor, self.settings)
         self.autocast_dtype = choose_autocast(self.structure.frozen, self.settings.bf16)
 
     @cached_property
@@ -205,13 +208,7 @@ class _Run:
 
     @cached_property
     def _collator(self) -> ChatCollator:
-        return ChatCollator(
-            self.processor,
-            stop_ids=stop_token_ids(self.structure.model.generation_config),
-            max_length=self.settings.max_length,
-            max_tiles=self.max_tiles,
-            joins_packs=self.settings.pack and uses_flash_attention(self.structure.model),
-        )
+        return self.structure.collator(self.processor, self.settings)
 
     def plan(self) -> TrainingPlan:
         """What the run will take."""
@@ -314,7 +311,7 @@ class _Run:
             "batch size": f"{rows} × {settings.max_length} tokens, packed" if settings.pack else rows,
             "samples in the data": result.num_samples,
             "sequence length": settings.max_length,
-            "tiles per image": 1 if self.max_tiles == 1 else f"up to {self.max_tiles}",
+            "tiles per image": {1: 1, None: "the VLM's own"}.get(self.max_tiles, f"up to {self.max_tiles}"),
             "peak learning rate": next(iter(rates.values()))
             if len(set(rates.values())) == 1
             else ", ".join(f"{group} {rate}" for group, rate in rates.items()),

@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from conversion.chat_ids import stop_token_ids
+from conversion.chat_template import check_processor_template
+from genieblue.data.collation import ChatCollator
+from genieblue.training.packed_attention import uses_flash_attention
+from genieblue.training.settings import TrainingSettings
 from modeling_genieblue.model_files_genieblue import RECIPE_NAME
 
 VISION_TOWER = "vision_tower"
@@ -36,6 +41,7 @@ class GenieBlueStructure:
     Training accesses a model only through this; another structure needs the same attributes and methods.
     """
 
+    trains_on_texts = True  # in a stage that needs no images
     groups = (VISION_TOWER, "multi_modal_projector", "replicated_blocks", "lora")
     stages = {
         1: StageRecipe(
@@ -55,11 +61,6 @@ class GenieBlueStructure:
             raise ValueError(
                 "This GenieBlue has no base: create it with `from_base` or load it with `from_pretrained`."
             )
-        if getattr(model.config, "vlm_config", None) is not None:
-            raise ValueError(
-                "This GenieBlue sees with a whole VLM, whose own template and tiles this trainer does not know: train "
-                "it in a loop of your own on batches of `processor.vlm_processor`, and save it with `save_pretrained`."
-            )
         if getattr(model.config, "quantization", None) is not None:
             raise ValueError(
                 "Quantized weights cannot be trained: train the 16-bit GenieBlue, then quantize it again."
@@ -71,6 +72,34 @@ class GenieBlueStructure:
     def frozen(self) -> nn.Module:
         """The module that must not change by a byte."""
         return self.model.language_model
+
+    @property
+    def generation_config(self) -> Any:
+        """The settings with which requests with images are generated."""
+        return self.model.generation_config
+
+    def check(self, processor: Any, settings: TrainingSettings) -> None:
+        """`ValueError` for a processor without a usable chat template."""
+        check_processor_template(processor)
+
+    def max_tiles(self, processor: Any, settings: TrainingSettings) -> int | None:
+        """How many tiles an image has at most; `None` if that is not known here."""
+        return settings.max_tiles or self.recipe(settings.stage).max_tiles or processor.image_processor.max_tiles
+
+    def collator(self, processor: Any, settings: TrainingSettings) -> ChatCollator:
+        """What makes batches of chats."""
+        return ChatCollator(
+            processor,
+            stop_ids=stop_token_ids(self.generation_config),
+            max_length=settings.max_length,
+            max_tiles=self.max_tiles(processor, settings),
+            joins_packs=settings.pack and uses_flash_attention(self.model),
+        )
+
+    def vision_activations(self, pixels: float) -> float:
+        """Hidden values of all blocks of the vision tower for so many pixel values, roughly."""
+        vision = self.model.config.vision_config
+        return vision.num_hidden_layers * vision.hidden_size * pixels / (3 * vision.patch_size**2)
 
     def recipe(self, stage: int) -> StageRecipe:
         """The recipe for a stage; `ValueError` if there is none."""
@@ -122,13 +151,16 @@ class GenieBlueStructure:
         Blocks count from 0 at the input: block i of L gets `decay ** (L - i)`, the embeddings `decay ** (L + 1)`, the
         norm after the last block 1 (BEiT's rule, arXiv 2106.08254).
         """
-        num_layers = self.model.config.vision_config.num_hidden_layers
+        num_layers = self._num_vision_layers()
         words = name.split(".")
         if "embeddings" in words:
             return decay ** (num_layers + 1)
         if "layers" in words:
             return decay ** (num_layers - int(words[words.index("layers") + 1]))
         return 1.0
+
+    def _num_vision_layers(self) -> int:
+        return self.model.config.vision_config.num_hidden_layers
 
     def save(self, output: Path, processor: Any, stage: str, facts: dict[str, Any]) -> None:
         """Saves the model as a complete folder that records the `facts` of this stage and of earlier ones."""

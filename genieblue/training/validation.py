@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from genieblue.data.chats import ChatDataset
-from genieblue.evaluation.answering import ModelAnswerer
+from genieblue.evaluation.answering import answerer_of
 from genieblue.evaluation.evaluate import evaluate
 from genieblue.evaluation.samples import EvaluationDataset
 from modeling_genieblue.staging_genieblue import NewFolder
@@ -49,7 +49,7 @@ class ValidationAnswers(TrainerCallback):
         model.eval()
         try:
             with self._trainer.compute_loss_context_manager():
-                answerer = ModelAnswerer(
+                answerer = answerer_of(
                     model, self._processor, batch_size=args.per_device_eval_batch_size, view=MULTIMODAL
                 )
                 scores = evaluate(answerer, self._data, max_new_tokens=self._max_new_tokens).scores()

@@ -1,8 +1,12 @@
-"""`genieblue extract`, `info` of what it makes, and commands that cannot run that."""
+"""`genieblue extract`, and the commands that go on with what it makes."""
+
+import json
 
 import pytest
 from command_line import error_of, run, run_json
+from PIL import Image
 from tiny_vlms import save_tiny_vlm_pair
+from vlm_training_setup import chat, extract_tiny
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +19,18 @@ def test_extract_prints_the_parts_the_plan_and_the_measured_logits(pair, tmp_pat
     result = run("extract", "--mllm", pair[0], "--base", pair[1], "--out", mine, "--placement", "auto", "--copies", 1)
     assert "images run a VLM of type llava" in result.stdout
     assert "Logits against the VLM's own: " in result.stdout
-    assert "sees with a whole VLM" in error_of("chat", mine, "--prompt", "hi")
+
+
+def test_what_extract_makes_is_trained_evaluated_and_asked(tmp_path):
+    mine, data = extract_tiny(tmp_path), tmp_path / "chats.jsonl"
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "red.png")
+    data.write_text(json.dumps(chat("<image>\nColour?", "Red.", "red.png")))
+    healed = tmp_path / "healed"
+    options = ["--steps", "30", "--learning-rate", "0.01", "--save-steps", "0"]
+    run("train", "--stage", "2", "--model", mine, "--data", data, "--out", healed, *options)
+    assert run_json("eval", healed, "--data", data, "--json")["scores"][0]["mean"] == 1
+    asked = run_json("chat", healed, "--prompt", "Colour?", "--image", tmp_path / "red.png", "--json")
+    assert (asked["view"], asked["text"]) == ("multimodal", "Red.")
 
 
 def test_extract_as_json_has_the_plan(pair, tmp_path):
