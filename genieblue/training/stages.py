@@ -146,10 +146,10 @@ def _make_run(
         validation = validation.with_images()
         if len(validation) == 0:
             raise ValueError("None of the validation samples has an image: give some that have, or leave them out.")
-    return _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe), settings, validation)
+    return _Run(structure, recipe, processor, _chats_to_learn_from(dataset, recipe, structure), settings, validation)
 
 
-def _chats_to_learn_from(dataset: Any, recipe: StageRecipe) -> ChatDataset:
+def _chats_to_learn_from(dataset: Any, recipe: StageRecipe, structure: GenieBlueStructure) -> ChatDataset:
     """The samples of a dataset that are useful in a stage; `ValueError` if there are none."""
     chats = dataset if isinstance(dataset, ChatDataset) else ChatDataset(dataset)
     if len(chats) == 0:
@@ -159,9 +159,10 @@ def _chats_to_learn_from(dataset: Any, recipe: StageRecipe) -> ChatDataset:
         return chats
     with_images = chats.with_images()
     if len(with_images) == 0:
+        other = ", or train stage 2" if structure.trains_on_texts else ""
         raise ValueError(
             f"None of the {len(chats)} samples has an image, so {recipe.groups[0]} cannot be trained: give chats with "
-            "images."
+            f"images{other}."
         )
     return with_images
 
