@@ -118,7 +118,9 @@ class VlmGenieBlueProcessor(ProcessorMixin):
         """The chat with all contents as lists of parts, which every VLM's template takes; ValueError for a text with
         a placeholder, which the VLM's processor would take for an image."""
         settings = vars(self.vlm_processor).items()
-        markers = [each for name, each in settings if name.endswith("image_token") and isinstance(each, str)]
+        markers = [
+            each for name, each in settings if name.endswith(("image_token", "video_token")) and isinstance(each, str)
+        ]
         parted = []
         for message in chat:
             content = message.get("content")
@@ -127,7 +129,7 @@ class VlmGenieBlueProcessor(ProcessorMixin):
             for text in (part["text"] for part in parts if part.get("type") == "text"):
                 if found := [marker for marker in markers if marker in text]:
                     raise ValueError(
-                        f"A text contains {found[0]!r}, by which this VLM's processor marks images: reword it, and "
+                        f"A text contains {found[0]!r}, by which this VLM's processor marks media: reword it, and "
                         "give images as parts of a message."
                     )
             parted.append({**message, "content": parts})

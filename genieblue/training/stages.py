@@ -25,7 +25,7 @@ from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training.checkpoints import exclusive_run, find_checkpoint, is_finished
 from genieblue.training.feature_cache import cached_features, check_cacheable
 from genieblue.training.frozen_weights import check_base_unchanged, tensor_digests
-from genieblue.training.packed_attention import check_packing, uses_flash_attention
+from genieblue.training.packed_attention import check_packing
 from genieblue.training.plan import TrainingPlan, check_disk, format_plan, plan_training
 from genieblue.training.precision import choose_autocast, naming_memory_settings, prepared_for_training
 from genieblue.training.run_file import write_run_file
@@ -204,8 +204,7 @@ class _Run:
     @cached_property
     def _checks_packing_late(self) -> bool:
         """Flash attention runs on a GPU alone, where Trainer puts the model."""
-        model = self.structure.model
-        return self.settings.pack and uses_flash_attention(model) and model.device.type == "cpu"
+        return self._collator.joins_packs and self.structure.model.device.type == "cpu"
 
     @cached_property
     def _collator(self) -> ChatCollator:

@@ -38,3 +38,15 @@ def make_image_data() -> list[dict]:
     more = chat("<image> <image>\nAlike?", "No.", *pictures[:2])
     more["messages"] += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes, red."}]
     return [*rows, more, chat("What is 3?", "A number.")]
+
+
+def generated(model, processor, sample) -> str:
+    """What the VLM itself says about an image."""
+    own = processor.vlm_processor
+    parts = [{"type": "image", "image": sample["images"][0]}, {"type": "text", "text": "Colour?"}]
+    inputs = own.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    ids = model.vlm.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return own.tokenizer.decode(ids, skip_special_tokens=True)

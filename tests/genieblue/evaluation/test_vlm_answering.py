@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vlm_training_setup import extract_tiny, load, make_image_data
+from vlm_training_setup import extract_tiny, generated, load, make_image_data
 
 from genieblue.evaluation.answering import VlmAnswerer, answerer_of
 from genieblue.evaluation.evaluate import evaluate
@@ -13,18 +13,6 @@ from genieblue.serving.conversation import Chat
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return extract_tiny(tmp_path_factory.mktemp("pair"))
-
-
-def generated(model, processor, sample) -> str:
-    """What the VLM itself says about an image."""
-    own = processor.vlm_processor
-    parts = [{"type": "image", "image": sample["images"][0]}, {"type": "text", "text": "Colour?"}]
-    inputs = own.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    ids = model.vlm.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return own.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_an_answer_about_an_image_is_the_vlms_and_one_to_a_text_the_bases(made):

@@ -135,7 +135,7 @@ def test_plan_of_a_packed_run_is_what_the_run_takes(base, tmp_path, options):
 def test_packs_joined_in_one_row_for_flash_attention_give_the_same_losses(base, tmp_path, monkeypatch):
     settings = make_settings(**PACKED | {"batch_size": 2}, epochs=1)
     apart = train(*make_model(base, lora_dropout=0.0), make_data(), tmp_path / "apart", settings)
-    monkeypatch.setattr("genieblue.training.stages.uses_flash_attention", lambda model: True)
+    monkeypatch.setattr("genieblue.training.structure.uses_flash_attention", lambda model: True)
     model, processor = make_model(base, lora_dropout=0.0)
     seen = seen_arguments(model, "position_ids")
     joined = train(model, processor, make_data(), tmp_path / "joined", settings)

@@ -164,5 +164,5 @@ def test_a_text_with_the_vlms_placeholder_is_refused(model_and_processor):
     _, processor = model_and_processor
     sample = make_image_data()[0]
     sample["messages"][1]["content"] = "It is <image>."
-    with pytest.raises(ValueError, match="marks images: reword it"):
+    with pytest.raises(ValueError, match="marks media: reword it"):
         collator(processor).rows(sample)
