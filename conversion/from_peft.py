@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from conversion.create import create_genieblue, load_part
-from conversion.language_exports import check_new_folder
+from conversion.language_exports import LARGEST_ERROR, check_new_folder
 from conversion.merge import merged_tensor
 from conversion.quantization.error import logits_error
 from conversion.verification.saved_model import PROMPTS
@@ -42,7 +42,6 @@ NOT_CARRIED = {
     # The other ways to begin also change the weights of the base.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
-LARGEST_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the logits, relative
 
 
 @dataclass(frozen=True)

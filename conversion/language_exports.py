@@ -11,16 +11,20 @@ from torch import nn
 
 from conversion.quantization.bases import check_source
 from conversion.quantization.error import logits_error, probe_requests
+from conversion.verification.saved_model import PROMPTS
 from hub_cards.exports import EXPORT_VERSION
 from hub_cards.model_card import Measurement
-from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import is_plain_weight
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 from modeling_genieblue.loading_genieblue import LoadRequest
-from modeling_genieblue.model_files_genieblue import HUB_KEYS, is_path
+from modeling_genieblue.model_files_genieblue import HUB_KEYS, is_hub_id, is_path
 
 MEASURED_REQUESTS, MEASURED_POSITIONS = 8, 64  # the logits of more would fill the memory
 Request = dict[str, torch.Tensor]  # of the multimodal view
+# Families of VLMs whose language model gets nothing of an image but embeddings, in positions like those of words.
+PLAIN_LANGUAGE = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "smolvlm")
+LARGEST_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the logits, relative
 
 
 def load_source(
@@ -29,12 +33,19 @@ def load_source(
     """The GenieBlue to export and the output folder, as an absolute path.
 
     Raises, mostly before any weights are read, `OSError` for an output that exists or cannot be made, and `ValueError`
-    for one inside the input, for a quantized GenieBlue or base, and for one whose language side was never trained.
+    for one inside the input, for a quantized GenieBlue or base, for one whose language side was never trained, and for
+    a VLM whose language model needs more of an image than embeddings.
     """
     hub = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     LoadRequest.from_arguments(source, hub).check_layout()
     config = GenieBlueConfig.from_pretrained(source, **hub)
-    check_source(source, config)
+    if isinstance(config, VlmGenieBlueConfig) and (family := config.vlm_config.model_type) not in PLAIN_LANGUAGE:
+        raise ValueError(
+            f"The language model in a VLM of type {family!r} ({source}) gets more of an image than embeddings "
+            "(positions in two dimensions, attention among image tokens, or features between its blocks), which no "
+            f"plain language model does: run the GenieBlue itself. Exported are {', '.join(PLAIN_LANGUAGE)}."
+        )
+    check_source(source, config, takes_vlm=True)
     given = load_kwargs.get("base_model")
     out = check_new_folder(out, [place for place in (source, given, _local_base(source, config)) if place is not None])
     model = GenieBlueForConditionalGeneration.from_pretrained(source, **load_kwargs)
@@ -45,12 +56,18 @@ def load_source(
             "16 or 32 bits (--base)."
         )
     view = model.multimodal_language_model
-    if not any(weight.any() for name, _, weight in adapter_parameters(view) if ".lora_B." in name):
+    trained = any(weight.any() for name, _, weight in adapter_parameters(view) if ".lora_B." in name)
+    if not trained and vlm_of(model) is None:
         raise ValueError(
             f"The language model of {source} is untrained, so its multimodal view is the base itself: train stage 2 "
             "first (`genieblue train --stage 2`)."
         )
     return model, out
+
+
+def vlm_of(model: Any) -> Any:
+    """The VLM of a GenieBlue that has one, else `None`."""
+    return getattr(model, "vlm", None)
 
 
 def _local_base(source: str | os.PathLike, config: GenieBlueConfig) -> str | None:
@@ -77,25 +94,55 @@ def check_new_folder(out: str | os.PathLike, read: Sequence[str | os.PathLike]) 
 def embed_requests(model: Any, requests: Iterable[Mapping[str, Any]] | None) -> list[Request]:
     """Encoded chats as inputs of the multimodal view; without any, the fixed prompts behind a tile with a pattern.
 
-    Raises `ValueError` for an empty iterable.
+    Of a VLM the prompts are without an image, which only its processor could make. Raises `ValueError` for an empty
+    iterable.
     """
     device, embedded = model.language_model.device, []
-    for request in probe_requests(model) if requests is None else requests:
+    vlm = vlm_of(model)
+    if requests is None:
+        requests = probe_requests(model) if vlm is None else _prompts(len(vlm.get_input_embeddings().weight))
+    for request in requests:
         ids = torch.as_tensor(request["input_ids"], device=device)
         ids = ids if ids.ndim == 2 else ids[None]
-        embedded.append({"inputs_embeds": model.embed_request(ids, request.get("pixel_values"))})
+        if vlm is None:
+            embedded.append({"inputs_embeds": model.embed_request(ids, request.get("pixel_values"))})
+        else:
+            inputs = {name: torch.as_tensor(value, device=device) for name, value in request.items()}
+            embedded.append({"inputs_embeds": _embed_by_vlm(vlm, {**inputs, "input_ids": ids})})
     if not embedded:
         raise ValueError("There are no calibration chats: give some, or leave them out.")
     return embedded
 
 
-class LogitsGauge:
-    """The logits of the exact multimodal view on some requests, to which other forms of it are compared."""
+def _prompts(rows: int) -> list[dict[str, Any]]:
+    return [{"input_ids": [byte % min(rows, 256) for byte in prompt.encode()]} for prompt in PROMPTS]
 
-    def __init__(self, view: nn.Module, requests: Sequence[Request], of_chats: bool):
-        self.requests = requests[:MEASURED_REQUESTS]
-        self.exact = self._logits(view)
-        kind = "calibration chats" if of_chats else "fixed prompts behind one tile with a pattern"
+
+def _embed_by_vlm(vlm: Any, request: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the VLM gives its language model for a request."""
+    found: list[torch.Tensor] = []
+
+    def note(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append(kwargs["inputs_embeds"])
+
+    handle = vlm.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        vlm(**request, use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+class LogitsGauge:
+    """The logits of the exact multimodal side on some requests, to which other forms of it are compared."""
+
+    def __init__(self, model: Any, requests: Sequence[Request], of_chats: bool):
+        vlm = vlm_of(model)
+        self.requests, self._rows = requests[:MEASURED_REQUESTS], None
+        self.exact = self._logits(model.multimodal_language_model if vlm is None else vlm)
+        self._rows = self.exact.shape[-1]  # a VLM may have fewer tokens than its base
+        prompts = "fixed prompts behind one tile with a pattern" if vlm is None else "fixed prompts without images"
+        kind = "calibration chats" if of_chats else prompts
         self.how = f"{len(self.exact)} positions of {len(self.requests)} {kind}"
 
     def measure(self, name: str, model: nn.Module) -> tuple[float, Measurement]:
@@ -107,7 +154,7 @@ class LogitsGauge:
     @torch.no_grad()
     def _logits(self, model: nn.Module) -> torch.Tensor:
         rows = [model(**request, use_cache=False).logits[0, -MEASURED_POSITIONS:] for request in self.requests]
-        return torch.cat(rows).float().cpu()
+        return torch.cat(rows)[:, : self._rows].float().cpu()
 
 
 @dataclass(frozen=True)
@@ -132,10 +179,20 @@ def export_facts(
         "source": asdict(Origin(_name_from(out, request.path), revision, config.weight_fingerprint)),
         "base": asdict(Origin(_name_from(out, base), config.base_model_revision, config.base_model_fingerprint)),
         "base_needs_remote_code": bool(config.base_model_runs_remote_code),
+        "vlm": vlm_facts(config, out),
         "dtype": str(model.language_model.dtype).removeprefix("torch."),
         "measurements": [asdict(row) for row in measurements],
         **others,
     }
+
+
+def vlm_facts(config: GenieBlueConfig, out: Path) -> dict[str, Any] | None:
+    """Type and Hub id, if it has one, of the VLM whose language model is exported."""
+    if not isinstance(config, VlmGenieBlueConfig):
+        return None
+    of_vlm: Any = config.vlm_config
+    name = getattr(of_vlm, "_name_or_path", None)
+    return {"type": of_vlm.model_type, "name": name if "/" in str(name) and is_hub_id(name, out) else None}
 
 
 def _name_from(out: Path, name: str) -> str:

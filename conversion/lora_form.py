@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from conversion.absorbed_norms import CopiedBlock, find_copied_blocks
-from conversion.language_exports import LogitsGauge, embed_requests, export_facts, load_source
+from conversion.language_exports import (
+    LARGEST_ERROR,
+    LogitsGauge,
+    embed_requests,
+    export_facts,
+    load_source,
+    vlm_of,
+)
 from conversion.low_rank import BYTES_OF_HEADER, Spectrum, check_rank_choice, choose_ranks, factor_change
 from conversion.quantization.hessians import Hessians, walk_blocks
 from conversion.staging import explained_full_disk
@@ -32,6 +39,7 @@ from modeling_genieblue.model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     read_settings,
+    some,
     write_json,
 )
 from modeling_genieblue.staging_genieblue import NewFolder
@@ -184,9 +192,29 @@ class _LoraExport:
             for _, stock, weight in adapter_parameters(self.view)
             if ".lora_" in stock
         }
-        self._gauge = LogitsGauge(self.view, requests, is_calibrated)
+        self._gauge = LogitsGauge(model, requests, is_calibrated)
+        self._check_vlm()
         self._measurements = [self._gauge.measure("Logits of the base without the adapter", self.base)[1]]
         self.left_behind = self._measure_left_behind()
+
+    def _check_vlm(self) -> None:
+        """`ValueError` for a VLM whose language model is not the base's with other matrices alone."""
+        if vlm_of(self.model) is None:
+            return
+        own, remedy = self.model.own_language, "`genieblue export merged` keeps it, or run the GenieBlue itself."
+        names = [name for name, _ in own.tensors.named_parameters()]
+        names += [f"rows of the {name}" for name in ("embedding", "head") if getattr(own, name) is not None]
+        if names:
+            raise ValueError(
+                f"The VLM has of its own, outside the matrices that LoRA changes: {some(names)}. No LoRA on the base "
+                f"carries that: {remedy}"
+            )
+        error, _ = self._gauge.measure("Logits of the view", self.view)
+        if not error <= LARGEST_ERROR[self.dtype]:
+            raise ValueError(
+                f"The VLM's language model has other settings than its base: with the same weights, the logits differ "
+                f"by {error:.2g} of their size. No LoRA on the base carries that: {remedy}"
+            )
 
     def _measure_left_behind(self) -> dict[str, float]:
         """The relative difference of each parameter that no LoRA carries; measures what they cost together."""
@@ -274,7 +302,8 @@ class _LoraExport:
             config.layers_pattern = None
         else:  # of a vision encoder, say
             config.layers_to_transform = list(range(len(self.base.get_submodule(self.path))))
-        config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+        of_copies = {name: rank for name, rank in ranks.items() if rank != config.r}
+        config.rank_pattern = {**(config.rank_pattern or {}), **of_copies}  # other blocks may have ranks of their own
         save_file(tensors, staging / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
         save_adapter_config(config, staging)
 

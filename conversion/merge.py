@@ -1,5 +1,6 @@
 """The multimodal language side of a GenieBlue as one dense language model of the base's own architecture."""
 
+import copy
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -9,19 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from conversion.language_exports import LogitsGauge, embed_requests, export_facts, load_source
+from conversion.language_exports import (
+    LARGEST_ERROR,
+    LogitsGauge,
+    embed_requests,
+    export_facts,
+    load_source,
+    vlm_of,
+)
 from conversion.quantization.bases import COMPANIONS, base_folder
 from conversion.staging import explained_full_disk
 from hub_cards.exports import EXPORT_FACTS_NAME, write_export_card
 from hub_cards.model_card import Measurement
 from modeling_genieblue.language_adapter_genieblue import ADAPTER
-from modeling_genieblue.model_files_genieblue import GENERATION_CONFIG_NAME, write_json
+from modeling_genieblue.model_files_genieblue import GENERATION_CONFIG_NAME, LICENSE_FILES, VLM_FOLDER, write_json
 from modeling_genieblue.staging_genieblue import NewFolder
-
-LARGEST_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the logits, relative
+from modeling_genieblue.vlm_language_genieblue import OwnRows
 
 
 @dataclass(frozen=True)
@@ -53,16 +61,19 @@ def export_merged(
     an output that exists, and a result that does not load or gives other logits.
     """
     model, out = load_source(source, out, **load_kwargs)
-    base, view, config = model.language_model, model.multimodal_language_model, model.config
-    gauge = LogitsGauge(view, embed_requests(model, calibration), calibration is not None)
+    base, config, vlm = model.language_model, model.config, vlm_of(model)
+    gauge = LogitsGauge(model, embed_requests(model, calibration), calibration is not None)
     access = model.provenance.access
     with explained_full_disk(out), NewFolder(out, "export") as new:
-        settings = base.generation_config
-        base.generation_config = GenerationConfig()  # its `save_pretrained` refuses what some bases come with
-        base.save_pretrained(new.staging, state_dict=merged_state(base, view))
+        plain, state = _merged_base(model) if vlm is None else _merged_vlm(model)
+        settings = (vlm or base).generation_config
+        plain.generation_config = GenerationConfig()  # its `save_pretrained` refuses what some bases come with
+        plain.save_pretrained(new.staging, state_dict=state)
         settings.to_json_file(new.staging / GENERATION_CONFIG_NAME)
         origin = base_folder(config.base_model_name_or_path, config.base_model_revision, access)
-        _copy_companions(origin, new.staging)
+        _copy_companions(origin, new.staging, COMPANIONS if vlm is None else LICENSE_FILES)
+        if vlm is not None:
+            _save_tokenizer(model, new.staging)
         merged = AutoModelForCausalLM.from_pretrained(
             new.staging, dtype=base.dtype, use_safetensors=True, trust_remote_code=base.is_remote_code()
         )
@@ -78,6 +89,41 @@ def export_merged(
         size = sum(path.stat().st_size for path in new.staging.glob("*.safetensors"))
         new.put_in_place()
     return MergedModel(out, size, [row])
+
+
+def _merged_base(model: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The base, and the merged weights in its place."""
+    return model.language_model, merged_state(model.language_model, model.multimodal_language_model)
+
+
+@torch.no_grad()
+def _merged_vlm(model: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A language model without memory that has the settings of the VLM's, and that one's weights."""
+    base, view, own = model.language_model, model.multimodal_language_model, model.own_language
+    settings = copy.deepcopy(model.vlm.config.get_text_config())
+    settings.tie_word_embeddings = is_tied = model.config.own_head_rows is None
+    with init_empty_weights():
+        plain = AutoModelForCausalLM.from_config(settings, dtype=base.dtype)
+    state, names = merged_state(base, view), base.state_dict(keep_vars=True)
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    for weight, rows in ((embedding, own.embedding), (head, own.embedding if is_tied else own.head)):
+        whole = _with_rows(weight, rows, settings.vocab_size)
+        state |= {name: whole for name, value in names.items() if value is weight}
+    return plain, state
+
+
+def _with_rows(weight: torch.Tensor, own: OwnRows | None, count: int) -> torch.Tensor:
+    """The base's embedding or head with the rows of a VLM's own in their places, (count, hidden_size)."""
+    rows = weight.detach()[:count]
+    rows = nn.functional.pad(rows, (0, 0, 0, count - len(rows)))  # all of these are its own
+    return rows.clone() if own is None else rows.index_copy(0, own.indices, own.weight.detach().to(rows.dtype))
+
+
+def _save_tokenizer(model: Any, folder: Path) -> None:
+    """The VLM's, whose language model this is, with its chat template."""
+    source = model.provenance.source
+    tokenizer = AutoTokenizer.from_pretrained(source.path, subfolder=VLM_FOLDER, **source.hub_kwargs)
+    tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -108,12 +154,12 @@ def merged_tensor(name: str, value: torch.Tensor, modules: Mapping[str, nn.Modul
     layer: Any = modules.get(owner)
     if leaf == "weight" and hasattr(layer, "lora_A"):
         return (value.float() + layer.get_delta_weight(ADAPTER).float()).to(value.dtype)
-    return value.detach()
+    return getattr(getattr(layer, "base_layer", layer), leaf).detach()  # a VLM's norms and biases may be its own
 
 
-def _copy_companions(origin: Path, folder: Path) -> None:
-    """Tokenizer, licence and code of the base."""
+def _copy_companions(origin: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Files of the base: tokenizer, licence and code."""
     for path in sorted(origin.iterdir()):
-        is_companion = any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS)
+        is_companion = any(fnmatchcase(path.name, pattern) for pattern in patterns)
         if path.is_file() and is_companion and path.name != GENERATION_CONFIG_NAME:
             shutil.copyfile(path, folder / path.name)

@@ -122,6 +122,7 @@ def render_export_card(
         "base_is_on_hub": on_hub,
         "base_link": _link(base, on_hub),
         "base_revision": base["revision"] if on_hub else None,
+        "vlm": facts.get("vlm"),
         "source_link": _link(source, is_hub_id(source["name"], folder) and "/" in source["name"]),
         "size": None if facts["kind"] == "gguf" else sum(_sizes(folder, facts["kind"]).values(), PartSize()),
         "licence": licence,

@@ -48,9 +48,10 @@ LARGEST_ROUNDING_ERROR = 0.5
 LARGEST_UNRECORDED_ERROR = {"qint4": 0.25, "qint8": 0.1}
 
 
-def check_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
-    """`ValueError` for a GenieBlue with a VLM, for a quantized one, and for one that does not record its base."""
-    if isinstance(config, VlmGenieBlueConfig):
+def check_source(source: str | os.PathLike, config: GenieBlueConfig, *, takes_vlm: bool = False) -> None:
+    """`ValueError` for a GenieBlue with a VLM unless `takes_vlm`, for a quantized one, and for one that does not
+    record its base."""
+    if isinstance(config, VlmGenieBlueConfig) and not takes_vlm:
         raise ValueError(
             f"{source} runs its images through the own code of a VLM ({config.vlm_config.model_type}), which this "
             "cannot take along: it is for a GenieBlue with vision tower and projector. To run it with a quantized "

@@ -83,10 +83,9 @@ def extract(
 
 
 def _chats(path: Path, count: int, image_folder: Path | None) -> list[Any]:
-    from genieblue.data.calibration_chats import read_chats
+    from genieblue.data.calibration_chats import chats_with_images
 
-    chats = read_chats(path, 2 * count, image_folder=image_folder)  # half of them with images
-    return [(chat.messages, chat.images) for chat in chats if chat.images][:count]
+    return [(chat.messages, chat.images) for chat in chats_with_images(path, count, image_folder)]
 
 
 def from_peft(

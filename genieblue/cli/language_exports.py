@@ -191,10 +191,12 @@ def _requests(
     if calibration is None:
         return None
     from genieblue.data.calibration_chats import read_requests
-    from modeling_genieblue import GenieBlueProcessor
+    from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor, VlmGenieBlueConfig, VlmGenieBlueProcessor
 
     given = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    processor = GenieBlueProcessor.from_pretrained(model, **given)
+    config = GenieBlueConfig.from_pretrained(model, revision=options.get("revision"))
+    kind = VlmGenieBlueProcessor if isinstance(config, VlmGenieBlueConfig) else GenieBlueProcessor
+    processor = kind.from_pretrained(model, **given)
     return read_requests(calibration, processor, count=samples, image_folder=image_folder)
 
 

@@ -11,6 +11,8 @@ from genieblue.data.chat_samples import ChatSample, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator
 from genieblue.data.plain_texts import is_plain_text, read_paragraphs, text_batches
+from genieblue.data.vlm_collation import VlmChatCollator
+from modeling_genieblue import VlmGenieBlueProcessor
 
 
 def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> list[ChatSample]:
@@ -31,6 +33,11 @@ def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> l
             break
     images = found[True][: max(count - half, count - len(found[False]))]
     return [sample for _, sample in sorted(images + found[False][: count - len(images)], key=lambda item: item[0])]
+
+
+def chats_with_images(path: Path, count: int, image_folder: Path | None = None) -> list[ChatSample]:
+    """Up to `count` chats with images of a JSONL file, which are all that a VLM runs; errors as of `read_chats`."""
+    return [chat for chat in read_chats(path, 2 * count, image_folder=image_folder) if chat.images][:count]
 
 
 def read_calibration(
@@ -63,8 +70,12 @@ def read_requests(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Up to `count` chats of a JSONL file as requests of the multimodal view; images are read when they are needed.
 
-    Raises `ValueError` or `OSError` for missing, empty or bad data.
+    Of a VLM they are chats with images. Raises `ValueError` or `OSError` for missing, empty or bad data.
     """
+    if isinstance(processor, VlmGenieBlueProcessor):
+        of_vlm = VlmChatCollator(processor)
+        batches = (of_vlm([[of_vlm.encode(chat)]]) for chat in chats_with_images(path, count, image_folder))
+        return ({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
     collator = ChatCollator(processor)
     chats = read_chats(path, count, image_folder=image_folder)
     return (_request(collator.encode(chat)) for chat in chats)

@@ -88,7 +88,8 @@ def tiny_vlm_pair(family: str, *, change: float = 0.02, dtype: torch.dtype = tor
             if name != "embed_tokens.weight":
                 own.add_(torch.randn_like(own), alpha=change)
         if not tied:
-            vlm.get_output_embeddings().weight[:BASE_ROWS] = base.get_output_embeddings().weight
+            head = base.get_output_embeddings().weight
+            vlm.get_output_embeddings().weight[: len(head)] = head
         vlm.get_input_embeddings().weight[7] += 1  # a row that training changed
     return vlm.to(dtype).eval(), base.to(dtype).eval()
 

@@ -51,3 +51,12 @@ def test_a_folder_of_images_without_chats_is_refused(pair, tmp_path):
     options = ["--mllm", pair[0], "--base", pair[1], "--out", tmp_path / "mine", "--image-folder", tmp_path]
     assert "--image-folder is for images of --calibration" in error_of("extract", *options, code=2)
     assert not (tmp_path / "mine").exists()
+
+
+def test_the_merged_language_model_is_measured_on_chats_with_images(tmp_path):
+    mine, data = extract_tiny(tmp_path), tmp_path / "chats.jsonl"
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "red.png")
+    rows = [chat("<image>\nColour?", "Red.", "red.png"), chat("Colour?", "Which?")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("export", "merged", mine, "--out", tmp_path / "merged", "--calibration", data)
+    assert "of 1 calibration chats" in result.stdout
