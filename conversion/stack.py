@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conversion.language_exports import check_new_folder
 from conversion.quantization.bases import check_source
-from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import different_settings, tensor_samples
 from modeling_genieblue.base_loading_genieblue import check_complete, load_base, resolve_base
 from modeling_genieblue.language_adapter_genieblue import find_blocks
@@ -42,8 +42,9 @@ def stack_on(
 ) -> Stacked:
     """Writes a copy of the GenieBlue `source` that stands on `base`, a newer revision of its own base.
 
-    The multimodal view does not change: it uses all of the base but the blocks that it has copies of. So these blocks
-    may differ, and nothing else. Text then runs the new base, with its tokenizer and template.
+    The multimodal view does not change: it uses all of the base but the blocks that it has copies of and, of a VLM,
+    what is the VLM's own. So these may differ, and nothing else. Text then runs the new base, with its tokenizer and
+    template.
 
     Args:
         base: folder or Hub id of the new base.
@@ -57,7 +58,7 @@ def stack_on(
     request = LoadRequest.from_arguments(source, {**hub, "trust_remote_code": trust_remote_code})
     request.check_layout()
     config = GenieBlueConfig.from_pretrained(source, **hub)
-    check_source(source, config)
+    check_source(source, config, takes_vlm=True)
     check_folder_or_id(base, "The base ")
     is_local = os.path.isdir(base)
     access = {key: hub[key] for key in SHARED_HUB_KEYS if key in hub}
@@ -71,10 +72,9 @@ def stack_on(
         base, dtype=old.dtype, use_safetensors=True, output_loading_info=True, **location
     )
     check_complete(str(base), info)
-    path, _ = find_blocks(old)
-    copied = tuple(f"{path}.{index}." for index in config.replicated_layers or ())
     changed = list(_changed(old, new))
-    shared = [name for name in changed if not name.startswith(copied)]
+    unused = _not_shared(old, config)
+    shared = [name for name in changed if not name.startswith(unused)]
     settings = different_settings(new.config, config.text_config)
     if shared or settings:
         tensors = [f"{len(shared)} tensors that its multimodal view shares differ ({some(shared)})"] if shared else []
@@ -86,7 +86,7 @@ def stack_on(
     model = GenieBlueForConditionalGeneration.from_pretrained(
         source, base_model=new, check_base=False, trust_remote_code=trust_remote_code, **hub
     )
-    processor = GenieBlueProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    processor = model.processor_class.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
     tokenizer = AutoTokenizer.from_pretrained(base, **location)
     if tokenizer.get_vocab() != processor.tokenizer.get_vocab():
         raise ValueError(f"{base} has another vocabulary than {source} was trained with: keep the old base.")
@@ -98,6 +98,22 @@ def stack_on(
     model.provenance.base_samples = tensor_samples(new)
     model.save_pretrained(out, processor=processor)
     return Stacked(out, str(name), revision, changed)
+
+
+def _not_shared(base: PreTrainedModel, config: Any) -> tuple[str, ...]:
+    """Beginnings of the names of tensors that only text runs."""
+    path, _ = find_blocks(base)
+    names = [f"{path}.{index}." for index in config.replicated_layers or ()]
+    if isinstance(config, VlmGenieBlueConfig):
+        names += config.own_language_tensors or ()
+        count = config.vlm_config.get_text_config().vocab_size  # pyright: ignore[reportOptionalMemberAccess]
+        head_rows = config.own_embedding_rows if config.own_head_rows is None else config.own_head_rows
+        for module, rows in (
+            (base.get_input_embeddings(), config.own_embedding_rows),
+            (base.get_output_embeddings(), head_rows),
+        ):
+            names += [f"{name}.weight" for name, each in base.named_modules() if each is module and rows == count]
+    return tuple(names)
 
 
 def _changed(old: nn.Module, new: nn.Module) -> Iterator[str]:

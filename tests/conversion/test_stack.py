@@ -11,6 +11,7 @@ from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles
 from tiny_models import tiny_tokenizer
 from tiny_quantized import contents, leftovers, quantized_pair
 from transformers import AutoModelForCausalLM
+from vlm_training_setup import extract_tiny, load, make_image_data
 
 from conversion.stack import stack_on
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
@@ -106,3 +107,32 @@ def test_a_quantized_one_and_an_output_that_exists_are_refused(pair):
     quantized = quantized_pair() / "genieblue"
     assert "already quantized" in error_of("stack", quantized, "--base", pair / "newer", "--out", pair / "stacked")
     assert "is not a folder" in error_of("stack", pair / "genieblue", "--base", "./gone", "--out", pair / "stacked")
+
+
+@torch.no_grad()
+def test_what_is_a_vlms_own_may_differ(tmp_path):
+    source = extract_tiny(tmp_path)
+    newer = shutil.copytree(tmp_path / "base", tmp_path / "newer")
+    old, processor = load(source)
+    norm = (old.config.own_language_tensors or [])[0]
+    changed = {norm, *(f"model.layers.{index}.mlp.up_proj.weight" for index in old.config.replicated_layers or [])}
+    for name in changed:
+        change(newer, name)
+    assert set(stack_on(source, newer, tmp_path / "stacked").changed) == changed
+    model, _ = load(tmp_path / "stacked")
+    part = {"type": "image", "image": make_image_data()[0]["images"][0]}
+    request = processor.apply_chat_template(
+        [{"role": "user", "content": [part]}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(model(**request).logits, old(**request).logits)
+    base = AutoModelForCausalLM.from_pretrained(newer)
+    assert torch.equal(model(prompt(9)).logits, base(prompt(9)).logits)
+
+
+def test_a_tensor_that_a_vlm_shares_is_named(tmp_path):
+    source = extract_tiny(tmp_path)
+    newer = shutil.copytree(tmp_path / "base", tmp_path / "newer")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        change(newer, name)
+    with pytest.raises(ValueError, match="2 tensors that its multimodal view shares differ"):
+        stack_on(source, newer, tmp_path / "stacked")
