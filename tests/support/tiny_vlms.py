@@ -40,6 +40,9 @@ def _pixels(*shape: int, seed: int = 5) -> torch.Tensor:
 FAMILIES = {
     "llava": ("LlamaConfig", {}, "LlavaConfig", {"vision_config": {"model_type": "siglip_vision_model", **VISION},
         "vision_feature_select_strategy": "full", "vision_feature_layer": -1, "image_token_index": IMAGE_ID}, 16),
+    "llava_next": ("LlamaConfig", {}, "LlavaNextConfig", {
+        "vision_config": {"model_type": "siglip_vision_model", **VISION}, "image_token_index": IMAGE_ID,
+        "image_grid_pinpoints": [[28, 28]], "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, 0),
     "llava_onevision": ("Qwen2Config", {}, "LlavaOnevisionConfig", {
         "vision_config": {"model_type": "siglip_vision_model", **VISION}, "image_token_index": IMAGE_ID,
         "image_grid_pinpoints": [[28, 28]], "vision_feature_layer": -1}, 0),
@@ -118,7 +121,7 @@ def save_tiny_vlm_pair(folder: Path, dtype: torch.dtype = torch.float32, **optio
 
 def image_request(family: str, images: int = 1, dtype: torch.dtype = torch.float32) -> dict:
     """Inputs of one row with `images` images and text around them, as the family's processor gives them."""
-    count = FAMILIES[family][4] or 20  # LLaVA-OneVision: the base tile of 16, and one cut tile of 4
+    count = FAMILIES[family][4]
     request: dict = {}
     if family.startswith("qwen"):
         channels = 3 * 2 * 14 * 14
@@ -128,7 +131,7 @@ def image_request(family: str, images: int = 1, dtype: torch.dtype = torch.float
         }
     elif family in ("idefics3", "smolvlm"):
         request = {"pixel_values": _pixels(1, images, 3, 28, 28)}
-    elif family == "llava_onevision":
+    elif family in ("llava_next", "llava_onevision"):
         request = {"pixel_values": _pixels(images, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]] * images)}
         count = 16 + 16 + 4  # the base tile, one cut tile, and a newline after each of its rows
     else:
