@@ -51,7 +51,7 @@ def export_merged(
     """Writes the multimodal view of a GenieBlue (folder or Hub id) as a plain checkpoint of its base's architecture.
 
     LoRA is merged in float32 and cast to the dtype of the base, or to `dtype`. What was written is loaded again, and
-    its logits compared with the view's.
+    its logits compared with the view's. Of a VLM it is that one's language model, with its settings and tokenizer.
 
     Args:
         calibration: chats as encoded by the model's processor, on which the logits are compared.
@@ -104,11 +104,12 @@ def _merged_vlm(model: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     settings.tie_word_embeddings = is_tied = model.config.own_head_rows is None
     with init_empty_weights():
         plain = AutoModelForCausalLM.from_config(settings, dtype=base.dtype)
-    state, names = merged_state(base, view), base.state_dict(keep_vars=True)
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    for weight, rows in ((embedding, own.embedding), (head, own.embedding if is_tied else own.head)):
-        whole = _with_rows(weight, rows, settings.vocab_size)
-        state |= {name: whole for name, value in names.items() if value is weight}
+    state = merged_state(base, view)
+    paths = {id(module): name for name, module in base.named_modules()}
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    names = [f"{paths[id(module)]}.weight" for module in (embedding, head)]
+    state[names[0]] = _with_rows(embedding.weight, own.embedding, settings.vocab_size)
+    state[names[1]] = state[names[0]] if is_tied else _with_rows(head.weight, own.head, settings.vocab_size)
     return plain, state
 
 

@@ -156,7 +156,7 @@ def merged(
 ) -> None:
     """Write the multimodal language side as one dense language model.
 
-    It has the architecture and the tokenizer of the base; copied blocks are in place and LoRA is merged.
+    It has the architecture and tokenizer of the base, or of the VLM; copied blocks are in place and LoRA is merged.
     """
     options = hub_options(revision, trust_remote_code) | {"base_model": base, "dtype": dtype}
     with stdout_for_json(json_output), looking_for(model):
