@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.full_size import peak_bytes, weight_bytes
+from benchmarks.full_size import weight_bytes
 from benchmarks.report import measured_apart, print_table
 from benchmarks.vlms import make_demo_vlm, make_full_size_pair
 from conversion.extract import extract_genieblue
@@ -233,19 +233,23 @@ def measure_full_size(folder: Path) -> dict[str, float]:
 
     def watch() -> None:
         while not finished.wait(WATCHED_EVERY):
-            status = Path("/proc/self/status").read_text()
-            own[0] = max(own[0], int(status.partition("RssAnon:")[2].split()[0]) * 1024)
+            own[0] = max(own[0], _memory("RssAnon"))
 
     watching = threading.Thread(target=watch)
     watching.start()
-    imported, start = peak_bytes(), time.perf_counter()
+    start = time.perf_counter()
     try:
         extract_genieblue(folder / "vlm", folder / "base", folder / "mine")
     finally:
         finished.set()
     watching.join()
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
-    return seconds | {"peak": peak_bytes() - imported, "own_peak": own[0]}
+    return seconds | {"peak": _memory("VmHWM"), "own_peak": own[0]}
+
+
+def _memory(name: str) -> int:
+    """Bytes of this process; `getrusage` would count what the process that started it took."""
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024
 
 
 def full_size_figures(folder: Path, blocks: int) -> dict[str, dict[str, float | str]]:
