@@ -61,7 +61,7 @@ class GenieBlueForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
                 prefix=maybe_prefix(prefix, "language_model"),
             )
         self._rows = Rows()
-        self._sees_images = self._is_measured = False
+        self._is_measured = False
         self._adapter = LanguageAdapter(vllm_config, self.language_model, self._rows)
         self.multimodal_language_model = self._adapter.tree
         self.secondary_weights = [
@@ -79,9 +79,7 @@ class GenieBlueForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[torch.Tensor, int]:
         """Positions of one request, (3, tokens), and what is added to those of the tokens that it generates."""
-        self._sees_images |= bool(mm_features)
-        mark = MARK if mm_features else 0
-        return (torch.arange(len(input_tokens)) + mark).expand(3, -1), mark
+        return self._rows.positions_of_request(len(input_tokens), bool(mm_features))
 
     def embed_multimodal(self, pixel_values: torch.Tensor | None = None, num_tiles: Any = None, **_: Any) -> Any:
         """Tokens of each image, (tiles * image_seq_length, hidden_size)."""
@@ -108,14 +106,10 @@ class GenieBlueForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
             # vLLM measures how much memory a pass takes: one of both views takes the most.
             self._is_measured = True
             odd = torch.arange(len(positions), device=positions.device) % 2
-            self._run(positions + odd * MARK, True, inputs)
-        # Until the first request with images nothing waits for a device to tell.
-        return self._run(positions, self._sees_images, inputs)
+            self._run(*self._rows.read_marks(positions + odd * MARK), inputs)
+        return self._run(*self._rows.read(positions), inputs)
 
-    def _run(self, positions: torch.Tensor, may_be_marked: bool, inputs: dict[str, Any]) -> torch.Tensor:
-        is_multimodal = False
-        if may_be_marked:
-            positions, is_multimodal = self._rows.read(positions)
+    def _run(self, positions: torch.Tensor, is_multimodal: bool, inputs: dict[str, Any]) -> torch.Tensor:
         model = self.multimodal_language_model if is_multimodal else self.language_model.model
         return model(positions=positions, **inputs)
 

@@ -6,6 +6,7 @@ views: each module with weights of its own runs on the rows of its view, and att
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -19,9 +20,32 @@ class Rows:
     def __init__(self) -> None:
         self.multimodal: torch.Tensor | None = None  # (rows,) of bool in a mixed pass, `None` if all are multimodal
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._marked: WeakSet[torch.Tensor] = WeakSet()  # positions of requests that the engine has not forgotten
+
+    def positions_of_request(self, length: int, has_images: bool) -> tuple[torch.Tensor, int]:
+        """Positions of a prompt, (3, length), and what is added to those of the tokens generated after it.
+
+        The engine keeps the very tensor for as long as it has the request.
+        """
+        mark = MARK if has_images else 0
+        positions = (torch.arange(length) + mark).expand(3, -1)
+        if has_images:
+            self._marked.add(positions)
+        return positions, mark
 
     def read(self, positions: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """The positions, (rows,), without marks, and whether any row had one."""
+        """The positions, (rows,), without marks, and whether any row had one.
+
+        While there is no request with images it does not wait for a device to tell. The marks of former ones are taken
+        off even then, as the engine pads a pass with what an earlier one left; and in place, as CUDA graphs read the
+        positions of the text view where they were when it was captured.
+        """
+        if not self._marked:
+            return positions.bitwise_and_(MARK - 1), False
+        return self.read_marks(positions)
+
+    def read_marks(self, positions: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """As `read`, whichever requests there are."""
         marked = positions >= MARK
         count = int(marked.sum())
         if count == 0:
