@@ -249,6 +249,14 @@ class GenieBlueProcessor(ImageTokenDecoding, ProcessorMixin):
             output = self._encode_text(lambda **more: tokenize_chats(self.tokenizer, whole, kwargs, more), options)
         return output if return_dict else output["input_ids"]
 
+    def tile_ids(self) -> list[int]:
+        """Return the ids of one tile: its image tokens between those of `image_prefix` and `image_suffix`."""
+        before, after = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            for text in (self.image_prefix, self.image_suffix)
+        )
+        return [*before, *[self.image_token_id] * self.image_seq_length, *after]
+
     def get_vocab(self) -> dict[str, int]:
         """Return the base's vocabulary; a server that stops at strings takes the processor for a tokenizer."""
         return self.tokenizer.get_vocab()
@@ -403,11 +411,7 @@ class GenieBlueProcessor(ImageTokenDecoding, ProcessorMixin):
         return BatchFeature({**pad_rows(self.tokenizer, rows, **padding), **pixels}, tensor_type=return_tensors)
 
     def _encode_row(self, encode: Callable[..., Any], num_tiles: Sequence[int], **options: Any) -> dict[str, list]:
-        before, after = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            for text in (self.image_prefix, self.image_suffix)
-        )
-        tile = [*before, *[self.image_token_id] * self.image_seq_length, *after]
+        tile = self.tile_ids()
         return self._marking.encode(self.tokenizer, encode, [tile * count for count in num_tiles], **options)
 
     def _text_encoder(self, text: str, images: Sequence[Any], add_special_tokens: bool | None) -> Callable[..., Any]:

@@ -14,15 +14,19 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def save_wide_pair(folder: Path, family: str) -> Path:
+def save_wide_pair(folder: Path, family: str, **processor_options: str) -> Path:
     """A tiny GenieBlue as `folder/genieblue` on `folder/base`, with heads as wide as vLLM's attention needs them."""
     from tiny_genieblue import tiny_genieblue
     from tiny_models import save_tiny_base
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from modeling_genieblue.saving_genieblue import processor_for
 
     save_tiny_base(family, folder / "base", hidden_size=128, head_dim=32)
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    tiny_genieblue(base=base).save_pretrained(folder / "genieblue")
+    model = tiny_genieblue(base=base)
+    processor = processor_for(model.config, AutoTokenizer.from_pretrained(folder / "base"), **processor_options)
+    model.save_pretrained(folder / "genieblue", processor=processor)
     return folder / "genieblue"
 
 

@@ -13,7 +13,6 @@ from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
     MODEL_TYPE,
-    PROCESSOR_CONFIGS,
     QUANT_METHOD,
     ModelFiles,
     cached_sha256,
@@ -49,7 +48,6 @@ def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str |
             "read: serve the 16-bit GenieBlue that it was made from, or this one with `transformers serve`."
         )
     request.check_weight_files(settings)
-    _check_texts_around_tiles(model, ModelFiles(model, revision=revision))
     _check_adapter_settings(request.adapter_settings(), config)
     base = request.base_location(config)
     if base is None:
@@ -60,18 +58,6 @@ def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str |
     architectures = _check_base_settings(base, files, config, recorded)
     _check_base_weights(base, files, config, recorded, request.base_samples(required=True))
     return base, base_revision, architectures
-
-
-def _check_texts_around_tiles(model: str, files: ModelFiles) -> None:
-    """`ValueError` for a model with texts around each tile: the plugin would write them once for all tiles."""
-    path = files.find(PROCESSOR_CONFIGS[0], must_answer=True)
-    settings = {} if path is None else read_settings(path)
-    texts = {name: settings[name] for name in ("image_prefix", "image_suffix") if settings.get(name)}
-    if texts:
-        raise ValueError(
-            f"{model} was made with {texts} around each tile, which the plugin for vLLM does not write: serve it with "
-            "`transformers serve`, or with llama.cpp (`genieblue export gguf`)."
-        )
 
 
 def _check_adapter_settings(found: dict[str, Any], config: Any) -> None:

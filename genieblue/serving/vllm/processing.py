@@ -17,6 +17,7 @@ from vllm.multimodal.processing import (
     BaseProcessingInfo,
     ProcessorInputs,
     PromptReplacement,
+    PromptUpdateDetails,
     TimingContext,
 )
 from vllm.multimodal.processing.processor import HFMultiModalInputs
@@ -112,10 +113,11 @@ class GenieBlueMultiModalProcessor(BaseMultiModalProcessor[GenieBlueProcessingIn
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptReplacement]:
-        config = self.info.get_hf_config()
+        image_token_id = self.info.get_hf_config().image_token_id
+        tile_ids = self.info.get_hf_processor().tile_ids()
 
-        def replacement(index: int) -> list[int]:
+        def replacement(index: int) -> PromptUpdateDetails:
             tiles = int(out_mm_kwargs["image"][index]["num_tiles"].data)
-            return [config.image_token_id] * (tiles * config.image_seq_length)
+            return PromptUpdateDetails.select_token_id(tile_ids * tiles, image_token_id)
 
-        return [PromptReplacement(modality="image", target=[config.image_token_id], replacement=replacement)]
+        return [PromptReplacement(modality="image", target=[image_token_id], replacement=replacement)]

@@ -29,6 +29,8 @@ class GenieBlueRenderer(HfRenderer):
         super().__init__(config, tokenizer)
         model = config.model_config
         self._processor = GenieBlueProcessor.from_pretrained(model.model, revision=model.revision)
+        # An image is one token here, and gets the texts around its tiles when these are cut.
+        self._processor.image_prefix = self._processor.image_suffix = ""
         self._lock = threading.Lock()  # its tokenizer's markers are kept between requests
         self._encode_chat_async = make_async(self._encode_chat, executor=self._executor)
 

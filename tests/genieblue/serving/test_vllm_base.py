@@ -37,13 +37,6 @@ def test_the_recorded_base_is_found_beside_the_model(model):
     assert found(model) == (str(model.parent / "base"), None, ["LlamaForCausalLM"])
 
 
-@pytest.mark.parametrize("place", ["image_prefix", "image_suffix"])
-def test_a_model_with_texts_around_its_tiles_is_refused(model, place):
-    change(model / "processor_config.json", **{place: "<tile>"})
-    with pytest.raises(ValueError, match=f"{place}': '<tile>'.*does not write"):
-        found(model)
-
-
 def test_a_base_with_other_values_is_refused_by_the_tensor(model):
     path = model.parent / "base/model.safetensors"
     tensors = load_file(path)

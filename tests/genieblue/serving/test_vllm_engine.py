@@ -62,6 +62,15 @@ def test_every_answer_is_that_of_transformers_however_it_is_run(settings, models
     assert answers_of(tmp_path, folder, rounds=1, **settings) == {name: [ids] for name, ids in expected.items()}
 
 
+def test_texts_around_tiles_are_those_of_the_processor(models, tmp_path):
+    folder = save_wide_pair(tmp_path, "llama-tied", image_prefix="<s>Image:\n", image_suffix="</s>")
+    expected = transformers_answers(folder, mixed_chats())
+    assert expected != models("llama-tied")[1]
+    assert answers_of(tmp_path, folder, max_num_batched_tokens=96) == {
+        name: [ids] * 2 for name, ids in expected.items()
+    }
+
+
 def test_views_share_no_cached_block_and_each_shares_its_own(models, tmp_path):
     folder, _ = models("llama-tied")
     text, pictured = [LONG, user("How many digits?")], [LONG, user(image(4), "How many digits?")]
