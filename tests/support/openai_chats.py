@@ -57,7 +57,9 @@ def mixed_chats() -> dict[str, list[dict]]:
     }
 
 
-def transformers_answers(model_folder: Path, chats: dict[str, list[dict]], max_tokens: int = 12) -> dict[str, list]:
+def transformers_answers(
+    model_folder: Path, chats: dict[str, list[dict]], max_tokens: int = 12, **image_options: int
+) -> dict[str, list]:
     """Greedy ids by name: of the base alone for texts, of the whole model for chats with images."""
     base_folder = model_folder.parent / "base"
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
@@ -66,9 +68,11 @@ def transformers_answers(model_folder: Path, chats: dict[str, list[dict]], max_t
     processor = AutoProcessor.from_pretrained(model_folder)
     answers = {}
     for name, chat in chats.items():
-        formatter, answerer = (processor, model) if name.startswith("image") else (tokenizer, base)
+        has_images = name.startswith("image")
+        formatter, answerer = (processor, model) if has_images else (tokenizer, base)
+        options = image_options if has_images else {}
         inputs = formatter.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
         )
         output = answerer.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
         answers[name] = output[0, inputs["input_ids"].shape[1] :].tolist()

@@ -27,6 +27,11 @@ class GenieBlueEngineSettings(VerifyAndUpdateConfig):
             raise ValueError(
                 "Prompts and images as embeddings do not say which view they belong to: send tokens, texts and images."
             )
+        if model_config.quantization is not None:
+            raise ValueError(
+                f"quantization is {model_config.quantization!r}: only weights in 16 or 32 bits have been tried in "
+                "both views. Leave the option out."
+            )
         if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":  # which processes that vLLM starts inherit
             raise ValueError("VLLM_USE_V2_MODEL_RUNNER is set: a GenieBlue has been tried with the V1 runner alone.")
         model_config.tokenizer_mode = TOKENIZER_MODE

@@ -2,7 +2,7 @@
 
 ARCHITECTURE = "GenieBlueForConditionalGeneration"
 TOKENIZER_MODE = "genieblue"
-MEDIA_CONNECTOR = "genieblue_data_only"  # the value of VLLM_MEDIA_CONNECTOR with which no address is fetched
+MEDIA_CONNECTOR = "genieblue"  # the value of VLLM_MEDIA_CONNECTOR with which images come from allowed places alone
 VLLM_VERSION = "0.32"  # the plugin relies on parts of vLLM that change from one minor version to the next
 
 
@@ -25,7 +25,7 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
     from genieblue.serving.vllm.engine_settings import GenieBlueEngineSettings
-    from genieblue.serving.vllm.media import DataOnlyConnector
+    from genieblue.serving.vllm.media import LimitedConnector
     from modeling_genieblue.configuration_genieblue import GenieBlueConfig
     from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcessor
     from modeling_genieblue.processing_genieblue import GenieBlueProcessor
@@ -34,7 +34,7 @@ def register() -> None:
     AutoImageProcessor.register(GenieBlueConfig, GenieBlueImageProcessor, exist_ok=True)
     AutoProcessor.register(GenieBlueConfig, GenieBlueProcessor, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = GenieBlueEngineSettings
-    MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(DataOnlyConnector)
+    MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(LimitedConnector)
     if TOKENIZER_MODE not in TokenizerRegistry.tokenizers:
         # The base's tokenizer as it is; the mode names the renderer.
         TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")

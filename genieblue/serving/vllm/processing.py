@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalInput
@@ -86,13 +88,19 @@ class GenieBlueMultiModalProcessor(BaseMultiModalProcessor[GenieBlueProcessingIn
             for item in items.data
         ]
         images = [item.media if isinstance(item, MediaWithBytes) else item for item in images]
+        for image in images:  # the image processor would open a path or an address, and those in lists
+            if not isinstance(image, (Image.Image, np.ndarray, torch.Tensor, bytes)):
+                raise ValueError(
+                    f"An image is a {type(image).__name__}: send image_url parts, with data:image/...;base64,... URLs."
+                )
         return HFMultiModalInputs({"images": images} if images else {}, hf_kwargs, {})
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Tiles of the images; `ValueError` for one that cannot be used, which a client is told."""
         images = self.info.get_hf_processor().image_processor
-        if (hf_kwargs.get("max_tiles") or 0) > images.max_tiles:
-            raise ValueError(f"max_tiles is {hf_kwargs['max_tiles']}: this server allows at most {images.max_tiles}.")
+        asked = hf_kwargs.get("max_tiles")  # of what it may be otherwise the image processor tells
+        if isinstance(asked, int) and asked > images.max_tiles:
+            raise ValueError(f"max_tiles is {asked}: this server allows at most {images.max_tiles}.")
         try:
             return images(hf_data["images"], return_tensors="pt", **hf_kwargs)
         except OSError as error:  # vLLM takes it for a fault of its own

@@ -66,6 +66,9 @@ class GenieBlueRenderer(HfRenderer):
 
     @staticmethod
     def _prompt(ids: list[int], images: Any, uuids: Any) -> dict[str, Any]:
+        pairs = zip(images.get("image", ()), uuids.get("image", ()), strict=True)
+        if any(image is None and uuid is None for image, uuid in pairs):
+            raise ValueError("An image part holds no image: send it as image_url, a data:image/...;base64,... URL.")
         return {"prompt_token_ids": ids, "multi_modal_data": images, "multi_modal_uuids": uuids}
 
     def _encode_chat(self, conversation: list[Any], params: ChatParams) -> list[int]:

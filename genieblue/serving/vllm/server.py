@@ -91,12 +91,12 @@ class ServerSettings:
 
     def environment(self) -> dict[str, str]:
         """The variables of this process with those by which vLLM limits images."""
-        variables = {**os.environ, "VLLM_MAX_IMAGE_PIXELS": str(self.max_image_pixels)}
-        if self.allow_domains:
-            variables["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # an allowed host could lead to any other
-        else:
-            variables["VLLM_MEDIA_CONNECTOR"] = MEDIA_CONNECTOR
-        return variables
+        return {
+            **os.environ,
+            "VLLM_MAX_IMAGE_PIXELS": str(self.max_image_pixels),
+            "VLLM_MEDIA_CONNECTOR": MEDIA_CONNECTOR,
+            "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host could lead to any other
+        }
 
     def example(self) -> str:
         """A line for a shell that asks the server something."""

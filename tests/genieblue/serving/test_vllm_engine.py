@@ -81,6 +81,11 @@ def test_views_share_no_cached_block_and_each_shares_its_own(models, tmp_path):
     assert cached[2] > 0 and cached[3] > 0
 
 
+def test_quantization_by_vllm_is_refused(models, tmp_path):
+    with pytest.raises(RuntimeError, match="quantization is 'fp8': only weights in 16 or 32 bits"):
+        vllm_answers(tmp_path / "engine", models("llama-tied")[0], [], quantization="fp8")
+
+
 def without_lora_a(tensors, name):
     del tensors[name]
 

@@ -8,10 +8,14 @@ import io
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from openai_chats import image, mixed_chats, transformers_answers, user
@@ -32,8 +36,8 @@ def model(tmp_path_factory):
     return save_wide_pair(tmp_path_factory.mktemp("server"), "llama-tied")
 
 
-@pytest.fixture(scope="module")
-def address(model):
+@contextmanager
+def served(model, *vllm_options):
     """A server's address, as it prints it itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -43,7 +47,7 @@ def address(model):
     log = model.parent / "serve.log"
     with open(log, "w") as file:
         server = subprocess.Popen(
-            [*command, "--enforce-eager", "--disable-log-stats"],
+            [*command, "--enforce-eager", "--disable-log-stats", *vllm_options],
             env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=file, stderr=file,
         )  # fmt: skip
     try:
@@ -60,23 +64,30 @@ def address(model):
         server.wait(timeout=60)
 
 
+@pytest.fixture(scope="module")
+def address(model):
+    with served(model) as address:
+        yield address
+
+
 @pytest.fixture
 def client(address):
     with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
         yield client
 
 
+def answer_of(client, messages, **options):
+    response = client.chat.completions.create(
+        model=options.pop("model", "genieblue"), messages=messages, temperature=0, max_tokens=12, **options
+    )
+    if options.get("stream"):
+        return "".join(chunk.choices[0].delta.content or "" for chunk in response if chunk.choices)
+    return response.choices[0].message.content
+
+
 @pytest.fixture
 def ask(client):
-    def ask(messages, **options):
-        response = client.chat.completions.create(
-            model=options.pop("model", "genieblue"), messages=messages, temperature=0, max_tokens=12, **options
-        )
-        if options.get("stream"):
-            return "".join(chunk.choices[0].delta.content or "" for chunk in response if chunk.choices)
-        return response.choices[0].message.content
-
-    return ask
+    return partial(answer_of, client)
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +127,36 @@ def large_image():
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def bomb():
+    """A small PNG whose header tells of 900 million pixels."""
+    file = io.BytesIO()
+    Image.new("1", (8, 8)).save(file, "PNG")
+    small = file.getvalue()  # its header is the bytes from 12 to 29, a checksum follows
+    header = small[12:16] + struct.pack(">II", 30_000, 30_000) + small[24:29]
+    content = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
 def url(address):
     return {"type": "image_url", "image_url": {"url": address}}
 
 
 BAD = {
-    "broken base64": (lambda: user(url("data:image/png;base64,@@@"), "What?"), ""),
+    "broken base64": (lambda: user(url("data:image/png;base64,@@@"), "What?"), "cannot be read: Non-base64"),
     "no image": (lambda: user(url("data:image/png;base64,AAAA"), "What?"), "image"),
     "100 megapixels": (lambda: user(url(large_image()), "What?"), "1000000"),
+    "an image part without one": (lambda: user(url(""), "What?"), "holds no image"),
+    "a path as what is an image in Python": (
+        lambda: user({"type": "image_pil", "image_pil": __file__}, "What?"),
+        "An image is a str",
+    ),
+    "paths in a list": (lambda: user({"type": "image_pil", "image_pil": [[__file__]]}, "What?"), "An image is a list"),
+    "a decompression bomb": (lambda: user(url(bomb()), "What?"), "900000000 pixels"),
     "a web address": (lambda: user(url("http://127.0.0.1:1/x.png"), "What?"), "fetches no addresses"),
     "a file": (lambda: user(url("file:///etc/passwd"), "What?"), "fetches no addresses"),
     "too many images": (lambda: user(image(1), image(2), image(3), "What?"), "2"),
     "a long prompt": (lambda: user("word " * 10_000), "512"),
-    "another medium": (lambda: user({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA"}}), ""),
+    "another medium": (lambda: user({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA"}}), "video"),
 }
 
 
@@ -148,7 +176,7 @@ def test_unknown_models_views_and_token_ids_are_a_4xx(ask, client):
         ask([user("Hello")], extra_body={"chat_template_kwargs": {"view": "multimodal"}})
     with pytest.raises(openai.BadRequestError, match="out of vocabulary"):
         client.completions.create(model="genieblue", prompt=[5, 128, 7], max_tokens=4)
-    with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs"):
+    with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs are disabled"):
         ask(mixed_chats()["image"], extra_body={"mm_processor_kwargs": {"max_tiles": 1}})
 
 
@@ -163,3 +191,29 @@ def test_a_client_that_hangs_up_disturbs_nobody(ask, client, expected):
     next(iter(stream))
     stream.close()
     assert ask(mixed_chats()["text"]) == expected["text"]
+
+
+def test_a_request_may_lower_the_tiles_of_its_images_where_the_server_trusts_it(model, expected):
+    name = "image of several tiles"
+    chat = mixed_chats()[name]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    fewer = tokenizer.decode(transformers_answers(model, {name: chat}, max_tiles=4)[name], skip_special_tokens=True)
+    assert fewer != expected[name]
+    with (
+        served(model, "--trust-request-mm-kwargs") as address,
+        openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client,
+    ):
+
+        def ask(**settings):
+            return answer_of(client, chat, extra_body={"mm_processor_kwargs": settings})
+
+        assert ask() == expected[name]
+        assert ask(max_tiles=4) == fewer
+        for settings, reason in (
+            ({"max_tiles": 25}, "at most 16"),
+            ({"max_tiles": 3}, "square number"),
+            ({"max_tiles": "4"}, "square number"),
+            ({"tile_size": 8}, "may set max_tiles alone"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=reason):
+                ask(**settings)
