@@ -1,4 +1,4 @@
-"""A GenieBlue under load in vLLM: errors, answers against transformers', latency, tokens/s and memory.
+"""A GenieBlue under load in vLLM: errors, answers against transformers', latency, tokens/s, CPU time and memory.
 
     .venvs/vllm/bin/python benchmarks/serving.py demo-out/genieblue demo-out/held-out/answers.jsonl
 
@@ -73,58 +73,77 @@ def expected_answers(model: Path, texts: list, images: list) -> tuple[list[str],
     )
 
 
-def resident_memory(pid: int) -> int:
-    """Bytes of a process and those that it started."""
-    process = psutil.Process(pid)
-    return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
+class Server:
+    """A running server, and what its processes have taken."""
 
+    def __init__(self, settings: ServerSettings):
+        self._process = start(settings)
+        self._name = settings.name
+        self._client = OpenAI(base_url=f"{settings.address}/v1", api_key="none", max_retries=0, timeout=3600)
 
-def load(settings: ServerSettings, chats: list[list[dict]], clients: int) -> tuple[list[str | None], dict[str, Any]]:
-    """Answers (`None` for an error) of a server to all chats from `clients` clients at once, and its figures."""
-    process = start(settings)
-    client = OpenAI(base_url=f"{settings.address}/v1", api_key="none", max_retries=0, timeout=3600)
+    def stop(self) -> None:
+        """Ends its processes."""
+        self._client.close()
+        stop(self._process)
 
-    def ask(chat: list[dict]) -> tuple[str | None, float, int]:
+    def ask(self, chat: list[dict]) -> tuple[str | None, float, int]:
+        """The answer (`None` for an error), its seconds and tokens."""
         began = time.perf_counter()
         try:
-            response = client.chat.completions.create(
-                model=settings.name, messages=chat, temperature=0, max_tokens=MAX_TOKENS
+            response = self._client.chat.completions.create(
+                model=self._name, messages=chat, temperature=0, max_tokens=MAX_TOKENS
             )
         except APIError as error:
             print(error)
             return None, time.perf_counter() - began, 0
         return response.choices[0].message.content, time.perf_counter() - began, response.usage.completion_tokens
 
-    try:
-        ask(chats[0])
-        memory = [resident_memory(process.pid)]
-        began = time.perf_counter()
+    def taken(self) -> tuple[float, int]:
+        """Seconds of CPU time, user and system, and MB of resident memory, of all its processes."""
+        process = psutil.Process(self._process.pid)
+        processes = [process, *process.children(recursive=True)]
+        seconds = sum(sum(each.cpu_times()[:2]) for each in processes)
+        return seconds, sum(each.memory_info().rss for each in processes) >> 20
+
+    def load(self, chats: list[list[dict]], clients: int) -> tuple[list[str | None], dict[str, Any]]:
+        """Answers to all chats from `clients` clients at once, and figures."""
+        self.ask(chats[0])
+        cpu_before, memory = self.taken()
+        results, memories, began = [], [memory], time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            results = list(pool.map(ask, chats))
-        seconds = time.perf_counter() - began
-        memory.append(resident_memory(process.pid))
-    finally:
-        stop(process)
-    latencies = statistics.quantiles([latency for _, latency, _ in results], n=20)
-    figures = {
-        "requests": len(chats),
-        "errors": sum(answer is None for answer, _, _ in results),
-        "p50_s": round(latencies[9], 3),
-        "p95_s": round(latencies[18], 3),
-        "tokens_per_s": round(sum(tokens for *_, tokens in results) / seconds, 1),
-        "memory_mb": [size >> 20 for size in memory],
-    }
-    return [answer for answer, _, _ in results], figures
+            for result in pool.map(self.ask, chats):
+                results.append(result)
+                if len(results) % max(len(chats) // 5, 1) == 0:
+                    memories.append(self.taken()[1])
+        seconds, cpu_seconds = time.perf_counter() - began, self.taken()[0] - cpu_before
+        latencies = statistics.quantiles([latency for _, latency, _ in results], n=20)
+        tokens = sum(count for *_, count in results)
+        return [answer for answer, _, _ in results], {
+            "requests": len(chats),
+            "errors": sum(answer is None for answer, _, _ in results),
+            "p50_s": round(latencies[9], 3),
+            "p95_s": round(latencies[18], 3),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "tokens_per_cpu_s": round(tokens / cpu_seconds, 1),
+            "memory_mb": memories,
+        }
+
+
+def equal_answers(found: list[str | None], wanted: list[str]) -> str:
+    """How many answers are the wanted ones, of how many."""
+    equal = sum(answer == right for answer, right in zip(found, wanted, strict=True))
+    return f"{equal} of {len(wanted)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path, help="JSONL with questions about images")
-    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--requests", type=int, default=500, help="half of them with images")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--base", type=Path, help="the base, to be measured alone with the same texts")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and answer; default: the base's limit")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--no-check", action="store_true", help="do not compare with transformers' answers")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
@@ -132,26 +151,31 @@ def main() -> None:
 
     half = options.requests // 2
     texts, images = text_chats(half), image_chats(options.data, half)
-    expected = None if options.no_check else expected_answers(options.model, texts, images)
-    running = {
-        "dtype": options.dtype, "tensor_parallel": options.tensor_parallel, "other": vllm_options,
-    }  # fmt: skip
     mixed = [chat for pair in zip(texts, images, strict=True) for chat in pair]
-    loads = {"mixed": (options.model, mixed), "text only": (options.model, texts)}
+    expected = None if options.no_check else expected_answers(options.model, texts, images)
+    figures: list[dict[str, Any]] = []
+
+    def measure(model: Path, loads: dict[str, list[list[dict]]]) -> None:
+        settings = {"max_length": options.max_length, "dtype": options.dtype, "other": vllm_options}
+        server = Server(ServerSettings(str(model), tensor_parallel=options.tensor_parallel, **settings))
+        try:
+            for name, chats in loads.items():
+                answers, found = server.load(chats, options.clients)
+                if expected is not None:
+                    kinds = {"texts": answers[::2], "images": answers[1::2]} if chats is mixed else {"texts": answers}
+                    for (kind, given), wanted in zip(kinds.items(), expected, strict=False):
+                        found[f"equal_{kind}"] = equal_answers(given, wanted)
+                figures.append({"load": name, **found})
+                print(json.dumps(figures[-1]), flush=True)
+                if options.out is not None:
+                    options.out.write_text(json.dumps(figures, indent=2) + "\n")
+        finally:
+            server.stop()
+
+    # Texts first: later ones may find their beginnings in the cache.
+    measure(options.model, {"text only": texts, "mixed": mixed})
     if options.base is not None:
-        loads["text only, base alone"] = (options.base, texts)
-    figures = {}
-    for name, (model, chats) in loads.items():
-        answers, figures[name] = load(ServerSettings(str(model), **running), chats, options.clients)
-        if expected is not None:
-            found = {"texts": answers[::2], "images": answers[1::2]} if name == "mixed" else {"texts": answers}
-            for kind, wanted in zip(("texts", "images"), expected, strict=True):
-                if kind in found:
-                    equal = sum(answer == right for answer, right in zip(found[kind], wanted, strict=True))
-                    figures[name][f"equal_{kind}"] = f"{equal} of {half}"
-        print(name, json.dumps(figures[name]), flush=True)
-    if options.out is not None:
-        options.out.write_text(json.dumps(figures, indent=2) + "\n")
+        measure(options.base, {"text only, base alone": texts})
 
 
 if __name__ == "__main__":

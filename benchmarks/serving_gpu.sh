@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A GenieBlue and its base alone in vLLM on one GPU: text-only and mixed load, in at most 8 minutes.
-#   OUT=DIR benchmarks/serving_gpu.sh MODEL BASE DATA.jsonl
-# Writes $OUT/serving_gpu.json: p50 and p95 latency, tokens/s, errors and host memory of each load.
-# Needs `pip install 'genieblue[vllm]'` and psutil.
+#   OUT=DIR benchmarks/serving_gpu.sh MODEL BASE DATA.jsonl [further options of benchmarks/serving.py]
+# Writes $OUT/serving_gpu.json after each load: p50 and p95 latency, tokens/s, errors, CPU time and host memory.
+# Needs `pip install 'genieblue[vllm]'`.
 set -euo pipefail
-model=$1 base=$2 data=$3
-cd "$(dirname "$0")/.."
-PYTHONPATH=. timeout 480 python benchmarks/serving.py "$model" "$data" --base "$base" --dtype bfloat16 \
-    --requests 1000 --clients 64 --no-check --out "${OUT:?the folder for the figures}/serving_gpu.json" \
-    --max-model-len 4096 --gpu-memory-utilization 0.5
+root="$(cd "$(dirname "$0")/.." && pwd)"
+# An interrupt, unlike an end, lets it stop its server.
+PYTHONPATH="$root" timeout --signal=INT --kill-after=20 450 python "$root/benchmarks/serving.py" "$1" "$3" \
+    --base "$2" --dtype bfloat16 --requests 1000 --clients 64 --no-check --max-length 4096 \
+    --out "${OUT:?the folder for the figures}/serving_gpu.json" --gpu-memory-utilization 0.5 "${@:4}"
