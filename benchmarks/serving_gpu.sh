@@ -6,6 +6,6 @@
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 # An interrupt, unlike an end, lets it stop its server.
-PYTHONPATH="$root" timeout --signal=INT --kill-after=20 450 python "$root/benchmarks/serving.py" "$1" "$3" \
+PYTHONPATH="$root" timeout --signal=INT --kill-after=40 430 python "$root/benchmarks/serving.py" "$1" "$3" \
     --base "$2" --dtype bfloat16 --requests 1000 --clients 64 --no-check --max-length 4096 \
     --out "${OUT:?the folder for the figures}/serving_gpu.json" --gpu-memory-utilization 0.5 "${@:4}"

@@ -11,6 +11,8 @@ from PIL import Image
 from tiny_genieblue import save_tiny_pair
 from transformers_server import COMMAND, serving
 
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+
 openai = pytest.importorskip("openai", reason="the extra `clients` installs it")
 pytest.importorskip("fastapi", reason="the extra `clients` installs it")
 pytestmark = pytest.mark.slow
@@ -78,6 +80,16 @@ def test_images_are_seen(ask):
     answers = [ask(RED), ask(BLUE), ask(TEXT)]
     assert len(set(answers)) == 3
     assert ask(RED, stream=True) == answers[0]
+
+
+def test_images_are_answered_as_by_generate(ask, pair):
+    processor = GenieBlueProcessor.from_pretrained(pair)
+    inputs = processor.apply_chat_template(
+        RED, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    model = GenieBlueForConditionalGeneration.from_pretrained(pair)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    assert ask(RED) == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("messages", [TEXT, RED], ids=["text", "image"])
