@@ -1,5 +1,7 @@
 """`genieblue chat`: one question, or a conversation."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,8 @@ from genieblue.cli.options import (
 from genieblue.cli.qnn import open_bundle
 from genieblue.cli.terminal import choose_device, looking_for, note, print_json, quiet_transformers, stdout_for_json
 
+TERMINAL_ONLY = ("image", "prompt", "json_output", "view", "temperature", "top_p", "seed")
+
 
 def chat(
     ctx: typer.Context,
@@ -39,6 +43,11 @@ def chat(
     adapter: Annotated[
         Path | None, typer.Option(help="File from `export adapter`, to replace the bundle's own LoRA.")
     ] = None,
+    web: Annotated[
+        bool, typer.Option("--web", help="Open a page in the browser; MODEL may then be a server's address.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address of the page; 0.0.0.0 for all networks.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
     compile_decoding: Annotated[
         bool, typer.Option("--compile", help="Compile decoding: slower first answer, faster long answers.")
     ] = False,
@@ -53,6 +62,12 @@ def chat(
     Without --prompt, each line from the terminal or from stdin is a turn.
     """
     _check_options(ctx, model, qnn, prompt, json_output)
+    if web:
+        check_unused_options(ctx, TERMINAL_ONLY, "the page, where everything is asked in the browser")
+        show_page(ctx, model, qnn, npu, adapter, base, revision, dtype, device, trust_remote_code, compile_decoding,
+                  max_new_tokens, host, port)  # fmt: skip
+        return
+    check_unused_options(ctx, ("host", "port"), "a conversation in the terminal, only to --web")
     with stdout_for_json(json_output):
         quiet_transformers()
         from transformers import set_seed
@@ -81,6 +96,35 @@ def chat(
     else:
         typer.echo()
         note(describe(result))
+
+
+def show_page(
+    ctx: typer.Context, model: str | None, qnn: str | None, npu: NpuBackend, adapter: Path | None, base: str | None,
+    revision: str | None, dtype: Precision, device: str | None, trust_remote_code: bool, compile_decoding: bool,
+    max_new_tokens: int, host: str, port: int,
+) -> None:  # fmt: skip
+    """Serves the page of a model, a bundle or a server until it is interrupted."""
+    quiet_transformers()
+    from genieblue.serving.web.page import build_page, open_page
+
+    new: Callable[[], Any]
+    if model is not None and model.startswith(("http://", "https://")):
+        from genieblue.serving.server_conversation import ServerConversation
+
+        others = ("base", "revision", "dtype", "device", "trust_remote_code", "compile_decoding")
+        check_unused_options(ctx, others, "a server, which has its own")
+        ServerConversation(model)  # is somebody there?
+        new = partial(ServerConversation, model)
+    elif qnn is not None:
+        bundle = open_bundle(qnn, npu, adapter)
+        new = partial(type(bundle), bundle.runner)
+    else:
+        assert model is not None
+        loaded = load_chat(model, base, revision, dtype, choose_device(device), trust_remote_code)
+        new = partial(type(loaded), loaded.model, loaded.processor, compile=compile_decoding)
+    page = build_page(Path(qnn).name if qnn is not None else str(model), new, max_new_tokens)
+    note(f"The page is at http://{host}:{port}; Ctrl-C ends it.")
+    open_page(page, host, port)
 
 
 def _check_options(

@@ -22,6 +22,7 @@ EXTRAS = {
     "optimum": "quantization",
     "onnxruntime": "qnn",
     "onnx": "qnn",
+    "gradio": "web",
 }
 UNREACHABLE = "The Hub cannot be reached: check the network, or HF_ENDPOINT."
 OFFLINE = "It is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub."

@@ -1,0 +1,1 @@
+"""A page to try a GenieBlue in the browser."""
