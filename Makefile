@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 LMMS_EVAL := .venvs/lmms-eval
 DEEPSPEED := .venvs/deepspeed
+WEB := .venvs/web
 LLAMACPP := .venvs/llamacpp
 VLLM := .venvs/vllm
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo demo-real test test-slow test-llamacpp test-versions test-vllm lint clean
+.PHONY: help demo demo-real test test-slow test-llamacpp test-versions test-vllm lint clean browser
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -26,7 +27,7 @@ demo-out/text-answers.json: | $(STAMP)
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval and DeepSpeed
+test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp $(WEB)/installed.stamp  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval, DeepSpeed and Gradio
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-llamacpp: $(LLAMACPP)/installed.stamp demo-out/text-answers.json  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores), with the demo's model
@@ -83,16 +84,21 @@ $(VENV)/slow.stamp: $(STAMP)
 	touch $@
 
 # lmms-eval requires torchvision and much else that the models used here do not import, and transformers imports
-# DeepSpeed wherever it is installed, which takes long. Each gets an environment of its own, without its requirements,
+# DeepSpeed wherever it is installed, which takes long. Gradio asks for an older Pillow. Each gets an environment of its own, without its requirements,
 # which finds everything else behind its own packages.
 $(LMMS_EVAL)/installed.stamp: tests/clients/lmms_eval.txt
 $(DEEPSPEED)/installed.stamp: tests/clients/deepspeed.txt
+$(WEB)/installed.stamp: tests/clients/web.txt | browser
 .venvs/%/installed.stamp: $(VENV)/slow.stamp
 	$(BIN)/python -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $(filter %.txt,$^)
 	realpath $(VENV)/lib/python3*/site-packages > $(@D)/shared.pth
 	mv $(@D)/shared.pth $(@D)/lib/python3*/site-packages/
 	touch $@
+
+browser:
+	@command -v chromium chromedriver > /dev/null \
+		|| { echo "The tests of the page need a browser: apt install chromium chromium-driver" >&2; exit 1; }
 
 # vLLM's requirements are not those of the rest, so nothing is shared. Its CPU build asks for torchvision and others
 # that it works without and that do not import with this torch: all that it does need is listed with its version.

@@ -1,5 +1,6 @@
 """The page: a chat with pictures, and the same question to the base alone and to both views. All of Gradio is here."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,8 @@ class _Session:
 
 def build_page(name: str, new_conversation: Callable[[], Talk], max_new_tokens: int = 512) -> gr.Blocks:
     """The page of a model; every visitor talks in a conversation of their own."""
+
+    label = name.rstrip("/").rpartition("/")[2] if os.path.isdir(name) else name
 
     def answer(session: _Session | None, message: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
         session = session or _Session(new_conversation())
@@ -73,11 +76,11 @@ def build_page(name: str, new_conversation: Callable[[], Talk], max_new_tokens: 
             gr.Warning(str(error))
         yield [*sides, _verdict(said)]
 
-    with gr.Blocks(title=f"GenieBlue: {name}", analytics_enabled=False) as page:
-        gr.Markdown(f"# GenieBlue\n`{name}`: texts are answered by the base itself, pictures by the multimodal view.")
+    with gr.Blocks(title=f"GenieBlue: {label}", analytics_enabled=False) as page:
+        gr.Markdown(f"# GenieBlue\n`{label}`: texts are answered by the base itself, pictures by the multimodal view.")
         with gr.Tab("Chat"):
             session = gr.State(None)
-            chat = gr.Chatbot(height=520, render_markdown=False, show_label=False, elem_id="chat")
+            chat = gr.Chatbot(height=520, render_markdown=False, show_label=False, elem_id="chat", buttons=["copy"])
             entry = _entry("entry")
             with gr.Row():
                 stop = gr.Button("Stop", elem_id="stop")
@@ -90,8 +93,8 @@ def build_page(name: str, new_conversation: Callable[[], Talk], max_new_tokens: 
             asked = _entry("compare")
             with gr.Row():
                 columns = [
-                    gr.Chatbot(label=label, height=420, render_markdown=False, elem_id=label.lower().replace(" ", "-"))
-                    for label in ("Base alone", "Text view", "Multimodal view")
+                    gr.Chatbot(label=title, height=420, render_markdown=False, elem_id=title.lower().replace(" ", "-"))
+                    for title in ("Base alone", "Text view", "Multimodal view")
                 ]
             verdict = gr.Markdown(elem_id="verdict")
             asked.submit(compare, asked, [*columns, verdict], concurrency_id=QUEUE)
