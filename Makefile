@@ -83,9 +83,9 @@ $(VENV)/slow.stamp: $(STAMP)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
-# lmms-eval requires torchvision and much else that the models used here do not import, and transformers imports
-# DeepSpeed wherever it is installed, which takes long. Gradio asks for an older Pillow. Each gets an environment of its own, without its requirements,
-# which finds everything else behind its own packages.
+# lmms-eval requires torchvision and much else that the models used here do not import, transformers imports DeepSpeed
+# wherever it is installed, which takes long, and Gradio asks for an older Pillow. Each gets an environment of its own,
+# without its requirements, which finds everything else behind its own packages.
 $(LMMS_EVAL)/installed.stamp: tests/clients/lmms_eval.txt
 $(DEEPSPEED)/installed.stamp: tests/clients/deepspeed.txt
 $(WEB)/installed.stamp: tests/clients/web.txt | browser
@@ -96,9 +96,11 @@ $(WEB)/installed.stamp: tests/clients/web.txt | browser
 	mv $(@D)/shared.pth $(@D)/lib/python3*/site-packages/
 	touch $@
 
+# Debian's browser, for the tests of the page.
 browser:
-	@command -v chromium chromedriver > /dev/null \
-		|| { echo "The tests of the page need a browser: apt install chromium chromium-driver" >&2; exit 1; }
+	@{ command -v chromium && command -v chromedriver; } > /dev/null \
+		|| { apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends chromium chromium-driver; } \
+		|| { echo "The tests of the page need a browser: install chromium and chromium-driver" >&2; exit 1; }
 
 # vLLM's requirements are not those of the rest, so nothing is shared. Its CPU build asks for torchvision and others
 # that it works without and that do not import with this torch: all that it does need is listed with its version.

@@ -33,7 +33,7 @@ EXTRAS = {
     "vllm": ["vllm==0.32.*"],
     "web": ["gradio>=6.31,<7"],  # the page; it asks for an older Pillow than the tests' set of versions
     # What tests drive as it is: servers, evaluation and training of others.
-    "clients": ["fastapi>=0.165", "uvicorn>=0.54", "openai>=3.57", "lm-eval>=0.4.13", "trl>=1.16", "selenium>=4.52"],
+    "clients": ["fastapi>=0.165", "uvicorn>=0.54", "openai>=3.57", "lm-eval>=0.4.13", "trl>=1.16", "selenium>=4.51"],
     "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "pyright[nodejs]>=1.1.414", "setuptools>=77"],
 }
 EXTRAS["all"] = sorted(

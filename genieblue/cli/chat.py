@@ -1,7 +1,5 @@
 """`genieblue chat`: one question, or a conversation."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +21,7 @@ from genieblue.cli.qnn import open_bundle
 from genieblue.cli.terminal import choose_device, looking_for, note, print_json, quiet_transformers, stdout_for_json
 
 TERMINAL_ONLY = ("image", "prompt", "json_output", "view", "temperature", "top_p", "seed")
+PAGE_ONLY = ("host", "port", "served_model")
 
 
 def chat(
@@ -48,6 +47,9 @@ def chat(
     ] = False,
     host: Annotated[str, typer.Option(help="Address of the page; 0.0.0.0 for all networks.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
+    served_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which model of a server that offers several.")
+    ] = None,
     compile_decoding: Annotated[
         bool, typer.Option("--compile", help="Compile decoding: slower first answer, faster long answers.")
     ] = False,
@@ -61,13 +63,7 @@ def chat(
 
     Without --prompt, each line from the terminal or from stdin is a turn.
     """
-    _check_options(ctx, model, qnn, prompt, json_output)
-    if web:
-        check_unused_options(ctx, TERMINAL_ONLY, "the page, where everything is asked in the browser")
-        show_page(ctx, model, qnn, npu, adapter, base, revision, dtype, device, trust_remote_code, compile_decoding,
-                  max_new_tokens, host, port)  # fmt: skip
-        return
-    check_unused_options(ctx, ("host", "port"), "a conversation in the terminal, only to --web")
+    _check_options(ctx, model, qnn, prompt, json_output, web)
     with stdout_for_json(json_output):
         quiet_transformers()
         from transformers import set_seed
@@ -75,14 +71,29 @@ def chat(
         from genieblue.cli.chat_loop import converse, describe, show
         from modeling_genieblue.image_reading_genieblue import read_image
 
+        if web:  # what is missing is said before a model takes its time to load
+            from genieblue.serving.listening import address_of, check_free
+            from genieblue.serving.web.page import build_page, open_page
+
+            check_free(host, port)
         images = [read_image(source, index) for index, source in enumerate(image or [])]
         settings = {"max_new_tokens": max_new_tokens, "view": view}
         if qnn is not None:
             conversation = open_bundle(qnn, npu, adapter)
+        elif web and is_address(model):
+            from genieblue.serving.server_conversation import ServerConversation
+
+            conversation = ServerConversation(str(model), served_model)
         else:
             device = choose_device(device)
             conversation = load_chat(model, base, revision, dtype, device, trust_remote_code, compile_decoding)
             settings |= {"temperature": temperature, "top_p": top_p}
+        if web:
+            page = build_page(str(qnn or model), conversation, max_new_tokens)
+            open_page(page, host, port)
+            note(f"The page is at {address_of(host, port)}; Ctrl-C ends it.")
+            page.block_thread()
+            return
         if seed is not None:
             set_seed(seed)
         if conversation.completes_only:
@@ -98,49 +109,34 @@ def chat(
         note(describe(result))
 
 
-def show_page(
-    ctx: typer.Context, model: str | None, qnn: str | None, npu: NpuBackend, adapter: Path | None, base: str | None,
-    revision: str | None, dtype: Precision, device: str | None, trust_remote_code: bool, compile_decoding: bool,
-    max_new_tokens: int, host: str, port: int,
-) -> None:  # fmt: skip
-    """Serves the page of a model, a bundle or a server until it is interrupted."""
-    quiet_transformers()
-    from genieblue.serving.web.page import build_page, open_page
-
-    new: Callable[[], Any]
-    if model is not None and model.startswith(("http://", "https://")):
-        from genieblue.serving.server_conversation import ServerConversation
-
-        others = ("base", "revision", "dtype", "device", "trust_remote_code", "compile_decoding")
-        check_unused_options(ctx, others, "a server, which has its own")
-        ServerConversation(model)  # is somebody there?
-        new = partial(ServerConversation, model)
-    elif qnn is not None:
-        bundle = open_bundle(qnn, npu, adapter)
-        new = partial(type(bundle), bundle.runner)
-    else:
-        assert model is not None
-        loaded = load_chat(model, base, revision, dtype, choose_device(device), trust_remote_code)
-        new = partial(type(loaded), loaded.model, loaded.processor, compile=compile_decoding)
-    page = build_page(Path(qnn).name if qnn is not None else str(model), new, max_new_tokens)
-    note(f"The page is at http://{host}:{port}; Ctrl-C ends it.")
-    open_page(page, host, port)
+def is_address(model: str | None) -> bool:
+    """Whether a model is named by the address of a server."""
+    return model is not None and model.lower().startswith(("http://", "https://"))
 
 
 def _check_options(
-    ctx: typer.Context, model: str | None, qnn: str | None, prompt: str | None, json_output: bool
+    ctx: typer.Context, model: str | None, qnn: str | None, prompt: str | None, json_output: bool, web: bool
 ) -> None:
     """`BadParameter` for options that do not go together."""
+    if web:
+        check_unused_options(ctx, TERMINAL_ONLY, "the page, where everything is asked in the browser")
+    else:
+        check_unused_options(ctx, PAGE_ONLY, "a conversation in the terminal, only to the page (--web)")
     if json_output and prompt is None:
         raise typer.BadParameter("--json answers a single request: give it with --prompt.", param_hint="--json")
     if (model is None) == (qnn is None):
         raise typer.BadParameter("Give either a model or a bundle (--qnn).", param_hint="MODEL")
+    sampling, running = ("temperature", "top_p", "seed"), ("compile_decoding", "dtype", "device")
+    loading = (*running, "base", "revision", "trust_remote_code")
     if qnn is not None:
-        sampling, running = ("temperature", "top_p", "seed"), ("compile_decoding", "dtype", "device")
-        others = (*sampling, *running, "base", "revision", "trust_remote_code")
+        others = (*sampling, *loading)
         check_unused_options(ctx, others, "a bundle, which decodes greedily and is fixed when it is compiled")
     else:
         check_unused_options(ctx, ("npu", "adapter"), "a model, only to a bundle (--qnn)")
+    if web and is_address(model):
+        check_unused_options(ctx, loading, "a server, which has loaded its model")
+    else:
+        check_unused_options(ctx, ("served_model",), "a model that is loaded here, only to a server's address")
 
 
 def load_chat(

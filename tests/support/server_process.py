@@ -10,8 +10,10 @@ from pathlib import Path
 
 
 @contextmanager
-def server_process(command: Callable[[int], list[str]], log_file: Path, **options) -> Iterator[str]:
-    """Address of a server that answers at `/health`; `command` has its port, `options` are of `Popen`."""
+def server_process(
+    command: Callable[[int], list[str]], log_file: Path, path: str = "/health", **options
+) -> Iterator[str]:
+    """Address of a server that answers at `path`; `command` has its port, `options` are of `Popen`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -21,7 +23,7 @@ def server_process(command: Callable[[int], list[str]], log_file: Path, **option
     try:
         for _ in range(600):
             try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
+                urllib.request.urlopen(address + path, timeout=5)
                 break
             except OSError:
                 assert server.poll() is None, log_file.read_text()

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from genieblue.serving.listening import address_of, check_free
 from genieblue.serving.vllm.plugin import MEDIA_CONNECTOR, other_version
 
 WAIT_SECONDS = 0.5
@@ -60,8 +60,7 @@ class ServerSettings:
     @property
     def address(self) -> str:
         """Where clients find it."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return address_of(self.host, self.port)
 
     @property
     def base_location(self) -> dict[str, str | None]:
@@ -126,7 +125,7 @@ def start(settings: ServerSettings) -> subprocess.Popen:
     serves, and `ModuleNotFoundError` without vLLM.
     """
     check_vllm()
-    _check_free(settings.host, settings.port)
+    check_free(settings.host, settings.port)
     process = subprocess.Popen(settings.command(), env=settings.environment())
     try:
         while not _answers(settings.address):
@@ -160,18 +159,6 @@ def check_vllm() -> None:
         ) from error
     if (error := other_version(__version__)) is not None:
         raise error
-
-
-def _check_free(host: str, port: int) -> None:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no obstacle
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise OSError(
-                f"{host}, port {port}: {error.strerror}. Give another --port (or --host), or end what is there."
-            ) from error
 
 
 def _answers(address: str) -> bool:

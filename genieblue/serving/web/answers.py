@@ -4,67 +4,70 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from genieblue.serving.conversation import GREEDY, Chat, TextPieces
+from transformers import TextStreamer
+
+from genieblue.serving.conversation import GREEDY, Chat
 
 BASE_ALONE = "base alone"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An answer so far; `result` is there at the end, see `Conversation.ask`."""
+    """An answer so far; at the end there is a `result`, see `Conversation.ask`, or it was `stopped`."""
 
     text: str
     result: dict[str, Any] | None = None
-    seconds: float = 0.0
-
-    @property
-    def facts(self) -> str:
-        """The view that ran, the tokens, and how many a second, the prompt's own time included."""
-        if self.result is None:
-            return ""
-        count = self.result["generated_tokens"]
-        name = self.result["view"]
-        view = name if name == BASE_ALONE else f"{name} view"
-        speed = count / max(self.seconds, 1e-6)
-        return f"{view} · {self.result['prompt_tokens']} prompt tokens · {count} generated · {speed:.1f} tokens/s"
+    seconds: float = 0.0  # the prompt's own time included
+    stopped: bool = False
 
 
-def stream(ask: Callable[..., dict[str, Any]], *args: Any, **settings: Any) -> Iterator[Progress]:
+def stream(
+    ask: Callable[..., dict[str, Any]],
+    *args: Any,
+    stop: threading.Event,
+    lock: AbstractContextManager[Any] | None = None,
+    **settings: Any,
+) -> Iterator[Progress]:
     """Runs `ask(*args, on_text=…, **settings)` and yields its answer as it grows; errors of `ask` are raised here.
 
-    Closing the iterator stops the generation at its next word, and waits for that.
+    Once `stop` is set, also by closing the iterator, the generation ends at its next word, as a turn that failed.
+    `lock` is held as long as `ask` runs, which goes on for that word after the iterator is closed.
     """
     pieces: queue.Queue[Any] = queue.Queue()
-    stopped = threading.Event()
 
     def on_text(piece: str) -> None:
-        if stopped.is_set():
+        if stop.is_set():
             raise _Stopped
         pieces.put(piece)
 
     def run() -> None:
         try:
-            pieces.put(ask(*args, on_text=on_text, **settings))
+            with lock or nullcontext():
+                pieces.put((ask(*args, on_text=on_text, **settings), time.monotonic() - started))
         except BaseException as error:
             pieces.put(error)
 
     started = time.monotonic()
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     text = ""
     try:
         while isinstance(piece := pieces.get(), str):
             text += piece
             yield Progress(text)
-        if isinstance(piece, BaseException):
+        if isinstance(piece, _Stopped):
+            yield Progress(text, stopped=True)
+        elif isinstance(piece, BaseException):
             raise piece
-        yield Progress(piece["text"], piece, time.monotonic() - started)
-    finally:
-        stopped.set()
-        thread.join()
+        else:
+            result, seconds = piece
+            yield Progress(result["text"], result, seconds)
+    except GeneratorExit:
+        stop.set()
+        raise
 
 
 class _Stopped(Exception):
@@ -80,9 +83,10 @@ def ask_base_alone(chat: Chat, prompt: str, *, max_new_tokens: int, on_text: Cal
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-    inputs = inputs.to(base.device)
-    streamer = TextPieces(tokenizer, on_text, "", "")
-    output = base.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, num_beams=1, **GREEDY)
+    streamer = _Words(tokenizer, on_text)
+    output = base.generate(
+        **inputs.to(base.device), max_new_tokens=max_new_tokens, streamer=streamer, num_beams=1, **GREEDY
+    )
     length = inputs["input_ids"].shape[1]
     ids = output[0, length:].tolist()
     return {
@@ -91,3 +95,12 @@ def ask_base_alone(chat: Chat, prompt: str, *, max_new_tokens: int, on_text: Cal
         "prompt_tokens": length,
         "generated_tokens": len(ids),
     }
+
+
+class _Words(TextStreamer):
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)

@@ -1,27 +1,54 @@
 """The page: a chat with pictures, and the same question to the base alone and to both views. All of Gradio is here."""
 
+import copy
+import html
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from genieblue.serving.conversation import Chat, Conversation
 from genieblue.serving.server_conversation import ServerConversation
 from genieblue.serving.web.answers import Progress, ask_base_alone, stream
+from genieblue.serving.web.look import STYLE, facts, remark
 from genieblue.serving.web.tiles import draw_tiles
+from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcessor
 from modeling_genieblue.image_reading_genieblue import read_image
 
 try:
     import gradio as gr
+    from gradio.processing_utils import save_pil_to_cache
+    from gradio.utils import get_upload_folder
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "The page needs Gradio, which is not installed: pip install 'genieblue[web]'.", name="gradio"
     ) from error
 
+logger = logging.getLogger(__name__)
+
 LARGEST_UPLOAD = "50mb"
+MOST_SESSIONS = 20  # whose caches are kept
+HOUR = 3600  # seconds
 QUEUE = "model"  # one answer at a time, whoever asks
 LOCAL_FONTS = ["system-ui", "sans-serif"]  # Gradio's own theme fetches its fonts
+COLUMNS = ("Base alone", "Text view", "Multimodal view")
+ABOUT = (
+    "A message without pictures is answered in the **text view**, which is the base model itself. "
+    "From its first picture on, a conversation runs in the **multimodal view**."
+)
+ABOUT_SERVER = (
+    "A GenieBlue answers a request without pictures in its text view, and one with pictures in its multimodal view. "
+    "The server tells neither which view ran nor how pictures were cut, so only what it was asked is shown."
+)
+NO_HISTORY = " The base has no chat template: each message is completed on its own, without history."
 Talk = Conversation | ServerConversation
+PLAIN: dict[str, Any] = {
+    "render_markdown": False, "latex_delimiters": [], "buttons": [], "allow_file_downloads": False
+}  # fmt: skip
 
 
 @dataclass
@@ -30,128 +57,210 @@ class _Session:
 
     conversation: Talk
     shown: list[dict[str, Any]] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
-def build_page(name: str, new_conversation: Callable[[], Talk], max_new_tokens: int = 512) -> gr.Blocks:
-    """The page of a model; every visitor talks in a conversation of their own."""
-
-    label = name.rstrip("/").rpartition("/")[2] if os.path.isdir(name) else name
+def build_page(name: str, conversation: Talk, max_new_tokens: int = 512) -> gr.Blocks:
+    """The page of what a conversation talks to; every visitor gets a conversation of their own."""
+    label = Path(name).resolve().name if os.path.isdir(name) else name
+    is_server = isinstance(conversation, ServerConversation)
+    limit = {"concurrency_limit": None} if is_server else {"concurrency_id": QUEUE, "concurrency_limit": 1}
+    settings = {"max_new_tokens": max_new_tokens}
+    if not is_server:
+        settings["lock"] = threading.Lock()  # one that its visitor has left may still be at its last word
 
     def answer(session: _Session | None, message: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
-        session = session or _Session(new_conversation())
-        before = list(session.shown)
-        question = [_said("user", gr.Image(path)) for path in message["files"]]
-        question += [_said("user", message["text"])] if message["text"] else []
+        session = session or _Session(_fresh(conversation))
+        session.stop.clear()
+        turn: list[dict[str, Any]] = []
         try:
             images = _opened(message["files"])
-            for progress in stream(session.conversation.ask, message["text"], images, max_new_tokens=max_new_tokens):
-                session.shown = [*before, *question, *_answered(progress)]
-                if progress.result is not None:
-                    session.shown += _cut(images, session.conversation)
-                yield session, session.shown, None
-        except (ValueError, OSError) as error:
-            gr.Warning(str(error))
-            session.shown = before  # and what was typed stays
-            yield session, before, message
-
-    def forget() -> tuple[None, list[Any]]:
-        return None, []
+            question = [_picture(path, Path(path).name) for path in message["files"]]
+            question += [_text(message["text"])] if message["text"] else []
+            for progress in stream(session.conversation.ask, message["text"], images, stop=session.stop, **settings):
+                turn = [_said("user", question), _said("assistant", _answered(progress, max_new_tokens))]
+                if progress.result is not None and (tiles := _tiles(images, session.conversation)):
+                    turn[-1]["content"] += tiles
+                yield session, [*session.shown, *turn], None
+        except Exception as error:
+            _complain(error)
+            yield session, session.shown, message  # what was typed stays
+        else:
+            session.shown = [*session.shown, *turn]
 
     def compare(message: dict[str, Any]) -> Iterator[list[Any]]:
-        sides: list[list[dict[str, Any]]] = [[], [], []]
-        said: list[str | None] = [None, None, None]
+        shown: list[list[dict[str, Any]]] = [[], [], []]
+        texts: list[str | None] = [None, None, None]
+        yield [*shown, ""]
         try:
             images = _opened(message["files"])
-            for number, (ask, *arguments) in enumerate(_sides(new_conversation(), message["text"], images)):
-                if ask is None:
-                    sides[number] = [_said("assistant", arguments[0])]
-                    yield [*sides, ""]
-                    continue
-                question, pictures, options = arguments
-                for progress in stream(ask, *question, max_new_tokens=max_new_tokens, **options):
-                    sides[number], said[number] = _answered(progress), progress.text
-                    yield [*sides, ""]
-                sides[number] += _cut(pictures, new_conversation())
-        except (ValueError, OSError) as error:
-            gr.Warning(str(error))
-        yield [*sides, _verdict(said)]
+            sides = _sides(conversation, message["text"], images)
+        except Exception as error:
+            _complain(error)
+            return
+        for number, (title, side) in enumerate(zip(COLUMNS, sides, strict=True)):
+            if isinstance(side, str):
+                shown[number] = [_said("assistant", [gr.HTML(remark(side))])]
+                continue
+            yield [*shown, f"{title} is being asked …"]
+            try:
+                for progress in stream(side, stop=threading.Event(), **settings):
+                    shown[number] = [_said("assistant", _answered(progress, max_new_tokens))]
+                    texts[number] = None if progress.result is None else progress.text
+                    yield [*shown, f"{title} answers …"]
+            except Exception as error:
+                shown[number] = [_said("assistant", [gr.HTML(remark(_words(error)))])]
+        if texts[2] is not None and images:
+            shown[2][0]["content"] += _tiles(images, conversation)
+        yield [*shown, _verdict(texts)]
 
-    with gr.Blocks(title=f"GenieBlue: {label}", analytics_enabled=False) as page:
-        gr.Markdown(f"# GenieBlue\n`{label}`: texts are answered by the base itself, pictures by the multimodal view.")
+    with gr.Blocks(title=f"GenieBlue: {label}", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
+        gr.Markdown(f"## GenieBlue `{label}`\n{ABOUT_SERVER if is_server else ABOUT}"
+                    f"{NO_HISTORY if conversation.completes_only else ''}")  # fmt: skip
         with gr.Tab("Chat"):
             session = gr.State(None)
-            chat = gr.Chatbot(height=520, render_markdown=False, show_label=False, elem_id="chat", buttons=["copy"])
+            chat = gr.Chatbot(height="54vh", show_label=False, elem_id="chat", **PLAIN)
             entry = _entry("entry")
             with gr.Row():
-                stop = gr.Button("Stop", elem_id="stop")
-                reset = gr.Button("New conversation", elem_id="reset")
-            running = entry.submit(answer, [session, entry], [session, chat, entry], concurrency_id=QUEUE)
-            stop.click(None, cancels=running)
-            reset.click(forget, None, [session, chat], cancels=running)
+                stop = _button("Stop", "stop")
+                reset = _button("New conversation", "reset")
+            running = entry.submit(answer, [session, entry], [session, chat, entry], **limit)
+            stop.click(_stop, session, None)
+            for event in (reset.click, chat.clear):  # the latter is the bin at the top of the chat
+                event(_forget, session, [session, chat], cancels=running)
         with gr.Tab("Side by side"):
-            gr.Markdown("One question, without a history. The base and the text view see no pictures.")
+            gr.Markdown("One question, without a history. Pictures are given to the multimodal view alone.")
             asked = _entry("compare")
             with gr.Row():
+                stop_all = _button("Stop", "stop-all")
+                verdict = gr.Markdown(elem_id="verdict")
+            with gr.Row():
                 columns = [
-                    gr.Chatbot(label=title, height=420, render_markdown=False, elem_id=title.lower().replace(" ", "-"))
-                    for title in ("Base alone", "Text view", "Multimodal view")
+                    gr.Chatbot(
+                        label=title, height="50vh", min_width=280, elem_id=title.lower().replace(" ", "-"), **PLAIN
+                    )  # fmt: skip
+                    for title in COLUMNS
                 ]
-            verdict = gr.Markdown(elem_id="verdict")
-            asked.submit(compare, asked, [*columns, verdict], concurrency_id=QUEUE)
+            comparing = asked.submit(compare, asked, [*columns, verdict], **limit)
+            stop_all.click(lambda: "Stopped.", None, verdict, cancels=comparing)
     return page
 
 
 def open_page(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serves a page until it is interrupted; `OSError` if the port is taken."""
-    theme = gr.themes.Default(font=LOCAL_FONTS, font_mono=["monospace"])
-    page.launch(server_name=host, server_port=port, share=False, max_file_size=LARGEST_UPLOAD, theme=theme)
+    """Serves a page in the background; `page.block_thread()` waits until it is interrupted."""
+    page.launch(
+        server_name=host, server_port=port, share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True,
+        max_file_size=LARGEST_UPLOAD, state_session_capacity=MOST_SESSIONS, run_history=False, footer_links=[],
+        theme=gr.themes.Default(font=LOCAL_FONTS, font_mono=["monospace"]), css=STYLE,
+    )  # fmt: skip
+
+
+def _fresh(conversation: Talk) -> Talk:
+    """Another conversation with the same model or server."""
+    another = copy.copy(conversation)
+    another.reset()
+    return another
+
+
+def _stop(session: _Session | None) -> None:
+    if session is not None:
+        session.stop.set()
+
+
+def _forget(session: _Session | None) -> tuple[None, list[Any]]:
+    _stop(session)
+    return None, []
 
 
 def _entry(name: str) -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(
         file_count="multiple", file_types=["image"], sources=["upload"], show_label=False, elem_id=name,
-        placeholder="Ask something; drop pictures here",
+        placeholder="Ask something; drop pictures here", max_plain_text_length=1_000_000,
     )  # fmt: skip
 
 
+def _button(title: str, name: str) -> gr.Button:
+    return gr.Button(title, elem_id=name, size="sm", scale=0, min_width=160)
+
+
 def _opened(paths: list[str]) -> list[Any]:
-    return [read_image(path, index) for index, path in enumerate(paths)]
+    """The pictures of uploaded files, which errors name without the folder that they were put in."""
+    try:
+        return [read_image(Path(path), index) for index, path in enumerate(paths)]
+    except (ValueError, OSError) as error:
+        message = str(error)
+        for path in paths:
+            message = message.replace(path, Path(path).name)
+        raise ValueError(message) from error
 
 
-def _said(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
+def _complain(error: Exception) -> None:
+    gr.Warning(html.escape(_words(error)), duration=None)
 
 
-def _answered(progress: Progress) -> list[dict[str, Any]]:
-    said = [_said("assistant", progress.text or "…")]
-    return [*said, _said("assistant", f"[{progress.facts}]")] if progress.result is not None else said
+def _words(error: Exception) -> str:
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    logger.exception("An answer failed.", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
 
-def _cut(images: list[Any], conversation: Talk) -> list[dict[str, Any]]:
-    """The pictures of how images are cut, which a server does not tell."""
-    if isinstance(conversation, ServerConversation):
+def _said(role: str, parts: list[Any]) -> dict[str, Any]:
+    return {"role": role, "content": parts}
+
+
+def _text(text: str) -> dict[str, Any]:
+    """A text as it is: Gradio would take the indentation of a bare string away, and show tags as HTML."""
+    return {"type": "text", "text": html.escape(text, quote=False)}
+
+
+def _picture(path: str, words: str) -> dict[str, Any]:
+    return {"path": path, "alt_text": words}
+
+
+def _answered(progress: Progress, max_new_tokens: int) -> list[Any]:
+    parts = [
+        _text(progress.text or ("…" if progress.result is None else "")),
+        gr.HTML(facts(progress, max_new_tokens)),
+    ]
+    return [part for part in parts if part]
+
+
+def _tiles(images: list[Any], conversation: Talk) -> list[Any]:
+    """The pictures of how images are cut, where that is known."""
+    image_processor = getattr(getattr(conversation, "processor", None), "image_processor", None)
+    if not isinstance(image_processor, GenieBlueImageProcessor):
         return []
-    cut = [draw_tiles(image, conversation.processor.image_processor) for image in images]
-    return [_said("assistant", part) for picture, words in cut for part in (f"[{words}]", gr.Image(picture))]
+    parts = []
+    for image in images:
+        picture, words = draw_tiles(image, image_processor)
+        path = save_pil_to_cache(picture, get_upload_folder(), format="png")
+        parts += [gr.HTML(remark(words)), _picture(path, words)]
+    return parts
 
 
-def _sides(conversation: Talk, text: str, images: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """For each column how to ask: a function, its arguments, the pictures that it sees, options; or why not."""
-    if isinstance(conversation, Chat):
-        yield ask_base_alone, (conversation, text), [], {}
-    else:
-        yield None, "Only a model in PyTorch, which runs here, can run its base without anything of GenieBlue."
-    yield conversation.ask, (text,), [], {}
-    conversation.reset()
-    if isinstance(conversation, ServerConversation) and not images:
-        yield None, "A server runs the multimodal view only for pictures."
-    else:
-        options = {} if isinstance(conversation, ServerConversation) else {"view": "multimodal"}
-        yield conversation.ask, (text, images), images, options
+def _sides(conversation: Talk, text: str, images: list[Any]) -> list[Callable[..., dict[str, Any]] | str]:
+    """For each column what answers, or why nothing does."""
+    if not text.strip() and not images:
+        raise ValueError("The prompt is empty: give a text or an image.")
+    ask = [_fresh(conversation).ask for _ in range(2)]
+    alone = (
+        partial(ask_base_alone, conversation, text)
+        if isinstance(conversation, Chat)
+        else "Only a model that PyTorch runs here can run its base without anything of GenieBlue."
+    )
+    views: list[Callable[..., dict[str, Any]] | str] = [partial(ask[0], text), partial(ask[1], text, images)]
+    if not isinstance(conversation, ServerConversation):
+        views[1] = partial(ask[1], text, images, view="multimodal")
+    elif not images:
+        views[1] = "A server runs the multimodal view only for pictures."
+    if not text.strip():
+        alone = views[0] = "There is no text to ask."
+    return [alone, *views]
 
 
-def _verdict(said: list[str | None]) -> str:
-    base, text, _ = said
+def _verdict(texts: list[str | None]) -> str:
+    base, text, _ = texts
     if base is None or text is None:
         return ""
     return f"The base alone and the text view gave **{'the same answer' if base == text else 'different answers'}**."

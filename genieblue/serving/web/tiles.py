@@ -5,27 +5,31 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-GAP = 4  # pixels between tiles
+from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcessor
+
+SMALLEST = 96  # pixels; smaller tiles are enlarged, each pixel to a square
+GAP = 6
 PAPER = (250, 250, 248)
 
 
-def draw_tiles(image: Image.Image, image_processor: Any) -> tuple[Image.Image, str]:
+def draw_tiles(image: Image.Image, image_processor: GenieBlueImageProcessor) -> tuple[Image.Image, str]:
     """The tiles of an image as the processor cuts them, apart from each other, and what they are in words."""
-    size = image_processor.tile_size
     columns, rows = image_processor.select_grid(*image.size)
     tiles = _pictures(image_processor(image)["pixel_values"], image_processor)
+    cut = f"{image.width}×{image.height} pixels, tiles of {image_processor.tile_size}×{image_processor.tile_size}"
     if columns * rows == 1:
-        return tiles[0], "1 tile, no thumbnail"
+        return tiles[0], f"1 tile without a thumbnail ({cut})"
+    size = tiles[0].width
     step = size + GAP
-    picture = Image.new("RGB", (step * (columns + 1) + 2 * GAP, max(rows * step - GAP, size)), PAPER)
+    picture = Image.new("RGB", (step * (columns + 1) + 2 * GAP, rows * step - GAP), PAPER)
     picture.paste(tiles[0], (0, 0))
     for number, tile in enumerate(tiles[1:]):
         row, column = divmod(number, columns)
         picture.paste(tile, (step + 3 * GAP + column * step, row * step))
-    return picture, f"thumbnail and {columns}×{rows} tiles"
+    return picture, f"thumbnail and {columns}×{rows} tiles ({cut})"
 
 
-def _pictures(pixel_values: Any, image_processor: Any) -> list[Image.Image]:
+def _pictures(pixel_values: Any, image_processor: GenieBlueImageProcessor) -> list[Image.Image]:
     """(num_tiles, 3, size, size) normalized floats as pictures."""
     pixels = np.asarray(pixel_values, dtype=np.float32)
     if image_processor.do_normalize:
@@ -37,4 +41,5 @@ def _pictures(pixel_values: Any, image_processor: Any) -> list[Image.Image]:
     if image_processor.do_rescale:
         pixels = pixels / image_processor.rescale_factor
     pixels = np.rint(pixels.clip(0, 255)).astype(np.uint8).transpose(0, 2, 3, 1)
-    return [Image.fromarray(tile) for tile in pixels]
+    scale = -(-SMALLEST // image_processor.tile_size)
+    return [Image.fromarray(tile.repeat(scale, axis=0).repeat(scale, axis=1)) for tile in pixels]

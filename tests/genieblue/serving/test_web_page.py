@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import socket
-import subprocess
 import time
-import urllib.request
+from contextlib import AbstractContextManager
 
 import pytest
 from command_line import REPOSITORY
 from PIL import Image
+from server_process import server_process
 
 from genieblue.serving.conversation import Chat
 
@@ -22,27 +21,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("settings_of_the_process
 @pytest.fixture(scope="module")
 def address(good):
     """Address of the page of a tiny model."""
-    assert PYTHON.exists(), f"{PYTHON} is missing: `make test-slow` makes its environment"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [PYTHON, "-m", "genieblue", "chat", "--web", good / "genieblue", "--port", port, "--max-new-tokens", 8]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ["PYTHONPATH"]])}
-    with open(good / "page.log", "w") as log:
-        page = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(SECONDS):
-            try:
-                urllib.request.urlopen(address, timeout=5)
-                break
-            except OSError:
-                assert page.poll() is None, (good / "page.log").read_text()
-                time.sleep(1)
+    with page_of(good / "genieblue", good) as address:
         yield address
-    finally:
-        page.terminate()
-        page.wait(timeout=30)
+
+
+def page_of(source, folder) -> AbstractContextManager[str]:
+    """Address of a page; its log is written in `folder`."""
+    assert PYTHON.exists(), f"{PYTHON} is missing: `make test-slow` makes its environment"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ["PYTHONPATH"]])}
+    command = [str(PYTHON), "-m", "genieblue", "chat", "--web", str(source), "--max-new-tokens", "8", "--port"]
+    return server_process(lambda port: [*command, str(port)], folder / "page.log", path="", env=environment)
 
 
 @pytest.fixture
