@@ -73,9 +73,9 @@ def chat(
 
         if web:  # what is missing is said before a model takes its time to load
             from genieblue.serving.listening import address_of, check_free
-            from genieblue.serving.web.page import build_page, open_page
 
             check_free(host, port)
+            from genieblue.serving.web.page import build_page, open_page
         images = [read_image(source, index) for index, source in enumerate(image or [])]
         settings = {"max_new_tokens": max_new_tokens, "view": view}
         if qnn is not None:

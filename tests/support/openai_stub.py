@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,7 @@ class OpenAIStub(ThreadingHTTPServer):
         self.refusal: bytes = b'{"error": {"message": "too many images"}}'
         self.events: list[dict] = ANSWER
         self.ending: bytes = b"data: [DONE]\n\n"
+        self.pause = 0.0  # seconds before each event
         self.announced = 0  # bytes that a reader waits for, besides those that come
 
 
@@ -43,13 +45,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self.server.status, self.server.refusal)
             return
         events = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in self.server.events]
-        self._send(200, b"".join(events) + self.server.ending, self.server.announced)
+        self._send(200, *events, self.server.ending, more=self.server.announced)
 
-    def _send(self, status: int, content: bytes, more: int = 0) -> None:
+    def _send(self, status: int, *pieces: bytes, more: int = 0) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(content) + more))
+        self.send_header("Content-Length", str(sum(map(len, pieces)) + more))
         self.end_headers()
-        self.wfile.write(content)
+        for piece in pieces:
+            time.sleep(self.server.pause)
+            self.wfile.write(piece)
 
     def log_message(self, *_):
         pass

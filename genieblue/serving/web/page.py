@@ -11,6 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+
 from genieblue.serving.conversation import Chat, Conversation
 from genieblue.serving.server_conversation import ServerConversation
 from genieblue.serving.web.answers import Progress, ask_base_alone, stream
@@ -18,15 +22,6 @@ from genieblue.serving.web.look import STYLE, facts, remark
 from genieblue.serving.web.tiles import draw_tiles
 from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcessor
 from modeling_genieblue.image_reading_genieblue import read_image
-
-try:
-    import gradio as gr
-    from gradio.processing_utils import save_pil_to_cache
-    from gradio.utils import get_upload_folder
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "The page needs Gradio, which is not installed: pip install 'genieblue[web]'.", name="gradio"
-    ) from error
 
 logger = logging.getLogger(__name__)
 
