@@ -12,9 +12,13 @@ from typing import Any
 
 from modeling_genieblue.image_reading_genieblue import read_image
 
-SECONDS = 300  # without a word from the server
+SECONDS_TO_LIST, SECONDS_TO_ANSWER = 20, 300  # without a word from the server
 # No server tells which view ran, or whether there is a GenieBlue at all.
 ASKED_TEXT, ASKED_PICTURES = "server, asked without pictures", "server, asked with pictures"
+NO_API = (
+    "What answers at {} is no server with OpenAI's API: give the address that such a server prints when it starts, "
+    "without a path."
+)
 LLAMACPP = "llamacpp"  # the owner of its models
 
 
@@ -36,10 +40,7 @@ class ServerConversation:
             try:
                 models = {each["id"]: each for each in json.load(response)["data"]}
             except (ValueError, LookupError, TypeError) as error:
-                raise OSError(
-                    f"What answers at {self.address} is no server with OpenAI's API: give the address that such a "
-                    "server prints when it starts, without a path."
-                ) from error
+                raise OSError(NO_API.format(self.address)) from error
         if any(each.get("owned_by") == LLAMACPP for each in models.values()):
             raise ValueError(
                 f"The server at {self.address} is llama.cpp, which needs to be told the view of each request and "
@@ -95,10 +96,14 @@ class ServerConversation:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        data = None if document is None else json.dumps(document).encode()
+        data, seconds = None, SECONDS_TO_LIST
+        if document is not None:
+            data, seconds = json.dumps(document).encode(), SECONDS_TO_ANSWER
         try:
-            return urllib.request.urlopen(urllib.request.Request(self.address + path, data, headers), timeout=SECONDS)
+            return urllib.request.urlopen(urllib.request.Request(self.address + path, data, headers), timeout=seconds)
         except urllib.error.HTTPError as error:
+            if error.code == 404 and document is None:
+                raise OSError(NO_API.format(self.address)) from error
             remedy = " Set OPENAI_API_KEY." if error.code in (401, 403) else ""
             reason = _reason(error.read(100_000))
             raise ValueError(

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ANSWER = [
@@ -37,7 +37,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: OpenAIStub
 
     def do_GET(self):
-        self._send(200, self.server.models)
+        listed = self.path == "/v1/models"
+        self._send(200 if listed else 404, self.server.models if listed else b"<html>Not found</html>")
 
     def do_POST(self):
         self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -51,9 +52,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(sum(map(len, pieces)) + more))
         self.end_headers()
-        for piece in pieces:
-            time.sleep(self.server.pause)
-            self.wfile.write(piece)
+        with suppress(ConnectionError):  # a client that has left
+            for piece in pieces:
+                time.sleep(self.server.pause)
+                self.wfile.write(piece)
 
     def log_message(self, *_):
         pass

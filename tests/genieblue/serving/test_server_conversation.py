@@ -87,6 +87,11 @@ def test_a_server_that_cannot_be_asked_is_refused_by_name(server, content, error
         ServerConversation(server.address)
 
 
+def test_an_address_with_a_path_is_refused_by_name(server):
+    with pytest.raises(OSError, match="without a path"):
+        ServerConversation(f"{server.address}/elsewhere")
+
+
 def test_one_of_several_models_can_be_named(server):
     server.models = models({"id": "reader"}, {"id": "base"})
     conversation = ServerConversation(server.address, "reader")
