@@ -13,7 +13,8 @@ STYLE = """
 .gradio-container { max-width: 1180px !important; margin: auto !important; }
 .gb-remark { font-size: 13px; line-height: 1.8; color: color-mix(in srgb, var(--body-text-color) 70%, transparent); }
 .gb-remark b { color: white; font-weight: 600; padding: 2px 9px; border-radius: 10px; white-space: nowrap; }
-.message img { max-height: 300px; max-width: 100%; width: auto; object-fit: contain; }
+.message img { max-height: 200px; max-width: 100%; width: auto; object-fit: contain; margin: 0 !important; }
+.message .image-frame { justify-content: flex-start; }
 .message-content * { white-space: pre-wrap !important; }
 .message-buttons { display: none !important; }
 """

@@ -58,7 +58,8 @@ class _Session:
 def build_page(name: str, conversation: Talk, max_new_tokens: int = 512) -> gr.Blocks:
     """The page of what a conversation talks to; every visitor gets a conversation of their own."""
     label = Path(name).resolve().name if os.path.isdir(name) else name
-    is_server = isinstance(conversation, ServerConversation)
+    if is_server := isinstance(conversation, ServerConversation):
+        label = f"{conversation.name} at {conversation.address}"
     limit = {"concurrency_limit": None} if is_server else {"concurrency_id": QUEUE, "concurrency_limit": 1}
     settings = {"max_new_tokens": max_new_tokens}
     if not is_server:

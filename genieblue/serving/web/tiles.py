@@ -9,7 +9,6 @@ from modeling_genieblue.image_processing_genieblue import GenieBlueImageProcesso
 
 SMALLEST = 96  # pixels; smaller tiles are enlarged, each pixel to a square
 GAP = 6
-PAPER = (250, 250, 248)
 
 
 def draw_tiles(image: Image.Image, image_processor: GenieBlueImageProcessor) -> tuple[Image.Image, str]:
@@ -21,7 +20,7 @@ def draw_tiles(image: Image.Image, image_processor: GenieBlueImageProcessor) -> 
         return tiles[0], f"1 tile without a thumbnail ({cut})"
     size = tiles[0].width
     step = size + GAP
-    picture = Image.new("RGB", (step * (columns + 1) + 2 * GAP, rows * step - GAP), PAPER)
+    picture = Image.new("RGBA", (step * (columns + 1) + 2 * GAP, rows * step - GAP))  # transparent between tiles
     picture.paste(tiles[0], (0, 0))
     for number, tile in enumerate(tiles[1:]):
         row, column = divmod(number, columns)

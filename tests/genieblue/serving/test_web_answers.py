@@ -72,7 +72,7 @@ def test_tiles_are_drawn_as_the_processor_gives_them_and_small_ones_enlarged():
     drawn, words = draw_tiles(image, make_chat().processor.image_processor)  # of 24 pixels
     assert words == "thumbnail and 2×1 tiles (48×24 pixels, tiles of 24×24)"
     start = 96 + GAP + 3 * GAP
-    pixels, source = np.asarray(drawn), np.asarray(image).repeat(4, axis=0).repeat(4, axis=1)
+    pixels, source = np.asarray(drawn.convert("RGB")), np.asarray(image).repeat(4, axis=0).repeat(4, axis=1)
     assert (pixels[:, start : start + 96] == source[:, :96]).all()
     assert (pixels[:, start + 96 + GAP : start + 2 * 96 + GAP] == source[:, 96:]).all()
 
