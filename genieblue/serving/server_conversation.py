@@ -115,6 +115,7 @@ class ServerConversation:
 
 def _events(response: Any) -> Iterator[dict[str, Any]]:
     """The documents of a stream of server-sent events; `ValueError` or `OSError` if it breaks off."""
+    is_whole = False
     for line in _lines(response):
         if not line.startswith(b"data:"):
             continue
@@ -126,8 +127,10 @@ def _events(response: Any) -> Iterator[dict[str, Any]]:
             raise OSError(f"The server sent what is no part of an answer ({data[:80]!r}): ask again.") from error
         if "error" in event:
             raise ValueError(f"The server stopped in the middle of its answer: {_reason(data)}")
+        is_whole |= any(choice.get("finish_reason") for choice in event.get("choices") or ())
         yield event
-    raise OSError("The server hung up in the middle of its answer: ask again.")
+    if not is_whole:  # `transformers serve` says nothing after the last piece
+        raise OSError("The server hung up in the middle of its answer: ask again.")
 
 
 def _lines(response: Any) -> Iterator[bytes]:

@@ -26,9 +26,9 @@ def remark(text: str) -> str:
 
 
 def facts(progress: Progress, max_new_tokens: int) -> str:
-    """The view that ran, the tokens, and how many a second; or why an answer is not whole."""
+    """Of an answer that has ended: the view that ran, the tokens, and how many a second; or that it was stopped."""
     if progress.result is None:
-        return remark("Stopped: this turn is not part of the conversation.") if progress.stopped else ""
+        return remark("Stopped: this turn is not part of the conversation.")
     view, prompt, count = (progress.result[key] for key in ("view", "prompt_tokens", "generated_tokens"))
     badge = f'<b style="background: {COLORS.get(view, OTHER_COLOR)}">{escape(NAMES.get(view, view))}</b>'
     seconds = f"{progress.seconds:.1f} s"

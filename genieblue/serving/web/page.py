@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ MOST_SESSIONS = 20  # whose caches are kept
 HOUR = 3600  # seconds
 QUEUE = "model"  # one answer at a time, whoever asks
 LOCAL_FONTS = ["system-ui", "sans-serif"]  # Gradio's own theme fetches its fonts
-COLUMNS = ("Base alone", "Text view", "Multimodal view")
+COLUMNS = ("base-alone", "text-view", "multimodal-view")
+TITLES = ("Base alone", "Text view", "Multimodal view")
+TITLES_OF_SERVER = ("Base alone", "Server, without pictures", "Server, with pictures")
 ABOUT = (
     "A message without pictures is answered in the **text view**, which is the base model itself. "
     "From its first picture on, a conversation runs in the **multimodal view**."
@@ -46,13 +48,18 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass
 class _Session:
-    """What one visitor has said and seen."""
+    """What one visitor has said and seen. No dataclass, which Gradio would take apart."""
 
-    conversation: Talk
-    shown: list[dict[str, Any]] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, conversation: Talk):
+        self.conversation = _fresh(conversation)
+        self.shown: list[dict[str, Any]] = []
+        self.stop = threading.Event()
+        self.is_left = False  # for a new one, maybe in the middle of an answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Session":
+        """A new one, which is what Gradio makes such copies for."""
+        return _Session(self.conversation)
 
 
 def build_page(name: str, conversation: Talk, max_new_tokens: int = 512) -> gr.Blocks:
@@ -61,30 +68,36 @@ def build_page(name: str, conversation: Talk, max_new_tokens: int = 512) -> gr.B
     if is_server := isinstance(conversation, ServerConversation):
         label = f"{conversation.name} at {conversation.address}"
     limit = {"concurrency_limit": None} if is_server else {"concurrency_id": QUEUE, "concurrency_limit": 1}
+    titles = TITLES_OF_SERVER if is_server else TITLES
     settings = {"max_new_tokens": max_new_tokens}
     if not is_server:
         settings["lock"] = threading.Lock()  # one that its visitor has left may still be at its last word
 
-    def answer(session: _Session | None, message: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
-        session = session or _Session(_fresh(conversation))
+    def answer(session: _Session, message: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
         session.stop.clear()
+        question = [_picture(path, Path(path).name) for path in message["files"]]
+        question += [_text(message["text"])] if message["text"] else []
         turn: list[dict[str, Any]] = []
         try:
             images = _opened(message["files"])
-            question = [_picture(path, Path(path).name) for path in message["files"]]
-            question += [_text(message["text"])] if message["text"] else []
-            for progress in stream(session.conversation.ask, message["text"], images, stop=session.stop, **settings):
-                turn = [_said("user", question), _said("assistant", _answered(progress, max_new_tokens))]
-                if progress.result is not None and (tiles := _tiles(images, session.conversation)):
-                    turn[-1]["content"] += tiles
-                yield session, [*session.shown, *turn], None
+            pieces = stream(session.conversation.ask, message["text"], images, stop=session.stop, **settings)
+            for progress in chain([Progress("")], pieces):  # a long prompt takes its time before the first word
+                answered = _answered(progress, max_new_tokens)
+                if progress.result is not None:
+                    answered += _tiles(images, session.conversation)
+                turn = [_said("user", question), _said("assistant", answered)]
+                if not session.is_left:
+                    yield session, [*session.shown, *turn], None
         except Exception as error:
             _complain(error)
             yield session, session.shown, message  # what was typed stays
         else:
             session.shown = [*session.shown, *turn]
+        if session.is_left:
+            yield copy.deepcopy(session), [], None
 
-    def compare(message: dict[str, Any]) -> Iterator[list[Any]]:
+    def compare(session: _Session, message: dict[str, Any]) -> Iterator[list[Any]]:
+        session.stop.clear()
         shown: list[list[dict[str, Any]]] = [[], [], []]
         texts: list[str | None] = [None, None, None]
         yield [*shown, ""]
@@ -94,18 +107,21 @@ def build_page(name: str, conversation: Talk, max_new_tokens: int = 512) -> gr.B
         except Exception as error:
             _complain(error)
             return
-        for number, (title, side) in enumerate(zip(COLUMNS, sides, strict=True)):
+        for number, (title, side) in enumerate(zip(titles, sides, strict=True)):
             if isinstance(side, str):
                 shown[number] = [_said("assistant", [gr.HTML(remark(side))])]
                 continue
-            yield [*shown, f"{title} is being asked …"]
+            yield [*shown, f"{title}: being asked …"]
             try:
-                for progress in stream(side, stop=threading.Event(), **settings):
+                for progress in stream(side, stop=session.stop, **settings):
                     shown[number] = [_said("assistant", _answered(progress, max_new_tokens))]
                     texts[number] = None if progress.result is None else progress.text
-                    yield [*shown, f"{title} answers …"]
+                    yield [*shown, f"{title}: answering …"]
             except Exception as error:
                 shown[number] = [_said("assistant", [gr.HTML(remark(_words(error)))])]
+            if session.stop.is_set():
+                yield [*shown, "Stopped."]
+                return
         if texts[2] is not None and images:
             shown[2][0]["content"] += _tiles(images, conversation)
         yield [*shown, _verdict(texts)]
@@ -114,31 +130,30 @@ def build_page(name: str, conversation: Talk, max_new_tokens: int = 512) -> gr.B
         gr.Markdown(f"## GenieBlue `{label}`\n{ABOUT_SERVER if is_server else ABOUT}"
                     f"{NO_HISTORY if conversation.completes_only else ''}")  # fmt: skip
         with gr.Tab("Chat"):
-            session = gr.State(None)
+            session = gr.State(_Session(conversation))
             chat = gr.Chatbot(height="54vh", show_label=False, elem_id="chat", **PLAIN)
             entry = _entry("entry")
             with gr.Row():
                 stop = _button("Stop", "stop")
                 reset = _button("New conversation", "reset")
-            running = entry.submit(answer, [session, entry], [session, chat, entry], **limit)
+            entry.submit(answer, [session, entry], [session, chat, entry], **limit)
             stop.click(_stop, session, None)
             for event in (reset.click, chat.clear):  # the latter is the bin at the top of the chat
-                event(_forget, session, [session, chat], cancels=running)
+                event(_leave, session, [session, chat])
         with gr.Tab("Side by side"):
             gr.Markdown("One question, without a history. Pictures are given to the multimodal view alone.")
+            comparison = gr.State(_Session(conversation))
             asked = _entry("compare")
             with gr.Row():
                 stop_all = _button("Stop", "stop-all")
                 verdict = gr.Markdown(elem_id="verdict")
             with gr.Row():
                 columns = [
-                    gr.Chatbot(
-                        label=title, height="50vh", min_width=280, elem_id=title.lower().replace(" ", "-"), **PLAIN
-                    )  # fmt: skip
-                    for title in COLUMNS
+                    gr.Chatbot(label=title, elem_id=name, height="50vh", min_width=280, **PLAIN)
+                    for title, name in zip(titles, COLUMNS, strict=True)
                 ]
-            comparing = asked.submit(compare, asked, [*columns, verdict], **limit)
-            stop_all.click(lambda: "Stopped.", None, verdict, cancels=comparing)
+            asked.submit(compare, [comparison, asked], [*columns, verdict], **limit)
+            stop_all.click(_stop, comparison, None)
     return page
 
 
@@ -158,14 +173,14 @@ def _fresh(conversation: Talk) -> Talk:
     return another
 
 
-def _stop(session: _Session | None) -> None:
-    if session is not None:
-        session.stop.set()
+def _stop(session: _Session) -> None:
+    session.stop.set()
 
 
-def _forget(session: _Session | None) -> tuple[None, list[Any]]:
-    _stop(session)
-    return None, []
+def _leave(session: _Session) -> tuple[_Session, list[Any]]:
+    session.is_left = True
+    session.stop.set()
+    return copy.deepcopy(session), []
 
 
 def _entry(name: str) -> gr.MultimodalTextbox:
@@ -215,11 +230,10 @@ def _picture(path: str, words: str) -> dict[str, Any]:
 
 
 def _answered(progress: Progress, max_new_tokens: int) -> list[Any]:
-    parts = [
-        _text(progress.text or ("…" if progress.result is None else "")),
-        gr.HTML(facts(progress, max_new_tokens)),
-    ]
-    return [part for part in parts if part]
+    if progress.result is None and not progress.stopped:
+        return [_text(progress.text or "…")]
+    text = [_text(progress.text)] if progress.text else []
+    return [*text, gr.HTML(facts(progress, max_new_tokens))]
 
 
 def _tiles(images: list[Any], conversation: Talk) -> list[Any]:

@@ -40,6 +40,12 @@ def test_a_server_that_does_not_count_tokens_is_not_counted_for(server, conversa
     assert conversation.ask("Which tree?")["generated_tokens"] is None
 
 
+def test_an_answer_is_whole_with_its_reason_to_finish_though_the_server_says_no_more(server, conversation):
+    last = {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}
+    server.events, server.ending = [*server.events[:-1], last], b""
+    assert conversation.ask("Which tree?")["text"] == "An oak."
+
+
 @pytest.mark.parametrize(
     "fault, error, message",
     [
