@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
+from gradio.themes import Default
 from gradio.utils import get_upload_folder
 
 from genieblue.serving.conversation import Chat, Conversation
@@ -67,9 +68,11 @@ def build_page(name: str, conversation: Talk, max_new_tokens: int = 512) -> gr.B
     label = Path(name).resolve().name if os.path.isdir(name) else name
     if is_server := isinstance(conversation, ServerConversation):
         label = f"{conversation.name} at {conversation.address}"
-    limit = {"concurrency_limit": None} if is_server else {"concurrency_id": QUEUE, "concurrency_limit": 1}
+    limit: dict[str, Any] = (
+        {"concurrency_limit": None} if is_server else {"concurrency_id": QUEUE, "concurrency_limit": 1}
+    )
     titles = TITLES_OF_SERVER if is_server else TITLES
-    settings = {"max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if not is_server:
         settings["lock"] = threading.Lock()  # one that its visitor has left may still be at its last word
 
@@ -162,7 +165,7 @@ def open_page(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> Non
     page.launch(
         server_name=host, server_port=port, share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True,
         max_file_size=LARGEST_UPLOAD, state_session_capacity=MOST_SESSIONS, run_history=False, footer_links=[],
-        theme=gr.themes.Default(font=LOCAL_FONTS, font_mono=["monospace"]), css=STYLE,
+        theme=Default(font=LOCAL_FONTS, font_mono=["monospace"]), css=STYLE,
     )  # fmt: skip
 
 
