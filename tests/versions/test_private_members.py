@@ -92,7 +92,7 @@ def overridden_members() -> dict[str, set[str]]:
                 try:
                     importlib.import_module(module.name)
                 except ModuleNotFoundError as error:
-                    if (error.name or "").partition(".")[0] != "vllm":
+                    if (error.name or "").partition(".")[0] not in ("vllm", "gradio"):
                         raise
     found = {}
     for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in ROOMS]:
