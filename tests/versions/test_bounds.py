@@ -21,8 +21,10 @@ def requirements() -> dict[str, Requirement]:
 
 
 def pins() -> dict[str, str]:
-    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    """Versions by name; the page's come first in its environment, and the others are found behind them."""
+    files = [REPOSITORY / name for name in ("tests/clients/web.txt", "constraints.txt")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    pairs = [line.partition(";")[0].split("==") for line in lines if not line.startswith("#")]
     return {name.lower().replace("-", "_"): version for name, version in pairs}
 
 
