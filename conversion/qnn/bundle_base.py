@@ -47,7 +47,7 @@ class BundleBase:
 
     @property
     def digest(self) -> str:
-        """Of the codes of the base's matrices, which bundles of several GenieBlues may share."""
+        """Of the codes of the base's matrices, which bundles of several GenieBlues in as many parts may share."""
         codes = [part["base_weight_codes"] for part in self.bundle.metadata["parts"]]
         return hashlib.sha256("".join(codes).encode()).hexdigest()[:16]
 
