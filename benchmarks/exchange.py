@@ -19,7 +19,6 @@ first; in a process of its own. Mapped weights are in the peak as far as they we
 import argparse
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +29,7 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.full_size import weight_bytes
-from benchmarks.report import measured_apart, print_table
+from benchmarks.report import MemoryWatch, measured_apart, print_table
 from benchmarks.vlms import make_demo_vlm, make_full_size_pair
 from conversion.extract import extract_genieblue
 from conversion.extraction_plan import Choice
@@ -55,7 +54,6 @@ SHARES = (0.125, 0.25, 0.5)  # of the copies' bytes
 BUDGETS = (0.12, 0.15, 0.2, 0.35, 0.5)  # of the base's bytes, for all that an extraction adds
 TEXT_TOKENS, READ_AT_ONCE = 4096, 25
 HEALING_STEPS, HEALING_BATCH = 150, 16
-WATCHED_EVERY = 1.0  # seconds
 
 
 @torch.no_grad()
@@ -229,27 +227,11 @@ def added_bytes(folder: Path) -> int:
 
 def measure_full_size(folder: Path) -> dict[str, float]:
     """In this process: seconds and peak bytes of an extraction with a quarter of the blocks copied and rank 64."""
-    finished, own = threading.Event(), [0]
-
-    def watch() -> None:
-        while not finished.wait(WATCHED_EVERY):
-            own[0] = max(own[0], _memory("RssAnon"))
-
-    watching = threading.Thread(target=watch)
-    watching.start()
     start = time.perf_counter()
-    try:
+    with MemoryWatch() as memory:
         extract_genieblue(folder / "vlm", folder / "base", folder / "mine")
-    finally:
-        finished.set()
-    watching.join()
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
-    return seconds | {"peak": _memory("VmHWM"), "own_peak": own[0]}
-
-
-def _memory(name: str) -> int:
-    """Bytes of this process; `getrusage` would count what the process that started it took."""
-    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024
+    return seconds | {"peak": memory.peak, "own_peak": memory.own}
 
 
 def full_size_figures(folder: Path, blocks: int) -> dict[str, dict[str, float | str]]:

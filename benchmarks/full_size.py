@@ -10,14 +10,13 @@ above that of a process that has only imported the libraries, against the bytes 
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from pathlib import Path
 
 from huggingface_hub import parse_local_safetensors_file_metadata
 
-from benchmarks.report import measured_apart, print_table
+from benchmarks.report import measured_apart, peak_memory, print_table
 
 
 def make_models(folder: Path) -> None:
@@ -80,12 +79,12 @@ def measure_model(folder: Path) -> dict[str, float]:
     import modeling_genieblue.quantized_parts_genieblue  # noqa: F401 (imports are left out of the time)
 
     torch.set_num_threads(2)
-    imported = peak_bytes()
+    imported = peak_memory()
     start = time.perf_counter()
     model = AutoModel.from_pretrained(folder)
-    seconds, loaded = time.perf_counter() - start, peak_bytes() - imported
+    seconds, loaded = time.perf_counter() - start, peak_memory() - imported
     requests = run_requests(model)
-    return {"seconds": seconds, "loaded_bytes": loaded, **requests, "peak_bytes": peak_bytes() - imported}
+    return {"seconds": seconds, "loaded_bytes": loaded, **requests, "peak_bytes": peak_memory() - imported}
 
 
 def run_requests(model) -> dict:
@@ -102,11 +101,6 @@ def run_requests(model) -> dict:
         model.generate(**inputs, attention_mask=mask, max_new_tokens=8, do_sample=False)
         seconds[f"{name}_request_seconds"] = time.perf_counter() - start
     return seconds
-
-
-def peak_bytes() -> int:
-    """Highest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -11,26 +11,25 @@ can be left out: `--skip sizes accuracy full-size`. Nothing here runs on a phone
 """
 
 import argparse
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.report import print_table
+from benchmarks.report import MemoryWatch, print_table
 from benchmarks.views import TOY_VISION
 from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
-from conversion.qnn.graphs.names import PRECISIONS, ROUNDINGS, UNFINISHED
+from conversion.qnn.graphs.names import PRECISIONS, ROUNDINGS
 from conversion.qnn.qdq.block_rounding import LORA_BITS
 from conversion.qnn.verify import verify_bundle
+from conversion.staging import UNFINISHED
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
@@ -103,36 +102,6 @@ def ideal_bytes(model: Any) -> dict[str, float]:
         if parameter.ndim == 2:
             sizes["lora" if ".lora_" in name else "copies"] += parameter.numel()
     return {part: count * (LORA_BITS if part == "lora" else 4) / 8 for part, count in sizes.items()}
-
-
-class MemoryWatch:
-    """The highest resident memory of this process and its children together while it runs, in bytes.
-
-    `own` leaves out what is mapped from files, which the system can drop and read again.
-    """
-
-    def __enter__(self) -> "MemoryWatch":
-        self.peak, self.own, self._running = 0, 0, True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._running = False
-        self._thread.join()
-
-    def _watch(self) -> None:
-        own = psutil.Process()
-        while self._running:
-            total = own_bytes = 0
-            for process in (own, *own.children(recursive=True)):
-                try:
-                    found = process.memory_info()
-                    total, own_bytes = total + found.rss, own_bytes + found.rss - found.shared
-                except psutil.NoSuchProcess:
-                    continue
-            self.peak, self.own = max(self.peak, total), max(self.own, own_bytes)
-            time.sleep(0.5)
 
 
 def language_bytes(bundle: Path) -> int:

@@ -4,8 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def measured_apart(module: str, *arguments: str, threads: int | None = None) -> Any:
@@ -14,6 +19,44 @@ def measured_apart(module: str, *arguments: str, threads: int | None = None) -> 
     env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
     return json.loads(output.splitlines()[-1])
+
+
+def peak_memory() -> int:
+    """Bytes that were resident in this process at the most, by Linux's count.
+
+    Not `ru_maxrss`, which a process inherits from the one that starts it.
+    """
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+class MemoryWatch:
+    """The highest resident memory of this process and its children together while it runs, in bytes.
+
+    `own` leaves out what is mapped from files, which the system can drop and read again.
+    """
+
+    def __enter__(self) -> "MemoryWatch":
+        self.peak, self.own, self._running = 0, 0, True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._running = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while self._running:
+            total = own_bytes = 0
+            for process in (own, *own.children(recursive=True)):
+                try:
+                    found = process.memory_info()
+                    total, own_bytes = total + found.rss, own_bytes + found.rss - found.shared
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak, self.own = max(self.peak, total), max(self.own, own_bytes)
+            time.sleep(0.5)
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> None:

@@ -33,7 +33,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.report import measured_apart, print_table
+from benchmarks.report import measured_apart, peak_memory, print_table
 from benchmarks.views import seconds, synchronize
 from genieblue.training.run_log import RunLog
 from genieblue.training.settings import TrainingSettings
@@ -208,9 +208,7 @@ def measure_memory(name: str, options: argparse.Namespace) -> dict[str, float]:
     train_steps(name, *make_contender(name, options), options, options.batch)
     if options.device == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated()}
-    # Not `ru_maxrss`, which a process inherits from the one that starts it.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"bytes": 1024 * int(peak.split()[1])}
+    return {"bytes": peak_memory()}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

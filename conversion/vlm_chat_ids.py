@@ -44,8 +44,8 @@ class VlmChatFormat:
         if not tokenize:
             return text
         inputs = self._processor.apply_chat_template(
-            [messages], images=[self._images[: len(image_sources(messages))]], add_generation_prompt=True,
-            tokenize=True, return_dict=True, return_tensors="pt",
+            [messages], images=[self._images[: len(image_sources(messages))]],
+            add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, return_tensors="pt",
         )  # fmt: skip
         self._prompt, self._prompt_ids = text, inputs["input_ids"][0].tolist()
         self._prompts.append((self._prompt_ids, dict(inputs)))

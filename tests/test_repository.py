@@ -79,3 +79,36 @@ def test_no_room_imports_from_one_above_it():
         upward += [(path, name) for name in imports_of(path) if (floor := floor_of(name)) is not None and floor < own]
     # A save renders a card and publishes through `hub_cards` where that is installed.
     assert [(path, name) for path, name in upward if path != "modeling_genieblue/saving_genieblue.py"] == []
+
+
+def test_every_name_that_is_imported_from_a_module_of_ours_is_there():
+    """Also in benchmarks and examples, which no other test runs."""
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in tracked("*.py")}
+    missing = []
+    for path in tracked("benchmarks/*.py", "examples/*.py", "conversion/*.py", "genieblue/*.py", "hub_cards/*.py"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module in modules:
+                names = names_in(modules[node.module])
+                missing += [
+                    f"{path}: {node.module}.{each.name}"
+                    for each in node.names
+                    if each.name not in names and f"{node.module}.{each.name}" not in modules
+                ]
+    assert not missing
+
+
+def names_in(path: str) -> set[str]:
+    """What a module defines or imports at its top, also under an `if` or `try`."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse((ROOT / path).read_text(encoding="utf-8"))]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            else:
+                waiting.append(node)
+    return names

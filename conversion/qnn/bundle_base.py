@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from conversion.qnn.bundle.metadata import Bundle
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.qdq.encoding import WeightCodes
 from conversion.qnn.qdq.files import read_codes
-from conversion.qnn.qdq.language import LanguageSettings
+from conversion.qnn.qdq.language import LanguageSettings, codes_digest
 from conversion.qnn.qdq.precision_plan import HEAD, PrecisionPlan
 from conversion.quantization.healing import TRAINED_ON
 from modeling_genieblue.as_built_genieblue import AsBuilt
@@ -42,14 +43,21 @@ class BundleBase:
                 f"{folder} was not made from this model's base: the sha256 of their files are {made_from} and "
                 f"{fingerprint}. Give a bundle of this base."
             )
+        self._starts = [part["blocks"][0] for part in self.bundle.metadata["parts"]]
         self._part = -1  # the one of `_codes`
         self._codes: dict[str, WeightCodes] = {}
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of the codes of the base's matrices, which bundles of several GenieBlues in as many parts may share."""
-        codes = [part["base_weight_codes"] for part in self.bundle.metadata["parts"]]
-        return hashlib.sha256("".join(codes).encode()).hexdigest()[:16]
+        """Of the codes of the base's matrices: bundles of several GenieBlues, also in other parts, may share them."""
+        digests = []
+        for number, start in enumerate(self._starts):
+            for name, codes in self._part_codes(number).items():
+                words = name.split(".")
+                if words[0] == "blocks":
+                    words[1] = str(int(words[1]) + start)  # in the base
+                digests.append(codes_digest({".".join(words): codes}))
+        return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
 
     def plan(self, settings: LanguageSettings) -> PrecisionPlan:
         """The formats of the matrices; `ValueError` if `settings` ask for others."""
@@ -65,12 +73,14 @@ class BundleBase:
 
     def codes(self, index: int, name: str) -> WeightCodes:
         """A matrix by the name that it has in its block, or of the LM head, after the last block."""
-        starts = [part["blocks"][0] for part in self.bundle.metadata["parts"]]
-        number = max(place for place, start in enumerate(starts) if start <= index)
+        number = max(place for place, start in enumerate(self._starts) if start <= index)
+        return self._part_codes(number)[name if name == HEAD else f"blocks.{index - self._starts[number]}.{name}"]
+
+    def _part_codes(self, number: int) -> dict[str, WeightCodes]:
         if number != self._part:
             graph = self.bundle.metadata["parts"][number]["graphs"]["text_prefill"]
             self._part, self._codes = number, read_codes(self.bundle.path(graph["qdq"]))
-        return self._codes[name if name == HEAD else f"blocks.{index - starts[number]}.{name}"]
+        return self._codes
 
 
 @torch.no_grad()

@@ -41,10 +41,7 @@ class LimitedConnector(MediaConnector):
             )
 
     def _load_data_url(self, url: str, media_io: MediaIO[Any]) -> Any:
-        try:
-            return super()._load_data_url(url, media_io)
-        except NotImplementedError as error:  # another encoding
-            raise ValueError(str(error)) from error
+        return _read(super()._load_data_url, url, media_io)
 
 
 class _ImageReader(MediaIO[Any]):

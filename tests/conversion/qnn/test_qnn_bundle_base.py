@@ -75,6 +75,7 @@ def test_an_export_on_a_bundle_has_the_codes_of_its_base(pair, bundle, tmp_path,
     linears = [f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     names = [(2, "head.weight"), *((index, name) for index in range(2) for name in linears)]
     assert all((first.codes(*name).codes == second.codes(*name).codes).all() for name in names)
+    assert first.digest == second.digest
     facts = [Bundle(path).metadata for path in (bundle, out)]
     assert facts[0]["eight_bits"] == facts[1]["eight_bits"] and facts[0]["adapter"] != facts[1]["adapter"]
 
