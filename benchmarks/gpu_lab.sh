@@ -15,8 +15,9 @@ seeds: 3
 tasks: [digits, lines, receipts, charts, counting, position, naming]
 texts: [english]
 data: {mixed: 0.15}
-vision_steps: 1000
-projector_steps: 30
+vision_steps: 200
+reading_steps: 1500
+projector_steps: 10
 dtype: bfloat16
 batch_size: 128
 training:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import string
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +10,22 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
+from transformers import SiglipVisionModel, set_seed
 
 from conversion.create import create_genieblue
-from genieblue.demo.character_tower import CHARACTERS, make_character_tower
 from genieblue.demo.recipe import DemoRecipe
-from genieblue.lab.drawings import Drawing, draw_numbers, draw_word
+from genieblue.lab.drawings import Drawing, Mark, draw_numbers, draw_word
 from genieblue.lab.readings import Reading
 from genieblue.lab.scans import split_scans
 from genieblue.lab.smollm2_base import find_gguf, make_smollm2
+from genieblue.lab.tile_reader import read_tiles, tower_config
 from genieblue.training.settings import TrainingSettings
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
-LETTERS = CHARACTERS[:26]
+LETTERS = string.ascii_uppercase
+CHARACTERS = LETTERS + string.digits
 HELD_OUT_WORDS = 200
 LONGEST_NUMBER, LONGEST_COMPARED, LONGEST_WORD = 4, 3, 7
 NEVER_A_WORD = 0.25  # share of the tower's words that are random letters, lest it guesses
@@ -89,14 +93,19 @@ class SmolLM2Demo(DemoRecipe):
         self._train_words, self._held_out_words = split_words(tokenizer.get_vocab(), self.seed)
 
     def make_model(self, base: Path, out: Path) -> None:
-        def draw(rng: np.random.Generator) -> Drawing:
+        def draw(rng: np.random.Generator) -> tuple[Image.Image, tuple[Mark, ...]]:
             if rng.random() < TOWER_TASKS["word"] * NEVER_A_WORD:
-                return draw_word("".join(rng.choice(list(LETTERS), rng.integers(2, LONGEST_WORD + 1))), rng)
-            return self._draw(str(rng.choice(list(TOWER_TASKS), p=list(TOWER_TASKS.values()))), rng)[0]
+                drawing = draw_word("".join(rng.choice(list(LETTERS), rng.integers(2, LONGEST_WORD + 1))), rng)
+            else:
+                drawing, _ = self._draw(str(rng.choice(list(TOWER_TASKS), p=list(TOWER_TASKS.values()))), rng)
+            return drawing.image, drawing.marks
 
+        set_seed(self.seed)
+        tower = SiglipVisionModel(tower_config())
         steps = math.ceil(TOWER_STEPS * self.scale)
+        projector = read_tiles(tower, base, draw, CHARACTERS, steps=steps, seed=self.seed)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as vision:
-            projector = make_character_tower(base, Path(vision), draw, steps=steps, seed=self.seed)
+            tower.eval().save_pretrained(vision)
             create_genieblue(base, vision, out)
         model = GenieBlueForConditionalGeneration.from_pretrained(out)
         model.multi_modal_projector.load_state_dict(projector.state_dict())

@@ -20,12 +20,26 @@ LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What an image shows at a place, in a letter or words, with its centre in pixels."""
+
+    label: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
 class Drawing:
     """`characters` in an image, in reading order, and their `centres`, (characters, 2): x and y in pixels."""
 
     image: Image.Image
     characters: str
     centres: np.ndarray
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """The characters with their places."""
+        return tuple(Mark(each, *place) for each, place in zip(self.characters, self.centres.tolist(), strict=True))
 
 
 def draw_word(word: str, rng: np.random.Generator, font: ImageFont.FreeTypeFont | None = None) -> Drawing:
@@ -34,9 +48,8 @@ def draw_word(word: str, rng: np.random.Generator, font: ImageFont.FreeTypeFont 
     left, top, right, bottom = map(round, font.getbbox(word))
     ink = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(ink).text((-left, -top), word, 255, font)
-    ends = [font.getlength(word[:length]) - left for length in range(len(word) + 1)]
-    centres = [((start + end) / 2, ink.height / 2) for start, end in zip(ends, ends[1:], strict=False)]
-    return painted(Drawing(ink, word, np.array(centres)), rng, MOST_DEGREES)
+    centres = np.array([(mark.x, mark.y) for mark in text_marks(word, font, -left, ink.height / 2)])
+    return painted(Drawing(ink, word, centres), rng, MOST_DEGREES)
 
 
 def draw_numbers(scans: Scans, lengths: tuple[int, ...], rng: np.random.Generator, augment: bool) -> Drawing:
@@ -57,6 +70,12 @@ def draw_numbers(scans: Scans, lengths: tuple[int, ...], rng: np.random.Generato
     for x, number in inks:
         row.paste(number, (x, 0))
     return painted(Drawing(row, characters, np.array(centres)), rng, MOST_DEGREES / len(lengths))
+
+
+def text_marks(text: str, font: ImageFont.FreeTypeFont, left: float, middle: float) -> list[Mark]:
+    """The characters of a line of text that begins at `left`, with its middle at a height."""
+    ends = [left + font.getlength(text[:length]) for length in range(len(text) + 1)]
+    return [Mark(each, (start + end) / 2, middle) for each, start, end in zip(text, ends, ends[1:], strict=False)]
 
 
 @cache

@@ -24,12 +24,13 @@ ENGLISH = "english"  # the text that ships with Python
 EXAMPLE = "base: smollm2"
 NAME = re.compile(r"\w[\w.-]*")  # of a folder
 PARTS = {group for kind in KINDS.values() for group in kind.groups}  # that structures train
-# Of a run: a cell has its own, or nothing to validate on.
+# Of a run: a cell has its own, has nothing to validate on, and counts samples, not rows of packed ones.
 NOT_OF_A_LAB = (
     "stage", "seed", "epochs", "show_progress", "fsdp", "max_tiles", "eval_steps", "eval_answers",
-    "eval_max_new_tokens", "patience",
+    "eval_max_new_tokens", "pack", "patience",
 )  # fmt: skip
-QUICK = {"steps": 8, "vision_steps": 8, "projector_steps": 8, "held_out": 4}  # of `--quick`: divisors
+# Divisors of `--quick`.
+QUICK = {"steps": 8, "vision_steps": 8, "reading_steps": 8, "projector_steps": 8, "held_out": 4}
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ class LabFile:
         tasks: names of `TASKS`; or, from a name of your own, `{train: FILE, eval: FILE}` of chats.
         texts: pure text to train on: JSONL of chats or of `question` and `answer`, or `english`.
         data: kinds of training data by name, with the share of texts in each.
-        vision_steps, projector_steps: of the small tower, and of the paper's first stage, which is run once a seed:
-            all structures are equal before the second.
+        vision_steps, reading_steps: of the small tower: with captions, and of reading what the tasks' images show,
+            which its projector learns to put in the base's own embeddings.
+        projector_steps: of the paper's first stage, which is run once a seed: all structures are equal before the
+            second.
         training: `TrainingSettings` of the second stage; learning rates by the names of all parts, of which each
             structure takes its own.
         held_out: questions of each task; `standard_error` is the largest allowed for the score of one, in points.
@@ -88,7 +91,8 @@ class LabFile:
     tasks: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(TASKS))
     texts: tuple[str, ...] = ()
     data: dict[str, float] = field(default_factory=lambda: {"images": 0.0})
-    vision_steps: int = 3000
+    vision_steps: int = 1000
+    reading_steps: int = 4000
     projector_steps: int = 100
     training: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 8
@@ -110,7 +114,15 @@ class LabFile:
                 raise ValueError(
                     f"{name!r} cannot be the name of a folder: name data and tasks with letters, digits, - and _."
                 )
-        for name in ("vision_steps", "lora_rank", "max_tiles", "held_out", "max_new_tokens", "batch_size"):
+        for name in (
+            "vision_steps",
+            "reading_steps",
+            "lora_rank",
+            "max_tiles",
+            "held_out",
+            "max_new_tokens",
+            "batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: expected at least 1.")
         for name in ("base", "vision"):
@@ -155,7 +167,8 @@ class LabFile:
 
     def quick(self) -> "LabFile":
         """A small version, to see whether all of it works: one seed, and a fraction of the steps and questions."""
-        shorter = {name: _divided(getattr(self, name), QUICK[name], 1) for name in ("vision_steps", "projector_steps")}
+        steps = ("vision_steps", "reading_steps", "projector_steps")
+        shorter = {name: _divided(getattr(self, name), QUICK[name], 1) for name in steps}
         return dataclasses.replace(
             self,
             structures=dict.fromkeys(self.structures, 1),

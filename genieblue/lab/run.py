@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.create import create_genieblue
@@ -127,8 +128,10 @@ def prepare(lab: LabFile, folder: Path) -> None:
     if not (folder / VISION).is_dir() and lab.vision == SMALL:
         from genieblue.lab.vision import make_small_siglip
 
-        logger.info("Vision tower: a small SigLIP learns captions of the lab's own images")
-        make_small_siglip(folder / VISION, steps=lab.vision_steps)
+        logger.info("Vision tower: a small SigLIP learns to read the lab's own images")
+        make_small_siglip(
+            folder / VISION, base_of(folder, lab), contrast_steps=lab.vision_steps, reading_steps=lab.reading_steps
+        )
     for seed in range(max(lab.structures.values())):
         if not start_folder(folder, seed).is_dir():
             _train_projector(lab, folder, seed)
@@ -163,6 +166,8 @@ def base_texts(lab: LabFile, folder: Path) -> dict[str, dict]:
 
 def _train_projector(lab: LabFile, folder: Path, seed: int) -> None:
     """The paper's first stage. All structures equal the base before the second, so that one does for all."""
+    from genieblue.lab.vision import PROJECTOR
+
     logger.info("Projector of seed %d, for all structures", seed)
     place = start_folder(folder, seed).parent
     tower = folder / VISION if lab.vision == SMALL else lab.vision
@@ -172,20 +177,28 @@ def _train_projector(lab: LabFile, folder: Path, seed: int) -> None:
         dtype=lab.dtype, overwrite=True,
     )  # fmt: skip
     processor = GenieBlueProcessor.from_pretrained(place / UNTRAINED)
-    if not lab.projector_steps:
-        (place / UNTRAINED).rename(place.joinpath(start_folder(folder, seed).name))
-        return
     model = GenieBlueForConditionalGeneration.from_pretrained(place / UNTRAINED, dtype=getattr(torch, lab.dtype))
+    if lab.vision == SMALL:
+        model.multi_modal_projector.load_state_dict(load_file(Path(tower, PROJECTOR)))
+    output = start_folder(folder, seed)
+    if lab.projector_steps:
+        settings = _first_stage(lab, seed)
+        samples = settings.samples_per_step * lab.projector_steps
+        train(model, processor, LabChats(lab.tasks, [], 0.0, samples, seed), output, settings)
+    else:
+        model.save_pretrained(output, processor=processor)
+    shutil.rmtree(place / UNTRAINED)
+
+
+def _first_stage(lab: LabFile, seed: int) -> TrainingSettings:
+    """The settings of the second stage, as far as they suit a projector that is trained alone."""
     shared = {name: value for name, value in lab.training.items() if name not in ("steps", "learning_rates")}
     rates = lab.training.get("learning_rates", {})
     own = {name: rates[name] for name in ("multi_modal_projector",) if name in rates}
-    settings = TrainingSettings(
+    return TrainingSettings(
         1, **{**shared, "steps": lab.projector_steps, "learning_rates": own, "max_tiles": lab.max_tiles, "seed": seed,
               "save_steps": 0},
     )  # fmt: skip
-    samples = settings.samples_per_step * lab.projector_steps
-    train(model, processor, LabChats(lab.tasks, [], 0.0, samples, seed), start_folder(folder, seed), settings)
-    shutil.rmtree(place / UNTRAINED)
 
 
 def _log_blocks(lab: LabFile, folder: Path) -> None:

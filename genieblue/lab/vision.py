@@ -1,4 +1,7 @@
-"""A small SigLIP that a lab trains once, on images and captions of its own, and that all of its structures share."""
+"""A small SigLIP that a lab trains once, on images of its own, and that all of its structures share.
+
+First it learns to tell the captions of tiles, as SigLIP does, then to read the tiles of the tasks' images.
+"""
 
 import math
 import shutil
@@ -9,30 +12,35 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import SiglipConfig, SiglipModel, SiglipVisionModel, set_seed
 
-from genieblue.lab.drawings import draw_numbers, draw_word
+from genieblue.lab.drawings import Mark, draw_numbers, draw_word
 from genieblue.lab.pretraining import pretrain
-from genieblue.lab.tasks.materials import COLOURS, SYMBOLS, any_font, pick, scans, words
+from genieblue.lab.tasks import TASKS
+from genieblue.lab.tasks.materials import COLOURS, LABELS, SYMBOLS, any_font, pick, scans, words
 from genieblue.lab.tasks.naming import draw_symbol
 from genieblue.lab.tasks.shapes import any_shape, draw_shapes
+from genieblue.lab.tile_reader import TILE_SIZE, read_tiles, tower_config
 from modeling_genieblue.staging_genieblue import NewFolder
 
-TILE_SIZE, PATCH_SIZE = 48, 12  # pixels: 16 patches, so 4 tokens after 2 × 2 concatenation
 CAPTION_LENGTH = 32  # bytes
 BATCH_SIZE = 64  # images, each of which is told from the captions of all others
+PROJECTOR = "projector.safetensors"
 KINDS = {"letters": 0.4, "number": 0.2, "symbol": 0.15, "shape": 0.15, "bar": 0.1}  # shares of tiles
+# Shares of images that are read; those of some tasks have many tiles.
+READ = {
+    "letters": 0.12, "lines": 0.36, "digits": 0.16, "receipts": 0.14, "charts": 0.06, "counting": 0.04,
+    "position": 0.04, "naming": 0.08,
+}  # fmt: skip
 
 
 def siglip_config() -> SiglipConfig:
-    """A vision half of 4 layers and a smaller text half that reads bytes."""
+    """The tower and a smaller text half that reads bytes."""
     return SiglipConfig(
-        vision_config={
-            "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "image_size": TILE_SIZE, "patch_size": PATCH_SIZE,
-        },
+        vision_config=tower_config().to_dict(),
         text_config={
             "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
             "vocab_size": 256, "max_position_embeddings": CAPTION_LENGTH, "projection_size": 128,
@@ -111,18 +119,35 @@ class ImageTextContrast(nn.Module):
         return {"loss": outputs.loss, "logits": outputs.logits_per_image}
 
 
-def make_small_siglip(out: Path, *, steps: int, seed: int = 0) -> None:
-    """Trains a SigLIP and writes its vision half as a SiglipVisionModel folder; called again, a killed run goes on."""
+def make_small_siglip(out: Path, base: str | Path, *, contrast_steps: int, reading_steps: int, seed: int = 0) -> None:
+    """Writes a trained tower as a SiglipVisionModel folder, with the projector that it got for a base.
+
+    Called again, a killed run goes on.
+    """
     set_seed(seed)
     siglip = SiglipModel(siglip_config())
-    tiles = CaptionedTiles(steps * BATCH_SIZE, seed)
+    tiles = CaptionedTiles(contrast_steps * BATCH_SIZE, seed)
     checkpoints = out.with_name(f"{out.name}-checkpoints")
+    contrast, reading = checkpoints / "contrast", checkpoints / "reading"
     pretrain(
-        ImageTextContrast(siglip), tiles, batch_size=BATCH_SIZE, learning_rate=1e-3, seed=seed, checkpoints=checkpoints
+        ImageTextContrast(siglip), tiles, batch_size=BATCH_SIZE, learning_rate=1e-3, seed=seed, checkpoints=contrast
     )
     tower = SiglipVisionModel(siglip.config.vision_config)
     tower.load_state_dict(siglip.vision_model.state_dict())
+    projector = read_tiles(tower, base, draw_marked, LABELS, steps=reading_steps, seed=seed, checkpoints=reading)
     with NewFolder(out, "training") as new:
         tower.eval().save_pretrained(new.staging)
+        save_file(projector.state_dict(), new.staging / PROJECTOR)
         new.put_in_place()
     shutil.rmtree(checkpoints)
+
+
+def draw_marked(rng: np.random.Generator) -> tuple[Image.Image, tuple[Mark, ...]]:
+    """An image of a task, or of random letters lest the tower guesses words, with what it shows."""
+    kind = str(rng.choice(list(READ), p=list(READ.values())))
+    if kind == "letters":
+        text = "".join(rng.choice(list(string.ascii_letters), rng.integers(2, 9)))
+        drawing = draw_word(text, rng, any_font(rng, False, 18, 34))
+        return drawing.image, drawing.marks
+    drawn = TASKS[kind](rng, False)
+    return drawn.image, drawn.marks

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from genieblue.evaluation.metrics import CHOICE
+from genieblue.lab.drawings import Mark
 
 TURNS = 3  # of a training chat: one image teaches more than one answer
 
@@ -15,13 +16,15 @@ TURNS = 3  # of a training chat: one image teaches more than one answer
 class Drawn:
     """An image, and what is `asked` about it: questions with their answers, of which an evaluation asks the first.
 
-    `choices` are the answers that the first question has to choose from, by likelihood.
+    `choices` are the answers that the first question has to choose from, by likelihood. `marks` are what a vision
+    tower can learn to read in it.
     """
 
     image: Image.Image
     asked: tuple[tuple[str, str], ...]
     metric: str = "exact"
     choices: tuple[str, ...] = ()
+    marks: tuple[Mark, ...] = ()
 
     def chat(self, rng: np.random.Generator) -> dict[str, Any]:
         """A training sample: some of the questions, in any order."""

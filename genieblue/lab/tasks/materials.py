@@ -4,6 +4,7 @@ Fonts are those of matplotlib, so that all machines of a lab draw the same image
 """
 
 import re
+import string
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,7 @@ COLOURS = {
     "red": (205, 35, 35), "green": (30, 140, 50), "blue": (35, 70, 200), "orange": (240, 140, 20),
     "purple": (130, 40, 160), "black": (20, 20, 20),
 }  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star")
 # Symbols that DejaVu Sans draws, with names that are words.
 SYMBOLS = {
     "☀": "sun", "☁": "cloud", "☂": "umbrella", "☃": "snowman", "★": "star", "☎": "telephone", "☕": "coffee",
@@ -35,6 +37,9 @@ SYMBOLS = {
     "✌": "victory", "✍": "writing", "✎": "pencil", "✓": "check mark", "✗": "cross", "❄": "snowflake", "❀": "flower",
     "➔": "arrow", "☢": "radiation", "♿": "wheelchair",
 }  # fmt: skip
+
+# All that marks in the images of tasks tell.
+LABELS = (*string.ascii_letters, *string.digits, ".", " ", *COLOURS, *SHAPES, *SYMBOLS.values())
 
 
 @cache

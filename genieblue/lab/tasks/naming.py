@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from genieblue.lab.drawings import Drawing, painted
+from genieblue.lab.drawings import Drawing, Mark, painted
 from genieblue.lab.tasks.drawn import Drawn
 from genieblue.lab.tasks.materials import SYMBOLS, font, pick
 
@@ -19,7 +19,9 @@ def draw_naming(rng: np.random.Generator, held_out: bool) -> Drawn:
     choices = [*others, name]
     rng.shuffle(choices)
     question = f"Which is it: {', '.join(choices[:-1])} or {choices[-1]}?"
-    return Drawn(draw_symbol(symbol, rng), ((question, name), ("What is it?", name)), choices=tuple(choices))
+    image = draw_symbol(symbol, rng)
+    asked = (question, name), ("What is it?", name)
+    return Drawn(image, asked, choices=tuple(choices), marks=(Mark(name, image.width / 2, image.height / 2),))
 
 
 def draw_symbol(symbol: str, rng: np.random.Generator) -> Image.Image:

@@ -3,12 +3,12 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from genieblue.lab.drawings import ink_and_paper
+from genieblue.lab.drawings import ink_and_paper, text_marks
 from genieblue.lab.tasks.drawn import Drawn
 from genieblue.lab.tasks.materials import any_font, pick, words
 
-WIDTH, LINE, MARGIN = 186, 28, 5  # pixels
-SIZES = 15, 19  # of the font
+WIDTH, LINE, MARGIN = 192, 46, 3  # pixels
+SIZES = 20, 24  # of the font
 LONGEST_THING = 5  # letters
 
 
@@ -22,10 +22,13 @@ def draw_receipt(rng: np.random.Generator, held_out: bool) -> Drawn:
     font = any_font(rng, held_out, *SIZES)
     image = Image.new("RGB", (WIDTH, LINE * count + 2 * MARGIN), paper)
     pen = ImageDraw.Draw(image)
+    marks = []
     for place, (thing, price) in enumerate(zip(things, prices, strict=True)):
         middle = MARGIN + LINE * (place + 0.5)
-        pen.text((MARGIN + int(rng.integers(4)), middle), thing, ink, font, anchor="lm")
-        pen.text((WIDTH - MARGIN - int(rng.integers(4)), middle), price, ink, font, anchor="rm")
+        left, right = MARGIN + int(rng.integers(4)), WIDTH - MARGIN - int(rng.integers(4))
+        pen.text((left, middle), thing, ink, font, anchor="lm")
+        pen.text((right, middle), price, ink, font, anchor="rm")
+        marks += text_marks(thing, font, left, middle) + text_marks(price, font, right - font.getlength(price), middle)
     order = rng.permutation(count)
     asked = [(f"How much is {things[place]}?", prices[place]) for place in order]
-    return Drawn(image, (*asked, ("How many things are there?", str(count))))
+    return Drawn(image, (*asked, ("How many things are there?", str(count))), marks=tuple(marks))

@@ -5,11 +5,11 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from genieblue.lab.tasks.materials import COLOURS
+from genieblue.lab.drawings import Mark
+from genieblue.lab.tasks.materials import COLOURS, SHAPES
 
 CELL = 46  # pixels of a field of the grid
 SIZES = 13, 20  # of a shape, from its middle
-SHAPES = ("circle", "square", "triangle", "star")
 Shape = tuple[str, str]  # colour and form
 
 
@@ -27,6 +27,15 @@ def draw_shapes(
         y = CELL * (row + 0.5) + rng.uniform(-room, room)
         _draw(pen, form, x, y, size, COLOURS[colour])
     return image
+
+
+def shape_marks(shapes: dict[tuple[int, int], Shape]) -> tuple[Mark, ...]:
+    """The colour and the form of each shape, in the middle of its field."""
+    return tuple(
+        Mark(label, CELL * (column + 0.5), CELL * (row + 0.5))
+        for (column, row), shape in shapes.items()
+        for label in shape
+    )
 
 
 def any_shape(rng: np.random.Generator) -> Shape:

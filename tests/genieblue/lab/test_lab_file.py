@@ -68,6 +68,8 @@ def test_where_files_are_does_not_decide_a_result_but_what_is_in_them_does(tmp_p
         ({"training": {"steps": None}}, "`training` needs `steps`"),
         ({"training": {"steps": 2, "learning_rates": {"loraa": 1e-3}}}, "has 'loraa': expected parts, language_model"),
         ({"training": {"steps": 2, "patience": 1}}, "`patience` is no setting of a lab"),
+        ({"training": {"steps": 2, "pack": True}}, "`pack` is no setting of a lab"),
+        ({"reading_steps": 0}, "`reading_steps` is 0: expected at least 1"),
         ({"training": {"steps": 2, "max_tiles": 4}}, "`max_tiles` is no setting of a lab"),
         ({"max_tiles": 5}, "expected a square number"),
         ({"projector_steps": -1}, "`projector_steps` is -1"),

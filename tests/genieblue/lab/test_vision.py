@@ -3,15 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import SiglipModel, SiglipVisionModel
 
 pytest.importorskip("sklearn")
 
+from tiny_models import save_tiny_base, tiny_config
+
+from genieblue.lab.tasks import TASKS
+from genieblue.lab.tasks.materials import SYMBOLS
+from genieblue.lab.tile_reader import TILE_SIZE
 from genieblue.lab.vision import (
     CAPTION_LENGTH,
-    TILE_SIZE,
+    PROJECTOR,
+    READ,
     CaptionedTiles,
     ImageTextContrast,
+    draw_marked,
     draw_tile,
     make_small_siglip,
     siglip_config,
@@ -48,8 +56,19 @@ def test_images_learn_their_own_captions():
     assert (outputs["logits"].argmax(dim=1) == torch.arange(8)).sum() >= 7
 
 
-def test_the_vision_half_is_saved_as_a_tower(tmp_path):
-    make_small_siglip(tmp_path / "vision", steps=1)
+def test_the_tower_and_the_projector_for_a_base_are_saved(tmp_path):
+    base = save_tiny_base("llama", tmp_path / "base")
+    make_small_siglip(tmp_path / "vision", base, contrast_steps=1, reading_steps=1)
     tower = SiglipVisionModel.from_pretrained(tmp_path / "vision")
     patches = tower(torch.zeros(1, 3, TILE_SIZE, TILE_SIZE)).last_hidden_state
     assert patches.shape == (1, 16, siglip_config().vision_config.hidden_size)
+    projector = load_file(tmp_path / "vision" / PROJECTOR)
+    assert len(projector["linear_2.bias"]) == tiny_config("llama").hidden_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "vision"]
+
+
+def test_what_is_read_is_of_all_tasks():
+    drawn = [draw_marked(np.random.default_rng([2, index])) for index in range(100)]
+    labels = {mark.label for _, marks in drawn for mark in marks}
+    assert labels & set(SYMBOLS.values()) and "circle" in labels and "7" in labels and "Q" in labels
+    assert set(READ) - set(TASKS) == {"letters"} and sum(READ.values()) == pytest.approx(1)
