@@ -6,6 +6,7 @@ from typing import Any
 
 from conversion.staging import write_whole
 from genieblue.lab import paper
+from genieblue.lab.lab_file import SMALL
 from genieblue.lab.observations import FAILS, HOLDS, UNDECIDED, judge
 from genieblue.lab.plots import PLOTS, draw_plots
 from genieblue.lab.results import Estimate, Group, LabResults
@@ -58,8 +59,11 @@ def _setting(results: LabResults) -> list[str]:
     lab = results.lab
     per_step = lab.settings(0, {}).samples_per_step
     data = ", ".join(f"`{name}` with {share:.0%} texts" for name, share in lab.data.items())
+    tower = f"vision tower `{Path(lab.vision).name}`"
+    if lab.vision == SMALL:
+        tower += f" (trained for {lab.vision_steps} steps on captions and {lab.reading_steps} on reading)"
     lines = [
-        f"Base `{Path(lab.base).name}`, vision tower `{Path(lab.vision).name}`, {lab.steps} steps of {per_step} "
+        f"Base `{Path(lab.base).name}`, {tower}, {lab.steps} steps of {per_step} "
         f"samples after {lab.projector_steps} of the projector alone; data: {data}; {lab.held_out} held-out questions "
         "a task. Scores are in percent; ± is one standard error, of the questions and of the seeds."
     ]

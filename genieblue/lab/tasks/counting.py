@@ -4,7 +4,7 @@ import numpy as np
 
 from genieblue.lab.tasks.drawn import Drawn
 from genieblue.lab.tasks.materials import SHAPES
-from genieblue.lab.tasks.shapes import any_shape, draw_shapes, fields, shape_marks
+from genieblue.lab.tasks.shapes import any_shape, draw_shapes, fields, list_shapes, shape_marks
 
 COLUMNS, ROWS = 4, 3
 MOST = 6  # of the shapes that are counted
@@ -22,6 +22,7 @@ def draw_counting(rng: np.random.Generator, held_out: bool) -> Drawn:
             other = any_shape(rng)
         shapes[field] = other
     asked = [(f"How many {colour} {form}s are there?", str(count)), ("How many shapes are there?", str(len(shapes)))]
+    asked.append(list_shapes(shapes))
     absent = [each for each in SHAPES if all(shape[1] != each for shape in shapes.values())]
     asked += [(f"How many {each}s are there?", "0") for each in absent[:1]]
     return Drawn(draw_shapes(shapes, rng, COLUMNS, ROWS), tuple(asked), marks=shape_marks(shapes))

@@ -13,5 +13,5 @@ def draw_digits(rng: np.random.Generator, held_out: bool) -> Drawn:
     """A handwritten number."""
     drawing = draw_numbers(scans(held_out), (int(rng.integers(1, LONGEST + 1)),), rng, augment=not held_out)
     number = drawing.characters
-    asked = ("Which number?", number), ("How many digits?", str(len(number)))
+    asked = ("Which number?", number), ("Which digits?", " ".join(number)), ("How many digits?", str(len(number)))
     return Drawn(drawing.image, asked, marks=drawing.marks)

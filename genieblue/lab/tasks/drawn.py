@@ -16,6 +16,8 @@ TURNS = 3  # of a training chat: one image teaches more than one answer
 class Drawn:
     """An image, and what is `asked` about it: questions with their answers, of which an evaluation asks the first.
 
+    Others ask for what is there, piece by piece: from copying what image tokens say, a language model learns to look.
+
     `choices` are the answers that the first question has to choose from, by likelihood. `marks` are what a vision
     tower can learn to read in it.
     """

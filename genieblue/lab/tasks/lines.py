@@ -16,4 +16,5 @@ def draw_line(rng: np.random.Generator, held_out: bool) -> Drawn:
     line = " ".join(shown)
     drawing = draw_word(line, rng, any_font(rng, held_out, *SIZES))
     asked = [("What does it say?", line), ("What is the first word?", shown[0])]
+    asked.append(("How is the first word spelled?", " ".join(shown[0])))
     return Drawn(drawing.image, tuple(asked), metric="anls", marks=drawing.marks)

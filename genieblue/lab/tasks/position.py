@@ -3,7 +3,7 @@
 import numpy as np
 
 from genieblue.lab.tasks.drawn import Drawn
-from genieblue.lab.tasks.shapes import any_shape, draw_shapes, fields, shape_marks
+from genieblue.lab.tasks.shapes import any_shape, draw_shapes, fields, list_shapes, shape_marks
 
 SIDE = 3  # fields of the grid
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -23,4 +23,5 @@ def draw_position(rng: np.random.Generator, held_out: bool) -> Drawn:
     ]
     (column, row), (colour, form) = next(reversed(shapes.items()))
     asked.append((f"What is at the {ROWS[row]} {COLUMNS[column]}?", f"{colour} {form}"))
+    asked.append(list_shapes(shapes))
     return Drawn(draw_shapes(shapes, rng, SIDE, SIDE), tuple(asked), marks=shape_marks(shapes))

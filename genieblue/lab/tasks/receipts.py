@@ -31,4 +31,5 @@ def draw_receipt(rng: np.random.Generator, held_out: bool) -> Drawn:
         marks += text_marks(thing, font, left, middle) + text_marks(price, font, right - font.getlength(price), middle)
     order = rng.permutation(count)
     asked = [(f"How much is {things[place]}?", prices[place]) for place in order]
-    return Drawn(image, (*asked, ("How many things are there?", str(count))), marks=tuple(marks))
+    first = "What does the first line say?", f"{things[0]} {prices[0]}"
+    return Drawn(image, (*asked, ("How many things are there?", str(count)), first), marks=tuple(marks))

@@ -38,6 +38,12 @@ def shape_marks(shapes: dict[tuple[int, int], Shape]) -> tuple[Mark, ...]:
     )
 
 
+def list_shapes(shapes: dict[tuple[int, int], Shape]) -> tuple[str, str]:
+    """The question for all shapes, and its answer, row by row."""
+    in_order = sorted(shapes, key=lambda field: field[::-1])
+    return "Which shapes are there?", ", ".join(" ".join(shapes[field]) for field in in_order)
+
+
 def any_shape(rng: np.random.Generator) -> Shape:
     """A random shape."""
     return list(COLOURS)[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]

@@ -104,7 +104,8 @@ def test_prices_of_a_receipt_belong_to_its_things(monkeypatch):
     monkeypatch.setattr(receipts.ImageDraw, "Draw", lambda _: Pen())
     drawn = draw("receipts", 3)
     pairs = dict(zip(written[::2], written[1::2], strict=True))
-    assert {question[12:-1]: answer for question, answer in drawn.asked[:-1]} == pairs
+    assert {question[12:-1]: answer for question, answer in drawn.asked[:-2]} == pairs
+    assert " ".join(written[:2]) == drawn.asked[-1][1]
 
 
 def test_a_training_chat_has_one_image_and_several_turns():
