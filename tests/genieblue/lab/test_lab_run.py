@@ -7,7 +7,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_lab import STRUCTURES, cells_in_this_process, write_tiny_lab
 from transformers import TrainerCallback
 
@@ -16,9 +18,10 @@ from conversion.staging import lock_output
 from genieblue.lab import cells, run
 from genieblue.lab.cells import CELL, IMAGES, LAB_FILE, RESULT, Cell, cells_of
 from genieblue.lab.lab_file import read_lab_file, write_lab_file
-from genieblue.lab.report import write_report
+from genieblue.lab.report import _setting, write_report
 from genieblue.lab.results import LabResults
 from genieblue.lab.run import gather, lab_states, run_lab
+from genieblue.lab.vision import PROJECTOR
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +342,23 @@ def test_blocks_that_do_not_divide_by_four_are_named(finished, tmp_path, caplog)
         run._log_blocks(lab, tmp_path)
     copied = "skip [3, 7, 11, 15, 19, 23, 27]; post [23, 24, 25, 26, 27, 28, 29]"
     assert f"30 blocks do not divide by four; copied are: {copied}" in caplog.text
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_all_seeds_start_from_the_projector_that_learned_with_the_small_tower(tmp_path, steps):
+    path = write_tiny_lab(
+        tmp_path, vision="small", vision_steps=1, reading_steps=2, projector_steps=steps, max_tiles=4,
+        structures={"lora": 2},
+    )  # fmt: skip
+    lab = read_lab_file(path)
+    run.prepare(lab, tmp_path)
+    learned = load_file(tmp_path / "vision" / PROJECTOR)
+    for seed in (0, 1):
+        start = load_file(cells.start_folder(tmp_path, seed) / "model.safetensors")
+        equal = [torch.equal(start[f"multi_modal_projector.{name}"], value) for name, value in learned.items()]
+        assert all(equal) == (steps == 0)
+        tower = load_file(tmp_path / "vision" / "model.safetensors")
+        assert all(torch.equal(start[f"vision_tower.{name}"], value) for name, value in tower.items()
+                   if f"vision_tower.{name}" in start)  # fmt: skip
+    report = f"trained for {lab.vision_steps} steps on captions and {lab.reading_steps} on reading"
+    assert report in "".join(_setting(SimpleNamespace(lab=lab, decisive=1, groups={}, failed=[], missing=[])))
