@@ -12,6 +12,7 @@ from training_setup import COLOURS, AtStep, chat, make_base, make_data, make_mod
 
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training import run_log
+from genieblue.training.memory import peak_resident_memory
 from genieblue.training.run_log import RunLog, read_log
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration
@@ -129,6 +130,7 @@ def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path):
     records = [record for record in read_log(tmp_path / "out-run") if "loss" in record]
     assert [record["step"] for record in records] == [1, 2, 3]
     assert {"grad_norm", "samples_per_second", "tokens_per_second", "peak_memory_gb"} <= records[0].keys()
+    assert records[-1]["peak_memory_gb"] == pytest.approx(peak_resident_memory() / 1e9, rel=0.1)
     assert records[1]["learning_rate/lora"] == pytest.approx(2 * records[1]["learning_rate/replicated_blocks"])
     assert "learning_rate" not in records[1]  # Trainer's own, of one group
     second, last = (
