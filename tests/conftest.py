@@ -1,5 +1,6 @@
 """What every test has: no way out to the network, a fixed seed, few threads, and a Hub cache of its own."""
 
+import gc
 import inspect
 import os
 import random
@@ -47,6 +48,13 @@ from huggingface_hub import constants  # noqa: E402
 from huggingface_hub.utils import _cache_manager, http_backoff, http_stream_backoff  # noqa: E402
 
 
+def pytest_collection_finish() -> None:
+    # What the libraries and tests left in memory when they were imported is no garbage: every collection would go
+    # through all of it again, and each training asks for a few.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     HUB.stop()
     shutil.rmtree(SESSION_HOME, ignore_errors=True)
@@ -62,6 +70,18 @@ def fixed_seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def curves() -> None:
+    """For tests of a run's curves: others draw none, which takes longer than all steps of a tiny model."""
+
+
+@pytest.fixture(autouse=True)
+def no_other_curves(request, monkeypatch) -> None:
+    run_log = sys.modules.get("genieblue.training.run_log")
+    if run_log is not None and "curves" not in request.fixturenames:
+        monkeypatch.setattr(run_log, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

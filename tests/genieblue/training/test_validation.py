@@ -67,11 +67,12 @@ def test_the_validation_loss_is_that_of_the_trained_view(base, tmp_path):
     assert record["eval_loss"] == pytest.approx(sum(means) / 2, rel=1e-3)
 
 
-def test_answers_are_scored_by_task(base, tmp_path):
+def test_answers_are_scored_by_task(base, tmp_path, curves):
     result, _ = run(base, tmp_path / "out", steps=4, eval_steps=2)
     scored = [record for record in result.log_history if "eval_answers_all_exact" in record]
     assert [record["step"] for record in scored] == [2, 4]
     assert {"eval_answers_colours_exact", "eval_answers_other_exact"} <= scored[0].keys()
+    assert Image.open(tmp_path / "out-run/curves.png").width > 500
 
 
 def test_the_best_weights_are_saved_not_the_last(base, tmp_path):
@@ -125,7 +126,7 @@ def test_a_resumed_run_ends_with_the_best_weights_of_the_whole_run(base, tmp_pat
 # Log and curves
 
 
-def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path):
+def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path, curves):
     result, _ = run(base, tmp_path / "out", steps=3, learning_rates={"lora": 2e-3})
     records = [record for record in read_log(tmp_path / "out-run") if "loss" in record]
     assert [record["step"] for record in records] == [1, 2, 3]
