@@ -22,6 +22,12 @@ HUB = HubServer()
 # Processes of `pytest -n` that waited for each other's threads would be slower than one alone.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 NUM_THREADS = min(2 if WORKERS == 1 else 1, int(os.environ.get("OMP_NUM_THREADS", 2)))
+LONG_FILES = (
+    "tests/optimum_cli/test_optimum_cli.py",
+    "tests/genieblue/training/test_zero.py",
+    "tests/genieblue/training/test_devices.py",
+    "tests/genieblue/demo/test_demo_run.py",
+)
 
 for _name in list(os.environ):
     if _name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or _name.lower().endswith("_proxy"):
@@ -46,6 +52,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from huggingface_hub.utils import _cache_manager, http_backoff, http_stream_backoff  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    # Two processes share the files: of one that takes long and comes late, the second would see the end idle.
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in LONG_FILES)
 
 
 def pytest_collection_finish() -> None:
