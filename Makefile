@@ -25,10 +25,10 @@ demo-out/text-answers.json: | $(STAMP)
 	$(BIN)/genieblue demo --out demo-out
 
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp $(WEB)/installed.stamp  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval, DeepSpeed and Gradio
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 test-llamacpp: $(LLAMACPP)/installed.stamp demo-out/text-answers.json  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores), with the demo's model
 	$(BIN)/python -m pytest -q -m llamacpp

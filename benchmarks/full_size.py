@@ -16,7 +16,8 @@ from pathlib import Path
 
 from huggingface_hub import parse_local_safetensors_file_metadata
 
-from benchmarks.report import measured_apart, peak_memory, print_table
+from benchmarks.report import measured_apart, print_table
+from genieblue.training.memory import peak_resident_memory
 
 
 def make_models(folder: Path) -> None:
@@ -79,12 +80,12 @@ def measure_model(folder: Path) -> dict[str, float]:
     import modeling_genieblue.quantized_parts_genieblue  # noqa: F401 (imports are left out of the time)
 
     torch.set_num_threads(2)
-    imported = peak_memory()
+    imported = peak_resident_memory()
     start = time.perf_counter()
     model = AutoModel.from_pretrained(folder)
-    seconds, loaded = time.perf_counter() - start, peak_memory() - imported
+    seconds, loaded = time.perf_counter() - start, peak_resident_memory() - imported
     requests = run_requests(model)
-    return {"seconds": seconds, "loaded_bytes": loaded, **requests, "peak_bytes": peak_memory() - imported}
+    return {"seconds": seconds, "loaded_bytes": loaded, **requests, "peak_bytes": peak_resident_memory() - imported}
 
 
 def run_requests(model) -> dict:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,14 +18,6 @@ def measured_apart(module: str, *arguments: str, threads: int | None = None) -> 
     env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
     return json.loads(output.splitlines()[-1])
-
-
-def peak_memory() -> int:
-    """Bytes that were resident in this process at the most, by Linux's count.
-
-    Not `ru_maxrss`, which a process inherits from the one that starts it.
-    """
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 class MemoryWatch:

@@ -33,8 +33,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.report import measured_apart, peak_memory, print_table
+from benchmarks.report import measured_apart, print_table
 from benchmarks.views import seconds, synchronize
+from genieblue.training.memory import peak_memory
 from genieblue.training.run_log import RunLog
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.stages import training_arguments
@@ -206,9 +207,7 @@ def measure_times(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def measure_memory(name: str, options: argparse.Namespace) -> dict[str, float]:
     """In this process: peak bytes of the steps."""
     train_steps(name, *make_contender(name, options), options, options.batch)
-    if options.device == "cuda":
-        return {"bytes": torch.cuda.max_memory_allocated()}
-    return {"bytes": peak_memory()}
+    return {"bytes": peak_memory(torch.device(options.device))}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ def assemble_card(metadata: ModelCardData, body: str) -> str:
     return f"{text}\n<!-- genieblue card, as generated: {_digest(text)} -->\n"
 
 
+@cache  # it keeps the templates that it has compiled
 def card_environment() -> Environment:
     """Jinja environment with the templates in this folder and their filters."""
     environment = Environment(

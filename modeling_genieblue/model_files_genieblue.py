@@ -4,6 +4,7 @@ The one owner of all that. It needs no torch, so that what only looks at a folde
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -234,7 +235,12 @@ def with_siblings(folder: Path, names: Iterable[str]) -> list[str]:
 def _sibling_imports(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return _imports_in(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.lru_cache(maxsize=256)  # every save asks for the same files
+def _imports_in(text: str, filename: str) -> list[str]:
+    tree = ast.parse(text, filename=filename)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
     return [f"{node.module.split('.')[0]}.py" for node in imports if node.module]
 

@@ -1,5 +1,6 @@
 """What every test has: no way out to the network, a fixed seed, few threads, and a Hub cache of its own."""
 
+import gc
 import inspect
 import os
 import random
@@ -21,6 +22,12 @@ HUB = HubServer()
 # Processes of `pytest -n` that waited for each other's threads would be slower than one alone.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 NUM_THREADS = min(2 if WORKERS == 1 else 1, int(os.environ.get("OMP_NUM_THREADS", 2)))
+LONG_FILES = (
+    "tests/optimum_cli/test_optimum_cli.py",
+    "tests/genieblue/training/test_zero.py",
+    "tests/genieblue/training/test_devices.py",
+    "tests/genieblue/demo/test_demo_run.py",
+)
 
 for _name in list(os.environ):
     if _name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or _name.lower().endswith("_proxy"):
@@ -47,6 +54,18 @@ from huggingface_hub import constants  # noqa: E402
 from huggingface_hub.utils import _cache_manager, http_backoff, http_stream_backoff  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    # Two processes share the files: of one that takes long and comes late, the second would see the end idle.
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in LONG_FILES)
+
+
+def pytest_collection_finish() -> None:
+    # What the libraries and tests left in memory when they were imported is no garbage: every collection would go
+    # through all of it again, and each training asks for a few.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     HUB.stop()
     shutil.rmtree(SESSION_HOME, ignore_errors=True)
@@ -62,6 +81,18 @@ def fixed_seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def curves() -> None:
+    """For tests of a run's curves: others draw none, which takes longer than all steps of a tiny model."""
+
+
+@pytest.fixture(autouse=True)
+def no_other_curves(request, monkeypatch) -> None:
+    run_log = sys.modules.get("genieblue.training.run_log")
+    if run_log is not None and "curves" not in request.fixturenames:
+        monkeypatch.setattr(run_log, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

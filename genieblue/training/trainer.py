@@ -5,9 +5,7 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from genieblue.data.collation import SAMPLES, plain_worker_errors
 from genieblue.training.checkpoints import SETTINGS, TRAINED, UNFINISHED
+from genieblue.training.memory import peak_memory
 from genieblue.training.plan import remaining
 from genieblue.training.sharding import gathered, share_like, whole
 from genieblue.training.validation import BEST, best_record, replaced_best
@@ -215,7 +214,8 @@ class StageTrainer(Trainer):
             logs["tokens_per_second"] = self._tokens_since_log / seconds
             self._last_log_time, self._samples_since_log, self._tokens_since_log = now, 0, 0
             logs.update({f"learning_rate/{part}": rate for part, rate in self._part_rates.rates.items()})
-            logs["peak_memory_gb"] = _peak_memory() / 1e9
+            if (peak := peak_memory(self.args.device)) is not None:
+                logs["peak_memory_gb"] = peak / 1e9
         # Trainer's own figures take the rate of the first group, a layer of some part, for that of all, packs for
         # samples, and after a resume earlier steps for those of this time.
         for name in ("learning_rate", "train_samples_per_second", "train_steps_per_second"):
@@ -426,10 +426,3 @@ def _samples_and_tokens(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
     positions = inputs["position_ids"]
     samples = int((positions == 1).sum())
     return samples, samples + int((positions > 0).sum())
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU in use, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,6 +15,7 @@ from modeling_genieblue.model_files_genieblue import (
     is_hub_id,
     is_path,
     weight_files,
+    with_siblings,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -72,3 +73,16 @@ def test_a_file_of_the_cache_is_known_by_its_name(hub, tmp_path):
     assert ModelFiles("you/base").cached("model.safetensors") == path
     assert ModelFiles("you/base").find("no-such-file") is None
     assert file_sha256(path) == Path(os.path.realpath(path)).name
+
+
+def test_siblings_are_those_that_a_file_imports_now(tmp_path):
+    (tmp_path / "a.py").write_text("import json\nfrom .b import x\n")
+    (tmp_path / "b.py").write_text("from .gone.deeper import y\n")
+    assert with_siblings(tmp_path, ["a.py"]) == ["a.py", "b.py", "gone.py"]
+    (tmp_path / "a.py").write_text("import json\nfrom .c import x\n")  # of the same length
+    assert with_siblings(tmp_path, ["a.py"]) == ["a.py", "c.py"]
+    for name in ("a.py", "c.py"):  # the same bytes, which are wrong in two places
+        (tmp_path / name).write_text("def broken(:\n")
+        with pytest.raises(SyntaxError) as error:
+            with_siblings(tmp_path, [name])
+        assert error.value.filename == str(tmp_path / name)

@@ -7,9 +7,11 @@ import sys
 import sysconfig
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import typer
+from command_line import run
 from tiny_quantized import contents, large_pair
 
 from genieblue.cli.app import app
@@ -43,47 +45,92 @@ def install(source: Path, target: Path, *options: str) -> Path:
     return target
 
 
-def optimum_cli(site: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Runs the command in a process that has `site`, and of this environment all but how the project is installed."""
-    # -S leaves out the .pth files of the environment, among them that of an editable install.
-    start = f"""
-import site, sys, sitecustomize
-site.addsitedir({str(site)!r})
-sys.path.append({sysconfig.get_path("purelib")!r})
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+# Each command is a process of its own, but for the libraries, which take seconds to import.
+COMMANDS = """
+import json, os, site, sys, sitecustomize
+site.addsitedir(sys.argv[1])
+sys.path.append(sys.argv[2])
+import torch._dynamo, transformers, peft
 from optimum.commands.optimum_cli import main
-main()
+codes = []
+for place, arguments in enumerate(json.loads(sys.argv[3])):
+    if (child := os.fork()) == 0:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{place}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv = ["optimum-cli", *arguments]
+        sys.exit(main())
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
 """
-    return subprocess.run(
-        [sys.executable, "-S", "-c", start, *map(str, arguments)], cwd=site.parent, capture_output=True, text=True
-    )
 
 
-@pytest.mark.parametrize("options", [(), ("--editable",)], ids=["wheel", "editable"])
-def test_an_installed_command_is_listed_and_prints_no_error(source, tmp_path, options):
-    result = optimum_cli(install(source, tmp_path / "site", *options), "--help")
+def optimum_cli(site: Path, folder: Path, *commands: tuple) -> list[Ended]:
+    """Runs commands in processes that have `site`, and of this environment all but how the project is installed."""
+    # -S leaves out the .pth files of the environment, among them that of an editable install.
+    lists = json.dumps([list(map(str, command)) for command in commands])
+    start = [sys.executable, "-S", "-c", COMMANDS, str(site), sysconfig.get_path("purelib"), lists]
+    codes = json.loads(subprocess.run(start, cwd=folder, stdout=subprocess.PIPE, check=True).stdout)
+    return [
+        Ended(code, *((folder / f"{place}.{name}").read_text() for name in ("out", "err")))
+        for place, code in enumerate(codes)
+    ]
+
+
+OPTIONS = (
+    "--llm", "w8a16", "--replicated=w4a16", "--rounding", "rtn", "--group-size=32", "--self-contained", "--json",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ended(site) -> dict[str, Ended]:
+    """What commands of the installed wheel gave; the one that quantizes wrote `one` beside it."""
+    folder = site.parent
+    commands = {
+        "help": ("--help",),
+        "its help": ("genieblue-quantize", "--help"),
+        "quantize": ("genieblue-quantize", large_pair(), "--out", folder / "one", *OPTIONS),
+        "error": ("genieblue-quantize", large_pair(), "--out", large_pair()),
+        "bad option": ("genieblue-quantize", large_pair(), "--out", folder / "x", "--llm", "w3"),
+    }
+    return dict(zip(commands, optimum_cli(site, folder, *commands.values()), strict=True))
+
+
+def check_listed(result: Ended) -> None:
     assert result.returncode == 0 and "genieblue-quantize" in result.stdout
     assert "genieblue" not in result.stderr  # quanto's own plug-in prints one
 
 
-def test_its_options_are_those_of_genieblue_quantize(site):
-    result = optimum_cli(site, "genieblue-quantize", "--help")
+def test_an_installed_command_is_listed_and_prints_no_error(ended):
+    check_listed(ended["help"])
+
+
+def test_an_editable_command_is_listed_and_prints_no_error(source, tmp_path):
+    check_listed(*optimum_cli(install(source, tmp_path / "site", "--editable"), tmp_path, ("--help",)))
+
+
+def test_its_options_are_those_of_genieblue_quantize(ended):
+    result = ended["its help"]
     assert result.returncode == 0, result.stderr
     names = [name for parameter in typer.main.get_command(app).commands["quantize"].params for name in parameter.opts]
     assert len(names) > 15 and [name for name in names if name not in result.stdout] == []
     assert "{w4a16,w8a16,w16a16}" in result.stdout and "(default: w4a16)" in result.stdout
 
 
-def test_it_writes_what_genieblue_quantize_writes(site, tmp_path):
-    options = ["--llm", "w8a16", "--replicated=w4a16", "--rounding", "rtn", "--group-size=32", "--self-contained"]
-    options += ["--json"]
-    result = optimum_cli(site, "genieblue-quantize", large_pair(), "--out", tmp_path / "one", *options)
+def test_it_writes_what_genieblue_quantize_writes(ended, site, settings_of_the_process_are_restored):
+    result, written = ended["quantize"], site.parent / "one"
     assert result.returncode == 0, result.stderr
     parts = json.loads(result.stdout)["parts"]
     assert {part: entry["precision"] for part, entry in parts.items()}["replicated_blocks"] == "w4a16"
-    assert json.loads((tmp_path / "one/config.json").read_text())["quantization"]["group_size"] == 32
-    arguments = ["quantize", str(large_pair()), "--out", str(tmp_path / "other"), *options]
-    subprocess.run([sys.executable, "-m", "genieblue", *arguments], check=True, capture_output=True, cwd=ROOT)
-    one, other = contents(tmp_path / "one"), contents(tmp_path / "other")
+    assert json.loads((written / "config.json").read_text())["quantization"]["group_size"] == 32
+    other = site.parent / "other"  # beside it, as it names its source by the way there
+    run("quantize", large_pair(), "--out", other, *OPTIONS)
+    one, other = contents(written), contents(other)
     assert one.keys() == other.keys()
     for name in ("model.safetensors", f"base/{QUANTIZED_WEIGHTS_NAME}", "config.json"):
         assert one[name] == other[name]
@@ -101,8 +148,7 @@ def test_an_empty_value_is_handed_on(monkeypatch):
     assert handed_on == ["quantize", "--out=new", "--quantized-base=", "--overwrite", "--", "reader"]
 
 
-def test_errors_are_one_sentence_and_exit_codes_those_of_the_command(site, tmp_path):
-    result = optimum_cli(site, "genieblue-quantize", large_pair(), "--out", large_pair())
+def test_errors_are_one_sentence_and_exit_codes_those_of_the_command(ended):
+    result = ended["error"]
     assert result.returncode == 1 and "Error: " in result.stderr and "Traceback" not in result.stderr
-    refused = optimum_cli(site, "genieblue-quantize", large_pair(), "--out", tmp_path / "x", "--llm", "w3")
-    assert refused.returncode == 2
+    assert ended["bad option"].returncode == 2

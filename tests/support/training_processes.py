@@ -76,13 +76,20 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 def run_processes(number: int, launcher: str = "torchrun", **request: Any) -> Any:
     """`run` by so many processes: what the first one returns, or the failed launcher."""
-    request = {name: str(value) if isinstance(value, Path) else value for name, value in request.items()}
-    done = launch(number, __file__, json.dumps(request), launcher=launcher)
-    return done if done.returncode else json.loads(Path(request["output"]).with_suffix(".json").read_text())
+    return run_in_turn(number, request, launcher=launcher)[0]
+
+
+def run_in_turn(number: int, *requests: dict[str, Any], launcher: str = "torchrun") -> list[Any]:
+    """`run_processes` for several requests, one after the other in the same processes: they take long to start."""
+    done = launch(number, __file__, json.dumps(requests, default=str), launcher=launcher)
+    if done.returncode:
+        return [done] * len(requests)
+    return [json.loads(Path(request["output"]).with_suffix(".json").read_text()) for request in requests]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = run(json.loads(sys.argv[1]))
-    if os.environ["RANK"] == "0":
-        Path(json.loads(sys.argv[1])["output"]).with_suffix(".json").write_text(json.dumps(found))
+    for request in json.loads(sys.argv[1]):
+        found = run(request)
+        if os.environ["RANK"] == "0":
+            Path(request["output"]).with_suffix(".json").write_text(json.dumps(found))

@@ -56,8 +56,11 @@ def make_data() -> list[dict]:
 
 def make_settings(**options) -> TrainingSettings:
     """Stage 2 in small steps that are logged one by one."""
-    defaults = {"stage": 2, "batch_size": 2, "logging_steps": 1, "save_steps": 0, "learning_rate": 1e-3}
-    return TrainingSettings(**{"warmup_steps": 1, "show_progress": False, **defaults, **options})
+    defaults = {
+        "stage": 2, "batch_size": 2, "logging_steps": 1, "save_steps": 0, "learning_rate": 1e-3, "warmup_steps": 1,
+        "eval_max_new_tokens": 4, "show_progress": False,
+    }  # fmt: skip
+    return TrainingSettings(**{**defaults, **options})
 
 
 class AtStep(TrainerCallback):

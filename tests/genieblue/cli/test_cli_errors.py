@@ -1,7 +1,6 @@
 """What the command line says of models, bases, files and networks that are not as they should be."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -174,20 +173,36 @@ def test_retries_of_the_hub_are_one_line():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("value", "shown"), [("1", True), ("true", True), ("0", False), ("", False)])
-def test_logs_of_the_libraries_are_shown_without_secrets_if_they_are_asked_for(value, shown):
+@pytest.fixture(scope="module")
+def logged() -> dict[str, str]:
+    """By value of GENIEBLUE_DEBUG, what two libraries say: in processes that part when the libraries are imported."""
     script = (
-        "import logging; from genieblue.cli import terminal\nterminal.configure_logging()\n"
-        "terminal.quiet_transformers()\n"
-        "for name in ('transformers.x', 'huggingface_hub.x'): logging.getLogger(name).info('http://u:pw@host/?t=S')"
+        "import logging, os, sys, transformers, huggingface_hub\n"
+        "from genieblue.cli import terminal\n"
+        "for value in sys.argv[1:]:\n"
+        "    if os.fork():\n"
+        "        os.wait()\n"
+        "        print('END', file=sys.stderr, flush=True)\n"
+        "        continue\n"
+        "    os.environ['GENIEBLUE_DEBUG'] = value\n"
+        "    terminal.configure_logging()\n"
+        "    terminal.quiet_transformers()\n"
+        "    for name in ('transformers.x', 'huggingface_hub.x'):\n"
+        "        logging.getLogger(name).info('http://u:pw@host/?t=S')\n"
+        "    break\n"
     )
-    environment = {**os.environ, "GENIEBLUE_DEBUG": value}
-    process = subprocess.run(
-        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, env=environment
-    )
-    lines = [line for line in process.stderr.splitlines() if line.startswith("INFO") and ".x: " in line]
+    values = ("1", "true", "0", "")
+    command = [sys.executable, "-c", script, *values]
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return dict(zip(values, process.stderr.split("END\n")[:-1], strict=True))
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_logs_of_the_libraries_are_shown_without_secrets_if_they_are_asked_for(logged, value, shown):
+    lines = [line for line in logged[value].splitlines() if line.startswith("INFO") and ".x: " in line]
     assert [line.split()[1] for line in lines] == ["transformers.x:", "huggingface_hub.x:"] * shown
-    assert "pw" not in process.stderr and "t=S" not in process.stderr
+    assert "pw" not in logged[value] and "t=S" not in logged[value]
 
 
 def test_a_full_disk_of_the_cache_is_named(hub, work, monkeypatch):

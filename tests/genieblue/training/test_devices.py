@@ -5,7 +5,7 @@ import time
 
 import pytest
 from command_line import error_of
-from training_processes import launch, run, run_processes
+from training_processes import launch, run, run_in_turn, run_processes
 from training_setup import make_base, make_data, make_model, make_settings
 
 from genieblue.training.feature_cache import FEATURES
@@ -37,26 +37,36 @@ def check_same(found, alone) -> None:
     assert found["text_is_equal"] and found["is_plain"]
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["DDP", "FSDP2"])
+def together(request, base, tmp_path_factory):
+    """A folder, and what two processes find: with validation, in one that keeps no features, and in one that does."""
+    folder = tmp_path_factory.mktemp("together")
+    validated = {**RUN, "gradient_accumulation": 2, "eval_steps": 2, "eval_answers": 1}
+    frozen = {"epochs": 3, "learning_rates": {"vision_tower": 0.0}}
+    runs = {"validated": validated, "plain": frozen, "kept": {**frozen, "cache_image_features": True}}
+    requests = [
+        {"base": base, "output": folder / name, "validates": name == "validated",
+         "options": {**options, "fsdp": request.param}}
+        for name, options in runs.items()
+    ]  # fmt: skip
+    return folder, *run_in_turn(2, *requests)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_have_the_losses_of_one_in_training_and_validation(fsdp, base, alone, tmp_path):
-    options = {**RUN, "gradient_accumulation": 2, "fsdp": fsdp, "eval_steps": 2, "eval_answers": 1}
-    found = run_processes(2, base=base, output=tmp_path / "out", validates=True, options=options)
+def test_two_processes_have_the_losses_of_one_in_training_and_validation(together, alone):
+    found = together[1]
     check_same(found, alone)
     assert found["validation"] == pytest.approx(alone["validation"], abs=1e-4) and len(found["validation"]) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_share_the_features_that_they_keep(fsdp, base, tmp_path):
+def test_two_processes_share_the_features_that_they_keep(together):
     """With texts, for which FSDP runs a black tile."""
-    options = {"epochs": 3, "learning_rates": {"vision_tower": 0.0}, "fsdp": fsdp}
-    plain = run_processes(2, base=base, output=tmp_path / "plain", options=options)
-    found = run_processes(2, base=base, output=tmp_path / "out", options={**options, "cache_image_features": True})
+    folder, _, plain, found = together
     assert isinstance(found, dict), found.stderr
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert found["weights"] == pytest.approx(plain["weights"], abs=1e-4)
-    assert not (tmp_path / "out-run" / FEATURES).exists()
+    assert not (folder / "kept-run" / FEATURES).exists()
 
 
 @pytest.mark.slow

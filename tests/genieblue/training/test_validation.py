@@ -12,6 +12,7 @@ from training_setup import COLOURS, AtStep, chat, make_base, make_data, make_mod
 
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.training import run_log
+from genieblue.training.memory import peak_resident_memory
 from genieblue.training.run_log import RunLog, read_log
 from genieblue.training.stages import train
 from modeling_genieblue import GenieBlueForConditionalGeneration
@@ -66,11 +67,12 @@ def test_the_validation_loss_is_that_of_the_trained_view(base, tmp_path):
     assert record["eval_loss"] == pytest.approx(sum(means) / 2, rel=1e-3)
 
 
-def test_answers_are_scored_by_task(base, tmp_path):
+def test_answers_are_scored_by_task(base, tmp_path, curves):
     result, _ = run(base, tmp_path / "out", steps=4, eval_steps=2)
     scored = [record for record in result.log_history if "eval_answers_all_exact" in record]
     assert [record["step"] for record in scored] == [2, 4]
     assert {"eval_answers_colours_exact", "eval_answers_other_exact"} <= scored[0].keys()
+    assert Image.open(tmp_path / "out-run/curves.png").width > 500
 
 
 def test_the_best_weights_are_saved_not_the_last(base, tmp_path):
@@ -124,11 +126,12 @@ def test_a_resumed_run_ends_with_the_best_weights_of_the_whole_run(base, tmp_pat
 # Log and curves
 
 
-def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path):
+def test_the_log_has_every_record_with_rates_and_speed_by_part(base, tmp_path, curves):
     result, _ = run(base, tmp_path / "out", steps=3, learning_rates={"lora": 2e-3})
     records = [record for record in read_log(tmp_path / "out-run") if "loss" in record]
     assert [record["step"] for record in records] == [1, 2, 3]
     assert {"grad_norm", "samples_per_second", "tokens_per_second", "peak_memory_gb"} <= records[0].keys()
+    assert records[-1]["peak_memory_gb"] == pytest.approx(peak_resident_memory() / 1e9, rel=0.1)
     assert records[1]["learning_rate/lora"] == pytest.approx(2 * records[1]["learning_rate/replicated_blocks"])
     assert "learning_rate" not in records[1]  # Trainer's own, of one group
     second, last = (
