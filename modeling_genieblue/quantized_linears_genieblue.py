@@ -158,13 +158,6 @@ class FrozenLinear(PrecisionGuard, QLinear):
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def twin(self) -> "FrozenLinear":
-        """Another module over the same parameters, of which one may be replaced there alone."""
-        twin = self.__class__.__new__(self.__class__)
-        twin.__dict__.update(self.__dict__)
-        twin._parameters = dict(self._parameters)
-        return twin
-
     # As it is, not in the stored form: 4-bit codes in memory are packed for a kernel, and cannot be unpacked exactly.
     def _save_to_state_dict(self, *args: Any) -> None:
         nn.Module._save_to_state_dict(self, *args)

@@ -6,6 +6,7 @@ import torch
 
 from .loading_genieblue import LoadRequest
 from .quantized_base_genieblue import check_options
+from .quantized_linears_genieblue import FrozenLinear
 from .quantized_modeling_genieblue import QuantizedGenieBlueForConditionalGeneration, check_is_quantized
 from .quantized_precision_guard_genieblue import is_frozen
 from .quantized_vlm_configuration_genieblue import QuantizedVlmGenieBlueConfig
@@ -36,8 +37,11 @@ class QuantizedVlmGenieBlueForConditionalGeneration(
         for name, _ in self.own_language.tensors.named_parameters():
             owner = name.rpartition(".")[0]
             path = f"{owner}.base_layer" if hasattr(view.get_submodule(owner), "base_layer") else owner
-            if is_frozen(linear := view.get_submodule(path)):
-                view.set_submodule(path, linear.twin())  # pyright: ignore[reportCallIssue]: of a `FrozenLinear`
+            linear: Any = view.get_submodule(path)
+            if is_frozen(linear):
+                twin = FrozenLinear(linear.weight, linear.bias, linear.weight_qtype.name)
+                twin.weight = linear.weight  # the object itself, not one over the same memory
+                view.set_submodule(path, twin)
         super()._join()
 
     def _check_save(self, dtype: torch.dtype | None) -> torch.dtype:
