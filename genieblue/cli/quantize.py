@@ -178,12 +178,13 @@ def quantize(
             draw(report.mixed, chart)
         elif chart is not None:
             note(f"No linear of the blocks has 4 bits, so no formats were chosen, and {chart} was not drawn.")
-        found = model_info(report.output)
-    sizes = {name: size for name, size in found.parts.items() if size is not None}
+        parts = model_info(report.output).parts
+    sizes = {name: size for name, size in parts.items() if size is not None}
+    precisions = {**dict.fromkeys(sizes, "w16a16"), **recipe.parts(), "language_model": recipe.llm}
     if json_output:
-        _print_json_report(report, sizes, found.precisions)
+        _print_json_report(report, sizes, precisions)
     else:
-        _print_report(report, sizes, found.precisions, recipe.activations)
+        _print_report(report, sizes, precisions, recipe.activations)
     if not report.verdict["accepted"]:
         less = "a larger budget" if report.mixed else "a smaller --group-size" if calibration else "--calibration"
         note(
