@@ -227,8 +227,7 @@ def _factor(
             process(index, None, {})
     else:
         path = f"{decoder_path(vlm)}.layers"
-        batches = [{**request, "use_cache": False} for request in requests]  # blocks run twice, and a cache would grow
-        walk_blocks(vlm, batches, path, process, progress=lambda steps: progress(steps, "blocks"))
+        walk_blocks(vlm, requests, path, process, progress=lambda steps: progress(steps, "blocks"))
     return blocks
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from conversion.quantization.bases import check_source
 from conversion.quantization.error import logits_error, probe_requests
-from conversion.verification.saved_model import PROMPTS
+from conversion.quantization.views import vlm_of
 from hub_cards.exports import EXPORT_VERSION
 from hub_cards.model_card import Measurement
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
@@ -45,7 +45,7 @@ def load_source(
             "(positions in two dimensions, attention among image tokens, or features between its blocks), which no "
             f"plain language model does: run the GenieBlue itself. Exported are {', '.join(PLAIN_LANGUAGE)}."
         )
-    check_source(source, config, takes_vlm=True)
+    check_source(source, config)
     given = load_kwargs.get("base_model")
     out = check_new_folder(out, [place for place in (source, given, _local_base(source, config)) if place is not None])
     model = GenieBlueForConditionalGeneration.from_pretrained(source, **load_kwargs)
@@ -63,11 +63,6 @@ def load_source(
             "first (`genieblue train --stage 2`)."
         )
     return model, out
-
-
-def vlm_of(model: Any) -> Any:
-    """The VLM of a GenieBlue that has one, else `None`."""
-    return getattr(model, "vlm", None)
 
 
 def _local_base(source: str | os.PathLike, config: GenieBlueConfig) -> str | None:
@@ -100,7 +95,7 @@ def embed_requests(model: Any, requests: Iterable[Mapping[str, Any]] | None) -> 
     device, embedded = model.language_model.device, []
     vlm = vlm_of(model)
     if requests is None:
-        requests = probe_requests(model) if vlm is None else _prompts(len(vlm.get_input_embeddings().weight))
+        requests = probe_requests(model)
     for request in requests:
         ids = torch.as_tensor(request["input_ids"], device=device)
         ids = ids if ids.ndim == 2 else ids[None]
@@ -112,10 +107,6 @@ def embed_requests(model: Any, requests: Iterable[Mapping[str, Any]] | None) -> 
     if not embedded:
         raise ValueError("There are no calibration chats: give some, or leave them out.")
     return embedded
-
-
-def _prompts(rows: int) -> list[dict[str, Any]]:
-    return [{"input_ids": [byte % min(rows, 256) for byte in prompt.encode()]} for prompt in PROMPTS]
 
 
 def _embed_by_vlm(vlm: Any, request: dict[str, torch.Tensor]) -> torch.Tensor:

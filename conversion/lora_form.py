@@ -21,10 +21,10 @@ from conversion.language_exports import (
     embed_requests,
     export_facts,
     load_source,
-    vlm_of,
 )
 from conversion.low_rank import BYTES_OF_HEADER, Spectrum, check_rank_choice, choose_ranks, factor_change
 from conversion.quantization.hessians import Hessians, walk_blocks
+from conversion.quantization.views import vlm_of
 from conversion.staging import explained_full_disk
 from hub_cards.exports import EXPORT_FACTS_NAME, SPECTRUM_NAME, write_export_card
 from hub_cards.model_card import Measurement

@@ -20,9 +20,9 @@ from conversion.language_exports import (
     embed_requests,
     export_facts,
     load_source,
-    vlm_of,
 )
 from conversion.quantization.bases import COMPANIONS, base_folder
+from conversion.quantization.views import vlm_of
 from conversion.staging import explained_full_disk
 from hub_cards.exports import EXPORT_FACTS_NAME, write_export_card
 from hub_cards.model_card import Measurement

@@ -58,7 +58,7 @@ def stack_on(
     request = LoadRequest.from_arguments(source, {**hub, "trust_remote_code": trust_remote_code})
     request.check_layout()
     config = GenieBlueConfig.from_pretrained(source, **hub)
-    check_source(source, config, takes_vlm=True)
+    check_source(source, config)
     check_folder_or_id(base, "The base ")
     is_local = os.path.isdir(base)
     access = {key: hub[key] for key in SHARED_HUB_KEYS if key in hub}

@@ -21,6 +21,7 @@ from hub_cards.model_folder import (
 )
 from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
+    VLM_MODULES,
     ModelFiles,
     is_inner_folder,
     own_modules,
@@ -49,7 +50,8 @@ class ModelInfo:
         quantization = self.config.get("quantization")
         if quantization is None:
             return {}
-        return {name: quantization["llm" if name == LANGUAGE_MODEL else name] for name in self.parts}
+        quantization = {LANGUAGE_MODEL: quantization["llm"], **dict.fromkeys(VLM_MODULES, "w16a16"), **quantization}
+        return {name: quantization[name] for name in self.parts}
 
     def as_json(self) -> dict[str, Any]:
         """`{"parts": {name: {"parameters": int, "bytes": int}}}`; both are `None` for an unknown part.

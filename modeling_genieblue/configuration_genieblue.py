@@ -179,8 +179,8 @@ class GenieBlueConfig(PreTrainedConfig):
 
     @classmethod
     def kind_of(cls, settings: dict[str, Any]) -> type["GenieBlueConfig"]:
-        """The class for these settings: this one, or a subclass that describes them."""
-        return next((kind for kind in cls.__subclasses__() if kind.describes(settings)), cls)
+        """The class for these settings: this one, or the most special subclass that describes them."""
+        return next((kind.kind_of(settings) for kind in cls.__subclasses__() if kind.describes(settings)), cls)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

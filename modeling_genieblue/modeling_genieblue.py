@@ -219,7 +219,10 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
     def _class_for(cls, settings: dict[str, Any]) -> type["GenieBlueForConditionalGeneration"]:
         """The class that a folder with these settings is of: this one, or a subclass for settings of its own."""
         config_class = GenieBlueConfig.kind_of(settings)
-        return next((kind for kind in (cls, *cls.__subclasses__()) if kind.config_class is config_class), cls)
+        kinds = [cls]
+        for kind in kinds:
+            kinds += kind.__subclasses__()
+        return next((kind for kind in kinds if kind.config_class is config_class), cls)
 
     def _attach(self, base: PreTrainedModel, lora_config: Any) -> None:
         """Registers the base and builds the multimodal view over its parameters."""

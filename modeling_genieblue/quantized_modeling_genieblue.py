@@ -27,7 +27,7 @@ from .quantized_parts_genieblue import (
 from .quantized_precision_guard_genieblue import PrecisionGuard
 from .quantized_settings_genieblue import QUANT_METHOD
 
-THIS_FILE = __name__.rpartition(".")[2]
+PREFIX = "quantized_"  # of the files that a repository names if its weights are quantized
 BASE_LOADERS[QUANT_METHOD] = load_quantized_base
 
 
@@ -56,8 +56,9 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
             base_samples: `tensor_samples` of a base that takes the place of the model's own.
         """
         settings = {name: value for name, value in model.config.to_dict().items() if name != "auto_map"}
-        model.config = QuantizedGenieBlueConfig.from_dict(settings | {"quantization": quantization})
-        model.__class__ = cls
+        settings["quantization"] = quantization
+        model.config = QuantizedGenieBlueConfig.from_dict(settings)
+        model.__class__ = cls._class_for(settings)
         model.provenance.files = files
         if base_samples is not None:
             model.provenance.base_samples = base_samples
@@ -67,14 +68,7 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
 
     @classmethod
     def _load_own_weights(cls, request: LoadRequest, model_args: tuple, base_model: Any) -> tuple[Any, dict]:
-        settings = read_settings(request.file(CONFIG_NAME))
-        if settings.get("quantization") is None:
-            raise ValueError(f"{request.path} is not quantized: load it by GenieBlueForConditionalGeneration.")
-        if THIS_FILE not in (settings.get("auto_map") or {}).get("AutoModel", ""):
-            raise ValueError(
-                f"{request.path} was quantized by an earlier version of GenieBlue, whose files can no longer be read: "
-                "quantize the 16-bit GenieBlue again (`genieblue quantize`)."
-            )
+        check_is_quantized(request)
         return load_quantized_parts(cls, request, base_model)
 
     def _check_base(self, base: PreTrainedModel, request: LoadRequest, samples: dict[str, dict] | None) -> None:
@@ -104,6 +98,23 @@ class QuantizedGenieBlueForConditionalGeneration(PrecisionGuard, GenieBlueForCon
         for place, source in self.provenance.files.items():  # what is in memory is packed for a kernel
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / place)
+
+
+def check_is_quantized(request: LoadRequest) -> None:
+    """`ValueError` for a folder that is not quantized, or in another form, and for a `quantization_config` on top."""
+    settings = read_settings(request.file(CONFIG_NAME))
+    if settings.get("quantization") is None:
+        raise ValueError(f"{request.path} is not quantized: load it by GenieBlueForConditionalGeneration.")
+    if not (settings.get("auto_map") or {}).get("AutoModel", "").rpartition("--")[2].startswith(PREFIX):
+        raise ValueError(
+            f"{request.path} was quantized by an earlier version of GenieBlue, whose files can no longer be read: "
+            "quantize the 16-bit GenieBlue again (`genieblue quantize`)."
+        )
+    if request.base_kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            f"{request.path} is already quantized; `quantization_config` would quantize it again. Leave it out, or "
+            "load the unquantized model."
+        )
 
 
 QuantizedGenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")

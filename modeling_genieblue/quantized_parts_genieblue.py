@@ -35,17 +35,12 @@ STORED_FILES = (
 def load_quantized_parts(model_class: type, request: LoadRequest, base_model: Any) -> tuple[Any, dict]:
     """A model with vision tower and projector, still without a base; as strict as the loading of a plain one.
 
-    Raises `OSError` for missing or damaged files, `ValueError` for tensors that do not fit, for a
-    `quantization_config` on top, and for a device map that spreads the model.
+    Raises `OSError` for missing or damaged files, `ValueError` for tensors that do not fit and for a device map that
+    spreads the model.
     """
     kwargs = dict(request.own_kwargs)
     config: Any = kwargs.pop("config", None)
     check_options(kwargs)
-    if request.base_kwargs.get("quantization_config") is not None:
-        raise ValueError(
-            f"{request.path} is already quantized; `quantization_config` would quantize it again. Leave it out, or "
-            "load the unquantized model."
-        )
     if config is None:
         config = QuantizedGenieBlueConfig.from_pretrained(request.path, **request.hub_kwargs)
     config = copy.deepcopy(config)

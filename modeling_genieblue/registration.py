@@ -23,6 +23,8 @@ from .processing_genieblue import GenieBlueProcessor
 from .projector_genieblue import GenieBlueMultiModalProjector
 from .quantized_configuration_genieblue import QuantizedGenieBlueConfig
 from .quantized_modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
+from .quantized_vlm_configuration_genieblue import QuantizedVlmGenieBlueConfig
+from .quantized_vlm_modeling_genieblue import QuantizedVlmGenieBlueForConditionalGeneration
 from .vlm_configuration_genieblue import VlmGenieBlueConfig
 from .vlm_modeling_genieblue import VlmGenieBlueForConditionalGeneration
 from .vlm_processing_genieblue import VlmGenieBlueProcessor
@@ -37,9 +39,13 @@ for _config, _model in (
     AutoProcessor.register(_config, GenieBlueProcessor, exist_ok=True)
     for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         _auto_class.register(_config, _model, exist_ok=True)
-AutoProcessor.register(VlmGenieBlueConfig, VlmGenieBlueProcessor, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    _auto_class.register(VlmGenieBlueConfig, VlmGenieBlueForConditionalGeneration, exist_ok=True)
+for _config, _model in (
+    (VlmGenieBlueConfig, VlmGenieBlueForConditionalGeneration),
+    (QuantizedVlmGenieBlueConfig, QuantizedVlmGenieBlueForConditionalGeneration),
+):
+    AutoProcessor.register(_config, VlmGenieBlueProcessor, exist_ok=True)
+    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        _auto_class.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "GenieBlueConfig",
@@ -49,6 +55,8 @@ __all__ = [
     "GenieBlueProcessor",
     "QuantizedGenieBlueConfig",
     "QuantizedGenieBlueForConditionalGeneration",
+    "QuantizedVlmGenieBlueConfig",
+    "QuantizedVlmGenieBlueForConditionalGeneration",
     "VlmGenieBlueConfig",
     "VlmGenieBlueForConditionalGeneration",
     "VlmGenieBlueProcessor",

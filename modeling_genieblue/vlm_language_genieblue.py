@@ -314,8 +314,9 @@ def join_language(vlm: PreTrainedModel, view: PreTrainedModel, own: OwnLanguage,
     head: Any = view.get_output_embeddings()
     if rows is not None and len(rows.indices) == count:
         vlm.get_output_embeddings().weight = rows.weight  # pyright: ignore[reportOptionalMemberAccess]
-    elif rows is not None or len(head.weight) != count:
-        rows = rows or OwnRows(torch.zeros(0, dtype=torch.long), head.weight.new_zeros(0, head.in_features))
+    elif rows is not None or head.weight.shape[0] != count:
+        weight = torch.zeros(0, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
+        rows = rows or OwnRows(torch.zeros(0, dtype=torch.long), weight)
         vlm.set_output_embeddings(JoinedHead(head, rows, count))
     else:
         vlm.set_output_embeddings(head)

@@ -13,7 +13,7 @@ from conversion.quantization.bases import check_source
 from conversion.staging import explained_full_disk
 from hub_cards.exports import EXPORT_FACTS_NAME, LORA_GGUF_NAME, MMPROJ_NAME, SPECTRUM_NAME, write_export_card
 from hub_cards.model_card import Measurement
-from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
+from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor, VlmGenieBlueConfig
 from modeling_genieblue.model_files_genieblue import HUB_KEYS, file_sha256, read_settings, write_json
 from modeling_genieblue.staging_genieblue import NewFolder
 
@@ -66,6 +66,12 @@ def export_llamacpp(
 
     hub = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     config = GenieBlueConfig.from_pretrained(source, **hub)
+    if isinstance(config, VlmGenieBlueConfig):
+        raise ValueError(
+            f"{source} sees with a whole VLM ({config.vlm_config.model_type}), whose tiles, positions and template "
+            "llama.cpp would need: only a GenieBlue with a SigLIP and a projector (`genieblue init`) is exported. "
+            "`genieblue quantize` makes this one smaller."
+        )
     check_source(source, config)
     family_of(config.text_config)
     trust = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}

@@ -63,13 +63,18 @@ def choose_context_length(given: int | None, config: GenieBlueConfig) -> int:
     return min(LONGEST_DEFAULT, limit)
 
 
-def check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
-    """`ValueError` for what the configuration shows at once, and the weights would only show much later."""
+def check_vision_side(config: GenieBlueConfig, name: str) -> None:
+    """`ValueError` for a GenieBlue that sees with a VLM."""
     if isinstance(config, VlmGenieBlueConfig):
         raise ValueError(
             f"{name} sees with a whole VLM ({config.vlm_config.model_type}), whose vision side and positions the "
             "graphs do not know: only a GenieBlue with a SigLIP and a projector (`genieblue init`) is exported."
         )
+
+
+def check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int, name: str) -> None:
+    """`ValueError` for what the configuration shows at once, and the weights would only show much later."""
+    check_vision_side(config, name)
     if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(f"{name} is quantized: export the 16-bit GenieBlue that it was made from.")
     base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
-from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig, VlmGenieBlueConfig
+from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
 from modeling_genieblue.loading_genieblue import hub_commit
 from modeling_genieblue.model_files_genieblue import (
@@ -48,15 +49,8 @@ LARGEST_ROUNDING_ERROR = 0.5
 LARGEST_UNRECORDED_ERROR = {"qint4": 0.25, "qint8": 0.1}
 
 
-def check_source(source: str | os.PathLike, config: GenieBlueConfig, *, takes_vlm: bool = False) -> None:
-    """`ValueError` for a GenieBlue with a VLM unless `takes_vlm`, for a quantized one, and for one that does not
-    record its base."""
-    if isinstance(config, VlmGenieBlueConfig) and not takes_vlm:
-        raise ValueError(
-            f"{source} runs its images through the own code of a VLM ({config.vlm_config.model_type}), which this "
-            "cannot take along: it is for a GenieBlue with vision tower and projector. To run it with a quantized "
-            "language model, load it with `quantization_config=`, which quantizes the base."
-        )
+def check_source(source: str | os.PathLike, config: GenieBlueConfig) -> None:
+    """`ValueError` for a quantized GenieBlue, and for one that does not record its base."""
     if isinstance(config, QuantizedGenieBlueConfig):
         raise ValueError(
             f"{source} is already quantized ({config.quantization['llm']}): give the 16-bit GenieBlue it was made "
@@ -271,7 +265,7 @@ def write_quantized_base(
         tensors: quanto's state dict of those modules, without their biases.
         settings: recorded in `quantization_config`.
     """
-    state = plain_state(base, kinds)
+    state = plain_state(base.state_dict(), kinds)
     for tied in _tied_copies(base):
         state.pop(tied, None)
     save_aligned({**state, **tensors}, folder / QUANTIZED_WEIGHTS_NAME)
@@ -310,12 +304,10 @@ def record_verdict(folder: Path, verdict: dict[str, Any]) -> None:
     write_quantized_base_card(folder)
 
 
-def plain_state(tree: nn.Module, kinds: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The state dict of `tree` without the weights named by `kinds`."""
+def plain_state(state: Mapping[str, torch.Tensor], kinds: dict[str, str]) -> dict[str, torch.Tensor]:
+    """A state dict without the weights named by `kinds`."""
     quantized = {f"{name}.weight" for name in kinds}
-    return {
-        name: value.detach().cpu().contiguous() for name, value in tree.state_dict().items() if name not in quantized
-    }
+    return {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in quantized}
 
 
 def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from conversion.quantization.views import own_state, vlm_of
 from conversion.verification.saved_model import PROMPTS, logits_of
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
+from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
 LARGEST_ERROR = 1.0  # that of unrelated logits is larger
 
@@ -14,10 +16,14 @@ ViewLogits = dict[str, torch.Tensor]  # float32 logits (positions, vocabulary) o
 
 
 def probe_requests(model: Any) -> list[dict[str, torch.Tensor]]:
-    """Fixed prompts behind one tile with a pattern in it, as requests of the multimodal view."""
-    config = model.config
-    size = min(config.image_token_id, 256)
+    """Fixed prompts behind one tile with a pattern in it, as requests of the multimodal view; for a VLM no image, of
+    which each family has inputs of its own."""
+    config, vlm = model.config, vlm_of(model)
+    embeddings = [each.get_input_embeddings().weight for each in (model.language_model, vlm) if each is not None]
+    size = min(*(weight.shape[0] for weight in embeddings), 256)
     rows = [torch.tensor([[byte % size for byte in prompt.encode()]], device=model.device) for prompt in PROMPTS]
+    if vlm is not None:
+        return [{"input_ids": ids} for ids in rows]
     waves = torch.linspace(0, 25, config.vision_config.image_size)
     tile = torch.stack([torch.sin(waves[None] + phase) * torch.cos(waves[:, None]) for phase in (0.0, 1.0, 2.0)])
     pixels = tile[None].to(model.device, model.vision_tower.dtype)
@@ -27,11 +33,11 @@ def probe_requests(model: Any) -> list[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def view_logits(model: Any) -> ViewLogits:
-    """Logits of both views on the same ids; the multimodal ones follow one tile with a pattern in it."""
-    length = model.config.image_seq_length
+    """Logits of both views on the same ids of `probe_requests`."""
+    length = 0 if vlm_of(model) is not None else model.config.image_seq_length
     requests = probe_requests(model)
     text = [logits_of(model, request["input_ids"][:, length:])[0] for request in requests]
-    multimodal = [logits_of(model, **request)[0, length:] for request in requests]
+    multimodal = [logits_of(model, **request, view=MULTIMODAL)[0, length:] for request in requests]
     return {"text": torch.cat(text).float().cpu(), "multimodal": torch.cat(multimodal).float().cpu()}
 
 
@@ -42,10 +48,13 @@ def logits_error(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float
     return float((other - exact).norm() / exact.norm()), float((other.argmax(-1) == exact.argmax(-1)).float().mean())
 
 
-def measured_errors(before: ViewLogits, after: ViewLogits, recipe: Any) -> tuple[dict[str, float], list[dict]]:
+def measured_errors(
+    before: ViewLogits, after: ViewLogits, recipe: Any, has_vlm: bool
+) -> tuple[dict[str, float], list[dict]]:
     """Relative L2 error of the logits by view, and the same as rows for the model card."""
     errors, rows = {}, []
-    for view, place in (("text", ""), ("multimodal", " after one tile with a pattern")):
+    behind = " without an image" if has_vlm else " after one tile with a pattern"
+    for view, place in ((TEXT, ""), (MULTIMODAL, behind)):
         errors[view], agreeing = logits_error(before[view], after[view])
         rows.append(
             {
@@ -89,9 +98,10 @@ def errors_by_part(exact: Any, rounded: Any, logits: Callable[[Any], ViewLogits]
 def _parameters_by_part(model: Any) -> dict[str, list[torch.Tensor]]:
     """The base, with its embeddings and LM head, counts as `llm`."""
     adapter = [(name, parameter) for name, _, parameter in adapter_parameters(model.multimodal_language_model)]
+    own = {part: [value for name, value in own_state(model).items() if name.startswith(f"{part}.")]
+           for part in model.own_modules}  # fmt: skip
     return {
-        "vision_tower": list(model.vision_tower.parameters()),
-        "multi_modal_projector": list(model.multi_modal_projector.parameters()),
+        **own,
         "llm": list(model.language_model.parameters()),
         "replicated_blocks": [parameter for name, parameter in adapter if ".lora_" not in name],
         "lora": [parameter for name, parameter in adapter if ".lora_" in name],

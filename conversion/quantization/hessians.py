@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 
 Batch = Mapping[str, Any]
 Hessians = dict[str, torch.Tensor]
@@ -142,7 +143,7 @@ def _record_calls(
         outputs[:] = [_hidden_states_of(output)]
 
     arguments = dict(batch)
-    if "use_cache" in inspect.signature(view.forward).parameters:
+    if "use_cache" in inspect.signature(view.forward).parameters or isinstance(view, GenerationMixin):
         arguments["use_cache"] = False  # blocks run several times, and a cache would grow each time
     handles = [block.register_forward_hook(after) for block in blocks]
     for index, block in enumerate(blocks):

@@ -14,8 +14,9 @@ from conversion.quantization.precision import FORMATS
 from conversion.quantization.rounding import round_weight
 from conversion.quantization.sensitivity import REQUESTS, balanced_hessian
 from conversion.quantization.stored_size import stored_bytes
+from conversion.quantization.views import CalibratedView
 from hub_cards.model_folder import FORMAT_TITLES
-from modeling_genieblue.language_adapter_genieblue import PEFT_PREFIX, find_blocks
+from modeling_genieblue.language_adapter_genieblue import PEFT_PREFIX
 from modeling_genieblue.quantized_linears_genieblue import group_size_of
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -148,23 +149,21 @@ class MixedPrecision:
 
     def measure(
         self,
-        views: Sequence[tuple[Any, Sequence[dict[str, Any]]]],
+        views: Sequence[CalibratedView],
         inputs: Mapping[int, torch.Tensor],
         progress: Progress,
     ) -> None:
         """Notes the damage that each format does to the `inputs` of `inputs_by_weight`.
 
-        The `views`, each with requests, share the weights. The first view that runs a linear is the one to whose
-        inputs its rounding is fitted.
+        The `views` share the weights. The first one that runs a linear is the one to whose inputs its rounding is
+        fitted.
         """
         left = {weight: rows for weight, rows in inputs.items() if weight in self._by_weight}
-        for view, requests in views:
-            if any(id(weight) in left for weight in view.parameters()):
-                self._fit(view, requests[REQUESTS:][:FITTED] or requests, left, progress)
+        for view in views:
+            if any(id(weight) in left for weight in view.model.parameters()):
+                self._fit(view, left, progress)
 
-    def _fit(
-        self, view: Any, requests: Sequence[dict[str, Any]], left: dict[int, torch.Tensor], progress: Progress
-    ) -> None:
+    def _fit(self, view: CalibratedView, left: dict[int, torch.Tensor], progress: Progress) -> None:
         """Rounds the linears of one view that are `left`, and removes these."""
 
         def select(_index: int, block: nn.Module) -> list[str]:
@@ -179,7 +178,8 @@ class MixedPrecision:
         def steps(indices: Iterable[int]) -> Iterable[int]:
             return progress(indices, "damage of 4 bits")
 
-        walk_blocks(view, requests, find_blocks(view)[0], process, select=select, progress=steps)
+        requests = view.requests[REQUESTS:][:FITTED] or view.requests
+        walk_blocks(view.model, requests, view.blocks, process, select=select, progress=steps)
 
     def spend(self, available: float) -> dict[str, str]:
         """The format of each linear: most damage saved per byte first, within `available` bytes."""

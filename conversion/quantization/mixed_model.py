@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from conversion.quantization.mixed import Budget, MixedLinear, MixedPrecision, Progress
 from conversion.quantization.precision import LayerPlan, QuantizationRecipe
-from conversion.quantization.stored_size import adapter_bytes, stored_bytes, tree_bytes
+from conversion.quantization.stored_size import adapter_bytes, state_bytes, stored_bytes
+from conversion.quantization.views import CalibratedView, own_state
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
 
 
@@ -57,9 +57,12 @@ class MixedModel:
                 "(--llm) or `replicated_blocks` (--replicated) to w4a16, or leave out the budget."
             )
         self._precision = MixedPrecision(weights, recipe.dtype)
-        own = nn.ModuleDict({"vision_tower": model.vision_tower, "multi_modal_projector": model.multi_modal_projector})
-        others = tree_bytes(own, plans.own_parts, recipe) + adapter_bytes(view, plans.adapter, recipe, weights)
-        others += tree_bytes(base, plans.base, recipe, weights) if size_of_base is None else size_of_base
+        others = state_bytes(own_state(model), plans.own_parts, recipe)
+        others += adapter_bytes(view, plans.adapter, recipe, weights)
+        of_base = size_of_base
+        if of_base is None:
+            of_base = state_bytes(base.state_dict(), plans.base, recipe, weights)
+        others += of_base
         self._available = budget.bytes_for(self.linears, planned, others)
 
     @property
@@ -67,9 +70,7 @@ class MixedModel:
         """Each with its damage and format, once they are chosen."""
         return self._precision.linears
 
-    def choose(
-        self, views: Sequence[tuple[Any, Sequence[dict]]], inputs: Mapping[int, torch.Tensor], progress: Progress
-    ) -> None:
+    def choose(self, views: Sequence[CalibratedView], inputs: Mapping[int, torch.Tensor], progress: Progress) -> None:
         """Measures damage, as in `MixedPrecision.measure`, and changes the plans."""
         self._precision.measure(views, inputs, progress)
         formats = self._precision.spend(self._available)

@@ -22,6 +22,7 @@ from conversion.quantization.precision import LayerPlan, describe
 from conversion.quantization.rounder import Rounder
 from conversion.quantization.rounding import round_weight
 from conversion.quantization.sensitivity import REQUESTS, inputs_by_weight
+from conversion.quantization.views import CalibratedView, CalibrationSamples, multimodal_view, own_state, text_view
 from modeling_genieblue import QuantizedGenieBlueForConditionalGeneration
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, find_blocks, set_parameter
@@ -68,10 +69,7 @@ def round_parts(
     if existing is not None:
         base_samples = use_existing_base(model, existing_base, existing, access)
     if rounder.uses_samples:
-        views = (
-            (model.language_model, [{"input_ids": ids.to(model.device)} for ids in rounder.samples.text]),
-            (model.multimodal_language_model, _embedded(model, rounder, REQUESTS + FITTED)),
-        )
+        views = text_view(model, rounder.samples), multimodal_view(model, rounder.samples, REQUESTS + FITTED)
         weights = four_bit_weights(model, plans, is_base_rounded=existing is not None)
         rounder.weighted_inputs = inputs_by_weight(views, set(map(id, weights.values())))
         if mixed is not None:
@@ -90,14 +88,19 @@ def round_parts(
 
 
 def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Path) -> dict[str, Path]:
-    """Vision tower and projector as files of the new folder."""
+    """Vision tower and projector as files of the new folder, or what a VLM adds to the base, which is not rounded."""
+    tensors = _round_vision(model, plan, rounder) if plan.kinds else {}
+    return _write(staging, WEIGHTS_NAME, QMAP_NAME, plain_state(own_state(model), plan.kinds) | tensors, plan.kinds)
+
+
+def _round_vision(model: Any, plan: LayerPlan, rounder: Rounder) -> dict[str, torch.Tensor]:
     tower, projector = model.vision_tower, model.multi_modal_projector
     in_blocks = [name for name in plan.kinds if name.startswith(f"vision_tower.{VISION_BLOCKS}.")]
     images = rounder.image_batches(model)
     sizes = {name: plan.group_size(name, model.get_submodule(name).weight, rounder.recipe) for name in plan.kinds}
     local = {name.removeprefix("vision_tower."): sizes[name] for name in in_blocks}
-    batches = [{"pixel_values": pixels} for pixels in images]
-    tensors = rounder.round_blocks(tower, VISION_BLOCKS, local, batches, "vision_tower")
+    blocks = CalibratedView(tower, VISION_BLOCKS, [{"pixel_values": pixels} for pixels in images])
+    tensors = rounder.round_blocks(blocks, local, "vision_tower")
     tensors = {f"vision_tower.{name}": value for name, value in tensors.items()}
     hessians = {}
     prefix = "multi_modal_projector."
@@ -113,8 +116,7 @@ def _round_own_parts(model: Any, plan: LayerPlan, rounder: Rounder, staging: Pat
             # The tower's pooling head, which GenieBlue does not run, counts as a separate part: `vision_tower.head`.
             part = ".".join(name.split(".")[:2]) if name.startswith("vision_tower.") else "multi_modal_projector"
             tensors |= stored_tensors(name, **rounder.round(weight, sizes[name], part, hessian))
-    own = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": projector})
-    return _write(staging, WEIGHTS_NAME, QMAP_NAME, plain_state(own, plan.kinds) | tensors, plan.kinds)
+    return tensors
 
 
 def _round_base(
@@ -139,8 +141,7 @@ def _round_base(
     weights = {name: base.get_submodule(name).weight for name in plan.kinds}
     sizes = {name: plan.group_size(name, weight, rounder.recipe) for name, weight in weights.items()}
     inside = {name: size for name, size in sizes.items() if name.startswith(f"{path}.")}
-    batches = [{"input_ids": ids.to(base.device)} for ids in rounder.samples.text]
-    tensors = rounder.round_blocks(base, path, inside, batches, "llm")
+    tensors = rounder.round_blocks(text_view(model, rounder.samples), inside, "llm")
     stored: set[int] = set()
     for name, weight in weights.items():
         if name not in inside and id(weight) not in stored:  # the LM head may be the embedding
@@ -160,7 +161,7 @@ def _round_adapter(model: Any, adapter: LayerPlan, rounder: Rounder, staging: Pa
     """LoRA and the copied blocks as files of the new folder; LoRA first, because later blocks run with it."""
     view, recipe = model.multimodal_language_model, rounder.recipe
     tensors: dict[str, torch.Tensor] = {}
-    copies: dict[str, str] = {}  # by their names in the view, whose blocks are walked
+    copied: dict[int, tuple[str, nn.Parameter]] = {}
     for name, stock, weight in list(quantized_adapter_entries(view)):
         if stock not in adapter.kinds:
             continue
@@ -168,13 +169,17 @@ def _round_adapter(model: Any, adapter: LayerPlan, rounder: Rounder, staging: Pa
             tensors |= _round_lora(view, name, stock, weight, recipe.dtype)
             rounder.note("lora", "rtn")
         else:
-            copies[name] = stock
-    path, _ = find_blocks(view)
-    sizes = {name: adapter.group_size(stock, view.get_submodule(name).weight, recipe)
-             for name, stock in copies.items()}  # fmt: skip
+            copied[id(weight)] = stock, weight
+    walked = multimodal_view(model, rounder.samples if rounder.uses_samples else CalibrationSamples())
+    copies: dict[str, str] = {}  # by their names in the model whose blocks are walked
+    sizes: dict[str, int | None] = {}
+    for name, module in walked.model.named_modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in copied:
+            copies[name], weight = copied[id(module.weight)]
+            sizes[name] = adapter.group_size(copies[name], weight, recipe)
     if rounder.uses_samples and not rounder.samples.multimodal:
         logger.warning("The calibration data has no images, so the replicated blocks are calibrated on text.")
-    rounded = rounder.round_blocks(view, path, sizes, _embedded(model, rounder), "replicated_blocks")
+    rounded = rounder.round_blocks(walked, sizes, "replicated_blocks")
     for name, stock in copies.items():
         own = {key: value for key, value in rounded.items() if key.startswith(f"{name}.")}
         tensors |= {stock + key.removeprefix(name): value for key, value in own.items()}
@@ -199,23 +204,6 @@ def _round_lora(
         codes, scale, values = codes.t().contiguous(), scale.t().contiguous(), values.t().contiguous()
     set_parameter(view, f"{name}.weight", values.to(weight.device, weight.dtype))
     return {f"{stock}.weight._data": codes.cpu(), f"{stock}.weight._scale": scale.cpu()}
-
-
-@torch.no_grad()
-def _embedded(model: Any, rounder: Rounder, count: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """The first `count` multimodal samples as inputs of the multimodal view; text samples if there are none."""
-    if not rounder.uses_samples:
-        return []
-    samples = rounder.samples.multimodal
-    if not samples:
-        samples = [{"input_ids": ids} for ids in rounder.samples.text]
-    device = model.multimodal_language_model.device
-    batches = []
-    for sample in samples[:count]:
-        embeds = model.embed_request(sample["input_ids"].to(device), sample.get("pixel_values"))
-        mask = {"attention_mask": sample["attention_mask"].to(device)} if "attention_mask" in sample else {}
-        batches.append({"inputs_embeds": embeds, **mask})
-    return batches
 
 
 def _write(staging: Path, weights: str, qmap: str, tensors: dict, kinds: dict[str, str]) -> dict[str, Path]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from conversion.quantization.rounding import ROUNDING_METHODS
+from modeling_genieblue import GenieBlueConfig, VlmGenieBlueConfig
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, find_blocks
 from modeling_genieblue.quantized_linears_genieblue import group_size_of, reason_against
 from modeling_genieblue.quantized_parts_genieblue import quantized_adapter_entries
@@ -15,6 +16,7 @@ from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.quantized_settings_genieblue import ACTIVATIONS, PRECISIONS
 
 RECIPE_GROUP_SIZES = (32, 64, 128)
+VISION_PARTS = ("vision_tower", "multi_modal_projector")
 KINDS = {"w4a16": "qint4", "w8a16": "qint8"}
 # Of a linear in mixed precision: the largest groups of codes that share a scale at 4 bits; none at 8.
 FORMATS = {"w4g128": 128, "w4g64": 64, "w4g32": 32, "w8": None}
@@ -30,7 +32,8 @@ class QuantizationRecipe:
     Attributes:
         llm: linears of the base's blocks.
         replicated_blocks: linears of the trained copies; by default as `llm`.
-        lora, vision_tower, multi_modal_projector: at 8 or 16 bits, the projector and the tower at 4 as well.
+        lora, vision_tower, multi_modal_projector: at 8 or 16 bits, the projector and the tower at 4 as well. Those of
+            a VLM stay at 16: see `for_config`.
         lm_head, embeddings: of the base; if they share one weight, they are quantized together or not at all.
         rounding: `rtn` (nearest), `mse` (searches scales for the weights, needs no data) or `gptq` (needs samples).
         group_size: 4-bit codes with one scale, 32, 64 or 128; less where the width of a layer is no multiple of it.
@@ -65,6 +68,28 @@ class QuantizationRecipe:
         if set(self.parts().values()) == {"w16a16"}:
             raise ValueError(
                 "All parts are at 16 bits, so there is nothing to quantize: choose a lower precision for one."
+            )
+
+    @classmethod
+    def for_config(cls, config: GenieBlueConfig, **settings: Any) -> "QuantizationRecipe":
+        """The recipe for a GenieBlue with this configuration; settings that are missing or `None` have its defaults.
+
+        Those are the defaults of this class, but for the vision side of a VLM, which stays at 16 bits.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        defaults = dict.fromkeys(VISION_PARTS, "w16a16") if isinstance(config, VlmGenieBlueConfig) else {}
+        recipe = cls(**defaults | given)
+        recipe.check(config)
+        return recipe
+
+    def check(self, config: GenieBlueConfig) -> None:
+        """`ValueError` for a vision side of a VLM that is to be quantized."""
+        asked = [f"{part} {precision}" for part in VISION_PARTS if (precision := getattr(self, part)) != "w16a16"]
+        if asked and isinstance(config, VlmGenieBlueConfig):
+            raise ValueError(
+                f"This GenieBlue sees with a VLM of type {config.vlm_config.model_type!r}, whose vision side and "
+                f"connector stay at 16 bits, and {', '.join(asked)} was requested: leave out --vision and --projector "
+                "(in Python, take `QuantizationRecipe.for_config`), which quantizes its language model alone."
             )
 
     def parts(self) -> dict[str, str]:
@@ -169,14 +194,15 @@ def plan_base(base: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
 def plan_own_parts(model: nn.Module, recipe: QuantizationRecipe) -> LayerPlan:
     """Layers of the vision tower and the projector, by their names in the model."""
     plan = LayerPlan()
-    for part in ("vision_tower", "multi_modal_projector"):
+    for part in VISION_PARTS:
         precision = getattr(recipe, part)
+        if precision == "w16a16":  # as always if it is a VLM's
+            continue
         tree = getattr(model, part)
         for name, linear in plain_linears(tree):
             plan.add(f"{part}.{name}", tuple(linear.weight.shape), precision)
-        if precision != "w16a16":
-            convolutions = [name for name, module in tree.named_modules() if isinstance(module, nn.Conv2d)]
-            plan.kept |= {f"{part}.{name}": "16 bits: a convolution" for name in convolutions}
+        convolutions = [name for name, module in tree.named_modules() if isinstance(module, nn.Conv2d)]
+        plan.kept |= {f"{part}.{name}": "16 bits: a convolution" for name in convolutions}
     return plan
 
 

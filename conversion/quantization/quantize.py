@@ -18,12 +18,13 @@ from conversion.quantization.mixed import Budget, MixedLinear
 from conversion.quantization.mixed_model import MixedModel, Plans
 from conversion.quantization.parts import round_parts
 from conversion.quantization.precision import QuantizationRecipe, plan_adapter, plan_base, plan_own_parts
-from conversion.quantization.rounder import CalibrationSamples, Progress, Rounder
+from conversion.quantization.rounder import Progress, Rounder
+from conversion.quantization.views import CalibrationSamples
 from conversion.staging import explained_full_disk, uninterrupted
 from conversion.verdict import HeldOut, nothing_measured, of_text_view, with_problems
 from hub_cards.model_folder import parameter_sizes
 from hub_cards.verdicts import measurement_rows
-from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
 from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
@@ -34,6 +35,8 @@ from modeling_genieblue.model_files_genieblue import (
     RECIPE_NAME,
 )
 from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
+
+ADDS_TO_BLOCKS = ("qwen3_vl",)  # families of VLMs whose decoder gets features of images between its blocks
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,14 @@ def quantize_genieblue(
     recipe or quantized base that does not fit, contradicting options, a budget that cannot be met, and samples that
     are too few or too long.
     """
-    recipe, samples = recipe or QuantizationRecipe(), samples or CalibrationSamples()
+    samples = samples or CalibrationSamples()
     where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
+    config = _checked_config(source, samples, where)
+    recipe = recipe or QuantizationRecipe.for_config(config)
+    recipe.check(config)
     access = {key: where[key] for key in ACCESS_KEYS if key in where}
     reload = {**access, "trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     _check_options(recipe, samples, base_output, quantized_base, self_contained, budget)
-    config = _checked_config(source, samples, where)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
     check_places(
         source, config, places.output, places.new_base, overwrite,
@@ -143,7 +148,7 @@ def quantize_genieblue(
         # `model` has the rounded values by now, so the exact ones are read again.
         by_part = {} if held_out is None else errors_by_part(load(), rounded, held_out.logits)
         quantized = GenieBlueForConditionalGeneration.from_pretrained(staging / "trial", **reload)
-        errors, facts = measured_errors(before, view_logits(quantized), recipe)
+        errors, facts = measured_errors(before, view_logits(quantized), recipe, isinstance(config, VlmGenieBlueConfig))
         verdict = nothing_measured()
         if held_out is not None:
             verdict = held_out.verdict(measured, held_out.measure(quantized), by_part)
@@ -213,6 +218,15 @@ def _checked_config(source: Any, samples: CalibrationSamples, where: dict[str, A
     rows = [*samples.text, *(request["input_ids"] for request in samples.multimodal)]
     longest = max((ids.shape[1] for ids in rows), default=0)
     most = getattr(config.text_config, "max_position_embeddings", None)
+    if (
+        isinstance(config, VlmGenieBlueConfig)
+        and config.vlm_config.model_type in ADDS_TO_BLOCKS
+        and samples.multimodal
+    ):
+        raise ValueError(
+            f"A VLM of type {config.vlm_config.model_type!r} adds features of images between its blocks, which "
+            "therefore cannot be calibrated on chats with images one by one: give texts, or chats without images."
+        )
     if isinstance(most, int) and longest > most:
         raise ValueError(
             f"A calibration sample has {longest} tokens, but the base supports only {most}: use shorter texts "

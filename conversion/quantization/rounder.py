@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,19 +13,12 @@ from conversion.quantization.mixed import Progress
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.rounding import round_weight
 from conversion.quantization.sensitivity import balanced_hessian
+from conversion.quantization.views import CalibratedView, CalibrationSamples
 from modeling_genieblue.quantized_linears_genieblue import stored_tensors
 
 logger = logging.getLogger(__name__)
 
 BLOCK_TITLES = {"vision_tower": "vision tower", "llm": "language model", "replicated_blocks": "replicated blocks"}
-
-
-@dataclass(frozen=True)
-class CalibrationSamples:
-    """Samples for `gptq`: rows of ids (1, length) for the base, requests with images for GenieBlue's own parts."""
-
-    text: list[torch.Tensor] = field(default_factory=list)
-    multimodal: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 class Rounder:
@@ -94,10 +86,10 @@ class Rounder:
         }
 
     def round_blocks(
-        self, tree: nn.Module, path: str, group_sizes: dict[str, int | None], batches: list[dict], part: str
+        self, view: CalibratedView, group_sizes: dict[str, int | None], part: str
     ) -> dict[str, torch.Tensor]:
-        """quanto's state dict of the linears named by `group_sizes`, all of them in the blocks at `path` of `tree`."""
-        title = BLOCK_TITLES[part]
+        """quanto's state dict of the linears named by `group_sizes`, all of them in the blocks of `view`."""
+        title, path = BLOCK_TITLES[part], view.blocks
         tensors: dict[str, torch.Tensor] = {}
         by_block: dict[int, dict[str, int | None]] = {}
         for name, size in group_sizes.items():
@@ -113,9 +105,12 @@ class Rounder:
         def steps(indices: Iterable[int]) -> Iterable[int]:
             return self.progress(indices, title)
 
-        blocks = tree.get_submodule(path)
-        if self.uses_samples and batches and by_block:
-            walk_blocks(tree, batches, path, process, select=lambda index, _: by_block.get(index, ()), progress=steps)
+        blocks = view.model.get_submodule(path)
+        if self.uses_samples and view.requests and by_block:
+            walk_blocks(
+                view.model, view.requests, path, process,
+                select=lambda index, _: by_block.get(index, ()), progress=steps,
+            )  # fmt: skip
         else:
             for index in steps(range(len(blocks))):
                 process(index, blocks[index], {})

@@ -9,24 +9,25 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from conversion.quantization.views import CalibratedView
+
 REQUESTS = 4  # of each view
 SEED = 0  # of the tokens that are drawn from the model's predictions
 SHARE = 1 / 3  # of the Hessian of weighted inputs beside that of plain ones
 TINY = 1e-30  # inputs may all be zero
 
 
-def inputs_by_weight(
-    views: Sequence[tuple[Any, Sequence[Mapping[str, Any]]]], weights: Collection[int]
-) -> dict[int, torch.Tensor]:
+def inputs_by_weight(views: Sequence[CalibratedView], weights: Collection[int]) -> dict[int, torch.Tensor]:
     """`damage_inputs` of all `views` together, by the `id` of the linears' weights, of those in `weights`.
 
-    Each view comes with requests, of which the first few count.
+    Of the requests of a view the first few count.
     """
     rows: dict[int, list[torch.Tensor]] = {}
-    for view, requests in views:
-        linears = {name: id(module.weight) for name, module in view.named_modules() if isinstance(module, nn.Linear)}
+    for view in views:
+        modules = view.model.named_modules()
+        linears = {name: id(module.weight) for name, module in modules if isinstance(module, nn.Linear)}
         names = [name for name, weight in linears.items() if weight in weights]
-        for name, found in damage_inputs(view, requests[:REQUESTS], names).items():
+        for name, found in damage_inputs(view.model, view.requests[:REQUESTS], names).items():
             rows.setdefault(linears[name], []).append(found)
     return {weight: torch.cat(parts) for weight, parts in rows.items()}
 

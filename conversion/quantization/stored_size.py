@@ -1,6 +1,6 @@
 """Bytes of the weights of a quantized GenieBlue and its base, as they are planned."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ def stored_bytes(shape: Iterable[int], group_size: int | None, dtype: torch.dtyp
     return UNUSED_SCALES + out_features * (in_features // 2 + groups * (dtype.itemsize + 1))
 
 
-def tree_bytes(tree: Any, plan: LayerPlan, recipe: QuantizationRecipe, left_out: Collection[str] = ()) -> int:
-    """Bytes of the tensors of `tree`, those shared by several modules once, without the linears in `left_out`."""
+def state_bytes(
+    state: Mapping[str, torch.Tensor], plan: LayerPlan, recipe: QuantizationRecipe, left_out: Collection[str] = ()
+) -> int:
+    """Bytes of tensors by name, those shared by several modules once, without the linears in `left_out`."""
     seen: set[int] = set()
     total = 0
-    for name, value in tree.state_dict().items():
+    for name, value in state.items():
         module = name.removesuffix(".weight")
         if module in left_out or value.data_ptr() in seen:
             continue

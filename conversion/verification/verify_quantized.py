@@ -179,7 +179,7 @@ def _errors(subject: SavedModel, recipe: QuantizationRecipe) -> str:
     except (OSError, ValueError) as error:
         logger.info("The quantization error is not measured again: %s", error)
         return _recorded_errors(subject, error)
-    errors, _ = measured_errors(before, after, recipe)
+    errors, _ = measured_errors(before, after, recipe, subject.has_vlm)
     listed = ", ".join(f"{view} view {error:.3f}" for view, error in errors.items())
     fail_on(f"{problem}, against {source}, which it was made from" for problem in unrelated_views(errors))
     return f"relative L2 error of the logits, measured again against {source}: {listed}"

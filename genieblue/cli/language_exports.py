@@ -15,6 +15,7 @@ from genieblue.cli.options import (
     Json,
     Revision,
     UnquantizedModel,
+    load_processor,
     read_bytes,
 )
 from genieblue.cli.options import loading_options as hub_options
@@ -191,13 +192,9 @@ def _requests(
     if calibration is None:
         return None
     from genieblue.data.calibration_chats import read_requests
-    from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor, VlmGenieBlueConfig, VlmGenieBlueProcessor
 
     given = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    config = GenieBlueConfig.from_pretrained(model, revision=options.get("revision"))
-    kind = VlmGenieBlueProcessor if isinstance(config, VlmGenieBlueConfig) else GenieBlueProcessor
-    processor = kind.from_pretrained(model, **given)
-    return read_requests(calibration, processor, count=samples, image_folder=image_folder)
+    return read_requests(calibration, load_processor(model, given), count=samples, image_folder=image_folder)
 
 
 def _print_matrices(form: Any) -> None:

@@ -83,3 +83,11 @@ def check_unused_options(ctx: typer.Context, names: Sequence[str], subject: str)
 def loading_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments of `from_pretrained`; without a revision it chooses one itself."""
     return {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+
+
+def load_processor(model: str, options: dict[str, Any]) -> Any:
+    """The processor of a saved GenieBlue, by the kind of its multimodal side; `options` as of `loading_options`."""
+    from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor, VlmGenieBlueConfig, VlmGenieBlueProcessor
+
+    has_vlm = isinstance(GenieBlueConfig.from_pretrained(model, **options), VlmGenieBlueConfig)
+    return (VlmGenieBlueProcessor if has_vlm else GenieBlueProcessor).from_pretrained(model, **options)

@@ -106,6 +106,7 @@ def qnn(
     with stdout_for_json(json_output):
         quiet_transformers()
         from conversion.qnn.export import export_bundle
+        from conversion.qnn.export_settings import check_vision_side
         from genieblue.data.calibration_chats import read_chats
         from genieblue.data.collation import ChatCollator
         from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
@@ -114,7 +115,7 @@ def qnn(
         with looking_for(model):
             LoadRequest.from_arguments(model, dict(options)).check_layout()
             # Has the clearest error for another kind of model.
-            GenieBlueConfig.from_pretrained(model, revision=revision)
+            check_vision_side(GenieBlueConfig.from_pretrained(model, revision=revision), model)
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
         bundle = export_bundle(

@@ -21,6 +21,7 @@ from genieblue.cli.options import (
     UnquantizedModel,
     Weights,
     check_not_empty,
+    load_processor,
     loading_options,
     read_bytes,
 )
@@ -53,8 +54,12 @@ def quantize(
         Weights | None, typer.Option(help="Linear layers of the replicated blocks; default: as --llm.")
     ] = None,
     lora: Annotated[EightBits, typer.Option(help="LoRA.")] = "w8a16",
-    vision: Annotated[Weights, typer.Option(help="Vision tower.")] = "w8a16",
-    projector: Annotated[Weights, typer.Option(help="Projector.")] = "w8a16",
+    vision: Annotated[
+        Weights | None, typer.Option(help="Vision tower; default: w8a16. That of a VLM stays w16a16.")
+    ] = None,
+    projector: Annotated[
+        Weights | None, typer.Option(help="Projector; default: w8a16. That of a VLM stays w16a16.")
+    ] = None,
     lm_head: Annotated[EightBits, typer.Option(help="LM head.")] = "w16a16",
     embeddings: Annotated[EightBits, typer.Option(help="Embeddings.")] = "w16a16",
     rounding: Annotated[Rounding | None, typer.Option(help="Default: gptq with --calibration, else mse.")] = None,
@@ -113,7 +118,7 @@ def quantize(
     from genieblue.data.calibration_chats import read_calibration
     from genieblue.data.plain_texts import is_plain_text
     from hub_cards.model_parts import model_info
-    from modeling_genieblue import GenieBlueProcessor
+    from modeling_genieblue import GenieBlueConfig
 
     chosen = rounding or ("gptq" if calibration else "mse")
     if calibration and chosen != "gptq":
@@ -130,25 +135,26 @@ def quantize(
     if chart is not None:
         chart = chart.expanduser()
         _check_chart(chart, budget)
-    recipe = QuantizationRecipe(
-        llm=llm,
-        replicated_blocks=replicated,
-        lora=lora,
-        vision_tower=vision,
-        multi_modal_projector=projector,
-        lm_head=lm_head,
-        embeddings=embeddings,
-        rounding=chosen,
-        group_size=int(group_size or 64),
-        activations=activations,
-    )
     options = loading_options(revision, trust_remote_code)
     with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
         quiet_transformers()
+        recipe = QuantizationRecipe.for_config(
+            GenieBlueConfig.from_pretrained(model, **options),
+            llm=llm,
+            replicated_blocks=replicated,
+            lora=lora,
+            vision_tower=vision,
+            multi_modal_projector=projector,
+            lm_head=lm_head,
+            embeddings=embeddings,
+            rounding=chosen,
+            group_size=int(group_size or 64),
+            activations=activations,
+        )
         held_out = open_held_out(eval_data, model, options, metric, max_answer_loss, max_perplexity_ratio, accept_loss)
         data = None
         if calibration:
-            processor = GenieBlueProcessor.from_pretrained(model, **options)
+            processor = load_processor(model, options)
             data = read_calibration(
                 calibration, processor, count=samples, length=sample_length, image_folder=image_folder
             )
@@ -174,7 +180,7 @@ def quantize(
             note(f"No linear of the blocks has 4 bits, so no formats were chosen, and {chart} was not drawn.")
         parts = model_info(report.output).parts
     sizes = {name: size for name, size in parts.items() if size is not None}
-    precisions = {**recipe.parts(), "language_model": recipe.llm}
+    precisions = {**dict.fromkeys(sizes, "w16a16"), **recipe.parts(), "language_model": recipe.llm}
     if json_output:
         _print_json_report(report, sizes, precisions)
     else:
@@ -216,6 +222,9 @@ def _print_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str]
     print_table(("part", "precision", "parameters", "on disk", "bits per parameter"), rows)
     if report.mixed:
         _print_mixed(report.mixed)
+    if "vlm" in sizes:
+        note("The VLM's vision side and connector, and its own norms, biases and rows of embedding and head, stay at "
+             "16 bits.")  # fmt: skip
     for name, reason in report.other_precision.items():
         note(f"{name}: {reason}")
     for view, error in report.errors.items():

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from conversion.verdict import Limits
-from genieblue.cli.options import Metric
+from genieblue.cli.options import Metric, load_processor
 from genieblue.cli.terminal import print_table
 from hub_cards.verdicts import answer_error, summary
 
@@ -44,15 +44,16 @@ def open_held_out(
             raise typer.BadParameter("It is about held-out data: give some with --eval-data.", param_hint=name)
         return None
     from genieblue.evaluation.held_out import HeldOutData
-    from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
+    from modeling_genieblue import GenieBlueConfig
 
     quantization = getattr(GenieBlueConfig.from_pretrained(model, **options), "quantization", None) or {}
     recorded = (quantization.get("verdict") or {}).get("limits") or {}
     limits = {"answer_loss": max_answer_loss, "perplexity_ratio": max_perplexity_ratio}
     limits = {name: recorded.get(name) if value is None else value for name, value in limits.items()}
     limits = Limits(**{name: value for name, value in limits.items() if value is not None})
-    processor = GenieBlueProcessor.from_pretrained(model, **options)
-    return HeldOutData(eval_data, processor, metric=metric, limits=limits, accept_loss=accept_loss)
+    return HeldOutData(
+        eval_data, load_processor(model, options), metric=metric, limits=limits, accept_loss=accept_loss
+    )
 
 
 def show_verdict(verdict: Mapping[str, Any]) -> None:

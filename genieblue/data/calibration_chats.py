@@ -1,6 +1,6 @@
 """Calibration samples from the user's text or chats, for `gptq` and for NPU graphs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,9 @@ def read_calibration(
         samples = read_chats(path, 4 * count, image_folder=image_folder)
         chats += [sample for sample in samples if sample.images]
         texts += ["\n".join(texts_of(sample.messages)) for sample in samples]
-    collator = ChatCollator(processor)
     return CalibrationSamples(
         text=text_batches(processor.tokenizer, texts, length, count),
-        multimodal=[_request(collator.encode(chat)) for chat in chats[:count]],
+        multimodal=list(_requests(processor, chats[:count])),
     )
 
 
@@ -72,15 +71,19 @@ def read_requests(
 
     Of a VLM they are chats with images. Raises `ValueError` or `OSError` for missing, empty or bad data.
     """
+    read = chats_with_images if isinstance(processor, VlmGenieBlueProcessor) else read_chats
+    return _requests(processor, read(path, count, image_folder=image_folder))
+
+
+def _requests(processor: Any, chats: Sequence[ChatSample]) -> Iterator[dict[str, torch.Tensor]]:
+    """Each chat as it is trained on; of a VLM, with all inputs that its own processor returns."""
     if isinstance(processor, VlmGenieBlueProcessor):
         of_vlm = VlmChatCollator(processor)
-        batches = (of_vlm([[of_vlm.encode(chat)]]) for chat in chats_with_images(path, count, image_folder))
-        return ({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
+        batches = (of_vlm([[of_vlm.encode(chat)]]) for chat in chats)
+        yield from ({name: batch[name] for name in batch if isinstance(batch[name], torch.Tensor) and name != "labels"}
+                    for batch in batches)  # fmt: skip
+        return
     collator = ChatCollator(processor)
-    chats = read_chats(path, count, image_folder=image_folder)
-    return (_request(collator.encode(chat)) for chat in chats)
-
-
-def _request(row: dict[str, Any]) -> dict[str, torch.Tensor]:
-    images = {name: row[name] for name in ("pixel_values",) if name in row}
-    return {"input_ids": torch.tensor([row["input_ids"]]), **images}
+    for row in map(collator.encode, chats):
+        images = {name: row[name] for name in ("pixel_values",) if name in row}
+        yield {"input_ids": torch.tensor([row["input_ids"]]), **images}

@@ -16,7 +16,7 @@ from conversion.verdict import Limits, judge, perplexity_change
 from genieblue.data.chat_samples import BAD_SAMPLE, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.plain_texts import is_plain_text, read_paragraphs
-from genieblue.evaluation.answering import ModelAnswerer
+from genieblue.evaluation.answering import ModelAnswerer, answerer_of
 from genieblue.evaluation.evaluate import Evaluation, ScoredAnswer, compare, evaluate
 from genieblue.evaluation.samples import EvaluationDataset
 from hub_cards.verdicts import PLAIN_TEXT, REFERENCES
@@ -87,7 +87,7 @@ class HeldOutData:
 
     def measure(self, model: Any) -> Measured:
         """Answers and losses of a 16-bit or quantized GenieBlue; `ValueError` that names a sample it cannot answer."""
-        answerer = ModelAnswerer(model, self.processor)
+        answerer = answerer_of(model, self.processor)
         measured = Measured()
         for dataset in self.chats:
             measured.answers += evaluate(answerer, dataset).answers
@@ -100,7 +100,7 @@ class HeldOutData:
     def logits(self, model: Any) -> dict[str, torch.Tensor]:
         """By view, logits (positions, vocabulary) of the first tokens of the first few references, or of texts."""
         found: dict[str, list[torch.Tensor]] = {}
-        for view, _, logits, _ in self._predictions(ModelAnswerer(model, self.processor), COMPARED_SAMPLES):
+        for view, _, logits, _ in self._predictions(answerer_of(model, self.processor), COMPARED_SAMPLES):
             if len(found.setdefault(view, [])) < COMPARED_SAMPLES:
                 found[view].append(logits[:COMPARED_TOKENS].cpu())
         return {view: torch.cat(each) for view, each in found.items()}

@@ -21,7 +21,6 @@ from conversion.extraction_plan import Choice
 from conversion.llamacpp.export import export_llamacpp
 from conversion.lora_form import export_lora
 from conversion.qnn.export import export_bundle
-from conversion.quantization.quantize import quantize_genieblue
 from conversion.verification.verify import verify_model
 from hub_cards.model_parts import model_info
 from hub_cards.publish import files_to_publish, find_problems, publish_folder
@@ -153,10 +152,9 @@ def test_only_the_local_base_keeps_an_extraction_from_being_published(extracted)
     assert {"vlm/generation_config.json", "extraction.json", "extraction.png"} < set(files)
 
 
-@pytest.mark.parametrize("refused", ["quantize", "lora", "gguf", "qnn"])
+@pytest.mark.parametrize("refused", ["lora", "gguf", "qnn"])
 def test_exports_that_cannot_take_a_vlm_along_say_so(extracted, tmp_path, refused):
     run = {
-        "quantize": lambda: quantize_genieblue(extracted.output, tmp_path / "out"),
         "lora": lambda: export_lora(extracted.output, tmp_path / "out"),
         "gguf": lambda: export_llamacpp(extracted.output, tmp_path / "out", language_only=True),
         "qnn": lambda: export_bundle(extracted.output, tmp_path / "out", soc="sm8750", calibration=[]),
