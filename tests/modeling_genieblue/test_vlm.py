@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from tiny_vlms import BASE_ROWS, FAMILIES, image_request, tiny_vlm_pair
+from tiny_vlms import (
+    BASE_ROWS,
+    FAMILIES,
+    assert_answers_as_the_vlm,
+    before_the_head,
+    image_request,
+    tiny_vlm_pair,
+)
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, is_adapter_name
@@ -25,9 +32,9 @@ def tiny_vlm_genieblue(family: str = "internvl", replicated=SOME, **options):
 def test_with_all_blocks_copied_logits_with_images_are_the_vlms(family, images):
     vlm, base = tiny_vlm_pair(family)
     request = image_request(family, images)
-    expected = vlm(**request).logits
+    expected = before_the_head(vlm, vlm.get_output_embeddings(), request)
     model = GenieBlueForConditionalGeneration.from_vlm(vlm, base, replicated_layers=ALL)
-    assert torch.equal(model(**request).logits, expected)
+    assert_answers_as_the_vlm(model, model.vlm.get_output_embeddings(), expected, request)
 
 
 @torch.no_grad()

@@ -149,3 +149,24 @@ def image_request(family: str, images: int = 1, dtype: torch.dtype = torch.float
         request["token_type_ids"] = kinds
     request["pixel_values"] = request["pixel_values"].to(dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **request}
+
+
+def assert_answers_as_the_vlm(model, vlm_head, own: tuple[torch.Tensor, torch.Tensor], request: dict) -> None:
+    """What goes into the head is the VLM's own, bit for bit, and so are the logits but for their rounding.
+
+    `own` is what `before_the_head` gave for the VLM. Rows of the head that differ from the base's are multiplied apart
+    from the others, and the last bit of a product depends, on some processors, on how many rows it has.
+    """
+    states, logits = before_the_head(model, vlm_head, request)
+    assert torch.equal(states, own[0])
+    torch.testing.assert_close(logits, own[1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def before_the_head(model, head, request: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input of a model's head, and its logits."""
+    seen = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    logits = model(**request).logits
+    handle.remove()
+    return seen[-1], logits
