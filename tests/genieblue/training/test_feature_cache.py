@@ -70,7 +70,8 @@ def test_validation_reads_features_too(base, tmp_path):
     held_out = [chat("<image>\nWhich colour?", "Red.", Image.new("RGB", (24, 24), "red"))]
     plain, _, _ = run(base, tmp_path / "plain", epochs=3, validation=EvaluationDataset(held_out), **options)
     cached, tiles, _ = run(base, tmp_path / "out", validation=EvaluationDataset(held_out), **options, **CACHED)
-    assert cached.best == plain.best
+    # The tower sees other batches, and on some processors the last bit of a product depends on their size.
+    assert cached.best == pytest.approx(plain.best, rel=1e-5)
     assert tiles == 8  # the held-out image is one of the training images
 
 
