@@ -1,6 +1,7 @@
 """Puts a GenieBlue on another revision of its base, if what its multimodal view shares with the base is the same."""
 
 import copy
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,14 @@ from modeling_genieblue.base_identity_genieblue import different_settings, tenso
 from modeling_genieblue.base_loading_genieblue import check_complete, load_base, resolve_base
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
-from modeling_genieblue.model_files_genieblue import HUB_KEYS, SHARED_HUB_KEYS, check_folder_or_id, some
+from modeling_genieblue.model_files_genieblue import (
+    HUB_KEYS,
+    SHARED_HUB_KEYS,
+    check_folder_or_id,
+    file_sha256,
+    some,
+    with_siblings,
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ def stack_on(
         base_revision: branch, tag or commit of it.
         hub_kwargs: how `source` is loaded (`token`, `revision`, `cache_dir`, …).
 
-    Raises `ValueError` that names them if other tensors, settings or the vocabulary differ, and `ValueError` or
-    `OSError` for a quantized GenieBlue, a base that is missing or incomplete, and an output that exists.
+    Raises `ValueError` that names them if other tensors, settings, the base's own code or the vocabulary differ, and
+    `ValueError` or `OSError` for a quantized GenieBlue, a missing or incomplete base, and an output that exists.
     """
     hub = {key: value for key, value in hub_kwargs.items() if key in HUB_KEYS and value is not None}
     request = LoadRequest.from_arguments(source, {**hub, "trust_remote_code": trust_remote_code})
@@ -81,6 +89,12 @@ def stack_on(
         raise ValueError(
             f"{source} does not fit {base}: {'; '.join([*tensors, *settings[:3]])}. It was trained on the old ones: "
             "train stage 2 on the new base, or keep the old one."
+        )
+    if code := _changed_code(old, new):
+        raise ValueError(
+            f"{source} does not fit {base}: its own code differs ({some(code)}), which the multimodal view runs too, "
+            "so images may give something else. Keep the old base, or put the weights of the new one in a folder with "
+            "the code of the old one."
         )
     del old
     model = GenieBlueForConditionalGeneration.from_pretrained(
@@ -123,3 +137,18 @@ def _changed(old: nn.Module, new: nn.Module) -> Iterator[str]:
         one, other = first.get(name), second.get(name)
         if one is None or other is None or not torch.equal(one, other):
             yield name
+
+
+def _changed_code(old: PreTrainedModel, new: PreTrainedModel) -> list[str]:
+    """Names of the Python files from the bases' repositories that differ, or that only one of them runs."""
+    first, second = _code(old), _code(new)
+    return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+
+
+def _code(base: PreTrainedModel) -> dict[str, str]:
+    """sha256 by name of the code of a base that is not transformers' own: of its model and its configuration."""
+    files: dict[str, str] = {}
+    for kind in (type(base), type(base.config)) if base.is_remote_code() else ():
+        path = Path(inspect.getfile(kind))
+        files |= {name: file_sha256(path.parent / name) for name in with_siblings(path.parent, [path.name])}
+    return files
