@@ -32,7 +32,7 @@ OTHER_SETTINGS = ("_name_or_path", "architectures", "auto_map", "transformers_ve
 # What makes a request of texts and images, and runs it: processor, tokenizer, templates, generation, code.
 OTHER_FILES = (
     GENERATION_CONFIG_NAME, *PROCESSOR_CONFIGS, *TOKENIZER_FILES, "additional_chat_templates/*", "*.py",
-    f"{VLM_FOLDER}/**/*",
+    f"{VLM_FOLDER}/*", f"{VLM_FOLDER}/additional_chat_templates/*",
 )  # fmt: skip
 # Those of them, in any folder, that are compared setting by setting.
 SETTINGS_FILES = (GENERATION_CONFIG_NAME, *PROCESSOR_CONFIGS, TOKENIZER_CONFIG_NAME)

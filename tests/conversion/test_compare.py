@@ -103,9 +103,12 @@ def test_other_files_show_by_name(pair, other):
 
 def test_files_of_one_on_the_hub_are_compared(hub, pair, other):
     (other / "chat_template.jinja").write_text("other")
+    (other / "vlm").mkdir()
+    (other / "vlm/chat_template.jinja").write_text("other")
     hub.commit_folder("you/reader", other)
     assert [each.name for each in compare_models(str(pair / "genieblue"), "you/reader").files] == [
-        "chat_template.jinja"
+        "chat_template.jinja",
+        "vlm/chat_template.jinja",
     ]
 
 
