@@ -102,7 +102,7 @@ def create_genieblue(
     _check_chat_template(tokenizer, base, chat_template)
 
     base_model = load_base_model(base, dtype=dtype, **from_base).to(device)
-    adapter = {"placement": placement, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
+    adapter: dict[str, Any] = {"placement": placement, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
     model = GenieBlueForConditionalGeneration.from_base(
         base_model,
         _load_vision_tower(vision, vision_config, dtype=base_model.dtype, **from_vision).to(device),

@@ -177,7 +177,7 @@ class _PeftAdapter:
 
         Raises `ValueError` for other modules that it has whole, and for any outside of the blocks.
         """
-        modules = dict(self.tree.named_modules())
+        modules: dict[str, Any] = dict(self.tree.named_modules())
         whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
         lora = {name: module.r[ADAPTER] for name, module in modules.items() if hasattr(module, "lora_A")}
         indices = {name: name.removeprefix(f"{path}.") for name in whole}

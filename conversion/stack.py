@@ -1,9 +1,8 @@
 """Puts a GenieBlue on another revision of its base, if what its multimodal view shares with the base is the same."""
 
 import copy
-import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from modeling_genieblue.base_loading_genieblue import check_complete, load_base,
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
 from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
     HUB_KEYS,
     SHARED_HUB_KEYS,
+    ModelFiles,
     check_folder_or_id,
     file_sha256,
+    read_settings,
     some,
     with_siblings,
 )
@@ -90,7 +92,9 @@ def stack_on(
             f"{source} does not fit {base}: {'; '.join([*tensors, *settings[:3]])}. It was trained on the old ones: "
             "train stage 2 on the new base, or keep the old one."
         )
-    if code := _changed_code(old, new):
+    old_code = _code(old, str(request.base_location(config)), config.base_model_revision, access)
+    new_code = _code(new, os.fspath(base), location.get("revision"), access)
+    if code := sorted(name for name in {*old_code, *new_code} if old_code.get(name) != new_code.get(name)):
         raise ValueError(
             f"{source} does not fit {base}: its own code differs ({some(code)}), which the multimodal view runs too, "
             "so images may give something else. Keep the old base, or put the weights of the new one in a folder with "
@@ -139,16 +143,17 @@ def _changed(old: nn.Module, new: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _changed_code(old: PreTrainedModel, new: PreTrainedModel) -> list[str]:
-    """Names of the Python files from the bases' repositories that differ, or that only one of them runs."""
-    first, second = _code(old), _code(new)
-    return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+def _code(model: PreTrainedModel, base: str, revision: str | None, access: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 by name of the code that a base runs from its repository, if it does; by name what is elsewhere.
 
-
-def _code(base: PreTrainedModel) -> dict[str, str]:
-    """sha256 by name of the code of a base that is not transformers' own: of its model and its configuration."""
-    files: dict[str, str] = {}
-    for kind in (type(base), type(base.config)) if base.is_remote_code() else ():
-        path = Path(inspect.getfile(kind))
-        files |= {name: file_sha256(path.parent / name) for name in with_siblings(path.parent, [path.name])}
-    return files
+    Of the files, not of the classes in memory: transformers may have taken those of the other base for both.
+    """
+    path = ModelFiles(base, revision=revision, **access).find(CONFIG_NAME) if model.is_remote_code() else None
+    if path is None:
+        return {}
+    auto_map = read_settings(path).get("auto_map") or {}
+    references = [auto_map[name] for name in ("AutoConfig", "AutoModelForCausalLM") if name in auto_map]
+    own = [f"{reference.split('.')[0]}.py" for reference in references if "--" not in reference]
+    files = [path.parent / name for name in with_siblings(path.parent, own)]
+    elsewhere = {reference: reference for reference in references if "--" in reference}
+    return elsewhere | {file.name: file_sha256(file) for file in files if file.is_file()}
