@@ -1,4 +1,4 @@
-"""Compares two saved GenieBlues: their settings, and every tensor that they add to their bases."""
+"""Compares two saved GenieBlues: settings, what makes their requests, and every tensor that they add to a base."""
 
 import json
 from collections.abc import Mapping
@@ -8,20 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from hub_cards.model_folder import adapter_weights, check_is_genieblue
 from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     OWN_MODULES,
+    PROCESSOR_CONFIGS,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_FILES,
+    VLM_FOLDER,
     VLM_MODULES,
     ModelFiles,
+    file_sha256,
     read_settings,
     weight_files,
 )
 
 # Settings that say how or by what a folder was written, and not what its model computes.
 OTHER_SETTINGS = ("_name_or_path", "architectures", "auto_map", "transformers_version", "weight_fingerprint")
+# What makes a request of texts and images, and runs it: processor, tokenizer, templates, generation, code.
+OTHER_FILES = (
+    GENERATION_CONFIG_NAME, *PROCESSOR_CONFIGS, *TOKENIZER_FILES, "additional_chat_templates/*", "*.py",
+    f"{VLM_FOLDER}/*", f"{VLM_FOLDER}/additional_chat_templates/*",
+)  # fmt: skip
+# Those of them, in any folder, that are compared setting by setting.
+SETTINGS_FILES = (GENERATION_CONFIG_NAME, *PROCESSOR_CONFIGS, TOKENIZER_CONFIG_NAME)
 CHANGED, ONLY_FIRST, ONLY_SECOND, OTHER_KIND = "changed", "only in the first", "only in the second", "other shape"
 
 
@@ -41,17 +55,33 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
+class FileDifference:
+    """A file besides `config.json` and weights in which two GenieBlues differ.
+
+    Attributes:
+        how: `changed`, `only in the first` or `only in the second`.
+        settings: those that differ, with both values; empty for a file that is no list of settings.
+    """
+
+    name: str
+    how: str
+    settings: dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Settings that differ, with both values; the tensors that differ; and how many tensors each part has."""
+    """Settings of `config.json` that differ, with both values; other files and tensors that differ; and how many
+    tensors each part has."""
 
     settings: dict[str, tuple[Any, Any]]
+    files: list[FileDifference]
     tensors: list[TensorDifference]
     counts: dict[str, int]
 
     @property
     def is_equal(self) -> bool:
         """Whether nothing differs."""
-        return not self.settings and not self.tensors
+        return not self.settings and not self.files and not self.tensors
 
 
 def compare_models(
@@ -66,19 +96,44 @@ def compare_models(
     Raises `OSError` for missing or damaged files, `ValueError` for another kind of model.
     """
     models = [_SavedTensors(name, revision, hub) for name, revision in zip((first, second), revisions, strict=True)]
-    settings = [_flat(model.config) for model in models]
-    differing = {
-        name: (settings[0].get(name), settings[1].get(name))
-        for name in sorted({*settings[0], *settings[1]})
-        if settings[0].get(name) != settings[1].get(name)
-    }
+    files = [_other_files(name, revision, hub) for name, revision in zip((first, second), revisions, strict=True)]
+    places = sorted({*files[0], *files[1]})
+    changed = [change for place in places if (change := _compare_file(place, *files)) is not None]
     with models[0], models[1]:
         names = sorted({*models[0].places, *models[1].places})
         differences = [difference for name in names if (difference := _compare(name, *models)) is not None]
     counts: dict[str, int] = {}
     for name in names:
         counts[_part(name)] = counts.get(_part(name), 0) + 1
-    return Comparison(differing, differences, counts)
+    return Comparison(_differing(*(model.config for model in models)), changed, differences, counts)
+
+
+def _other_files(name: str, revision: str | None, hub: Mapping[str, Any]) -> dict[str, Path]:
+    """Path by place of the files of a GenieBlue that `OTHER_FILES` names."""
+    if Path(name).is_dir():
+        folder = Path(name)
+    else:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(OTHER_FILES), **hub))
+    paths = [path for pattern in OTHER_FILES for path in folder.glob(pattern) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _compare_file(name: str, first: Mapping[str, Path], second: Mapping[str, Path]) -> FileDifference | None:
+    if name not in first or name not in second:
+        return FileDifference(name, ONLY_FIRST if name in first else ONLY_SECOND, {})
+    paths = first[name], second[name]
+    if Path(name).name in SETTINGS_FILES:
+        settings = _differing(*(read_settings(path) for path in paths))
+        return FileDifference(name, CHANGED, settings) if settings else None
+    is_equal = file_sha256(paths[0]) == file_sha256(paths[1])
+    return None if is_equal else FileDifference(name, CHANGED, {})
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings in which two files differ, by dotted name, with both values; `None` where there is none."""
+    one, other = _flat(first), _flat(second)
+    names = sorted({*one, *other})
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
 
 
 class _SavedTensors:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ def create_genieblue(
     output: str | os.PathLike,
     *,
     placement: str = "skip",
-    replicated_layers: list[int] | None = None,
     lora_rank: int = 8,
     lora_alpha: int = 16,
+    structure: Callable[[PreTrainedModel], Mapping[str, Any]] | None = None,
     adapt: Callable[[GenieBlueForConditionalGeneration], None] | None = None,
     max_tiles: int = 16,
     image_prefix: str = "",
@@ -78,7 +78,7 @@ def create_genieblue(
         base: folder or Hub id of a decoder with at least four blocks; recorded as a relative path, or with its commit.
         vision: folder or Hub id of a SigLIP: the complete model or its vision half.
         placement: which quarter of the blocks is replicated: `skip`, `pre` or `post`.
-        replicated_layers: block indices, instead of `placement`.
+        structure: called with the loaded base, gives arguments of `from_base` about the adapter instead of these.
         adapt: called with the new model before it is saved, to fill its adapter.
         max_tiles: square number; an image is cut into at most this many tiles, plus a thumbnail.
         image_prefix, image_suffix: texts before and behind each tile.
@@ -102,13 +102,11 @@ def create_genieblue(
     _check_chat_template(tokenizer, base, chat_template)
 
     base_model = load_base_model(base, dtype=dtype, **from_base).to(device)
+    adapter: dict[str, Any] = {"placement": placement, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
     model = GenieBlueForConditionalGeneration.from_base(
         base_model,
         _load_vision_tower(vision, vision_config, dtype=base_model.dtype, **from_vision).to(device),
-        placement=placement,
-        replicated_layers=replicated_layers,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
+        **(adapter if structure is None else structure(base_model)),
         base_model_name_or_path=base,
         base_model_revision=base_revision,
         hub_kwargs=hub,

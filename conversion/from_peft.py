@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
+from peft import PeftConfig, inject_adapter_in_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
-from conversion.create import create_genieblue, load_part
+from conversion.create import create_genieblue
 from conversion.language_exports import LARGEST_ERROR, check_new_folder
 from conversion.merge import merged_tensor
 from conversion.quantization.error import logits_error
@@ -25,12 +25,15 @@ from modeling_genieblue.language_adapter_genieblue import (
     PEFT_PREFIX,
     adapter_dtype,
     adapter_parameters,
+    find_blocks,
+    load_adapter,
     set_parameter,
 )
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    is_path,
     read_settings,
     some,
 )
@@ -46,7 +49,8 @@ NOT_CARRIED = {
 
 @dataclass(frozen=True)
 class FromPeft:
-    """What was written: the folder, the copied blocks, the rank of LoRA, and the relative error of the logits."""
+    """What was written: the folder, the copied blocks, the adapter's rank of LoRA where it names no other for a layer,
+    and the relative error of the logits."""
 
     output: Path
     replicated_layers: list[int]
@@ -67,126 +71,181 @@ def create_from_peft(
     """Writes a GenieBlue whose multimodal view is the base with an existing PEFT adapter; its projector is untrained.
 
     Blocks that the adapter has whole become the replicated ones. If it has none, those of `placement` are, with its
-    LoRA merged into the copies. LoRA of the other blocks is taken over.
+    LoRA merged into the copies. LoRA of the other blocks is taken over at its ranks.
 
     Args:
         adapter: folder or Hub id of a stock PEFT adapter of a language model.
         vision: folder or Hub id of a SigLIP.
-        base: folder or Hub id of the adapter's base, by default the one that it names.
+        base: folder or Hub id of the adapter's base, by default the one that it names, at the revision that it names;
+            a path that it names is relative to its folder.
         options: as for `create_genieblue` (`max_tiles`, `chat_template`, `dtype`, `base_revision`, `token`, …).
 
     Raises `ValueError` or `OSError`, leaving nothing behind, for an output that exists, an adapter of another kind or
-    with parts that a GenieBlue has no place for, and a result whose logits are not the adapter's.
+    with parts that a GenieBlue has no place for, one whose tensors are not just those that its configuration means on
+    this base, and a result whose logits are not the adapter's.
     """
     hub = {name: options[name] for name in ACCESS_KEYS if options.get(name) is not None}
     folder = Path(adapter)
     if not folder.is_dir():
         folder = Path(snapshot_download(os.fspath(adapter), revision=adapter_revision, **hub))
-    settings, names = _read_adapter(folder, adapter)
-    base = base or settings.get("base_model_name_or_path")
+    source = _PeftAdapter(folder, os.fspath(adapter), placement)
     if not base:
-        raise ValueError(f"{adapter} does not name its base: give it (--base).")
+        base = source.base()
+        if options.get("base_revision") is None and not os.path.isdir(base):
+            options["base_revision"] = source.settings.get("revision")
     out = check_new_folder(output, [folder, base])
-    trust = {"trust_remote_code": bool(options.get("trust_remote_code"))}
-    revision = options.get("base_revision")
-    config = load_part("base", os.fspath(base), AutoConfig.from_pretrained, revision=revision, **trust, **hub)
-    count = config.get_text_config(decoder=True).num_hidden_layers
-    whole = _whole_blocks(names, settings, adapter)
-    replicated = whole or select_replicated_layers(count, placement)
-    rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
-    errors = []
-
-    def adapt(model: GenieBlueForConditionalGeneration) -> None:
-        errors.append(_take_over(model, folder))
-
-    create_genieblue(
-        base, vision, out, replicated_layers=replicated, lora_rank=rank, lora_alpha=rank, adapt=adapt, **options
-    )
-    return FromPeft(out, sorted(replicated), rank, errors[0])
+    create_genieblue(base, vision, out, placement=placement, structure=source.structure, adapt=source.fill, **options)
+    return FromPeft(out, source.replicated, source.settings["r"], source.error)
 
 
-def _read_adapter(folder: Path, name: str | os.PathLike) -> tuple[dict[str, Any], list[str]]:
-    """PEFT's settings and the names of the tensors; `ValueError` for what a GenieBlue cannot take over."""
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{name} has no {ADAPTER_CONFIG_NAME}: give the folder of a PEFT adapter.")
-    settings = read_settings(folder / ADAPTER_CONFIG_NAME, ["peft_type", "r"])
-    if settings["peft_type"] != "LORA":
-        raise ValueError(f"{name} is a PEFT adapter of type {settings['peft_type']}: expected LORA.")
-    for setting, neutral in NOT_CARRIED.items():
-        if settings.get(setting) not in neutral:
-            raise ValueError(
-                f"{name} has {setting} {settings[setting]!r}, which a GenieBlue's adapter has no place for: expected "
-                "plain LoRA and whole blocks."
-            )
-    weights = folder / ADAPTER_WEIGHTS_NAME
-    if not weights.is_file():
-        raise FileNotFoundError(f"{name} has no {ADAPTER_WEIGHTS_NAME}: only safetensors files are read; convert it.")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return settings, list(file.keys())
-    except SafetensorError as error:
-        raise OSError(f"{weights} cannot be read ({error}): it is damaged; fetch it again.") from error
+class _PeftAdapter:
+    """An existing adapter on its way into a GenieBlue: its settings at first, then its tree over the base's weights.
 
-
-def _whole_blocks(names: list[str], settings: dict[str, Any], adapter: str | os.PathLike) -> list[int]:
-    """Indices of the blocks that the adapter has whole; `ValueError` for other modules that it has whole."""
-    blocks, others = [], []
-    for module in settings.get("modules_to_save") or []:
-        index = module.rpartition(".")[2]
-        (blocks if index.isdigit() else others).append(module)
-    outside = [name for name in names if ".layers." not in name and ".h." not in name and ".blocks." not in name]
-    if others or outside:
-        raise ValueError(
-            f"{adapter} also has {some(sorted(others or outside))}: a GenieBlue's adapter has LoRA and whole blocks "
-            "alone, since embeddings, norms and head are the base's. Train without them, or merge them into the base."
-        )
-    return sorted(int(module.rpartition(".")[2]) for module in blocks)
-
-
-@torch.no_grad()
-def _take_over(model: GenieBlueForConditionalGeneration, folder: Path) -> float:
-    """Fills the adapter of `model` from the one in `folder`; returns the relative error of its logits.
-
-    Raises `ValueError` if that is not small.
+    Making one raises `ValueError` or `OSError` for what a GenieBlue cannot take over, as far as settings tell.
     """
-    base, view = model.language_model, model.multimodal_language_model
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    peft: Any = PeftModel.from_pretrained(copy.deepcopy(base, memo), str(folder))  # the base stays as it is
-    tree: Any = peft.base_model.model
-    modules = dict(tree.named_modules())
-    for name, stock, parameter in list(adapter_parameters(view)):
-        base_name = stock.removeprefix(PEFT_PREFIX)
-        if ".modules_to_save." in name:
-            value = merged_tensor(base_name, base.get_parameter(base_name), modules)
-            set_parameter(view, name, value.clone().to(adapter_dtype(name, base.dtype)))
-        elif ".lora_A." in name:
-            linear = base_name.split(".lora_A.")[0]
-            a, b = _factors(modules.get(linear), parameter, view.get_submodule(name.split(".lora_A.")[0]))
-            set_parameter(view, name, a)
-            set_parameter(view, name.replace(".lora_A.", ".lora_B."), b)
-    prompts = [torch.tensor([[byte % model.config.image_token_id for byte in each.encode()]]) for each in PROMPTS]
-    logits = [
-        torch.cat([each(input_ids=ids.to(base.device)).logits[0].float().cpu() for ids in prompts])
-        for each in (peft.eval(), view)
-    ]
-    error, _ = logits_error(*logits)
-    if not error <= LARGEST_ERROR.get(base.dtype, 1e-3):
-        raise ValueError(
-            f"The multimodal view's logits differ from the adapter's by {error:.2g} of their size: it has parts that "
-            "a GenieBlue's adapter cannot carry."
+
+    tree: PreTrainedModel
+    replicated: list[int]
+    error: float
+
+    def __init__(self, folder: Path, name: str, placement: str):
+        self.name, self.folder, self.placement = name, folder, placement
+        self.weights = folder / ADAPTER_WEIGHTS_NAME
+        if not (folder / ADAPTER_CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{name} has no {ADAPTER_CONFIG_NAME}: give the folder of a PEFT adapter.")
+        self.settings = read_settings(folder / ADAPTER_CONFIG_NAME, ["peft_type", "r"])
+        if self.settings["peft_type"] != "LORA":
+            raise ValueError(f"{name} is a PEFT adapter of type {self.settings['peft_type']}: expected LORA.")
+        for setting, neutral in NOT_CARRIED.items():
+            if self.settings.get(setting) not in neutral:
+                raise ValueError(
+                    f"{name} has {setting} {self.settings[setting]!r}, which a GenieBlue's adapter has no place for: "
+                    "expected plain LoRA and whole blocks."
+                )
+        if not self.weights.is_file():
+            raise FileNotFoundError(
+                f"{name} has no {ADAPTER_WEIGHTS_NAME}: only safetensors files are read; convert it."
+            )
+        try:
+            with safe_open(self.weights, framework="pt") as file:
+                self.shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        except SafetensorError as error:
+            raise OSError(f"{self.weights} cannot be read ({error}): it is damaged; fetch it again.") from error
+
+    def base(self) -> str:
+        """Hub id or absolute path of the base that it names."""
+        name = self.settings.get("base_model_name_or_path")
+        if not name:
+            raise ValueError(f"{self.name} does not name its base: give it (--base).")
+        if not is_path(name) and not (self.folder / name).is_dir():
+            return name
+        path = os.path.normpath(os.path.join(os.path.realpath(self.folder), os.path.expanduser(name)))
+        if not os.path.isdir(path):
+            raise FileNotFoundError(
+                f"{self.name} names its base as {name!r}, that is {path}, and there is no such folder: give the base "
+                "(--base)."
+            )
+        return path
+
+    def structure(self, base: PreTrainedModel) -> dict[str, Any]:
+        """Loads the adapter over the base; returns what of a GenieBlue must be as in it.
+
+        Raises `ValueError` unless every tensor has its place in the base, in its blocks, and every place its tensor.
+        """
+        path, blocks = find_blocks(base)
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+        self.tree = copy.deepcopy(base, memo)  # the base stays as it is
+        try:
+            inject_adapter_in_model(
+                PeftConfig.from_pretrained(str(self.folder)), self.tree, ADAPTER, low_cpu_mem_usage=True
+            )
+            whole, lora = self._parts(base, path)
+            load_adapter(self.tree, self.weights, base.dtype)
+        except ValueError as error:
+            remedy = self._names_of_a_vlm(base, path)
+            raise ValueError(f"{self.name} does not fit its base: {error}{remedy}") from error
+        self.replicated = whole or select_replicated_layers(len(blocks), self.placement)
+        merged = tuple(f"{path}.{index}." for index in self.replicated)
+        rank = self.settings["r"]
+        pattern = {name: each for name, each in lora.items() if each != rank and not name.startswith(merged)}
+        # The ranks are the adapter's; alpha is of no account, since `fill` puts the adapter's scales into B.
+        ranks = {"lora_rank": rank, "lora_alpha": rank, "rank_pattern": pattern or None}
+        return {"replicated_layers": self.replicated, **ranks}
+
+    def _parts(self, base: PreTrainedModel, path: str) -> tuple[list[int], dict[str, int]]:
+        """Indices of the blocks that it has whole, and the rank of LoRA by layer.
+
+        Raises `ValueError` for other modules that it has whole, and for any outside of the blocks.
+        """
+        modules: dict[str, Any] = dict(self.tree.named_modules())
+        whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+        lora = {name: module.r[ADAPTER] for name, module in modules.items() if hasattr(module, "lora_A")}
+        indices = {name: name.removeprefix(f"{path}.") for name in whole}
+        others = {name for name, index in indices.items() if not index.isdigit()}
+        known = {name for name, _ in base.named_modules()}
+        in_file = {_owner(key) for key in self.shapes} & known
+        others |= {name for name in (*lora, *in_file) if not name.startswith(f"{path}.")}
+        if others:
+            raise ValueError(
+                f"it also has {some(sorted(others))}. A GenieBlue's adapter has LoRA and whole blocks alone, since "
+                "embeddings, norms and head are the base's: train without them, or merge them into the base."
+            )
+        return sorted(int(index) for index in indices.values()), lora
+
+    def _names_of_a_vlm(self, base: PreTrainedModel, path: str) -> str:
+        """How to rename the tensors, if they are named as in a VLM with a language model like the base; else ''."""
+        blocks = f".{path.rpartition('.')[2]}."
+        modules, fits = dict(base.named_modules()), {}
+        for key, shape in self.shapes.items():
+            head, found, inner = _owner(key).partition(blocks)
+            if found and ".lora_A." in key and not key.startswith(f"{PEFT_PREFIX}{path}."):
+                weight = getattr(modules.get(f"{path}.{inner}"), "weight", None)
+                fits[head] = fits.get(head, True) and weight is not None and weight.shape[-1] == shape[-1]
+        heads = [head for head, is_fitting in fits.items() if is_fitting]
+        if len(heads) != 1:
+            return ""
+        return (
+            f" It was trained on a VLM. If the language model of that VLM has the weights of this base, then rename "
+            f"{PEFT_PREFIX}{heads[0]}{blocks}… to {PEFT_PREFIX}{path}.… in {ADAPTER_WEIGHTS_NAME}, in "
+            f"{ADAPTER_CONFIG_NAME} the names that have this beginning too, and leave out what it has of the vision "
+            "side. Otherwise it changes weights that this base does not have."
         )
-    return error
+
+    @torch.no_grad()
+    def fill(self, model: GenieBlueForConditionalGeneration) -> None:
+        """Fills the adapter of `model`, of this structure, and measures `error`, the relative one of its logits.
+
+        LoRA that the adapter lacks stays untrained. Raises `ValueError` if the error is not small.
+        """
+        base, view = model.language_model, model.multimodal_language_model
+        modules = dict(self.tree.named_modules())
+        for name, stock, _ in list(adapter_parameters(view)):
+            base_name = stock.removeprefix(PEFT_PREFIX)
+            if ".modules_to_save." in name:
+                value = merged_tensor(base_name, base.get_parameter(base_name), modules)
+                set_parameter(view, name, value.clone().to(adapter_dtype(name, base.dtype)))
+            elif ".lora_A." in name:
+                given: Any = modules.get(_owner(stock))
+                if not hasattr(given, "lora_A"):
+                    continue
+                layer: Any = view.get_submodule(_owner(stock))
+                scale = given.scaling[ADAPTER] / layer.scaling[ADAPTER]
+                set_parameter(view, name, given.lora_A[ADAPTER].weight.float())
+                set_parameter(view, name.replace(".lora_A.", ".lora_B."), given.lora_B[ADAPTER].weight.float() * scale)
+        prompts = [torch.tensor([[byte % model.config.image_token_id for byte in each.encode()]]) for each in PROMPTS]
+        logits = [
+            torch.cat([each(input_ids=ids.to(base.device)).logits[0].float().cpu() for ids in prompts])
+            for each in (self.tree.eval(), view)
+        ]
+        self.error, _ = logits_error(*logits)
+        if not self.error <= LARGEST_ERROR.get(base.dtype, 1e-3):
+            raise ValueError(
+                f"The multimodal view's logits differ from the adapter's by {self.error:.2g} of their size: it has "
+                "parts that a GenieBlue's adapter cannot carry."
+            )
 
 
-def _factors(given: nn.Module | None, like: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (rank, in) and B (out, rank) of our layer for those of an adapter's; ranks that it lacks are untrained."""
-    rank, rows = layer.r[ADAPTER], layer.base_layer.weight.shape[0]
-    device = layer.base_layer.weight.device
-    a, b = torch.empty(rank, like.shape[1], device=device), torch.zeros(rows, rank, device=device)
-    nn.init.kaiming_uniform_(a, a=5**0.5)  # with B at zero, as in a layer that training has not begun with
-    if given is not None and hasattr(given, "lora_A"):
-        own: Any = given
-        first, second = own.lora_A[ADAPTER].weight.float(), own.lora_B[ADAPTER].weight.float()
-        a[: len(first)] = first
-        b[:, : len(first)] = second * (own.scaling[ADAPTER] / layer.scaling[ADAPTER])
-    return a, b
+def _owner(key: str) -> str:
+    """The module of the base that a tensor of an adapter belongs to."""
+    name, is_lora, _ = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+    return name if is_lora else name.rpartition(".")[0].removesuffix(".base_layer")

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,17 @@ from modeling_genieblue.base_identity_genieblue import different_settings, tenso
 from modeling_genieblue.base_loading_genieblue import check_complete, load_base, resolve_base
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
-from modeling_genieblue.model_files_genieblue import HUB_KEYS, SHARED_HUB_KEYS, check_folder_or_id, some
+from modeling_genieblue.model_files_genieblue import (
+    CONFIG_NAME,
+    HUB_KEYS,
+    SHARED_HUB_KEYS,
+    ModelFiles,
+    check_folder_or_id,
+    file_sha256,
+    read_settings,
+    some,
+    with_siblings,
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,8 @@ def stack_on(
         base_revision: branch, tag or commit of it.
         hub_kwargs: how `source` is loaded (`token`, `revision`, `cache_dir`, …).
 
-    Raises `ValueError` that names them if other tensors, settings or the vocabulary differ, and `ValueError` or
-    `OSError` for a quantized GenieBlue, a base that is missing or incomplete, and an output that exists.
+    Raises `ValueError` that names them if other tensors, settings, the base's own code or the vocabulary differ, and
+    `ValueError` or `OSError` for a quantized GenieBlue, a missing or incomplete base, and an output that exists.
     """
     hub = {key: value for key, value in hub_kwargs.items() if key in HUB_KEYS and value is not None}
     request = LoadRequest.from_arguments(source, {**hub, "trust_remote_code": trust_remote_code})
@@ -81,6 +91,14 @@ def stack_on(
         raise ValueError(
             f"{source} does not fit {base}: {'; '.join([*tensors, *settings[:3]])}. It was trained on the old ones: "
             "train stage 2 on the new base, or keep the old one."
+        )
+    old_code = _code(old, str(request.base_location(config)), config.base_model_revision, access)
+    new_code = _code(new, os.fspath(base), location.get("revision"), access)
+    if code := sorted(name for name in {*old_code, *new_code} if old_code.get(name) != new_code.get(name)):
+        raise ValueError(
+            f"{source} does not fit {base}: its own code differs ({some(code)}), which the multimodal view runs too, "
+            "so images may give something else. Keep the old base, or put the weights of the new one in a folder with "
+            "the code of the old one."
         )
     del old
     model = GenieBlueForConditionalGeneration.from_pretrained(
@@ -123,3 +141,19 @@ def _changed(old: nn.Module, new: nn.Module) -> Iterator[str]:
         one, other = first.get(name), second.get(name)
         if one is None or other is None or not torch.equal(one, other):
             yield name
+
+
+def _code(model: PreTrainedModel, base: str, revision: str | None, access: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 by name of the code that a base runs from its repository, if it does; by name what is elsewhere.
+
+    Of the files, not of the classes in memory: transformers may have taken those of the other base for both.
+    """
+    path = ModelFiles(base, revision=revision, **access).find(CONFIG_NAME) if model.is_remote_code() else None
+    if path is None:
+        return {}
+    auto_map = read_settings(path).get("auto_map") or {}
+    references = [auto_map[name] for name in ("AutoConfig", "AutoModelForCausalLM") if name in auto_map]
+    own = [f"{reference.split('.')[0]}.py" for reference in references if "--" not in reference]
+    files = [path.parent / name for name in with_siblings(path.parent, own)]
+    elsewhere = {reference: reference for reference in references if "--" in reference}
+    return elsewhere | {file.name: file_sha256(file) for file in files if file.is_file()}

@@ -118,6 +118,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         lora_rank: int = 8,
         lora_alpha: int = 16,
         lora_dropout: float = 0.0,
+        rank_pattern: dict[str, int] | None = None,
         downsample_factor: int = 2,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
@@ -128,10 +129,9 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         Args:
             base_model: any decoder that `AutoModelForCausalLM` loads. It becomes `language_model` as it is; only
                 `requires_grad` of its parameters is turned off.
-            vision_tower: a SigLIP (its vision half is taken) or SigLIP vision model; it becomes `vision_tower` as it
-                is, and is meant to be trained.
-            placement: which quarter of the blocks is copied: `skip`, `pre` or `post`.
-            replicated_layers: block indices, instead of `placement`.
+            vision_tower: a SigLIP (its vision half is taken) or SigLIP vision model; as it is, and to be trained.
+            placement: which quarter of the blocks is copied: `skip`, `pre` or `post`; or `replicated_layers`, indices.
+            rank_pattern: LoRA ranks by name in the base, where they are not `lora_rank`.
             base_model_name_or_path, base_model_revision: Hub id and commit (or folder) under which the base will be
                 found again; by default what the base itself was loaded from.
             hub_kwargs: `token`, `cache_dir` and `local_files_only` that the base was loaded with, if any: its commit
@@ -155,6 +155,7 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
+            rank_pattern=rank_pattern,
             image_token_id=embedding.weight.shape[0],
             downsample_factor=downsample_factor,
         )

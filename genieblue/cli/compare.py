@@ -2,13 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from genieblue.cli.options import BaseCode, Json, Revision, UnquantizedModel
 from genieblue.cli.terminal import looking_for, note, print_json, print_table, quiet_transformers, stdout_for_json
 
+SHOWN_LENGTH = 60  # of a value in a file: a chat template may be one
 SHOWN = 10  # tensors with the largest differences; --json has all
 
 
@@ -19,7 +20,7 @@ def diff(
     second_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SECOND on the Hub.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Compare two GenieBlues tensor by tensor."""
+    """Compare two GenieBlues: settings, processor, templates, code, and tensor by tensor."""
     with stdout_for_json(json_output), looking_for(first), looking_for(second):
         from conversion.compare import compare_models
 
@@ -35,6 +36,11 @@ def diff(
     print_table(("part", "tensors", "differ", "largest relative difference"), rows)
     for name, (one, other) in found.settings.items():
         typer.echo(f"config.json, {name}: {one!r} and {other!r}")
+    for file in found.files:
+        for name, (one, other) in file.settings.items():
+            typer.echo(f"{file.name}, {name}: {_short(one)} and {_short(other)}")
+        if not file.settings:
+            typer.echo(f"{file.name}: {file.how}")
     # Those that are no mere change of values first.
     ranked = sorted(
         found.tensors, key=lambda each: -(each.difference if each.difference is not None else float("inf"))
@@ -45,6 +51,11 @@ def diff(
         note(f"and {len(ranked) - SHOWN} more: --json lists all.")
     if found.is_equal:
         typer.echo("They are equal.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
 
 
 def stack(

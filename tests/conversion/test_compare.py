@@ -12,6 +12,7 @@ from tiny_quantized import quantized_pair
 
 from conversion.compare import compare_models
 from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue.model_files_genieblue import read_settings, write_json
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,43 @@ def test_settings_that_differ_are_told_with_both_values(pair, tmp_path):
     assert found.settings["lora_rank"] == (4, 2) and found.settings["replicated_layers"] == ([3], [0])
     printed = run_json("diff", pair / "genieblue", other, "--json")
     assert not printed["equal"] and printed["settings"]["lora_rank"] == [4, 2]
+
+
+def test_what_makes_requests_shows_with_both_values(pair, other):
+    path = other / "processor_config.json"
+    settings = read_settings(path)
+    images = settings["image_processor"] | {"max_tiles": 9}
+    write_json(path, settings | {"image_prefix": "<tile>", "image_processor": images})
+    found = compare_models(str(pair / "genieblue"), str(other))
+    assert [(each.name, each.how, each.settings) for each in found.files] == [
+        ("processor_config.json", "changed", {"image_prefix": ("", "<tile>"), "image_processor.max_tiles": (16, 9)})
+    ]
+    printed = run("diff", pair / "genieblue", other).stdout
+    assert "processor_config.json, image_processor.max_tiles: 16 and 9" in printed and "equal" not in printed
+
+
+def test_other_files_show_by_name(pair, other):
+    (other / "chat_template.jinja").write_text("other")
+    (other / "projector_genieblue.py").unlink()
+    (other / "vlm").mkdir()
+    (other / "vlm/preprocessor_config.json").write_text("{}")
+    (other / "README.md").write_text("Of no account.")
+    assert [(each.name, each.how) for each in compare_models(str(pair / "genieblue"), str(other)).files] == [
+        ("chat_template.jinja", "changed"),
+        ("projector_genieblue.py", "only in the first"),
+        ("vlm/preprocessor_config.json", "only in the second"),
+    ]
+
+
+def test_files_of_one_on_the_hub_are_compared(hub, pair, other):
+    (other / "chat_template.jinja").write_text("other")
+    (other / "vlm").mkdir()
+    (other / "vlm/chat_template.jinja").write_text("other")
+    hub.commit_folder("you/reader", other)
+    assert [each.name for each in compare_models(str(pair / "genieblue"), "you/reader").files] == [
+        "chat_template.jinja",
+        "vlm/chat_template.jinja",
+    ]
 
 
 def test_a_quantized_one_is_compared_by_what_is_stored():

@@ -86,6 +86,17 @@ def test_a_setting_that_changed_is_named(pair):
         stack_on(pair / "genieblue", pair / "newer", pair / "stacked")
 
 
+def test_code_of_the_base_that_changed_is_named(tmp_path):
+    source = save_tiny_pair(tmp_path / "pair", "bluelm")
+    newer = shutil.copytree(tmp_path / "pair/base", tmp_path / "newer")
+    stack_on(source, newer, tmp_path / "stacked", trust_remote_code=True)
+    path = newer / "modeling_bluelm.py"
+    path.write_text(path.read_text().replace("class BlueLMForCausalLM", "EPSILON = 1\n\n\nclass BlueLMForCausalLM"))
+    with pytest.raises(ValueError, match=r"its own code differs \(modeling_bluelm.py\)"):
+        stack_on(source, newer, tmp_path / "other", trust_remote_code=True)
+    assert not (tmp_path / "other").exists()
+
+
 def test_another_vocabulary_is_refused(pair):
     path = pair / "newer/tokenizer.json"
     path.write_text(path.read_text().replace('"<|user|>"', '"<|human|>"'))

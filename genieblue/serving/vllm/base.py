@@ -48,6 +48,11 @@ def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str |
             "read: serve the 16-bit GenieBlue that it was made from, or this one with `transformers serve`."
         )
     request.check_weight_files(settings)
+    if config.rank_pattern:
+        raise ValueError(
+            f"{model} has LoRA of several ranks ({config.lora_rank} and others in `rank_pattern`), and vLLM runs one "
+            "rank here: serve it with `transformers serve`."
+        )
     _check_adapter_settings(request.adapter_settings(), config)
     base = request.base_location(config)
     if base is None:

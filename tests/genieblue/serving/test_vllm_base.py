@@ -60,6 +60,12 @@ def test_an_adapter_without_its_rank_has_pefts(model):
         found(model)
 
 
+def test_lora_of_several_ranks_is_refused(tmp_path):
+    model = save_tiny_pair(tmp_path, "llama", rank_pattern={"model.layers.0.self_attn.q_proj": 2})
+    with pytest.raises(ValueError, match="LoRA of several ranks"):
+        found(model)
+
+
 def test_a_base_that_lacks_a_tensor_is_refused(model):
     path = model.parent / "base/model.safetensors"
     tensors = load_file(path)
