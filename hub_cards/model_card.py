@@ -138,6 +138,7 @@ def card_environment() -> Environment:
         "cell": _cell,
         "quoted": _python_string,
         "bits_each": _bits_each,
+        "license_link": _license_link,
         "short_count": short_count,
         "short_bytes": short_bytes,
     }
@@ -379,6 +380,12 @@ def _cell(value: Any) -> str:
 
 def _python_string(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _license_link(licence: License) -> str:
+    """A licence's name, as a link if it has one."""
+    name = licence.name or licence.id
+    return f"[{name}]({licence.link})" if licence.link else name
 
 
 def _bits_each(size: PartSize) -> str:
