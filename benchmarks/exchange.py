@@ -138,15 +138,11 @@ def measure_extractions(demo: Path, vlm: Path) -> dict[str, dict[str, float | st
         "base": {"perplexity": perplexity(base, text)},
         "VLM": {"exact_match": read_scans(source, processor, demo), "perplexity": perplexity(source, text)},
     }
-    # Rows, with their numbers, and norms are kept whole: training has changed all of them.
-    rows = source.get_input_embeddings().weight
-    norms = [each for each in source.get_decoder().parameters() if each.ndim == 1]
-    whole = sum(each.numel() * each.itemsize for each in (rows, *norms)) + 8 * len(rows)
     choices: dict[str, tuple[Any, bool]] = {"all blocks copied": (Choice(copies=base.config.num_hidden_layers), False)}
     for share in BUDGETS:
-        budget = Choice("auto", max_bytes=int(share * full) - whole)
+        budget = Choice("auto", max_bytes=int(share * full))
         choices |= {f"{share:.0%}, by {kind}": (budget, kind == "outputs") for kind in ("weights", "outputs")}
-    quarter, least = Choice("skip", max_bytes=int(0.35 * full) - whole), int(BUDGETS[0] * full) - whole
+    quarter, least = Choice("skip", max_bytes=int(0.35 * full)), int(BUDGETS[0] * full)
     choices["35%, a quarter of the blocks copied, by outputs"] = (quarter, True)
     healed = f"{BUDGETS[0]:.0%}, by weights, {HEALING_STEPS} steps of stage 2"
     choices[healed] = (Choice("auto", max_bytes=least), False)

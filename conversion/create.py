@@ -217,14 +217,22 @@ def load_part(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
         raise kind(f"The {what} {name} could not be loaded: {error}") from error
 
 
-def _check_numbers(what: str, name: str, model: PreTrainedModel, **hub: Any) -> None:
-    """`ValueError` for weights stored as integers, which transformers would cast, or that contain NaN or infinity."""
+def check_numbers(what: str, name: str, model: PreTrainedModel, *, renamed: bool = False, **hub: Any) -> None:
+    """`ValueError` for weights stored as integers or in 8 bits, which transformers would cast, or that contain NaN or
+    infinity; `renamed` if the files' names need not be those of `model`, as with many VLMs."""
     parameters = dict(model.named_parameters())
+    leaves = {key.rpartition(".")[2] for key in parameters}
+
+    def is_weight(key: str) -> bool:
+        """Whether it is none of the integer masks and positions that a file may also contain."""
+        if renamed:
+            return key.rpartition(".")[2] in leaves
+        return key in parameters or key.partition(".")[2] in parameters  # with one more module as a prefix
+
     problems = []
     for path in weight_files(ModelFiles(name, **hub).cached).values():
         with safe_open(path, framework="pt") as file:
-            # The file may also contain integer masks and positions. Its names may have one more module as a prefix.
-            weights = [key for key in file.keys() if key in parameters or key.partition(".")[2] in parameters]
+            weights = [key for key in file.keys() if is_weight(key)]
             problems += tensors_of_other_kinds(file, weights)
     problems = problems or [
         f"{key} contains NaN or infinity"
@@ -263,7 +271,7 @@ def load_base_model(base: str, *, dtype: str | torch.dtype, trust_remote_code: b
             "from the same revision."
         )
     check_complete(base, info)
-    _check_numbers("base", base, base_model, **hub)
+    check_numbers("base", base, base_model, **hub)
     return base_model
 
 
@@ -293,5 +301,5 @@ def _load_vision_tower(vision: str, config: PreTrainedConfig, *, dtype: torch.dt
             f"The weights of {vision} lack {lacking[:3]} ({len(lacking)} tensors in all), or have them in the wrong "
             "shape: expected a complete SigLIP vision tower."
         )
-    _check_numbers("vision model", vision, model, **hub)
+    check_numbers("vision model", vision, model, **hub)
     return model

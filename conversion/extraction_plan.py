@@ -50,7 +50,8 @@ class Choice:
         placement: `skip`, `pre`, `post` or `auto`.
         copies: number of copied blocks; by default a quarter and, with `auto`, what `error` or `max_bytes` make best.
         rank, error, max_bytes: LoRA of a fixed rank (by default 64), of the least rank with this relative error of
-            each matrix, or of what this many bytes of copies and LoRA pay for.
+            each matrix, or of what this many bytes pay for: a plan spends them on copies and LoRA alone, an extraction
+            first on what it stores whole (rows, norms, biases).
     """
 
     placement: str = "skip"

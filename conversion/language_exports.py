@@ -178,12 +178,17 @@ def export_facts(
 
 
 def vlm_facts(config: GenieBlueConfig, out: Path) -> dict[str, Any] | None:
-    """Type and Hub id, if it has one, of the VLM whose language model is exported."""
+    """Type of the VLM whose language model is exported and, if it has them, its Hub id and commit."""
     if not isinstance(config, VlmGenieBlueConfig):
         return None
     of_vlm: Any = config.vlm_config
     name = getattr(of_vlm, "_name_or_path", None)
-    return {"type": of_vlm.model_type, "name": name if "/" in str(name) and is_hub_id(name, out) else None}
+    on_hub = "/" in str(name) and is_hub_id(name, out)
+    return {
+        "type": of_vlm.model_type,
+        "name": name if on_hub else None,
+        "revision": config.vlm_revision if on_hub else None,
+    }
 
 
 def _name_from(out: Path, name: str) -> str:

@@ -16,6 +16,7 @@ from hub_cards.model_card import (
     card_environment,
     card_metadata,
     folder_facts,
+    hub_license,
     path_beside,
 )
 from hub_cards.model_folder import PartSize, not_finite, own_weight_files, read_tensor_sizes
@@ -98,7 +99,8 @@ def read_export(folder: Path) -> dict[str, Any] | None:
 
 
 def write_export_card(folder: Path, repo_name: str, base_folder: Path | None = None) -> None:
-    """Writes `README.md` into the folder of an export; licence and languages are those of the base."""
+    """Writes `README.md` into the folder of an export; languages are those of the base, and so is the licence unless
+    there is a VLM."""
     card = render_export_card(folder, repo_name, base_folder=base_folder)
     (folder / CARD_NAME).write_text(card, encoding="utf-8", newline="\n")
 
@@ -114,7 +116,9 @@ def render_export_card(
     kind, base = KINDS[facts["kind"]], facts["base"]
     on_hub = is_hub_id(base["name"], folder) and "/" in base["name"]
     licence, languages = _licence(folder, base, on_hub, base_folder)
-    source = facts["source"]
+    source, vlm = facts["source"], facts.get("vlm")
+    vlm_name, vlm_revision = (None, None) if vlm is None else (vlm["name"], vlm.get("revision"))
+    vlm_licence = None if vlm_name is None else hub_license(vlm_name, vlm_revision)
     info = {
         **facts,
         "repo_name": repo_name,
@@ -122,7 +126,9 @@ def render_export_card(
         "base_is_on_hub": on_hub,
         "base_link": _link(base, on_hub),
         "base_revision": base["revision"] if on_hub else None,
-        "vlm": facts.get("vlm"),
+        "vlm": vlm,
+        "vlm_link": _link({"name": vlm_name, "revision": vlm_revision}, True) if vlm_name else None,
+        "vlm_licence": vlm_licence,
         "source_link": _link(source, is_hub_id(source["name"], folder) and "/" in source["name"]),
         "size": None if facts["kind"] == "gguf" else sum(_sizes(folder, facts["kind"]).values(), PartSize()),
         "licence": licence,
@@ -131,7 +137,7 @@ def render_export_card(
     metadata = card_metadata(
         base["name"] if on_hub else None,
         kind.relation,
-        licence,
+        licence if vlm is None else vlm_licence,  # its weights are the VLM's, or its difference from the base
         languages,
         pipeline_tag="image-text-to-text" if facts.get("image_tokens") else "text-generation",
         tags=kind.tags,

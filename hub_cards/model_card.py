@@ -20,7 +20,6 @@ from hub_cards.short_numbers import short_bytes, short_count
 from hub_cards.verdicts import summary
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
-    EXTRACTION_NAME,
     MEASUREMENTS_NAME,
     PROCESSOR_CONFIGS,
     RECIPE_NAME,
@@ -102,6 +101,8 @@ class ModelCardInfo:
     image_seq_length: int | None = None
     vlm_type: str | None = None  # model type of the VLM that it sees with, in the place of a vision tower
     vlm: str | None = None  # Hub id of that VLM
+    vlm_revision: str | None = None
+    vlm_license: License | None = None
     trade_off: str | None = None  # picture of size against error of its language model
     recipe: dict[str, dict[str, Any]] | None = None  # stage -> setting -> value
     measurements: list[Measurement] = field(default_factory=list)
@@ -138,6 +139,7 @@ def card_environment() -> Environment:
         "cell": _cell,
         "quoted": _python_string,
         "bits_each": _bits_each,
+        "license_link": _license_link,
         "short_count": short_count,
         "short_bytes": short_bytes,
     }
@@ -146,8 +148,12 @@ def card_environment() -> Environment:
 
 def base_facts(base: str, revision: str | None) -> tuple[License | None, list[str]]:
     """Licence and languages of a base on the Hub, if the Hub can be reached."""
-    metadata = _hub_metadata(base, revision)
-    return _license(metadata, f"{HUB}/{base}/blob/{revision or 'main'}"), _as_list(metadata.get("language"))
+    return hub_license(base, revision), _as_list(_hub_metadata(base, revision).get("language"))
+
+
+def hub_license(name: str, revision: str | None) -> License | None:
+    """Licence of a model on the Hub, if the Hub can be reached; a relative link is that of a file there."""
+    return _license(_hub_metadata(name, revision), f"{HUB}/{name}/blob/{revision or 'main'}")
 
 
 def folder_facts(folder: Path) -> tuple[License | None, list[str]]:
@@ -199,7 +205,9 @@ def card_info_from_folder(
     config = config or read_model_config(folder)
     base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
     text_config = config.get("text_config") or {}
-    vlm_name = (config.get("vlm_config") or {}).get("_name_or_path")
+    vlm = (config.get("vlm_config") or {}).get("_name_or_path")
+    vlm = vlm if "/" in str(vlm) and is_hub_id(vlm, folder) else None
+    vlm_revision = config.get("vlm_revision")
     vision_name = (config.get("vision_config") or {}).get("_name_or_path")
     on_hub = is_hub_id(base, folder)
     local_base = None if on_hub else base
@@ -226,8 +234,10 @@ def card_info_from_folder(
         max_tiles=images.get("max_tiles"),
         image_seq_length=config.get("image_seq_length"),
         vlm_type=(config.get("vlm_config") or {}).get("model_type"),
-        vlm=vlm_name if "/" in str(vlm_name) and is_hub_id(vlm_name, folder) else None,
-        trade_off=TRADE_OFF_NAME if (folder / EXTRACTION_NAME).is_file() else None,
+        vlm=vlm,
+        vlm_revision=vlm_revision,
+        vlm_license=None if vlm is None else hub_license(vlm, vlm_revision),
+        trade_off=TRADE_OFF_NAME if (folder / TRADE_OFF_NAME).is_file() else None,
         recipe=_read_recipe(folder / RECIPE_NAME),
         measurements=_read_measurements(folder / MEASUREMENTS_NAME),
         languages=_as_list(base_card.get("language")),
@@ -260,9 +270,8 @@ def _metadata(info: ModelCardInfo) -> ModelCardData:
         precisions = [name for name in quantization.precisions.values() if name != "w16a16"]
         # Stock PEFT does not load it.
         tags = [tag for tag in tags if tag != "peft"] + ["quantized", "optimum-quanto", *precisions]
-    return card_metadata(
-        made_from, relation, info.base_license, info.languages, pipeline_tag="image-text-to-text", tags=tags
-    )
+    licence = info.vlm_license if info.vlm_type else info.base_license  # what is stored is the VLM's
+    return card_metadata(made_from, relation, licence, info.languages, pipeline_tag="image-text-to-text", tags=tags)
 
 
 def card_metadata(
@@ -328,27 +337,27 @@ def _local_metadata(base: Path) -> dict[str, Any]:
     return metadata or {}
 
 
-def _hub_metadata(base: str, revision: str | None) -> dict[str, Any]:
+def _hub_metadata(name: str, revision: str | None) -> dict[str, Any]:
     try:
-        return _ask_hub(base, revision)
+        return _ask_hub(name, revision)
     except Exception as error:  # no network, a gated base, a bad response: saving must still work
-        logger.warning("The base's licence is unknown: the Hub returned no card for %s (%s).", base, error)
+        logger.warning("The licence of %s is unknown: the Hub returned no card for it (%s).", name, error)
         return {}
 
 
 @lru_cache(maxsize=32)  # failures are not cached
-def _ask_hub(base: str, revision: str | None) -> dict[str, Any]:
-    card = HfApi().model_info(base, revision=revision, timeout=HUB_TIMEOUT_SECONDS).card_data
+def _ask_hub(name: str, revision: str | None) -> dict[str, Any]:
+    card = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).card_data
     return card.to_dict() if card is not None else {}
 
 
-def _license(metadata: dict[str, Any], base_files: str | None) -> License | None:
-    """Licence in a base's front matter; a relative link is completed with `base_files`."""
+def _license(metadata: dict[str, Any], files: str | None) -> License | None:
+    """Licence in a model's front matter; a relative link is completed with `files`."""
     identifier, link = metadata.get("license"), metadata.get("license_link")
     if not isinstance(identifier, str):
         return None
     if link and "://" not in link:
-        link = f"{base_files}/{link}" if base_files else None
+        link = f"{files}/{link}" if files else None
     return License(identifier, metadata.get("license_name"), link)
 
 
@@ -372,6 +381,12 @@ def _cell(value: Any) -> str:
 
 def _python_string(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _license_link(licence: License) -> str:
+    """A licence's name, as a link if it has one."""
+    name = licence.name or licence.id
+    return f"[{name}]({licence.link})" if licence.link else name
 
 
 def _bits_each(size: PartSize) -> str:

@@ -178,10 +178,15 @@ def _same_values(found: torch.Tensor, sample: dict) -> bool:
 
 def cached_commits(base: nn.Module, name: str, cache_dir: str | os.PathLike | None = None) -> dict[str, bool]:
     """Commits of the Hub id `name` with weights in the local cache, and whether these are `base`'s weights."""
+    samples = tensor_samples(base)
+    return {folder.name: _holds(folder, samples) for folder in cached_snapshots(name, cache_dir)}
+
+
+def cached_snapshots(name: str, cache_dir: str | os.PathLike | None = None) -> list[Path]:
+    """Folders in the local cache, named by their commits, with weights of the Hub id `name`."""
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     snapshots = cache / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
-    samples = tensor_samples(base)
-    return {folder.name: _holds(folder, samples) for folder in snapshots.glob("*") if any(folder.glob(WEIGHT_FILES))}
+    return [folder for folder in snapshots.glob("*") if any(folder.glob(WEIGHT_FILES))]
 
 
 def _holds(folder: Path, samples: dict[str, dict]) -> bool:

@@ -122,12 +122,12 @@ def _check_no_genieblue(location: str, model_type: str | None) -> None:
         raise ValueError(f"{location} is already a GenieBlue: give the language model to make one from.")
 
 
-def check_complete(location: str, loading_info: dict[str, Any]) -> None:
-    """`ValueError` if weights are missing from the base's files: transformers would initialise them randomly."""
+def check_complete(location: str, loading_info: dict[str, Any], what: str = "base") -> None:
+    """`ValueError` if weights are missing from a model's files: transformers would initialise them randomly."""
     missing = sorted(map(str, [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]))
     if missing:
         raise ValueError(
-            f"The base {location} is incomplete: {len(missing)} tensors are missing or have the wrong shape, "
+            f"The {what} {location} is incomplete: {len(missing)} tensors are missing or have the wrong shape, "
             f"including {', '.join(missing[:3])}. Fetch it again."
         )
 

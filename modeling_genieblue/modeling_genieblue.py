@@ -280,7 +280,8 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
                 the base's tokenizer.
             dtype: precision of the written weights; by default that of the projector. LoRA, which is in float32 in
                 memory, is written in it too.
-            facts: JSON files for the card, `training_recipe.json` and `measurements.json`; see `hub_cards`.
+            facts: JSON files for the card, `training_recipe.json` and `measurements.json`, see `hub_cards`; or other
+                files as bytes.
         """
         kwargs = check_save_arguments(kwargs, PUSH_KEYWORDS if push_to_hub else ())
         if push_to_hub and (state_dict is not None or variant is not None):

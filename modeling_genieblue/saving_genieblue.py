@@ -194,7 +194,10 @@ def _write_files(
     if processor is not None:
         processor.save_pretrained(staging)
     for name, content in {**model.provenance.facts(model._kept_facts), **(facts or {})}.items():
-        (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if isinstance(content, bytes):
+            (staging / name).write_bytes(content)
+        else:
+            (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _write_card(staging, target)
     if variant is not None:
         for name in (WEIGHTS_NAME, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_NAME}"):

@@ -22,6 +22,7 @@ class VlmGenieBlueConfig(GenieBlueConfig):
 
     Args:
         vlm_config: the VLM's own configuration.
+        vlm_revision: the commit of a VLM from the Hub.
         image_token_id: the VLM's own; the base may have it as a token too, so that only a request with pixels has
             images.
         own_language_tensors: names in the base of what lies outside the copied blocks and the reach of LoRA (norms,
@@ -34,6 +35,7 @@ class VlmGenieBlueConfig(GenieBlueConfig):
     needs_both_kinds = False  # with all blocks copied it is the VLM itself
 
     vlm_config: dict | PreTrainedConfig | None = None
+    vlm_revision: str | None = None
     own_language_tensors: list[str] | None = None
     own_embedding_rows: int = 0
     own_head_rows: int | None = None

@@ -83,8 +83,8 @@ class LanguagePair:
     def check(self) -> float:
         """How far the linear layers of the VLM are from the base's, relative.
 
-        Raises `ValueError` for models that do not belong together: other names, shapes or precision, or differences
-        as large as the weights.
+        Raises `ValueError` for models that do not belong together (other names, shapes or precision, or differences
+        as large as the weights), and for an LM head with a bias.
         """
         check_family(self._vlm.config)
         inner = self._vlm.get_submodule(self._vlm_prefix[:-1])
@@ -106,6 +106,18 @@ class LanguagePair:
             raise ValueError(
                 f"{_named(self._vlm)} was not trained from {_named(self.base)}: {some(sorted(problems))}. Give the "
                 "base that the VLM was made from."
+            )
+        # No class of a known family has one; the view's head would give the base's to the VLM.
+        biased = [
+            who
+            for who, head in zip(("VLM", "base"), self.heads, strict=True)
+            if getattr(head, "bias", None) is not None
+        ]
+        if biased:
+            raise ValueError(
+                f"The LM head of the {' and of the '.join(biased)} has a bias, for which there is no place in a "
+                "GenieBlue of a VLM "
+                f"({_named(self._vlm)}, {_named(self.base)}): expected heads without one, as those of Llama and Qwen."
             )
         dtypes = {each.dtype for each in (*own.values(), *base.values())}
         if len(dtypes) > 1:

@@ -1,6 +1,7 @@
 """A GenieBlue whose multimodal side is a whole VLM of transformers, over the weights of the base that it came from."""
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .arguments_genieblue import check_base_model, check_not_offloaded
-from .base_identity_genieblue import tensor_samples
+from .base_identity_genieblue import cached_snapshots, tensor_samples
 from .base_loading_genieblue import resolve_base
 from .compat_genieblue import take_cache
 from .frozen_base_genieblue import OfTheWholeModel
 from .language_adapter_genieblue import make_lora_config
-from .loading_genieblue import LoadRequest, Provenance
+from .loading_genieblue import LoadRequest, Provenance, hub_commit
 from .loss_genieblue import run_with_loss
-from .model_files_genieblue import GENERATION_CONFIG_NAME, VLM_FOLDER, VLM_MODULES
+from .model_files_genieblue import COMMIT_SHA, GENERATION_CONFIG_NAME, VLM_FOLDER, VLM_MODULES
 from .modeling_genieblue import GenieBlueForConditionalGeneration
 from .view_routing_genieblue import cache_view, check_inputs, mark_given_cache, mark_returned_cache
 from .vlm_configuration_genieblue import VlmGenieBlueConfig
@@ -28,6 +29,8 @@ from .vlm_language_genieblue import decoder_path as path_of_decoder
 from .vlm_loading_genieblue import load_vlm_parts
 from .vlm_processing_genieblue import VlmGenieBlueProcessor
 from .vlm_shell_genieblue import guard_vlm
+
+logger = logging.getLogger(__name__)
 
 # What a VLM's processor returns beside `input_ids` and `attention_mask`: of images, or of the rows that have any.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images")
@@ -81,6 +84,7 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         factors: Factors = best_factors,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
+        vlm_revision: str | None = None,
         hub_kwargs: dict[str, Any] | None = None,
     ) -> "VlmGenieBlueForConditionalGeneration":
         """A GenieBlue of a VLM and the base that it was trained from, without training.
@@ -96,6 +100,8 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
             rank_pattern: LoRA ranks by name in the base, where they are not `lora_rank`.
             factors: what makes LoRA of a change, such as one that has the SVD already.
             base_model_name_or_path, base_model_revision, hub_kwargs: as for `from_base`.
+            vlm_revision: what a VLM from the Hub was loaded at; its commit is recorded. By default the only one in the
+                cache.
 
         Raises `ValueError` for a VLM of an unknown family, and for two models that do not belong together.
         """
@@ -107,6 +113,7 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         config = VlmGenieBlueConfig(
             text_config=copy.deepcopy(base_model.config.get_text_config(decoder=True)),
             vlm_config=copy.deepcopy(vlm.config),
+            vlm_revision=_commit_of(vlm, vlm_revision, hub_kwargs or {}),
             base_model_name_or_path=name,
             base_model_revision=revision,
             base_model_runs_remote_code=base_model.is_remote_code(),
@@ -288,11 +295,13 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
     # The processor, and how weights are stored
 
     def make_processor(self, tokenizer: Any) -> VlmGenieBlueProcessor:
-        """A processor of the base's tokenizer and the VLM's own processor, from where the VLM was loaded."""
+        """A processor of the base's tokenizer and the VLM's own processor, at the commit that was loaded."""
         name = self.vlm.config._name_or_path
         if not name:
             raise ValueError("the VLM was made from a configuration, so it has no processor")
-        return VlmGenieBlueProcessor(tokenizer, AutoProcessor.from_pretrained(name, **self.provenance.access))
+        where = {**self.provenance.access, "revision": self.config.vlm_revision}
+        where = {key: value for key, value in where.items() if value is not None}
+        return VlmGenieBlueProcessor(tokenizer, AutoProcessor.from_pretrained(name, **where))
 
     def _check_save(self, dtype: torch.dtype | None) -> torch.dtype:
         return dtype or self.language_model.dtype
@@ -303,6 +312,21 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         super()._write_weights(folder, dtype, state, is_checkpoint)
         os.makedirs(folder / VLM_FOLDER, exist_ok=True)
         self.vlm.generation_config.to_json_file(folder / VLM_FOLDER / GENERATION_CONFIG_NAME)
+
+
+def _commit_of(vlm: PreTrainedModel, revision: str | None, hub_kwargs: dict[str, Any]) -> str | None:
+    """The commit of a VLM from the Hub, which a loaded model does not remember: that of `revision`, or else the only
+    one with weights in the cache."""
+    name = vlm.config._name_or_path
+    if not name or os.path.isdir(name):
+        return None
+    if revision is not None:
+        return revision if COMMIT_SHA.fullmatch(revision) else hub_commit(name, revision, **hub_kwargs)
+    commits = [folder.name for folder in cached_snapshots(name, hub_kwargs.get("cache_dir"))]
+    if len(commits) == 1:
+        return commits[0]
+    logger.warning("The commit of the VLM %s is unknown: pass it as `vlm_revision`.", name)
+    return None
 
 
 VlmGenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")

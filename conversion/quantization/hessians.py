@@ -11,6 +11,16 @@ from transformers import GenerationMixin
 
 Batch = Mapping[str, Any]
 Hessians = dict[str, torch.Tensor]
+ADDS_TO_BLOCKS = ("qwen3_vl",)  # types of VLMs whose decoder gets features of images between its blocks
+
+
+def check_runs_by_blocks(vlm_type: str, remedy: str) -> None:
+    """`ValueError`, which ends in `remedy`, for a VLM whose blocks cannot be run one by one on chats with images."""
+    if vlm_type in ADDS_TO_BLOCKS:
+        raise ValueError(
+            f"A VLM of type {vlm_type!r} adds features of images between its blocks, which therefore cannot be "
+            f"calibrated on chats with images one by one: {remedy}."
+        )
 
 
 @torch.no_grad()

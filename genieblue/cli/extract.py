@@ -34,7 +34,10 @@ def extract(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of all other blocks' LoRA; default: 64.")] = None,
     error: Error = None,
     max_bytes: Annotated[
-        int | None, typer.Option(parser=read_bytes, metavar="SIZE", help="Or what this size pays for: 900MB.")
+        int | None,
+        typer.Option(
+            parser=read_bytes, metavar="SIZE", help="Or what this size of all that is added pays for: 900MB."
+        ),
     ] = None,
     calibration: Calibration = None,
     image_folder: CalibrationImages = None,
@@ -75,6 +78,7 @@ def extract(
     rows = [(name, f"{count or 0:,}") for name, count in result.own_rows.items()]
     rows += [("copied blocks", ", ".join(map(str, result.plan.copied)) or "none")]
     rows += [("copies and LoRA", short_bytes(result.plan.bytes))]
+    rows += [("rows, norms and biases of the VLM's own", short_bytes(result.own_bytes))]
     rows += [("difference of the VLM's linear layers from the base's", f"{result.difference:.2g}")]
     print_table(("", ""), rows)
     for row in result.measurements:

@@ -114,6 +114,17 @@ def test_markdown_has_no_gaps_or_broken_tables(info):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+@pytest.mark.parametrize("vlm_license", [None, License("cc-by-nc-4.0")])
+def test_what_a_vlm_gave_is_under_its_licence(vlm_license):
+    of_vlm = {"vlm_type": "llava", "vlm": "maker/vlm", "vlm_revision": "1" * 40, "vlm_license": vlm_license}
+    card = render_model_card(ModelCardInfo("you/reader", BASE, True, base_license=License("mit"), **of_vlm))
+    assert f"the licence of [`maker/vlm`](https://huggingface.co/maker/vlm) at commit `{'1' * 40}` applies" in card
+    assert ("applies to them: cc-by-nc-4.0." in card) == (vlm_license is not None)
+    assert "applies too: mit." in card
+    assert ("\nlicense: cc-by-nc-4.0" in card) == (vlm_license is not None)
+    assert "\nlicense: mit" not in card
+
+
 def test_a_cell_cannot_break_out_of_its_table():
     info = ModelCardInfo(
         "you/reader",

@@ -5,6 +5,7 @@ import torch
 from tiny_vlms import (
     BASE_ROWS,
     FAMILIES,
+    ROWS,
     assert_answers_as_the_vlm,
     before_the_head,
     image_request,
@@ -13,6 +14,7 @@ from tiny_vlms import (
 
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, is_adapter_name
+from modeling_genieblue.vlm_language_genieblue import decoder_path
 
 ALL, SOME = [0, 1, 2, 3], [1]
 
@@ -52,13 +54,12 @@ def test_a_saved_model_answers_as_before_and_its_text_is_the_bases(family, tmp_p
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
-def test_shared_blocks_of_the_vlm_hold_the_bases_own_parameters():
-    model = tiny_vlm_genieblue("llava")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_blocks_of_the_vlm_hold_the_bases_own_parameters(family):
+    model = tiny_vlm_genieblue(family)
     own = set(map(id, model.language_model.parameters()))
     held = {
-        name.replace(".base_layer", "")
-        for name, each in model.vlm.model.language_model.named_parameters()
-        if id(each) in own
+        name.replace(".base_layer", "") for name, each in model.vlm.get_decoder().named_parameters() if id(each) in own
     }
     linears = {
         f"layers.{index}.{name}.weight"
@@ -70,15 +71,18 @@ def test_shared_blocks_of_the_vlm_hold_the_bases_own_parameters():
     assert not any(name.startswith("layers.1.") for name in held)
 
 
-def test_no_weight_of_the_base_is_in_the_state_dict():
-    model = tiny_vlm_genieblue()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_weight_of_the_base_is_in_the_state_dict(family):
+    model = tiny_vlm_genieblue(family)
     base = {each.data_ptr() for each in model.language_model.parameters()}
     assert not any(each.data_ptr() in base for each in model.state_dict().values())
 
 
-def test_every_tensor_of_the_vlm_is_accounted_for():
-    vlm, base = tiny_vlm_pair("llava_onevision")
-    outside = {name for name in vlm.state_dict() if not name.startswith(("model.language_model.", "lm_head."))}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_the_vlm_is_accounted_for(family):
+    vlm, base = tiny_vlm_pair(family)
+    of_language = (f"{decoder_path(vlm)}.", "lm_head.")
+    outside = {name for name in vlm.state_dict() if not name.startswith(of_language)}
     inside = dict(vlm.get_decoder().named_parameters())
     changed = {name for name, each in inside.items() if name != "embed_tokens.weight"
                and not torch.equal(each, base.get_decoder().get_parameter(name))}  # fmt: skip
@@ -88,6 +92,9 @@ def test_every_tensor_of_the_vlm_is_accounted_for():
     own = {name.removeprefix("model.") for name, _ in model.own_language.tensors.named_parameters()}
     assert {name for name in model.state_dict() if name.startswith("vlm.")} == {f"vlm.{name}" for name in outside}
     assert changed <= adapter | own
+    assert outside and changed
+    assert model.own_language.embedding.indices.tolist() == [7, *range(BASE_ROWS, ROWS)]
+    assert model.own_language.head.indices.tolist() == list(range(BASE_ROWS, ROWS))
 
 
 @torch.no_grad()
@@ -193,6 +200,14 @@ def test_a_vlm_of_another_shape_is_refused_with_both_shapes():
     _, base = tiny_vlm_pair("llava", intermediate_size=48)
     with pytest.raises(ValueError, match=r"has shape \[64, 32\], in the base \[48, 32\]"):
         GenieBlueForConditionalGeneration.from_vlm(vlm, base)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["VLM", "base"])
+def test_a_head_with_a_bias_is_refused(which):
+    pair = tiny_vlm_pair("llava")
+    pair[which].get_output_embeddings().bias = torch.nn.Parameter(torch.ones(BASE_ROWS))
+    with pytest.raises(ValueError, match=f"The LM head of the {('VLM', 'base')[which]} has a bias"):
+        GenieBlueForConditionalGeneration.from_vlm(*pair)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.qproj", "model.layers.3.self_attn.q_proj"])

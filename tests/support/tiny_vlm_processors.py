@@ -77,6 +77,14 @@ def _vlm_tokenizer(tokens: list[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tiny_vlm_processor(family: str) -> Any:
+    """The processor of a tiny VLM of `family`, with a template."""
+    tokens, make = PROCESSORS[family]
+    own = make(_vlm_tokenizer(tokens), chat_template=TEMPLATE % PLACEHOLDERS[family])
+    assert own.tokenizer.convert_tokens_to_ids(tokens[-1]) == IMAGE_ID
+    return own
+
+
 def tiny_genieblue_of(
     family: str, base_folder: Path | None = None, pair: Any = None, **options: Any
 ) -> tuple[GenieBlueForConditionalGeneration, VlmGenieBlueProcessor]:
@@ -90,9 +98,7 @@ def tiny_genieblue_of(
         base.save_pretrained(base_folder)
         tiny_tokenizer().save_pretrained(base_folder)
         base = AutoModelForCausalLM.from_pretrained(base_folder)
-    tokens, make = PROCESSORS[family]
-    own = make(_vlm_tokenizer(tokens), chat_template=TEMPLATE % PLACEHOLDERS[family])
-    assert own.tokenizer.convert_tokens_to_ids(tokens[-1]) == IMAGE_ID
+    own = tiny_vlm_processor(family)
     model = GenieBlueForConditionalGeneration.from_vlm(vlm, base, replicated_layers=[1, 3], lora_rank=4, **options)
     for each in (base, vlm, model):
         each.generation_config.eos_token_id = own.tokenizer.eos_token_id
