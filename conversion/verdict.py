@@ -77,9 +77,7 @@ def judge(
         expected: views that are named if they are missing.
     """
     found = decide([each for view in views for each in _findings(view, views[view], limits)], accept_loss)
-    found["reasons"] += [
-        f"the {view} view was not measured: the data has no {VIEWS[view]}" for view in expected if view not in views
-    ]
+    found["reasons"] += not_measured([view for view in expected if view not in views])
     return found | {"remarks": list(remarks), "limits": asdict(limits), "views": dict(views)}
 
 
@@ -91,6 +89,12 @@ def decide(findings: Sequence[Finding], accept_loss: bool) -> dict[str, Any]:
     return {"result": result, "accepted": result != FAILED or accept_loss, "reasons": reasons}
 
 
+def not_measured(views: Sequence[str], answers: bool = False) -> list[str]:
+    """One sentence for each of the `views`, or only of their `answers`, that the data says nothing about."""
+    what = "view's answers were" if answers else "view was"
+    return [f"the {view} {what} not measured: the data has no {VIEWS[view]}" for view in views]
+
+
 def nothing_measured() -> dict[str, Any]:
     """The verdict without held-out data."""
     return {
@@ -100,11 +104,11 @@ def nothing_measured() -> dict[str, Any]:
     }
 
 
-def with_problems(verdict: Mapping[str, Any], problems: Sequence[str]) -> dict[str, Any]:
-    """The verdict, which also fails for `problems`, if any; accepted only if it was failed and accepted before."""
+def with_problems(verdict: Mapping[str, Any], problems: Sequence[str], accept_loss: bool) -> dict[str, Any]:
+    """The verdict, which also fails for `problems`, if any; accepted then if `accept_loss`, or as a failure before."""
     if not problems:
         return dict(verdict)
-    accepted = verdict["result"] == FAILED and verdict["accepted"]
+    accepted = accept_loss or (verdict["result"] == FAILED and verdict["accepted"])
     return {**verdict, "result": FAILED, "accepted": accepted, "reasons": [*problems, *verdict["reasons"]]}
 
 
@@ -147,7 +151,7 @@ def _findings(view: str, found: Mapping[str, Any], limits: Limits) -> Iterator[F
     if found["answers"]:
         yield answers_finding(f"the {view} view's answers", found["answers"][0], limits.answer_loss)
     for change in found["perplexity"]:
-        yield _perplexity_finding(view, change, limits.perplexity_ratio)
+        yield perplexity_finding(view, change, limits.perplexity_ratio)
 
 
 def answers_finding(what: str, total: Mapping[str, Any], limit: float) -> Finding:
@@ -175,9 +179,10 @@ def answers_finding(what: str, total: Mapping[str, Any], limit: float) -> Findin
     return PASSED, ""
 
 
-def _perplexity_finding(view: str, change: Mapping[str, Any], limit: float) -> Finding:
+def perplexity_finding(view: str, change: Mapping[str, Any], limit: float, of: str = "16-bit model") -> Finding:
+    """The same for an entry of `perplexity_change`; `of` is what it was before."""
     ratio, error = change["ratio"], change["error"]
-    said = f"the perplexity of the {change['of']} in the {view} view is {ratio:.3f} times the 16-bit model's"
+    said = f"the perplexity of the {change['of']} in the {view} view is {ratio:.3f} times the {of}'s"
     if error is None:
         return (PASSED, "") if ratio <= 1 else (UNDECIDED, f"{said}, from one sample: give more")
     loss, most = math.log(ratio), math.log(limit)  # a power of a large error would overflow

@@ -15,6 +15,7 @@ from hub_cards.quantized_base_card import render_quantized_base_card
 from hub_cards.verdicts import verdict_problems
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
+    CHANGED_BASE,
     CODE_FILES,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -25,6 +26,7 @@ from modeling_genieblue.model_files_genieblue import (
     TOKENIZER_FILES,
     WEIGHT_SHARDS,
     WEIGHTS_NAME,
+    changed_weights,
     file_sha256,
     is_hub_id,
     read_json,
@@ -68,8 +70,10 @@ def find_base_problems(folder: Path) -> list[str]:
 
     Raises `ValueError` if the folder is not a quantized base.
     """
-    check_is_quantized_base(folder)
-    return [*_weight_problems(folder), *code_problems(folder, (CODE_CLASS,)), *tokenizer_problems(folder)]
+    settings = check_is_quantized_base(folder)
+    problems = [*_weight_problems(folder), *code_problems(folder, (CODE_CLASS,)), *tokenizer_problems(folder)]
+    # Last, as every byte is read. Nobody could load these from the Hub.
+    return problems or [f"{problem}." for problem in changed_weights(folder, settings, CHANGED_BASE)]
 
 
 def base_files_to_publish(folder: Path) -> list[str]:

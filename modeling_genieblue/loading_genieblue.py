@@ -33,7 +33,7 @@ from .model_files_genieblue import (
     RECIPE_NAME,
     SHARED_HUB_KEYS,
     WEIGHTS_NAME,
-    cached_sha256,
+    check_cached_sha256,
     check_settings_files,
     is_inner_folder,
     is_path,
@@ -135,7 +135,7 @@ class LoadRequest:
     def check_weight_files(self, settings: dict[str, Any]) -> None:
         """`ValueError` if a weight file is not the one that `settings` (of config.json) record.
 
-        That costs nothing for files in the Hub's cache, which are named by their sha256; others are not read.
+        That costs nothing for files in the Hub's cache (`check_cached_sha256`); others are not read.
         """
         recorded = recorded_weights(settings)
         variant = self.own_kwargs.get("variant")
@@ -146,13 +146,9 @@ class LoadRequest:
         )
         for folder, name in of_load:
             place = f"{folder}/{name}" if folder else name
-            path = self.find(name, folder=folder) if place in recorded else None
-            found = None if path is None else cached_sha256(path)
-            if found not in (None, recorded.get(place)):
-                raise ValueError(
-                    f"{place} of {self.path} has sha256 {found}, its config.json records {recorded[place]}: "
-                    f"{CHANGED_WEIGHTS}."
-                )
+            if place in recorded:
+                path = self.find(name, folder=folder)
+                check_cached_sha256(self.path, place, path, recorded[place], CHANGED_WEIGHTS)
 
     def load_own_weights(
         self, from_pretrained: Callable, model_args: tuple, base_model: Any

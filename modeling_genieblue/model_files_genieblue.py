@@ -256,6 +256,7 @@ CHANGED_WEIGHTS = (
     "it is damaged or of another save; fetch files that belong together. If it was replaced on purpose, load the "
     "GenieBlue from a local folder and save it again, which records the new file"
 )
+CHANGED_BASE = "it is damaged or of another base; fetch files that belong together, or quantize the model again"
 
 
 def own_weight_places(folder: Path) -> list[str]:
@@ -265,24 +266,37 @@ def own_weight_places(folder: Path) -> list[str]:
 
 
 def recorded_weights(config: dict[str, Any]) -> dict[str, str]:
-    """sha256 by place of the own weight files that `config` (of config.json) records; none by an earlier version."""
+    """sha256 by place of the own weight files that `config` records; none by an earlier version.
+
+    `config` is config.json of a GenieBlue, or the `quantization_config` in that of a quantized base.
+    """
     recorded = config.get("weight_fingerprint")
     if not isinstance(recorded, dict | None):
         raise OSError(f"config.json has weight_fingerprint {recorded!r}, expected sha256 by file: fetch it again.")
     return recorded or {}
 
 
-def changed_weights(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Own weight files with another sha256 than `config` (of config.json) records, one sentence each.
+def changed_weights(folder: Path, config: dict[str, Any], remedy: str = CHANGED_WEIGHTS) -> list[str]:
+    """Own weight files with another sha256 than `config` (as for `recorded_weights`) records, one sentence each.
 
     Every byte is read. A file that is not recorded is none of them, nor is a recorded one that is not there.
     """
     recorded = recorded_weights(config)
     return [
-        f"sha256 of {place} is {found}, recorded is {recorded[place]}: {CHANGED_WEIGHTS}"
+        f"sha256 of {place} is {found}, recorded is {recorded[place]}: {remedy}"
         for place in own_weight_places(folder)
         if place in recorded and (found := file_sha256(folder / place)) != recorded[place]
     ]
+
+
+def check_cached_sha256(owner: str, place: str, path: str | None, recorded: str | None, remedy: str) -> None:
+    """`ValueError` if `path`, the file at a `place` of `owner` in the Hub's cache, has another sha256 than `recorded`.
+
+    That costs nothing, as such files are named by it. Others are not read, and nothing is said of them.
+    """
+    found = None if path is None or recorded is None else cached_sha256(path)
+    if found not in (None, recorded):
+        raise ValueError(f"{place} of {owner} has sha256 {found}, its config.json records {recorded}: {remedy}.")
 
 
 def file_sha256(path: str | os.PathLike) -> str:

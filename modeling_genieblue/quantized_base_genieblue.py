@@ -13,12 +13,15 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.utils.hub import cached_file
 
 from .model_files_genieblue import (
+    CHANGED_BASE,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     HUB_KEYS,
     QMAP_NAME,
     QUANTIZED_WEIGHTS_NAME,
+    check_cached_sha256,
     read_settings,
+    recorded_weights,
 )
 from .quantized_files_genieblue import QuantizedFile, fill_from_quantized_file
 from .quantized_linears_genieblue import check_quanto_installed
@@ -97,8 +100,8 @@ def load_quantized_base(
 ) -> PreTrainedModel:
     """The base of its own class, with quantized linears, from a folder or a Hub id.
 
-    Raises `OSError` for missing or damaged files, `ValueError` for tensors that are missing or not expected and for a
-    `quantization_config` on top.
+    Raises `OSError` for missing or damaged files, `ValueError` for tensors that are missing or not expected, for
+    weights in the Hub's cache with another sha256 than is recorded, and for a `quantization_config` on top.
     """
     check_quanto_installed()
     check_options(kwargs)
@@ -127,7 +130,9 @@ def load_quantized_base(
     files: dict[str, Any] = {
         name: cached_file(location, name, **hub_kwargs) for name in (QUANTIZED_WEIGHTS_NAME, QMAP_NAME)
     }
-    file = QuantizedFile(files[QUANTIZED_WEIGHTS_NAME], files[QMAP_NAME])
+    weights, recorded = files[QUANTIZED_WEIGHTS_NAME], recorded_weights(settings).get(QUANTIZED_WEIGHTS_NAME)
+    check_cached_sha256(location, QUANTIZED_WEIGHTS_NAME, weights, recorded, CHANGED_BASE)
+    file = QuantizedFile(weights, files[QMAP_NAME])
     fill_from_quantized_file(base, file, dtype=dtype, device=one_device(device_map), tied=_tied(base))
     use_stored_generation_config(base, location, hub_kwargs)
     base.config.name_or_path = location

@@ -28,7 +28,11 @@ class Agreement:
 
 
 def agreement(found: np.ndarray, expected: np.ndarray) -> Agreement:
-    """Agreement of two arrays of one shape; NaN and infinity agree with nothing."""
+    """Agreement of two arrays of one shape; NaN and infinity agree with nothing. `ValueError` for empty arrays."""
+    if found.size == 0 or expected.size == 0:
+        raise ValueError(
+            f"Arrays of the shapes {found.shape} and {expected.shape} have no numbers to compare: give some."
+        )
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Agreement(-1.0, float("inf"))

@@ -16,7 +16,7 @@ from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
 from conversion.qnn.bundle.export_state import UnfinishedExport
 from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, Bundle, list_files, signed
-from conversion.qnn.bundle.runtime_files import write_runtime_files
+from conversion.qnn.bundle.runtime_files import terms_of_base, write_runtime_files
 from conversion.qnn.bundle_base import BundleBase
 from conversion.qnn.export_settings import (
     LONGEST_DEFAULT,
@@ -78,6 +78,7 @@ def export_bundle(
     held_out: Iterable[Mapping[str, Any]] = (),
     answers: Answers | None = None,
     accept_loss: bool = False,
+    remarks: Sequence[str] = (),
     on_step: Callable[[str, int, int], None] | None = None,
     **load_options: Any,
 ) -> Path:
@@ -109,6 +110,7 @@ def export_bundle(
         held_out: requests like `calibration`, but others, on which the bundle is compared with the model.
         answers: also measures answers, for the verdict.
         accept_loss: records that a bundle beyond the limits of the verdict is accepted nevertheless.
+        remarks: sentences about the held-out data, for the verdict.
         on_step: called with the next step's title, the number of finished steps, and the number of all steps.
         load_options: of `GenieBlueForConditionalGeneration.from_pretrained`.
 
@@ -156,7 +158,7 @@ def export_bundle(
         export = _Export(model, processor, chip, settings, vision_tiles, base, on_step)
         export.run(work, calibration, divide_blocks(export.shape.num_blocks, parts), wanted)
         if not work.is_judged:
-            export.judge(work, held_out, answers, accept_loss)
+            export.judge(work, lambda folder: judge(model, folder, held_out, answers, accept_loss, remarks))
         work.hand_over()
     return out
 
@@ -202,19 +204,12 @@ class _Export:
         if not work.is_complete:
             self._make(work, calibration, parts)
 
-    def judge(
-        self,
-        work: UnfinishedExport,
-        held_out: Iterable[Mapping[str, Any]],
-        answers: Answers | None,
-        accept_loss: bool,
-    ) -> None:
+    def judge(self, work: UnfinishedExport, verdict_on: Callable[[Path], dict[str, Any]]) -> None:
         """Compares the finished bundle with the model, and adds the verdict to its metadata and README."""
         self._announce("verdict", self._steps - 1, self._steps)
         metadata = Bundle(work.bundle).metadata
         self._write_metadata(work, metadata)  # an earlier run may have been stopped between README and metadata
-        verdict = judge(self.model, work.bundle, held_out, answers, accept_loss)
-        self._write_metadata(work, {**metadata, "verdict": verdict})
+        self._write_metadata(work, {**metadata, "verdict": verdict_on(work.bundle)})
 
     def _write_metadata(self, work: UnfinishedExport, metadata: Mapping[str, Any]) -> None:
         write_runtime_files(work.bundle, metadata, self.processor)
@@ -381,6 +376,7 @@ class _Export:
                 "name_or_path": config.base_model_name_or_path if config.base_model_revision else None,
                 "revision": config.base_model_revision,
                 "fingerprint": config.base_model_fingerprint,
+                **terms_of_base(config),
             },
             "adapter": {
                 **self.digests,

@@ -80,8 +80,8 @@ def check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int
     base = None if config.text_config is None else config.text_config.get_text_config(decoder=True)
     check_lengths(base, settings.chunk_length, settings.context_length)
     if settings.llm != "w8a16" and settings.group_size:
-        for title in ("hidden_size", "intermediate_size"):
-            if (width := getattr(base, title, 0)) % settings.group_size:
+        for title, width in _widths(base).items():
+            if width % settings.group_size:
                 raise ValueError(
                     f"The base's {title} of {width} is no multiple of the group size {settings.group_size}: take "
                     "another one, or 0 for a scale per channel."
@@ -89,6 +89,14 @@ def check_config(config: GenieBlueConfig, settings: LanguageSettings, parts: int
     # A base with its own code may use another name: then the loaded base decides.
     if (count := getattr(base, "num_hidden_layers", None)) is not None:
         divide_blocks(count, parts)
+
+
+def _widths(base: Any) -> dict[str, int]:
+    """The numbers of inputs that the matrices of a base have, by what they are in its configuration."""
+    widths = {title: getattr(base, title, 0) for title in ("hidden_size", "intermediate_size")}
+    heads = getattr(base, "num_attention_heads", None) or 1  # a base with its own code may use another name
+    head_dim = getattr(base, "head_dim", None) or widths["hidden_size"] // heads
+    return {**widths, "num_attention_heads × head_dim": heads * head_dim}
 
 
 def resumable_settings(soc: Soc, settings: LanguageSettings, parts: int, vision_tiles: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from conversion.qnn.qdq.encoding import WeightCodes, constant_encoding
 from conversion.qnn.qdq.files import read_codes, read_constants
 from conversion.qnn.qdq.language import codes_digest, probe_lengths
 from conversion.qnn.qdq.matrix_rounding import round_matrix
-from conversion.qnn.verdict import SMALLEST_COSINE
+from conversion.qnn.verdict import LARGEST_ERROR, SMALLEST_COSINE
 from conversion.verification.verify import Check
 from hub_cards.verdicts import FAILED
 
@@ -116,7 +116,7 @@ def _compile_again(bundle: Bundle, binary: str, graphs: Mapping[str, Mapping[str
 def _report(measured: Measured, *, gates_float: bool) -> Iterator[Check]:
     """One check per graph and comparison.
 
-    Float outputs are only reached as nearly as the bits of the weights allow: the verdict's limit applies to them, to
+    Float outputs are only reached as nearly as the bits of the weights allow: the verdict's limits apply to them, to
     the output of a graph and not to its caches, and not at all if the export's loss was accepted (`gates_float`).
     """
     for graph in dict.fromkeys(key[0] for key in measured):
@@ -126,7 +126,9 @@ def _report(measured: Measured, *, gates_float: bool) -> Iterator[Check]:
                 continue
             first = next(iter(found))
             if kind == FLOAT:
-                failed = [first] if gates_float and found[first].cosine < SMALLEST_COSINE else []
+                output = found[first]
+                is_near = output.cosine >= SMALLEST_COSINE and output.largest_error <= LARGEST_ERROR
+                failed = [first] if gates_float and not is_near else []
             else:
                 failed = [name for name, value in found.items() if not value.is_close]
             detail = f"{first} {found[first]}; worst of {len(found)} tensors {worst(found.values())}"

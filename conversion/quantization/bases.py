@@ -26,6 +26,7 @@ from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
     QMAP_NAME,
     QUANTIZED_WEIGHTS_NAME,
+    file_sha256,
     is_path,
     read_settings,
     with_siblings,
@@ -288,7 +289,8 @@ def write_quantized_base(
     config["dtype"] = settings["activations"]
     # Only a mark: transformers warns of an unknown method and continues. The name of the weight file keeps its own
     # classes from initializing random weights.
-    config["quantization_config"] = {"quant_method": QUANT_METHOD, **settings}
+    recorded = {QUANTIZED_WEIGHTS_NAME: file_sha256(folder / QUANTIZED_WEIGHTS_NAME)}
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, **settings, "weight_fingerprint": recorded}
     # The base's own class is only needed if transformers has none.
     if base.is_remote_code():
         config["quantization_config"]["base_auto_map"] = own_map

@@ -66,6 +66,7 @@ def quantize_genieblue(
     samples: CalibrationSamples | None = None,
     budget: Budget | None = None,
     held_out: HeldOut | None = None,
+    accept_loss: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     **load_kwargs: Any,
@@ -81,6 +82,7 @@ def quantize_genieblue(
             reused base keeps what it has, so the budget is for the replicated blocks alone.
         held_out: data for the verdict; without any, it says that nothing was measured. What fails is written too, and
             marked in `config.json` and the card: publishing refuses it.
+        accept_loss: records that logits unrelated to those in 16 bits are accepted; for other losses `held_out` does.
         load_kwargs: how `source` is loaded (`token`, `revision`, `trust_remote_code`, …).
 
     Raises `ValueError` or `OSError`, leaving nothing half-written, for an already quantized source, folders in use, a
@@ -152,8 +154,8 @@ def quantize_genieblue(
         verdict = nothing_measured()
         if held_out is not None:
             verdict = held_out.verdict(measured, held_out.measure(quantized), by_part)
-        of_base = with_problems(of_text_view(verdict), unrelated_views({"text": errors["text"]}))
-        verdict = with_problems(verdict, unrelated_views(errors))
+        of_base = with_problems(of_text_view(verdict), unrelated_views({"text": errors["text"]}), accept_loss)
+        verdict = with_problems(verdict, unrelated_views(errors), accept_loss)
         quantized.config.quantization["verdict"] = verdict
         if existing is None and recipe.changes_base:
             record_verdict(inner_base if new_base is not None else staging / "trial" / INNER_BASE, of_base)

@@ -34,6 +34,7 @@ from modeling_genieblue.model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
     BASE_FINGERPRINT_NAME,
+    CHANGED_BASE,
     HUB_KEYS,
     ModelFiles,
     changed_weights,
@@ -194,6 +195,11 @@ def check_base_files(subject: SavedModel) -> str:
         for file in sorted(recorded.keys() | found.keys())
         if found.get(file) != recorded.get(file)
     ]  # fmt: skip
+    problems += [
+        f"sha256 of {file} is {found[file]}, the base's own config.json records {sha256}: {CHANGED_BASE}"
+        for file, sha256 in recorded_weights(subject.base_quantization or {}).items()
+        if found.get(file, sha256) != sha256
+    ]
     fail_on(problems)
     samples = read_json(subject.folder / BASE_FINGERPRINT_NAME)
     values = None if subject.base_quantization is None else quantized_values(subject.plain)

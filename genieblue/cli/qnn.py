@@ -118,6 +118,9 @@ def qnn(
             check_vision_side(GenieBlueConfig.from_pretrained(model, revision=revision), model)
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
+        answers, remarks = None, []
+        if eval_data is not None:
+            answers, remarks = answers_to(eval_data, calibration, image_folder)
         bundle = export_bundle(
             model,
             out,
@@ -138,8 +141,9 @@ def qnn(
             embedding_bits=embedding_bits,
             encodings=encodings,
             held_out=map(encode, held_out),
-            answers=None if eval_data is None else answers_to(eval_data),
+            answers=answers,
             accept_loss=accept_loss,
+            remarks=remarks,
             on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
             base_model=base,
             **options,
@@ -153,7 +157,13 @@ def qnn(
 
 
 def divide_chats(chats: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Chats to calibrate on and chats to hold back: up to `HELD_OUT`, at most a quarter, half of them with images."""
+    """Chats to calibrate on and chats to hold back: up to `HELD_OUT`, at most a quarter, half of them with images.
+
+    Of equal chats only the first counts, so that none is on both sides.
+    """
+    from genieblue.data.chats import texts_and_paths
+
+    chats = list({texts_and_paths(chat): chat for chat in reversed(chats)}.values())[::-1]
     count = min(HELD_OUT, len(chats) // 4)
     images = [place for place, chat in enumerate(chats) if chat.images]
     texts = [place for place, chat in enumerate(chats) if not chat.images]
@@ -165,23 +175,31 @@ def divide_chats(chats: list[Any]) -> tuple[list[Any], list[Any]]:
     )
 
 
-def answers_to(data: Path) -> Callable[[Any, Any], list[dict[str, Any]]]:
-    """Measures answers of a model and of its bundle to the chats in `data`; `ValueError` or `OSError` for bad ones."""
+def answers_to(
+    data: Path, calibration: Path, image_folder: Path | None
+) -> tuple[Callable[[Any, Any], dict[str, list[dict[str, Any]]]], list[str]]:
+    """What measures answers of a model and of its bundle to the chats in `data`, by view; and remarks on these chats.
+
+    `ValueError` or `OSError` for bad ones.
+    """
     from dataclasses import asdict
 
     from genieblue.evaluation.answering import ModelAnswerer
     from genieblue.evaluation.evaluate import compare, evaluate
+    from genieblue.evaluation.held_out import compare_with_calibration
     from genieblue.evaluation.qnn_answering import BundleAnswerer
     from genieblue.evaluation.samples import EvaluationDataset
+    from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
-    dataset = EvaluationDataset(data)
+    dataset = EvaluationDataset(data, skip_bad=None)
 
-    def measure(model: Any, runner: Any) -> list[dict[str, Any]]:
+    def measure(model: Any, runner: Any) -> dict[str, list[dict[str, Any]]]:
         first = evaluate(ModelAnswerer(model, runner.processor), dataset)
         second = evaluate(BundleAnswerer(runner), dataset)
-        return [asdict(difference) for difference in compare(first, second)]
+        pairs = {view: (first.of_view(view), second.of_view(view)) for view in (TEXT, MULTIMODAL)}
+        return {view: [asdict(each) for each in compare(*pair)] for view, pair in pairs.items() if pair[0].answers}
 
-    return measure
+    return measure, compare_with_calibration([dataset], (), [calibration], image_folder)
 
 
 def _print_bundle(bundle: Path, soc: str, verdict: dict[str, Any], as_json: bool) -> None:

@@ -169,6 +169,7 @@ def quantize(
             self_contained=self_contained,
             samples=data,
             held_out=held_out,
+            accept_loss=accept_loss,
             budget=budget,
             overwrite=overwrite,
             progress=progress_bar,
@@ -186,10 +187,11 @@ def quantize(
     else:
         _print_report(report, sizes, precisions, recipe.activations)
     if not report.verdict["accepted"]:
-        less = "a larger budget" if report.mixed else "a smaller --group-size" if calibration else "--calibration"
+        from conversion.quantization.remedy import what_loses_less
+
         note(
-            f"{out} is marked as failed, and `push` refuses it. Less is lost with {less}, or w8a16 for the part with "
-            "the largest error; `push --accept-loss` publishes it nevertheless."
+            f"{out} is marked as failed, and `push` refuses it. Less is lost with "
+            f"{what_loses_less(report.verdict, recipe, report.mixed)}; `push --accept-loss` publishes it nevertheless."
         )
         raise typer.Exit(1)
     if not json_output:

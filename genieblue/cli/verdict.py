@@ -40,7 +40,7 @@ def open_held_out(
     """
     given = {"--metric": metric, "--max-answer-loss": max_answer_loss, "--max-perplexity-ratio": max_perplexity_ratio}
     if not eval_data:
-        for name in [name for name, value in given.items() if value is not None] + ["--accept-loss"] * accept_loss:
+        for name in [name for name, value in given.items() if value is not None]:
             raise typer.BadParameter("It is about held-out data: give some with --eval-data.", param_hint=name)
         return None
     from genieblue.evaluation.held_out import HeldOutData

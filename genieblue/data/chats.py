@@ -177,7 +177,7 @@ class ChatDataset(torch.utils.data.Dataset):
                 self._hashes.append(0)
             else:
                 good.append(number)
-                content = _texts_and_paths(sample)
+                content = texts_and_paths(sample)
                 digest.update(content)
                 is_known = all(isinstance(image, (str, os.PathLike)) for image in sample.images)
                 self._hashes.append(int.from_bytes(hashlib.sha256(content).digest()[:8]) if is_known else 0)
@@ -189,7 +189,8 @@ class ChatDataset(torch.utils.data.Dataset):
             logger.warning("Skipping %d of %d samples, which are bad.", self.num_skipped, len(self._image_counts))
 
 
-def _texts_and_paths(sample: ChatSample) -> bytes:
+def texts_and_paths(sample: ChatSample) -> bytes:
+    """What tells a sample from others: its texts and image paths; images in memory are left out."""
     paths = [os.fspath(image) for image in sample.images if isinstance(image, (str, os.PathLike))]
     return json.dumps([sample.messages, paths]).encode()
 

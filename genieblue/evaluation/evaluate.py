@@ -65,6 +65,10 @@ class Evaluation:
 
     answers: list[ScoredAnswer]
 
+    def of_view(self, view: str) -> "Evaluation":
+        """The answers that one view gave."""
+        return Evaluation([answer for answer in self.answers if answer.view == view])
+
     def scores(self) -> list[Score]:
         """One score for each task and metric; with several, first one for everything."""
         return [

@@ -138,9 +138,7 @@ class HeldOutData:
         """The verdict on a quantized model measured as `after`, made from one measured as `before`."""
         views = {}
         for view in (TEXT, MULTIMODAL):
-            one, other = (
-                Evaluation([each for each in found.answers if each.view == view]) for found in (before, after)
-            )
+            one, other = (Evaluation(found.answers).of_view(view) for found in (before, after))
             answers = [asdict(each) for each in compare(one, other)] if one.answers else []
             perplexity = [
                 perplexity_change(of, losses, after.losses[own, of])
@@ -153,30 +151,37 @@ class HeldOutData:
         return found | {"data": self.data, "error_by_part": dict(error_by_part or {})}
 
     def compare_with_calibration(self, files: Iterable[Path], image_folder: Path | None = None) -> None:
-        """Warns, and remarks in the verdict, if data is also calibrated on, or that is in another script.
+        """Warns, and remarks in the verdict, as `compare_with_calibration` does."""
+        self.remarks += compare_with_calibration(self.chats, self._paragraphs, files, image_folder)
 
-        Languages of one script cannot be told apart.
-        """
-        shared, texts = 0, []
-        own = {number for dataset in self.chats for number in dataset.sample_hashes()}
-        for path in files:
-            if is_plain_text(path):
-                texts += read_paragraphs(path)
-                continue
-            chats = ChatDataset(path, image_folder=image_folder, skip_bad=None)
-            shared += len(own & chats.sample_hashes())
-            texts += _texts(chats)
-        shared += len(set(self._paragraphs) & set(texts))
-        if shared:
-            self._remark(f"{shared} held-out samples or paragraphs are in the calibration data too, so it is too kind")
-        held_out = [*self._paragraphs, *(text for chats in self.chats for text in _texts(chats))]
-        scripts = [_main_script(each) for each in (texts, held_out)]
-        if None not in scripts and scripts[0] != scripts[1]:
-            self._remark(f"calibration data is mostly {scripts[0]}, held-out data mostly {scripts[1]}")
 
-    def _remark(self, sentence: str) -> None:
+def compare_with_calibration(
+    held_out: Iterable[ChatDataset],
+    paragraphs: Sequence[str],
+    files: Iterable[Path],
+    image_folder: Path | None = None,
+) -> list[str]:
+    """Warns of, and returns, what makes a verdict worth less: held-out chats or paragraphs that are also calibrated on
+    from `files`, or that are in another script. Languages of one script cannot be told apart."""
+    held_out, shared, texts, remarks = list(held_out), 0, [], []
+    own = {number for dataset in held_out for number in dataset.sample_hashes()}
+    for path in files:
+        if is_plain_text(path):
+            texts += read_paragraphs(path)
+            continue
+        chats = ChatDataset(path, image_folder=image_folder, skip_bad=None)
+        shared += len(own & chats.sample_hashes())
+        texts += _texts(chats)
+    shared += len(set(paragraphs) & set(texts))
+    if shared:
+        remarks.append(f"{shared} held-out samples or paragraphs are in the calibration data too, so it is too kind")
+    texts_of_held_out = [*paragraphs, *(text for chats in held_out for text in _texts(chats))]
+    scripts = [_main_script(each) for each in (texts, texts_of_held_out)]
+    if None not in scripts and scripts[0] != scripts[1]:
+        remarks.append(f"calibration data is mostly {scripts[0]}, held-out data mostly {scripts[1]}")
+    for sentence in remarks:
         logger.warning("About the verdict: %s.", sentence)
-        self.remarks.append(sentence)
+    return remarks
 
 
 def _texts(chats: ChatDataset) -> Iterator[str]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from conversion.verdict import Limits, judge, nothing_measured, of_text_view, perplexity_change
+from conversion.verdict import Limits, judge, nothing_measured, of_text_view, perplexity_change, with_problems
 from genieblue.evaluation.metrics import standard_error
 from hub_cards.verdicts import (
     FAILED,
@@ -126,6 +126,17 @@ def test_limits_that_cannot_be_ones_are_refused(limits):
 def test_without_data_nothing_is_measured():
     assert nothing_measured()["result"] == UNKNOWN and nothing_measured()["accepted"]
     assert judge({}, Limits(), False)["result"] == UNKNOWN
+
+
+@pytest.mark.parametrize("accept_loss", [False, True])
+def test_problems_fail_whatever_was_measured_and_are_accepted_like_a_loss(accept_loss):
+    found = with_problems(nothing_measured(), ["the logits are unrelated"], accept_loss)
+    assert (found["result"], found["accepted"], found["reasons"][0]) == (
+        FAILED,
+        accept_loss,
+        "the logits are unrelated",
+    )
+    assert with_problems(nothing_measured(), [], accept_loss) == nothing_measured()
 
 
 def test_a_base_is_judged_by_its_text_view_only():

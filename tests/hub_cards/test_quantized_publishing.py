@@ -49,6 +49,20 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def forget_weights(base: Path) -> None:
+    """Leaves a base without a record of its weights, like those of earlier versions."""
+    settings = json.loads((base / "config.json").read_text())["quantization_config"]
+    del settings["weight_fingerprint"]
+    edit_json(base / "config.json", quantization_config=settings)
+
+
+def flip_last_code(base: Path) -> None:
+    path = base / "quantized_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def push(*arguments: str):
     return CliRunner().invoke(app, ["push", *map(str, arguments)])
 
@@ -166,6 +180,16 @@ def test_a_base_has_no_base(hub, pair):
     assert result.exit_code == 2 and "is a base itself" in result.output
 
 
+def test_one_flipped_code_of_a_base_is_noticed_at_load_from_the_hub(hub, pair):
+    flip_last_code(pair / "base")
+    hub.commit_folder(BASE, pair / "base")
+    with pytest.raises(ValueError, match="quantized_model.safetensors of you/base-w4a16 has sha256 .* quantize the"):
+        load_base(BASE)
+    forget_weights(pair / "base")
+    hub.commit_folder(BASE, pair / "base")
+    load_base(BASE)  # of an earlier version
+
+
 # Checks
 
 
@@ -178,6 +202,7 @@ def drop_map_entry(path: Path) -> None:
 BASE_DAMAGES = {
     "no weights": (lambda base: (base / "quantized_model.safetensors").unlink(), "safetensors is missing"),
     "truncated": (lambda base: (base / "quantized_model.safetensors").write_bytes(b"x" * 100), "safetensors header"),
+    "flipped code": (flip_last_code, "sha256 of quantized_model.safetensors is .* recorded is"),
     "no map": (lambda base: (base / "quanto_qmap.json").unlink(), "quanto_qmap.json is missing"),
     "another map": (lambda base: drop_map_entry(base / "quanto_qmap.json"), "disagree about"),
     "no code": (lambda base: (base / "quantized_linears_genieblue.py").unlink(), "Code files are missing"),
@@ -240,6 +265,8 @@ def test_an_inner_base_that_was_changed_is_refused(whole, tmp_path):
     folder = Path(shutil.copytree(whole, tmp_path / "copy"))
     weights = folder / "base/quantized_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert ["recorded is" in problem for problem in find_problems(folder)] == [True]
+    forget_weights(folder / "base")  # another base's, as it says itself
     assert ["recorded sha256" in problem for problem in find_problems(folder)] == [True]
 
 

@@ -44,7 +44,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def signed(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with their own digest."""
+    """The metadata with their own digest; `ValueError` for NaN and infinity, which JSON does not have."""
+    json.dumps(metadata, allow_nan=False)
     return {**metadata, OWN_DIGEST: _digest(metadata)}
 
 

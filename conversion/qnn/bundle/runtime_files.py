@@ -1,13 +1,16 @@
 """Files in a bundle besides the binaries: processor, runtime configurations, README."""
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template
 
 from conversion.qnn.bundle.verdict_text import describe
+from hub_cards.model_card import License, base_facts, card_metadata, folder_facts
 
 BACKEND_FILE = "htp_backend_ext_config.json"
 README_TEMPLATE = Path(__file__).with_name("readme_template.md")
@@ -19,6 +22,22 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
     backend, genie = _backend_settings(metadata["soc"]), _genie_settings(metadata)
     for name, value in ((BACKEND_FILE, backend), ("genie_config.json", genie)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(render_readme(metadata, (folder / "qairt").is_dir()), encoding="utf-8")
+
+
+def render_readme(metadata: Mapping[str, Any], has_float_graphs: bool) -> str:
+    """The README of a bundle, with front matter for the Hub."""
+    base = metadata["base"]
+    licence = base.get("license")  # neither in earlier bundles
+    card = card_metadata(
+        base["name_or_path"],
+        "quantized",
+        None if licence is None else License(**licence),
+        base.get("languages") or [],
+        pipeline_tag="image-text-to-text",
+        tags=("genieblue", "qnn", "onnxruntime", "snapdragon", metadata["soc"]["name"], metadata["llm"]),
+    )
+    card.library_name = "onnx"
     template = Template(
         README_TEMPLATE.read_text(encoding="utf-8"),
         undefined=StrictUndefined,
@@ -26,8 +45,19 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
         keep_trailing_newline=True,
     )
     lines = describe(metadata["verdict"]) if metadata["verdict"] else ["verdict: not given yet"]
-    readme = template.render(metadata, verdict_lines=lines, has_float_graphs=(folder / "qairt").is_dir())
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    readme = template.render(metadata, verdict_lines=lines, has_float_graphs=has_float_graphs)
+    return f"---\n{card.to_yaml()}\n---\n\n{readme}"
+
+
+def terms_of_base(config: Any) -> dict[str, Any]:
+    """Licence and languages of the base, for the card; unknown if there is no README to be had."""
+    name, revision = config.base_model_name_or_path, config.base_model_revision
+    licence, languages = None, []
+    if name is not None and revision:
+        licence, languages = base_facts(name, revision)
+    elif name is not None and os.path.isdir(name):
+        licence, languages = folder_facts(Path(name))
+    return {"license": None if licence is None else asdict(licence), "languages": languages}
 
 
 def _backend_settings(soc: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,15 @@ def describe(verdict: Mapping[str, Any]) -> list[str]:
             f"most likely token for {found['same_token']:.1%}"
         )
     lines += [
-        f"answers, {score['task']}: {score['first']:.1%} by the model, {score['second']:.1%} by the bundle, of "
-        f"{score['count']}"
+        f"answers{_in_view(score)}, {score['task']}: {score['first']:.1%} by the model, {score['second']:.1%} by the "
+        f"bundle, of {score['count']}"
         for score in verdict["answers"] or []
     ]
     if verdict["answers"] is None:
         lines.append("answers were not measured")
     return [*lines, f"verdict: {summary(verdict)}"]
+
+
+def _in_view(score: Mapping[str, Any]) -> str:
+    """Earlier bundles have scores over both views."""
+    return f" of the {score['view']} view" if "view" in score else ""

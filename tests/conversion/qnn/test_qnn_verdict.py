@@ -27,13 +27,13 @@ def model(tmp_path_factory):
 def bundle(model, tmp_path_factory):
     """One bundle with 8 bits, to be read only."""
     folder = tmp_path_factory.mktemp("out") / "bundle"
-    return export_bundle(model.name_or_path, folder, calibration=requests(), held_out=requests(4)[6:], **SETTINGS)
+    return export_bundle(model.name_or_path, folder, calibration=requests(), held_out=requests(7)[6:], **SETTINGS)
 
 
 def test_8_bits_pass_on_requests_that_were_held_back(bundle):
     verdict = Bundle(bundle).metadata["verdict"]
     assert (verdict["result"], verdict["accepted"], verdict["reasons"]) == ("passed", True, [])
-    assert {view: found["requests"] for view, found in verdict["logits"].items()} == {"text": 1, "multimodal": 1}
+    assert {view: found["requests"] for view, found in verdict["logits"].items()} == {"text": 4, "multimodal": 4}
     readme = (bundle / "README.md").read_text()
     assert all(line in readme for line in describe(verdict)) and "answers were not measured" in readme
 
@@ -43,24 +43,8 @@ def test_labels_choose_the_logits_that_count(model, bundle):
     request["labels"] = [-100] * (len(request["input_ids"]) - 3) + [5, 6, 7]
     found = judge(model, bundle, [request], None, False)
     assert found["logits"]["text"]["tokens"] == 3 and 0.9 < found["logits"]["text"]["perplexity_ratio"] < 1.1
-    assert found["result"] == "not measured" and "for the multimodal view" in found["reasons"][0]
-
-
-def answering(difference, standard_error=0.02):
-    score = {"task": "all", "first": 0.8, "second": 0.8 + difference, "difference": difference, "count": 100}
-    return lambda _model, _runner: [{**score, "standard_error": standard_error}]
-
-
-def test_answers_that_are_lost_by_more_than_chance_fail(model, bundle):
-    held_out = requests(4)[6:]
-    failed = judge(model, bundle, held_out, answering(-0.08), False)
-    assert (failed["result"], failed["accepted"]) == ("failed", False)
-    assert failed["reasons"] == ["the answers lose 8.0 ± 2.0 points, more than 3"]
-    assert "answers, all: 80.0% by the model, 72.0% by the bundle, of 100" in describe(failed)
-    assert judge(model, bundle, held_out, answering(-0.08), True)["accepted"]
-    found = judge(model, bundle, held_out, answering(-0.04), False)
-    assert (found["result"], found["accepted"]) == ("too few samples to tell", True)
-    assert judge(model, bundle, held_out, answering(0.0), False)["result"] == "passed"
+    assert found["result"] == "not measured"
+    assert any("for the multimodal view" in reason for reason in found["reasons"])
 
 
 @pytest.mark.slow
@@ -80,7 +64,7 @@ def test_4_bits_of_a_random_model_fail_and_the_bundle_says_so(model, tmp_path, m
 
 def test_chats_are_held_back_of_both_kinds_and_never_the_only_one():
     def chats(texts, images):
-        return [SimpleNamespace(images=[1] * (place >= texts)) for place in range(texts + images)]
+        return [SimpleNamespace(images=[1] * (place >= texts), messages=place) for place in range(texts + images)]
 
     kept, held = divide_chats(chats(36, 36))
     assert len(kept) == 72 - HELD_OUT and [bool(chat.images) for chat in held] == [False] * 4 + [True] * 4

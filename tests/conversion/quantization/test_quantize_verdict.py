@@ -20,10 +20,10 @@ from tiny_quantized import (
 from conversion.quantization import quantize as quantize_module
 from conversion.quantization.error import errors_by_part
 from conversion.verdict import Limits, judge
-from conversion.verification import verify
+from conversion.verification import verify, verify_quantized
 from conversion.verification.verify import CHECKS, verify_model
 from hub_cards.publish import find_problems, publish_folder
-from hub_cards.publish_base import publish_quantized_base
+from hub_cards.publish_base import find_base_problems, publish_quantized_base
 from hub_cards.verdicts import REFERENCES
 
 
@@ -117,6 +117,24 @@ def test_unrelated_logits_fail_without_data(errors, tmp_path, monkeypatch):
     assert settings(tmp_path / "base", "quantization_config")["verdict"]["result"] == "not measured"
 
 
+def test_unrelated_logits_may_be_accepted_which_verify_honours(check, tmp_path, monkeypatch):
+    source = save_large_pair(tmp_path / "source")
+    for module in (quantize_module, verify_quantized):
+        monkeypatch.setattr(module, "measured_errors", lambda *_: ({"text": 1.3, "multimodal": 0.1}, []))
+    report = quantize(source, tmp_path / "new", {"accept_loss": True}, llm="w8a16", rounding="rtn")
+    assert (report.verdict["result"], report.verdict["accepted"]) == ("failed", True)
+    assert settings(tmp_path / "new/base", "quantization_config")["verdict"]["accepted"]
+    assert find_base_problems(tmp_path / "new/base") == []
+    (found,) = check(tmp_path / "new/genieblue", "stock_peft")
+    assert found.ok and "accepted: the logits of the text view are unrelated" in found.detail
+    (found,) = check(tmp_path / "new/genieblue")
+    assert found.ok and "failed, accepted" in found.detail
+    config = tmp_path / "new/genieblue/config.json"
+    config.write_text(config.read_text().replace('"accepted": true', '"accepted": false'))
+    (found,) = check(tmp_path / "new/genieblue", "stock_peft")
+    assert not found.ok and "the logits of the text view are unrelated" in found.detail
+
+
 def test_a_model_that_overflows_is_refused_before_anything_is_rounded(tmp_path):
     source = save_large_pair(tmp_path / "source")
     model = load(source)
@@ -149,8 +167,8 @@ def test_measuring_by_part_changes_neither_model():
 
 @pytest.fixture
 def check(monkeypatch):
-    def only_verdict(folder, **options):
-        monkeypatch.setattr(verify, "CHECKS", {"verdict": CHECKS["verdict"]})
+    def only_verdict(folder, name="verdict", **options):
+        monkeypatch.setattr(verify, "CHECKS", {name: CHECKS[name]})
         return verify_model(folder, **options)
 
     return only_verdict

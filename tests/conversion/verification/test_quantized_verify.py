@@ -247,6 +247,15 @@ def test_one_flipped_code_of_the_base_is_found_by_its_hash(pair, run):
     assert failed == ["base_files"] and "sha256 of quantized_model.safetensors" in details
 
 
+def test_a_base_that_records_other_weights_of_its_own_is_found(pair, run):
+    record = {"quantized_model.safetensors": "0" * 64}
+    edit_json(
+        pair / "base/config.json", lambda config: config["quantization_config"].update(weight_fingerprint=record)
+    )
+    failed, details = run(pair / "genieblue", "base_files")
+    assert failed == ["base_files"] and "the base's own config.json records 0000" in details
+
+
 @pytest.mark.parametrize("file", [OWN, ADAPTER])
 def test_one_flipped_code_of_our_own_is_found_by_its_hash(file, pair, run):
     flip_last_byte(pair / file)
