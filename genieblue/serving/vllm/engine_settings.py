@@ -35,9 +35,10 @@ class GenieBlueEngineSettings(VerifyAndUpdateConfig):
         if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":  # which processes that vLLM starts inherit
             raise ValueError("VLLM_USE_V2_MODEL_RUNNER is set: a GenieBlue has been tried with the V1 runner alone.")
         model_config.tokenizer_mode = TOKENIZER_MODE
-        base, revision, architectures = find_base(model_config.model, model_config.revision, config)
-        config.base_model_name_or_path, config.base_model_revision = base, revision
-        config.text_config.architectures = architectures
+        base = find_base(model_config.model, model_config.revision, config)
+        config.base_model_name_or_path, config.base_model_revision = base.location, base.revision
+        config.base_weight_files = base.weight_files
+        config.text_config.architectures = base.architectures
         # On the outer configuration only: the base's own rotary embedding stays as it is.
         config.mrope_section = [1, 1, 1]
         # vLLM hands the outer setting, which GenieBlue leaves False, down to the language model.
