@@ -2,13 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from genieblue.serving.vllm.own_weights import check_own_weights
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
 from modeling_genieblue.hints_genieblue import BaseNotFoundError, WrongBaseError
+from modeling_genieblue.language_adapter_genieblue import tensors_of_other_kinds
 from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
@@ -30,11 +32,21 @@ ARCHITECTURES = (
 )
 
 
-def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str | None, list[str]]:
-    """Folder or Hub id of the base that `config` names, its revision, and its architectures.
+class ServedBase(NamedTuple):
+    """A base that was checked: folder or Hub id, and the names of the files of weights that are to be loaded."""
+
+    location: str
+    revision: str | None
+    architectures: list[str]
+    weight_files: list[str]
+
+
+def find_base(model: str, revision: str | None, config: Any) -> ServedBase:
+    """The base that `config` names, after all files that are to be served were checked.
 
     `config` is that of the GenieBlue in `model`. Raises `ValueError` for a base that vLLM or this plugin cannot run,
-    or that is not the recorded one, and `OSError` for missing or damaged files; both say what to do.
+    or that is not the recorded one, and for weights that do not fit; `OSError` for missing or damaged files. All say
+    what to do.
     """
     request = LoadRequest.from_arguments(model, {"revision": revision})
     settings = request.check_layout()
@@ -61,8 +73,10 @@ def find_base(model: str, revision: str | None, config: Any) -> tuple[str, str |
     files = ModelFiles(base, revision=base_revision)
     recorded = settings.get("base_model_name_or_path")  # `config` may have another one, that was given instead
     architectures = _check_base_settings(base, files, config, recorded)
-    _check_base_weights(base, files, config, recorded, request.base_samples(required=True))
-    return base, base_revision, architectures
+    samples = request.base_samples(required=True)
+    check_own_weights(request, config, samples)
+    names = _check_base_weights(base, files, config, recorded, samples)
+    return ServedBase(base, base_revision, architectures, names)
 
 
 def _check_adapter_settings(found: dict[str, Any], config: Any) -> None:
@@ -111,8 +125,11 @@ def _check_base_settings(base: str, files: ModelFiles, config: Any, recorded: st
 
 def _check_base_weights(
     base: str, files: ModelFiles, config: Any, recorded: str | None, samples: dict[str, dict]
-) -> None:
-    """`ValueError` if the values in a base's files are not the recorded ones; a few pages of each are read."""
+) -> list[str]:
+    """Names of a base's files of weights; `ValueError` if their values are not the recorded ones.
+
+    A few pages of each file are read.
+    """
     paths = weight_files(files.find)
     if not paths:
         raise BaseNotFoundError(f"The base {base} has no weights in safetensors files: fetch it again.")
@@ -125,6 +142,7 @@ def _check_base_weights(
     differences += [f"{name} is missing" for name in missing]
     if differences:
         raise _wrong_base(base, recorded, differences)
+    return list(paths)
 
 
 def _compare_files(paths: list[Path], samples: dict[str, dict]) -> tuple[list[str], list[str]]:
@@ -132,7 +150,9 @@ def _compare_files(paths: list[Path], samples: dict[str, dict]) -> tuple[list[st
     differences, missing = [], set(samples)
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            for name in sorted(missing & set(file.keys())):
+            names = sorted(missing & set(file.keys()))
+            differences += tensors_of_other_kinds(file, names)
+            for name in names:
                 tensors = {name: file.get_tensor(name)}
                 differences += compare_with_samples(None, {name: samples[name]}, tensors)
                 missing.remove(name)

@@ -1,5 +1,6 @@
 """GenieBlue as a model of vLLM: one engine, the base's weights once, each request in its own view."""
 
+import glob
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,8 +66,15 @@ class GenieBlueForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         self._adapter = LanguageAdapter(vllm_config, self.language_model, self._rows)
         self.multimodal_language_model = self._adapter.tree
         self.secondary_weights = [
-            DefaultModelLoader.Source(
-                config.base_model_name_or_path, config.base_model_revision, prefix="language_model."
+            # The files that were checked; of several patterns in one source vLLM takes the first that matches.
+            *(
+                DefaultModelLoader.Source(
+                    config.base_model_name_or_path,
+                    config.base_model_revision,
+                    prefix="language_model.",
+                    allow_patterns_overrides=[glob.escape(name)],
+                )
+                for name in config.base_weight_files
             ),
             DefaultModelLoader.Source(
                 model_config.model,
@@ -118,7 +126,10 @@ class GenieBlueForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fills everything, strictly, from tensors that come one by one; only the adapter's are kept for a while."""
+        """Fills everything from tensors that come one by one; only the adapter's are kept for a while.
+
+        That none is missing was checked before, as vLLM does not miss the weights of a linear.
+        """
         adapter: dict[str, torch.Tensor] = {}
 
         def others() -> Iterable[tuple[str, torch.Tensor]]:

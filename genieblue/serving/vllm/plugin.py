@@ -1,6 +1,9 @@
 """What vLLM runs when it starts, in each of its processes: makes GenieBlue known to it, and imports little."""
 
+from typing import Any
+
 ARCHITECTURE = "GenieBlueForConditionalGeneration"
+MODEL_TYPE = "genieblue"
 TOKENIZER_MODE = "genieblue"
 MEDIA_CONNECTOR = "genieblue"  # the value of VLLM_MEDIA_CONNECTOR with which images come from allowed places alone
 VLLM_VERSION = "0.32"  # the plugin relies on parts of vLLM that change from one minor version to the next
@@ -9,12 +12,13 @@ VLLM_VERSION = "0.32"  # the plugin relies on parts of vLLM that change from one
 def register() -> None:
     """Registers the model, its configuration, processor, chat renderer and the reader of images.
 
-    With another version of vLLM only the model's name, whose import then says so: no other model is disturbed.
+    With another version of vLLM only the model's names, under which it then says so: no other model is disturbed.
     """
     from vllm import ModelRegistry, __version__
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__package__}.model:{ARCHITECTURE}")
-    if other_version(__version__) is not None:
+    if (error := other_version(__version__)) is not None:
+        _register_refusal(error)
         return
     # Ahead of `modeling_genieblue`, which then imports no model: vLLM has its own.
     import hub_cards  # noqa: F401, I001
@@ -39,6 +43,20 @@ def register() -> None:
         # The base's tokenizer as it is; the mode names the renderer.
         TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
         RENDERER_REGISTRY.register(TOKENIZER_MODE, f"{__package__}.renderer", "GenieBlueRenderer")
+
+
+def _register_refusal(error: ImportError) -> None:
+    """Makes the configuration, which is what vLLM reads first of a model, say what is wrong."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    class RefusedConfig(PretrainedConfig):
+        model_type = MODEL_TYPE
+
+        @classmethod
+        def from_dict(cls, *_: Any, **__: Any) -> Any:
+            raise error
+
+    AutoConfig.register(MODEL_TYPE, RefusedConfig, exist_ok=True)
 
 
 def other_version(version: str) -> ImportError | None:

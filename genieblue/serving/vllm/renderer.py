@@ -11,6 +11,7 @@ from vllm.renderers.hf import HfRenderer, resolve_chat_template_kwargs
 from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.utils.async_utils import make_async
 
+from genieblue.serving.vllm.guard import guard_servers
 from genieblue.serving.vllm.prompts import cache_salt, one_token_per_image, take_view
 from modeling_genieblue.processing_genieblue import GenieBlueProcessor
 
@@ -27,6 +28,7 @@ class GenieBlueRenderer(HfRenderer):
 
     def __init__(self, config: VllmConfig, tokenizer: Any):
         super().__init__(config, tokenizer)
+        guard_servers()  # each process that answers clients makes its renderer first
         model = config.model_config
         self._processor = GenieBlueProcessor.from_pretrained(model.model, revision=model.revision)
         # An image is one token here, and gets the texts around its tiles when these are cut.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -46,11 +47,13 @@ class ServerSettings:
     other: Sequence[str] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
-        given = {option.partition("=")[0].replace("_", "-") for option in self.other if option.startswith("-")}
-        if taken := sorted(given & OWN_OPTIONS):
-            raise ValueError(f"{taken[0]} is what `genieblue serve` sets itself: use its own option instead.")
-        if elsewhere := sorted(name for name in given if name == "--uds" or name.startswith("--ssl-")):
-            raise ValueError(f"{elsewhere[0]}: the server answers plain HTTP at host and port; put a proxy in front.")
+        # A part of a setting (`--limit-mm-per-prompt.image`) or of a list (`--allowed-media-domains+`) is that option.
+        given = [re.split(r"[=.+]", option)[0].replace("_", "-") for option in self.other if option.startswith("-")]
+        for name in sorted(given):
+            if _is_own(name):
+                raise ValueError(f"{name} is what `genieblue serve` sets itself: use its own option instead.")
+            if name in ("--uds", "--headless") or name.startswith(("--ssl-", "--grpc")):
+                raise ValueError(f"{name}: the server answers plain HTTP at host and port; put a proxy in front.")
 
     @property
     def name(self) -> str:
@@ -104,6 +107,13 @@ class ServerSettings:
             f"curl {self.address}/v1/chat/completions -H 'Content-Type: application/json' "
             f"-d {shlex.quote(json.dumps(message))}"
         )
+
+
+def _is_own(name: str) -> bool:
+    """Whether vLLM would take an option for one of `OWN_OPTIONS`: it knows an option by its beginning, too."""
+    if not name.startswith("--"):
+        return name.startswith("-tp")
+    return len(name) > 2 and any(own.startswith(name) for own in OWN_OPTIONS)
 
 
 def check_model(settings: ServerSettings) -> None:

@@ -85,10 +85,30 @@ def test_an_address_that_is_taken_is_told_before_vllm_starts(vllm, tmp_path):
     assert f"port {port}: Address already in use. Give another --port" in message
 
 
-@pytest.mark.parametrize("option", ["--port=9000", "--served_model_name", "-tp", "--hf-overrides", "--ssl-keyfile"])
-def test_options_that_would_be_set_twice_are_refused(option):
-    with pytest.raises(ValueError, match=option.partition("=")[0].replace("_", "-")):
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--port=9000", "--port"),
+        ("--served_model_name", "--served-model-name"),
+        ("-tp", "-tp"),
+        ("-tp2", "-tp2"),
+        ("--hf-overrides", "--hf-overrides"),
+        ("--limit-mm-per-prompt.image", "--limit-mm-per-prompt"),
+        ("--limit_mm_per_prompt.image=99", "--limit-mm-per-prompt"),
+        ("--limit-mm", "--limit-mm"),  # vLLM's parser knows it by its beginning
+        ("--allowed-media-domains+", "--allowed-media-domains"),
+        ("--ssl-keyfile", "--ssl-keyfile"),
+        ("--grpc", "--grpc"),
+    ],
+)
+def test_options_that_would_be_set_twice_are_refused(option, name):
+    with pytest.raises(ValueError, match=f"^{name}(:| is)"):
         ServerSettings("you/genieblue-3b", other=["--gpu-memory-utilization", "0.8", option, "2"])
+
+
+def test_options_whose_names_begin_alike_are_vllms():
+    other = ["--max-num-seqs", "4", "--limit-mm-per-prompt-of-another", "--enforce-eager", "-O3"]
+    assert ServerSettings("you/genieblue-3b", other=other).command()[-len(other) :] == other
 
 
 def test_a_genieblue_of_a_vlm_is_refused_before_vllm_starts(vllm, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_genieblue import save_tiny_pair, tiny_genieblue
 from tiny_models import save_tiny_base
@@ -19,6 +20,7 @@ def model(tmp_path):
 
 
 def found(model):
+    """Where the base is, its revision, architectures and files of weights."""
     return find_base(str(model), None, GenieBlueConfig.from_pretrained(model))
 
 
@@ -26,7 +28,8 @@ def test_a_base_on_the_hub_is_found_at_the_recorded_commit(hub, tmp_path):
     commit = hub.commit_folder("you/base-llm", save_tiny_base("llama", tmp_path / "base"))
     tiny_genieblue(base=AutoModelForCausalLM.from_pretrained("you/base-llm")).push_to_hub("you/genieblue-tiny")
     hub.commit_folder("you/base-llm", save_tiny_base("llama", tmp_path / "newer", seed=2))
-    assert found("you/genieblue-tiny") == ("you/base-llm", commit, ["LlamaForCausalLM"])
+    files = ["model.safetensors"]
+    assert found("you/genieblue-tiny") == ("you/base-llm", commit, ["LlamaForCausalLM"], files)
 
 
 def change(path, **settings):
@@ -34,7 +37,19 @@ def change(path, **settings):
 
 
 def test_the_recorded_base_is_found_beside_the_model(model):
-    assert found(model) == (str(model.parent / "base"), None, ["LlamaForCausalLM"])
+    files = ["model.safetensors"]
+    assert found(model) == (str(model.parent / "base"), None, ["LlamaForCausalLM"], files)
+
+
+def test_only_the_files_that_were_checked_are_to_be_loaded(model):
+    base = model.parent / "base"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="20KB")
+    (base / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(shards) > 1
+    for name in ("consolidated.safetensors", "other.safetensors"):
+        save_file({"model.norm.weight": torch.zeros(32)}, base / name)
+    assert found(model).weight_files == shards
 
 
 def test_a_base_with_other_values_is_refused_by_the_tensor(model):
