@@ -14,6 +14,7 @@ from conversion.cpu_threads import warn_of_threads
 from conversion.quantization.bases import check_existing_base, check_places, check_source, record_verdict, rounding_of
 from conversion.quantization.error import errors_by_part, measured_errors, unrelated_views, view_logits
 from conversion.quantization.healing import base_digest, warn_of_other_base
+from conversion.quantization.hessians import check_runs_by_blocks
 from conversion.quantization.mixed import Budget, MixedLinear
 from conversion.quantization.mixed_model import MixedModel, Plans
 from conversion.quantization.parts import round_parts
@@ -35,8 +36,6 @@ from modeling_genieblue.model_files_genieblue import (
     RECIPE_NAME,
 )
 from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
-
-ADDS_TO_BLOCKS = ("qwen3_vl",)  # families of VLMs whose decoder gets features of images between its blocks
 
 
 @dataclass(frozen=True)
@@ -220,15 +219,8 @@ def _checked_config(source: Any, samples: CalibrationSamples, where: dict[str, A
     rows = [*samples.text, *(request["input_ids"] for request in samples.multimodal)]
     longest = max((ids.shape[1] for ids in rows), default=0)
     most = getattr(config.text_config, "max_position_embeddings", None)
-    if (
-        isinstance(config, VlmGenieBlueConfig)
-        and config.vlm_config.model_type in ADDS_TO_BLOCKS
-        and samples.multimodal
-    ):
-        raise ValueError(
-            f"A VLM of type {config.vlm_config.model_type!r} adds features of images between its blocks, which "
-            "therefore cannot be calibrated on chats with images one by one: give texts, or chats without images."
-        )
+    if isinstance(config, VlmGenieBlueConfig) and samples.multimodal:
+        check_runs_by_blocks(config.vlm_config.model_type, "give texts, or chats without images")
     if isinstance(most, int) and longest > most:
         raise ValueError(
             f"A calibration sample has {longest} tokens, but the base supports only {most}: use shorter texts "
