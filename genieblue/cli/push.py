@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
+from genieblue.cli.qnn import is_bundle
 from genieblue.cli.terminal import quiet_hub
 
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of a GenieBlue, of a quantized base or of an export.")
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of a GenieBlue, a quantized base, an export or a bundle."),
     ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: you/model.")],
     base: Annotated[
@@ -25,7 +27,7 @@ def push(
     ] = False,
     token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.")] = None,
 ) -> None:
-    """Publish a GenieBlue, a quantized base or an export.
+    """Publish a GenieBlue, a quantized base, an export or an NPU bundle.
 
     The folder is checked first, and the upload is a single commit. A GenieBlue's base must already be on the Hub, or
     inside its folder. If the folder names a local base, --base gives its repository, whose files must be identical.
@@ -39,7 +41,13 @@ def push(
     options = {
         "private": private, "token": token, "revision": revision, "commit_message": message, "create_pr": create_pr,
     }  # fmt: skip
-    if read_export(folder) is not None:
+    if is_bundle(str(folder)):
+        from conversion.qnn.bundle.publish import publish_bundle
+
+        if base is not None:
+            raise typer.BadParameter(f"{folder} needs no base to run: leave out --base.", param_hint="--base")
+        commit = publish_bundle(folder, repo_id, accept_loss=accept_loss, **options)
+    elif read_export(folder) is not None:
         if accept_loss:
             raise typer.BadParameter(f"{folder} is an export, which has no verdict.", param_hint="--accept-loss")
         commit = publish_export(folder, repo_id, base=base, **options)

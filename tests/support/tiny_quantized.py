@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_genieblue import IMAGE, change_adapter, prompt, row, tiles
 from tiny_models import REMOTE_CODE_FAMILIES, SEED, save_tiny_base, tiny_vision_tower
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.quantize import CalibrationSamples, QuantizationReport, quantize_genieblue
-from modeling_genieblue import GenieBlueForConditionalGeneration
+from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, GenieBlueProcessor
 
 # Multiples of 32 inputs and 16 outputs everywhere, also of the key and value projections.
 SHAPE = {"hidden_size": 64, "intermediate_size": 160}
@@ -54,6 +54,19 @@ def save_large_pair(folder: Path, family: str = "llama", *, tower: dict | None =
         )
     change_adapter(model, scale=0.05).save_pretrained(folder / "genieblue")
     return folder / "genieblue"
+
+
+def with_processor(genieblue: Path) -> Path:
+    """Saves the processor of a pair, whose images are one tile, beside its weights."""
+    config = GenieBlueConfig.from_pretrained(genieblue)
+    GenieBlueProcessor.from_base(
+        AutoTokenizer.from_pretrained(genieblue.parent / "base-llm"),
+        image_token_id=config.image_token_id,
+        image_seq_length=config.image_seq_length,
+        tile_size=config.vision_config.image_size,
+        max_tiles=1,
+    ).save_pretrained(genieblue)
+    return genieblue
 
 
 @functools.cache

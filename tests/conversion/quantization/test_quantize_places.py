@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from command_line import REPOSITORY
 from tiny_models import FAMILIES
 from tiny_quantized import (
     answers,
@@ -18,6 +19,7 @@ from tiny_quantized import (
     large_pair,
     leftovers,
     load,
+    load_base,
     quantize,
     quantized_pair,
     same,
@@ -34,6 +36,7 @@ from conversion.staging import explained_full_disk
 from conversion.verification.saved_model import SavedModel
 from conversion.verification.verify_quantized import check_quantization
 from genieblue.cli.app import app
+from hub_cards.publish_base import find_base_problems
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 
@@ -207,6 +210,50 @@ def test_what_a_killed_run_left_is_removed_and_what_is_in_use_or_the_users_stays
     else:  # the old folder was in it
         kept = next(tmp_path.glob(".q.writing-*/q.old"))
         assert (kept / "inner").is_dir() and str(kept) in caplog.text
+
+
+KILLED_QUANTIZE = """
+import os, sys
+
+from conversion.quantization import parts
+from genieblue.cli.app import app
+from modeling_genieblue.staging_genieblue import NewFolder
+
+def kill(*_arguments, **_options):
+    os.kill(os.getpid(), 9)
+
+if sys.argv[1] == "rounding":
+    parts._round_adapter = kill
+else:  # its base is in its place, and it is not
+    put_in_place = NewFolder.put_in_place
+
+    def place(self, *options):
+        put_in_place(self, *options)
+        if self.target.name == "base":
+            kill()
+
+    NewFolder.put_in_place = place
+app(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("when", ["rounding", "between"])
+def test_a_killed_quantize_leaves_nothing_half_and_the_next_one_goes_on(when, tmp_path):
+    command = ["quantize", str(large_pair()), "--out", str(tmp_path / "q"), "--base-out", str(tmp_path / "base"),
+               "--llm", "w8a16"]  # fmt: skip
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_QUANTIZE, when, *command], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    seen = [name for name in leftovers(tmp_path) if not name.startswith(".")]
+    assert seen == ([] if when == "rounding" else ["base"]) and len(leftovers(tmp_path)) > len(seen)
+    if seen:  # whole, and to be used
+        assert find_base_problems(tmp_path / "base") == []
+        load_base(tmp_path / "base")
+    result = CliRunner().invoke(app, [*command, *(["--overwrite"] if seen else [])])
+    assert result.exit_code == 0, result.output
+    assert leftovers(tmp_path) == ["base", "q"]
+    assert same(answers(load(tmp_path / "q")), answers(load(quantized_pair(llm="w8a16") / "genieblue")))
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import shutil
 import pytest
 from command_line import error_of, run, run_json
 from PIL import Image
-from tiny_quantized import save_large_pair
-from transformers import AutoTokenizer
+from tiny_quantized import save_large_pair, with_processor
 
 from conversion.quantization import quantize as quantize_module
 from conversion.quantization.quantize import QuantizationReport
 from conversion.verdict import Limits, nothing_measured
 from genieblue.cli.verdict import open_held_out
-from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor
 from modeling_genieblue.quantized_settings_genieblue import QUANTIZED_PARTS
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
@@ -21,16 +19,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = save_large_pair(tmp_path_factory.mktemp("source"))
-    config = GenieBlueConfig.from_pretrained(folder)
-    GenieBlueProcessor.from_base(
-        AutoTokenizer.from_pretrained(folder.parent / "base-llm"),
-        image_token_id=config.image_token_id,
-        image_seq_length=config.image_seq_length,
-        tile_size=config.vision_config.image_size,
-        max_tiles=1,
-    ).save_pretrained(folder)
-    return folder
+    return with_processor(save_large_pair(tmp_path_factory.mktemp("source")))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +53,18 @@ def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monke
     assert run_json(*command, "--json", code=1)["verdict"] == verdict
 
 
+def test_a_loss_may_be_accepted_without_data(model, tmp_path, monkeypatch):
+    given = {}
+
+    def note(*_arguments, **options):
+        given.update(options)
+        return QuantizationReport(model, "base", {}, {}, nothing_measured(), [])
+
+    monkeypatch.setattr(quantize_module, "quantize_genieblue", note)
+    run("quantize", model, "--out", tmp_path / "new", "--accept-loss")
+    assert given["accept_loss"] and given["held_out"] is None
+
+
 def test_a_chart_of_no_formats_is_not_drawn(model, tmp_path, monkeypatch):
     report = QuantizationReport(model, "base", {}, {}, nothing_measured(), [])
     monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
@@ -92,7 +93,6 @@ def test_without_data_it_says_that_nothing_was_measured(model, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--accept-loss"], "--eval-data"),
         (["--max-answer-loss", "2"], "--eval-data"),
         (["--metric", "anls"], "--eval-data"),
     ],

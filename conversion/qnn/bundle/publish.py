@@ -1,0 +1,56 @@
+"""Publishes a bundle on the Hub as one commit."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+
+from conversion.qnn.bundle.metadata import ADAPTER, METADATA, PROBE, Bundle, signed
+from conversion.qnn.bundle.runtime_files import render_readme
+from hub_cards.one_commit import Upload, check_no_problems, read_card, send
+from hub_cards.verdicts import verdict_problems
+from modeling_genieblue.model_files_genieblue import (
+    ADAPTER_CONFIG_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHT_SHARDS,
+    WEIGHTS_NAME,
+)
+
+# Of an earlier push; whatever else lies in these folders would be no file of the bundle.
+STALE = ("vision/*", "language_*/*", "qdq/*", "qairt/*", "processor/*", ADAPTER, PROBE)
+FOREIGN = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS, ADAPTER_CONFIG_NAME)
+
+
+def publish_bundle(folder: str | Path, repo_id: str, *, accept_loss: bool = False, **commit: Any) -> CommitInfo:
+    """Checks the folder of a bundle and pushes it to the Hub as one commit; creates the repo if needed.
+
+    `accept_loss` publishes it in spite of a verdict that it lost too much, which its README keeps. `commit` are
+    options of `one_commit.send`, such as `token` and `private`. Raises `OSError` or `ValueError` for a folder that is
+    no bundle, `ValueError` with every problem found, before anything is uploaded; the Hub's own errors pass through.
+    """
+    folder = Path(folder)
+    bundle = Bundle(folder)
+    problems = [f"{problem}." for problem in bundle.changed_files()]
+    check_no_problems(folder, problems + ([] if accept_loss else verdict_problems(bundle.metadata)))
+    files: dict[str, Path | bytes] = {name: bundle.path(name) for name in bundle.metadata["files"]}
+    files[METADATA], card = folder / METADATA, read_card(folder) or ""
+    if verdict_problems(bundle.metadata):  # accepted by now, which the bundle itself must say too
+        files[METADATA], card = _accepted(bundle.metadata, has_float_graphs=(folder / "qairt").is_dir())
+    # The metadata have the README's sha256, so none is kept that was edited on the Hub.
+    upload = Upload(files, "Upload NPU bundle", card, lambda _name: card, stale=STALE, foreign=FOREIGN)
+    return send(upload, repo_id, **commit)
+
+
+def _accepted(metadata: Mapping[str, Any], *, has_float_graphs: bool) -> tuple[bytes, str]:
+    """Metadata and README with an accepted verdict."""
+    metadata = {**metadata, "verdict": {**metadata["verdict"], "accepted": True}}
+    card = render_readme(metadata, has_float_graphs)
+    content = card.encode()
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    metadata = signed({**metadata, "files": {**metadata["files"], CARD_NAME: facts}})
+    return (json.dumps(metadata, indent=1) + "\n").encode(), card
