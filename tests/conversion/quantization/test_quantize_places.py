@@ -226,7 +226,13 @@ if sys.argv[1] == "rounding":
     parts._round_adapter = kill
 else:  # its base is in its place, and it is not
     put_in_place = NewFolder.put_in_place
-    NewFolder.put_in_place = lambda self: (put_in_place(self), kill())
+
+    def place(self, *options):
+        put_in_place(self, *options)
+        if self.target.name == "base":
+            kill()
+
+    NewFolder.put_in_place = place
 app(sys.argv[2:])
 """
 
