@@ -57,7 +57,7 @@ def transformers_answers(chats: list[list[dict]], model: Any, formatter: Any) ->
         if (key := json.dumps(chat)) not in known:
             inputs = formatter.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
+            ).to(model.device)
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
             known[key] = formatter.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [known[json.dumps(chat)] for chat in chats]
@@ -66,6 +66,7 @@ def transformers_answers(chats: list[list[dict]], model: Any, formatter: Any) ->
 def expected_answers(model: Path, texts: list, images: list) -> tuple[list[str], list[str]]:
     """transformers' answers: of the base alone to texts, of the GenieBlue to images."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole.to("cuda" if torch.cuda.is_available() else "cpu")
     base = whole.language_model
     tokenizer = AutoTokenizer.from_pretrained(model)
     return transformers_answers(texts, base, tokenizer), transformers_answers(
