@@ -20,7 +20,10 @@ def diff(
     second_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SECOND on the Hub.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Compare two GenieBlues: settings, processor, templates, code, and tensor by tensor."""
+    """Compare two GenieBlues: settings, processors and tensors.
+
+    Templates, tokenizers and code are compared too.
+    """
     with stdout_for_json(json_output), looking_for(first), looking_for(second):
         from conversion.compare import compare_models
 

@@ -27,9 +27,9 @@ def push(
     ] = False,
     token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or the token from `hf auth login`.")] = None,
 ) -> None:
-    """Publish a GenieBlue, a quantized base, an export or an NPU bundle.
+    """Publish a GenieBlue, its base or an export on the Hub.
 
-    The folder is checked first, and the upload is a single commit. A GenieBlue's base must already be on the Hub, or
+    Of bases only quantized ones; NPU bundles are exports, too. The folder is checked first, and the upload is a single commit. A GenieBlue's base must already be on the Hub, or
     inside its folder. If the folder names a local base, --base gives its repository, whose files must be identical.
     """
     from hub_cards.exports import publish_export, read_export
