@@ -29,8 +29,9 @@ def push(
 ) -> None:
     """Publish a GenieBlue, its base or an export on the Hub.
 
-    Of bases only quantized ones; NPU bundles are exports, too. The folder is checked first, and the upload is a single commit. A GenieBlue's base must already be on the Hub, or
-    inside its folder. If the folder names a local base, --base gives its repository, whose files must be identical.
+    Of bases only quantized ones; NPU bundles are exports, too. The folder is checked first, and the upload is a single
+    commit. A GenieBlue's base must already be on the Hub, or inside its folder. If the folder names a local base,
+    --base gives its repository, whose files must be identical.
     """
     from hub_cards.exports import publish_export, read_export
     from hub_cards.model_folder import read_base_quantization
