@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 from tiny_models import save_tiny_base, tiny_config
 
 from genieblue.lab.tasks import TASKS
-from genieblue.lab.tasks.materials import SYMBOLS
+from genieblue.lab.tasks.materials import SHAPES, SYMBOLS
 from genieblue.lab.tile_reader import TILE_SIZE
 from genieblue.lab.vision import (
     CAPTION_LENGTH,
@@ -68,7 +68,7 @@ def test_the_tower_and_the_projector_for_a_base_are_saved(tmp_path):
 
 
 def test_what_is_read_is_of_all_tasks():
-    drawn = [draw_marked(np.random.default_rng([2, index])) for index in range(100)]
+    drawn = [draw_marked(np.random.default_rng([2, index])) for index in range(200)]
     labels = {mark.label for _, marks in drawn for mark in marks}
-    assert labels & set(SYMBOLS.values()) and "circle" in labels and "7" in labels and "Q" in labels
+    assert labels & set(SYMBOLS.values()) and labels & set(SHAPES) and "7" in labels and "Q" in labels
     assert set(READ) - set(TASKS) == {"letters"} and sum(READ.values()) == pytest.approx(1)
