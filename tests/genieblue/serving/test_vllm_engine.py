@@ -3,8 +3,10 @@
 import random
 
 import pytest
+import torch
 from openai_chats import LONG, image, mixed_chats, transformers_answers, user
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from vllm_engine import save_wide_pair, vllm_answers
 
 pytest.importorskip("vllm", reason="`make test-vllm` has an environment with it")
@@ -86,31 +88,23 @@ def test_quantization_by_vllm_is_refused(models, tmp_path):
         vllm_answers(tmp_path / "engine", models("llama-tied")[0], [], quantization="fp8")
 
 
-def without_lora_a(tensors, name):
-    del tensors[name]
-
-
-def with_lower_rank(tensors, name):
-    tensors[name] = tensors[name][:1].contiguous()
-
-
-def without_a_copied_tensor(tensors, name):
-    del tensors[name.replace("layers.0", "layers.3").replace("lora_A.", "")]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without_lora_a, "lacks layers.0.self_attn.q_proj.lora_A.weight"),
-        (with_lower_rank, r"has LoRA of shape \[.*\] for layers.0.self_attn.qkv_proj"),
-        (without_a_copied_tensor, r"has \d+ tensors of replicated blocks"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused_by_its_tensor(damage, message, tmp_path):
+def test_a_hole_in_the_weights_is_refused_by_the_tensor(tmp_path):
     folder = save_wide_pair(tmp_path, "llama-tied")
-    path = folder / "language_adapter/adapter_model.safetensors"
-    tensors = load_file(path)
-    damage(tensors, next(name for name in tensors if "layers.0.self_attn.q_proj.lora_A" in name))
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(RuntimeError, match=f"The language adapter {message}"):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["vision_tower.encoder.layers.0.self_attn.k_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="vision_tower.encoder.layers.0.self_attn.k_proj.weight is missing"):
         vllm_answers(tmp_path / "engine", folder, [])
+
+
+def test_of_a_base_those_files_are_loaded_that_were_checked(models, tmp_path):
+    folder = save_wide_pair(tmp_path, "llama-tied")
+    base = folder.parent / "base"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="300KB")
+    (base / "model.safetensors").unlink()
+    assert len(list(base.glob("*.safetensors"))) > 1
+    for name in ("consolidated.safetensors", "other.safetensors"):
+        save_file({"model.norm.weight": torch.zeros(128)}, base / name, {"format": "pt"})
+    chats, expected = mixed_chats(), models("llama-tied")[1]
+    (answers,) = vllm_answers(tmp_path / "engine", folder, [[chats["text"], chats["image"]]])
+    assert [answer["ids"] for answer in answers] == [expected["text"], expected["image"]]
