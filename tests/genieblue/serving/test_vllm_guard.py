@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from genieblue.serving.vllm.guard import RequestGuard, refusal
+from genieblue.serving.vllm.guard import RequestGuard, guard_servers, refusal
 
 CHAT = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}
 PROMPT = {"prompt": "What is it?"}
@@ -83,3 +85,15 @@ def test_a_refused_request_does_not_reach_the_server():
 
 def test_what_is_not_posted_is_not_looked_at():
     assert len(passed(b'{"view": 1}', method="GET")[0]) == 3
+
+
+def test_a_server_gets_the_guard_once_behind_what_vllm_puts_before_it(monkeypatch):
+    added, launchers = [], "vllm.entrypoints.launchers"
+    for name in ("vllm", "vllm.entrypoints", launchers, f"{launchers}.app"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[launchers].app = app = sys.modules[f"{launchers}.app"]
+    app.init_entrypoints_middleware = lambda *_: added.append("vLLM's own")
+    guard_servers()
+    guard_servers()
+    app.init_entrypoints_middleware(None, SimpleNamespace(add_middleware=added.append), ("generate",))
+    assert added == [RequestGuard, "vLLM's own"]
