@@ -77,24 +77,3 @@ def transformers_answers(
         output = answerer.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
         answers[name] = output[0, inputs["input_ids"].shape[1] :].tolist()
     return answers
-
-
-@torch.no_grad()
-def logit_gaps(model_folder: Path, chats: dict[str, list[dict]], answers: dict[str, list[int]], dtype: torch.dtype):
-    """By name, how far below the likeliest token an answer's least likely one is: 0 for transformers' greedy answer.
-
-    Logits are those of transformers with the answer so far, so that rounding in one step does not spoil the next.
-    """
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(model_folder)
-    gaps = {}
-    for name, chat in chats.items():
-        inputs = processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        answer = torch.tensor([answers[name]])
-        ids = torch.cat([inputs["input_ids"], answer], dim=1)
-        logits = model(ids, pixel_values=inputs["pixel_values"], use_cache=False).logits.float()
-        logits = logits[:, inputs["input_ids"].shape[1] - 1 : -1]
-        gaps[name] = float((logits.amax(-1) - logits.gather(-1, answer[..., None])[..., 0]).max())
-    return gaps

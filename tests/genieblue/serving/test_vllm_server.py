@@ -12,12 +12,10 @@ import struct
 import subprocess
 import sys
 import time
-import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 from openai_chats import image, mixed_chats, transformers_answers, user
@@ -38,25 +36,24 @@ def model(tmp_path_factory):
     return save_wide_pair(tmp_path_factory.mktemp("server"), "llama-tied")
 
 
-def free_port():
+@contextmanager
+def served(model, *vllm_options):
+    """A server's address, as it prints it itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-@contextmanager
-def running(command, log, address_in, **variables):
-    """The address of a server that was started, once `address_in` finds it in what the server has written."""
+        port = free.getsockname()[1]
+    options = ["--port", str(port), "--max-images", "2", "--max-image-pixels", "1000000", "--max-length", "512"]
+    command = [sys.executable, "-m", "genieblue", "serve", str(model), *options, "--dtype", "float32", "--"]
+    log = model.parent / "serve.log"
     with open(log, "w") as file:
         server = subprocess.Popen(
-            [*command, "--enforce-eager", "--disable-log-stats"],
-            env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables},
-            stdout=file, stderr=file,
+            [*command, "--enforce-eager", "--disable-log-stats", *vllm_options],
+            env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=file, stderr=file,
         )  # fmt: skip
     try:
         for _ in range(1800):
-            if (address := address_in(log.read_text())) is not None:
-                yield address
+            if found := re.search(r"Serving genieblue at (http://\S+)", log.read_text()):
+                yield found[1]
                 break
             assert server.poll() is None, log.read_text()[-4000:]
             time.sleep(0.5)
@@ -65,37 +62,6 @@ def running(command, log, address_in, **variables):
     finally:
         server.terminate()
         server.wait(timeout=60)
-
-
-def served(model, *vllm_options):
-    """A server's address, as `genieblue serve` prints it."""
-    options = ["--port", free_port(), "--max-images", "2", "--max-image-pixels", "1000000", "--max-length", "512"]
-    command = [sys.executable, "-m", "genieblue", "serve", str(model), *options, "--dtype", "float32", "--"]
-
-    def printed(log):
-        found = re.search(r"Serving genieblue at (http://\S+)", log)
-        return found[1] if found else None
-
-    return running([*command, *vllm_options], model.parent / "serve.log", printed)
-
-
-def served_by_vllm(model, names):
-    """As `served`, by vLLM's own command as its users know it; `names` is a folder for the name of its package."""
-    (names / "vllm-0.32.0.dist-info").mkdir()  # the build for CPUs has another, and the command asks for this one
-    (names / "vllm-0.32.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
-    port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--trust-remote-code"]
-    command += ["--served-model-name", "genieblue", "--port", port, "--dtype", "float32", "--max-model-len", "512"]
-
-    def answered(_):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-        except OSError:
-            return None
-        return f"http://127.0.0.1:{port}/v1"
-
-    paths = os.pathsep.join([str(names), os.environ.get("PYTHONPATH", "")])
-    return running(command, names / "serve.log", answered, PYTHONPATH=paths)
 
 
 @pytest.fixture(scope="module")
@@ -212,40 +178,6 @@ def test_unknown_models_views_and_token_ids_are_a_4xx(ask, client):
         client.completions.create(model="genieblue", prompt=[5, 128, 7], max_tokens=4)
     with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs are disabled"):
         ask(mixed_chats()["image"], extra_body={"mm_processor_kwargs": {"max_tiles": 1}})
-
-
-def features():
-    """What the endpoint for token ids takes for an image that was cut elsewhere."""
-    return {"mm_hashes": {"image": ["0" * 64]}, "mm_placeholders": {"image": [{"offset": 1, "length": 4}]}}
-
-
-def test_what_vllm_would_not_read_is_a_4xx(ask, client):
-    for options in ({"view": "multimodal"}, {"vllm_xargs": {"view": "multimodal"}}):
-        with pytest.raises(openai.BadRequestError, match="view is 'multimodal'"):
-            ask([user("Hello")], extra_body=options)
-    with pytest.raises(openai.BadRequestError, match="images: images are not read"):
-        client.completions.create(model="genieblue", prompt="What?", max_tokens=4, extra_body={"images": ["AAAA"]})
-    root = str(client.base_url).removesuffix("v1/")
-    request = {"token_ids": [5, 0, 0, 0, 0, 7], "sampling_params": {"max_tokens": 4}}
-    assert client.post(f"{root}inference/v1/generate", body=request, cast_to=dict)["choices"]
-    with pytest.raises(openai.BadRequestError, match="features: this server cuts images itself"):
-        client.post(f"{root}inference/v1/generate", body={**request, "features": features()}, cast_to=dict)
-
-
-def test_vllms_own_command_answers_and_refuses_alike(model, expected, tmp_path):
-    with (
-        served_by_vllm(model, tmp_path) as address,
-        openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client,
-    ):
-        for name in ("text", "image"):
-            assert answer_of(client, mixed_chats()[name]) == expected[name]
-        for name in ("broken base64", "no image", "a web address", "a file"):
-            message, reason = BAD[name]
-            with pytest.raises(openai.BadRequestError, match=reason):
-                answer_of(client, [message()])
-        with pytest.raises(openai.BadRequestError, match="view is 'multimodal'"):
-            answer_of(client, [user("Hello")], extra_body={"view": "multimodal"})
-        assert answer_of(client, mixed_chats()["image"]) == expected["image"]
 
 
 def test_a_client_that_hangs_up_disturbs_nobody(ask, client, expected):
