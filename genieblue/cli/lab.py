@@ -29,6 +29,7 @@ def run(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Structures to run now, such as 'genieblue-*'; may be repeated."),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells to run at a time, each on its share of the cores.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One seed and a fraction of steps and questions.")] = False,
 ) -> None:
     """Train all structures and write the report.
@@ -43,7 +44,7 @@ def run(
 
     lab = read_lab_file(lab_file)
     folder = out or lab_file.with_suffix("")
-    states = run_lab(lab.quick() if quick else lab, folder, only or ())
+    states = run_lab(lab.quick() if quick else lab, folder, only or (), jobs)
     if any(state == "done" for state, _ in states.values()):
         note(f"Report: {write_report(folder)}")
     unfinished = [f"{cell}: {state} {word}" for cell, (state, word) in states.items() if state != "done"]

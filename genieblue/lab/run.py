@@ -2,10 +2,13 @@
 
 import fnmatch
 import logging
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,11 +57,12 @@ LAB = "lab.json"  # what decides the results
 UNTRAINED = "untrained"
 
 
-def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, tuple[str, str]]:
+def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = (), jobs: int = 1) -> dict[Cell, tuple[str, str]]:
     """Runs every cell that is missing, each in a process of its own, and returns the state of all.
 
-    `only` are patterns of names of structures, such as `genieblue-*`. A cell that fails or dies does not end the lab.
-    Raises `ValueError` for a folder of another lab, or of cells of another configuration, before anything is run.
+    `only` are patterns of names of structures, such as `genieblue-*`; `jobs` is how many cells run at a time, on equal
+    shares of the cores. A cell that fails or dies does not end the lab. Raises `ValueError` for a folder of another
+    lab, or of cells of another configuration, before anything is run.
     """
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: give the folder of the lab with --out.")
@@ -72,17 +76,23 @@ def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = ()) -> dict[Cell, 
     for cell, wanted in configurations(folder, lab, cells).items():
         if (cell.folder(folder) / CELL).is_file():
             check_same(cell.folder(folder) / CELL, wanted)
-    for number, cell in enumerate(cells, start=1):
-        if (cell.folder(folder) / RESULT).is_file():
-            continue
-        logger.info("Cell %d of %d: %s", number, len(cells), cell)
-        command = [sys.executable, "-m", "genieblue.lab.cells", str(folder), cell.data, cell.structure, str(cell.seed)]
-        code = subprocess.run(command, check=False).returncode
-        if code == TAKEN:
-            logger.info("%s is left to the process that is running it.", cell)
-        elif code:
-            logger.warning("%s ended with exit code %d: it goes on from there when the lab is run again.", cell, code)
+    missing = [cell for cell in cells if not (cell.folder(folder) / RESULT).is_file()]
+    logger.info("%d of %d cells are to be run", len(missing), len(cells))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(partial(_run_cell, folder, jobs), missing))
     return {cell: state_of(folder, cell) for cell in cells}
+
+
+def _run_cell(folder: Path, jobs: int, cell: Cell) -> None:
+    """One cell, in a process that shares the cores with those of other `jobs`."""
+    logger.info("Cell: %s", cell)
+    command = [sys.executable, "-m", "genieblue.lab.cells", str(folder), cell.data, cell.structure, str(cell.seed)]
+    shared = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))} if jobs > 1 else {}
+    code = subprocess.run(command, check=False, env={**os.environ, **shared}).returncode
+    if code == TAKEN:
+        logger.info("%s is left to the process that is running it.", cell)
+    elif code:
+        logger.warning("%s ended with exit code %d: it goes on from there when the lab is run again.", cell, code)
 
 
 def _take_over(lab: LabFile, folder: Path) -> None:

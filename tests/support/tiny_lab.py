@@ -43,7 +43,7 @@ def cells_in_this_process(monkeypatch, fail=lambda cell: None):
     class Finished:
         returncode = 0
 
-    def start(command, check):
+    def start(command, *, check, env):
         folder, data, structure, seed = command[3:]
         cell = Cell(data, structure, int(seed))
         fail(cell)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,22 @@ def test_a_cell_that_dies_is_named_and_the_lab_goes_on(lab, monkeypatch, caplog)
     states = run_lab(*lab)
     assert [state for state, _ in states.values()].count("missing") == 2
     assert caplog.text.count("exit code -9") == 2
+
+
+def test_cells_run_at_a_time_on_equal_shares_of_the_cores(lab, monkeypatch):
+    for name in ("full", "lora"):
+        shutil.rmtree(Cell("mixed", name, 0).folder(lab[1]))
+    both, threads = threading.Barrier(2, timeout=30), []
+
+    def wait_for_the_other(_, *, check, env):
+        threads.append(env.get("OMP_NUM_THREADS"))
+        both.wait()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run.subprocess, "run", wait_for_the_other)
+    monkeypatch.setattr(run.torch, "get_num_threads", lambda: 6)
+    run_lab(*lab, jobs=2)
+    assert threads == ["3", "3"]
 
 
 def test_only_the_structures_that_are_named_are_run(lab, monkeypatch):
@@ -287,7 +304,7 @@ def test_a_cell_that_another_process_is_running_is_left_to_it(lab, monkeypatch, 
     cell = Cell("mixed", "lora", 0)
     (cell.folder(lab[1]) / RESULT).unlink()
 
-    def start(command, check):
+    def start(command, *, check, env):
         monkeypatch.setattr(sys, "argv", command[2:])
         with pytest.raises(SystemExit) as ended:
             cells.main()
