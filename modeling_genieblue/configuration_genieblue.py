@@ -29,6 +29,12 @@ CONFIG_KINDS = {
 }  # fmt: skip
 
 
+def runtime_settings(config: Any) -> dict[str, Any]:
+    """The arguments of a pass that a configuration sets; what it leaves at `None` is not its business."""
+    asked = {name: getattr(config, name, None) for name in RUNTIME_SETTINGS}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
 def select_replicated_layers(num_hidden_layers: int, placement: str) -> list[int]:
     """Indices of the quarter of a base's blocks that is replicated and trained.
 

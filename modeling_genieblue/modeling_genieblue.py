@@ -29,7 +29,7 @@ from .backbone_genieblue import GenieBlueBackbone
 from .base_identity_genieblue import tensor_samples
 from .base_loading_genieblue import check_identity, load_base, record_location, resolve_base
 from .compat_genieblue import CACHE, adapt_to_cache_of_generate, cache_argument, cache_field, take_cache
-from .configuration_genieblue import RUNTIME_SETTINGS, GenieBlueConfig
+from .configuration_genieblue import GenieBlueConfig, runtime_settings
 from .frozen_base_genieblue import FrozenBaseModel
 from .generation_genieblue import GenieBlueGenerationMixin
 from .image_features_genieblue import ImageFeaturesMixin
@@ -394,11 +394,11 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
         inputs = {name: value for name, value in inputs.items() if value is not None}
         # The base computes its loss itself, unless another was set, which its code may not know.
         if not any(is_multimodal) and (labels is None or not hasattr(self.language_model, "_loss_function")):
-            return self.language_model(**{**_asked_by(self.config), **inputs})
-        asked = _asked_by(self.language_model.config)
+            return self.language_model(**{**runtime_settings(self.config), **inputs})
+        asked = runtime_settings(self.language_model.config)
         if labels is not None and cache is None:
             asked["use_cache"] = False  # nothing goes on from it, and with a cache packed samples would mix
-        inputs = {**asked, **_asked_by(self.config), **inputs}
+        inputs = {**asked, **runtime_settings(self.config), **inputs}
         as_tuple = inputs.pop("return_dict", True) is False
         if labels is not None:
             inputs["labels"] = labels.masked_fill(labels == self.config.image_token_id, IGNORED)
@@ -443,12 +443,6 @@ class GenieBlueForConditionalGeneration(ImageFeaturesMixin, FrozenBaseModel, Gen
     def base_model(self) -> GenieBlueBackbone:
         """All but the LM head: a module whose output has `last_hidden_state`."""
         return GenieBlueBackbone(self)
-
-
-def _asked_by(config: Any) -> dict[str, Any]:
-    """The arguments of a pass that a configuration sets; what it leaves at `None` is not its business."""
-    asked = {name: getattr(config, name, None) for name in RUNTIME_SETTINGS}
-    return {name: value for name, value in asked.items() if value is not None}
 
 
 GenieBlueForConditionalGeneration.register_for_auto_class("AutoModel")
