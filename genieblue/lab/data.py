@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from genieblue.data.chat_samples import parse_chat, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.jsonl_files import JsonlFiles
+from genieblue.data.sample_keys import shortened
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.lab.lab_file import ENGLISH
 from genieblue.lab.tasks import TASKS
@@ -41,9 +43,7 @@ class LabChats(Dataset):
         seed: int,
     ):
         self._draw = TASKS
-        self._files = {name: ChatDataset(files["train"]) for name, files in tasks.items() if files}
-        if empty := [name for name, chats in self._files.items() if not len(chats)]:
-            raise ValueError(f"The training data of the task {empty[0]!r} is empty: expected chats.")
+        self._files = {name: ChatDataset(files["train"], skip_bad=None) for name, files in tasks.items() if files}
         self._names, self._texts, self._text_share = tuple(tasks), texts, text_share
         self._samples, self._seed = samples, seed
 
@@ -64,14 +64,17 @@ class LabChats(Dataset):
 
 
 def read_texts(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Chats without images, from files of chats or of `question` and `answer`, or from Python's own English."""
+    """Chats without images, from files of chats or of `question` and `answer`, or from Python's own English.
+
+    Raises `ValueError` that names the line for one that is neither, or has an image.
+    """
     found: list[dict[str, Any]] = []
     for source in sources:
         if source == ENGLISH:
             documents = split_documents().train
             found += [_chat(f"Explain: {each.title}", text) for each in documents for text in each.paragraphs]
         else:
-            found += [_read(line, source) for line in JsonlFiles((Path(source),))]
+            found += [_read(line, where) for where, line in numbered_lines(source)]
     return found
 
 
@@ -92,14 +95,39 @@ def fitting(texts: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase,
     return kept
 
 
-def _read(line: Any, source: str) -> dict[str, Any]:
+def numbered_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The lines of a JSONL file, each after its `file:line`; `ValueError` that names one that is no JSON."""
+    lines = JsonlFiles((Path(path),))
+    for place in range(len(lines)):
+        where = lines.where(place)
+        try:
+            line = lines[place]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield where, line
+
+
+def _read(line: Any, where: str) -> dict[str, Any]:
     if isinstance(line, dict) and {"question", "answer"} <= set(line):
-        return _chat(str(line["question"]), CALCULATOR.sub("", str(line["answer"])))
-    if isinstance(line, dict) and "messages" in line:
-        return {"messages": line["messages"]}
-    raise ValueError(
-        f"{source}: {str(line)[:80]} is no text to train on: expected `messages`, or `question`, `answer`."
-    )
+        question, answer = (_text(line[name], name, where) for name in ("question", "answer"))
+        return _chat(question, CALCULATOR.sub("", answer))
+    if not isinstance(line, dict) or not {"messages", "conversations"} & set(line):
+        path, _, number = where.rpartition(":")
+        raise ValueError(
+            f"{path}: {shortened(line)} in line {number} is no text to train on: expected `messages`, or `question`, "
+            "`answer`."
+        )
+    sample = parse_chat(line, where, None)
+    if sample.images:
+        raise ValueError(f"{where}: the chat has an image: make it a task of your own, and leave it out of `texts`.")
+    return {"messages": [{**each, "content": "".join(texts_of([each]))} for each in sample.messages]}
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not is_text or not str(value).strip():
+        raise ValueError(f"{where}: `{name}` is {shortened(value)}, expected a text.")
+    return str(value)
 
 
 def _chat(question: str, answer: str) -> dict[str, Any]:
@@ -123,8 +151,13 @@ def write_held_out(folder: Path, tasks: Mapping[str, Any], count: int) -> None:
 
 
 def held_out(folder: Path, name: str, files: Mapping[str, str] | None, count: int) -> EvaluationDataset:
-    """The questions of a task; `ValueError` if a file of the user's has fewer than `count`."""
-    dataset = EvaluationDataset(files["eval"] if files else folder / name / QUESTIONS)
+    """The questions of a task; `ValueError` if there are fewer than `count`."""
+    return read_questions(files["eval"] if files else folder / name / QUESTIONS, name, count)
+
+
+def read_questions(path: str | Path, name: str, count: int) -> EvaluationDataset:
+    """The first questions of a task in a file; `ValueError` if there are fewer than `count`."""
+    dataset = EvaluationDataset(path, skip_bad=None)
     if len(dataset) < count:
         raise ValueError(
             f"The task {name!r} has {len(dataset)} questions, and `held_out` is {count}: add questions, lower it, or "
