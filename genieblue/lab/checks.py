@@ -19,7 +19,7 @@ def check_lab(lab: LabFile) -> None:
     """`ValueError` or `OSError` for data, a base or a tower that a lab cannot be made of."""
     for name, files in lab.tasks.items():
         if files:
-            _check_own_task(name, files, lab.held_out)
+            _check_own_task(lab, name, files)
     texts = read_texts(lab.texts)
     text_questions(lab.text_tasks)
     if lab.vision != SMALL:
@@ -30,11 +30,16 @@ def check_lab(lab: LabFile) -> None:
             fitting(texts, tokenizer, lab.settings(0, {}).max_length)
 
 
-def _check_own_task(name: str, files: dict[str, str], count: int) -> None:
+def _check_own_task(lab: LabFile, name: str, files: dict[str, str]) -> None:
     chats = ChatDataset(files["train"], skip_bad=None)
     if not len(chats):
         raise ValueError(f"The training data of the task {name!r} is empty: expected chats.")
-    questions = read_questions(files["eval"], name, count)
+    if lab.projector_steps and (without := len(chats) - len(chats.with_images())):
+        raise ValueError(
+            f"{without} of {len(chats)} chats in the training data of the task {name!r} have no image, and the "
+            "projector's own stage trains on images alone: name them in `texts`, or set `projector_steps: 0`."
+        )
+    questions = read_questions(files["eval"], name, lab.held_out)
     if both := questions.sample_hashes() & chats.sample_hashes():
         logger.warning(
             "%d of %d questions of the task %r are also in its training data: its score says little of new ones.",

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from genieblue.data.chat_samples import parse_chat, texts_of
+from genieblue.data.chat_samples import IMAGE_KEYS, parse_chat, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.jsonl_files import JsonlFiles
 from genieblue.data.sample_keys import shortened
@@ -19,12 +19,14 @@ from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.lab.lab_file import ENGLISH
 from genieblue.lab.tasks import TASKS
 from genieblue.lab.text import split_documents
+from modeling_genieblue.image_reading_genieblue import read_image
 from modeling_genieblue.staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
 TRAINED, HELD_OUT = 0, 1  # first numbers of the seeds of images, which so never meet
 QUESTIONS = "questions.jsonl"
+IMAGE_PARTS = ("image", "image_url")
 CALCULATOR = re.compile(r"<<.*?>>")  # notes in the answers of GSM8K, which no reader sees
 
 
@@ -60,7 +62,8 @@ class LabChats(Dataset):
         if name not in self._files:
             return self._draw[name](rng, False).chat(rng)
         sample = self._files[name][int(rng.integers(len(self._files[name])))]
-        return {"messages": sample.messages, "images": list(sample.images)}
+        # Opened here: paths of samples in memory have no folder that they may not leave, and are refused.
+        return {"messages": sample.messages, "images": [read_image(image) for image in sample.images]}
 
 
 def read_texts(sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -117,10 +120,17 @@ def _read(line: Any, where: str) -> dict[str, Any]:
             f"{path}: {shortened(line)} in line {number} is no text to train on: expected `messages`, or `question`, "
             "`answer`."
         )
-    sample = parse_chat(line, where, None)
-    if sample.images:
-        raise ValueError(f"{where}: the chat has an image: make it a task of your own, and leave it out of `texts`.")
-    return {"messages": [{**each, "content": "".join(texts_of([each]))} for each in sample.messages]}
+    if _has_image(line):
+        raise ValueError(f"{where}: the chat has an image: leave it out of `texts`, and make it a task of your own.")
+    messages = parse_chat(line, where, None).messages
+    return {"messages": [{**each, "content": "".join(texts_of([each]))} for each in messages]}
+
+
+def _has_image(line: Mapping[str, Any]) -> bool:
+    turns = line.get("messages") or line.get("conversations")
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return any(line.get(key) for key in IMAGE_KEYS) or any(part.get("type") in IMAGE_PARTS for part in parts)
 
 
 def _text(value: Any, name: str, where: str) -> str:

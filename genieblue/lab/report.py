@@ -1,7 +1,9 @@
 """The report of a lab: the paper's tables for it, beside the paper's own numbers, plots, and what the numbers say."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from conversion.staging import explained_full_disk, write_whole
@@ -9,7 +11,7 @@ from genieblue.lab import paper
 from genieblue.lab.lab_file import SMALL
 from genieblue.lab.observations import FAILS, HOLDS, UNDECIDED, judge
 from genieblue.lab.plots import draw_plots
-from genieblue.lab.results import Group, LabResults, Runs
+from genieblue.lab.results import Estimate, Group, LabResults, Runs
 from genieblue.lab.structures import STRUCTURES
 from genieblue.lab.text_tasks import ENGLISH, FACTS, GSM8K, MT_BENCH
 
@@ -172,19 +174,22 @@ def _text_part(results: LabResults) -> list[str]:
     if not tasks:
         return ["The lab asks no text tasks."]
     of_paper = f"{paper.TEXTS['base'][0]:.2f}"
-    rows = [("base", *_scores(results, base, tasks), _average(results, base), "", "", "", of_paper)]
+    asks_chats = MT_BENCH in tasks
+    equal = ["100.0"] if asks_chats else []
+    rows = [("base", *_scores(results, base, tasks), *equal, _average(results, base), "", "", "", of_paper)]
     for data in results.lab.data:
         for group in _ordered(results, data):
             average, kept = paper.TEXTS.get(group.structure, (None, None))
             printed = "" if kept is None else f"{kept:.2f} ({average:.2f})"
             rows.append(
-                (_named(results, group), *_scores(results, group.texts, tasks), _average(results, group.texts),
+                (_named(results, group), *_scores(results, group.texts, tasks),
+                 *([_equal_answers(group).text()] if asks_chats else []), _average(results, group.texts),
                  results.retention(base, group.texts).text(), "–" if group.structure == "full" else "100.00",
                  str(len(group.seeds)), printed)
             )  # fmt: skip
     titles = (
-        "weights", *(TEXT_TITLES[task] for task in tasks), "average", "retained %, shared", "retained %, not shared",
-        "seeds", "paper, BlueLM-3B: shared",
+        "weights", *(TEXT_TITLES[task] for task in tasks), *(["MT-bench, equal"] if asks_chats else []), "average",
+        "retained %, shared", "retained %, not shared", "seeds", "paper, BlueLM-3B: shared",
     )  # fmt: skip
     notes = (
         "A base that is not shared is what text requests run; its bytes were compared after every run, so that it "
@@ -192,7 +197,17 @@ def _text_part(results: LabResults) -> list[str]:
         "probabilities that bytes of the text got; MT-bench compares greedy answers with the base's own, by the share "
         "of tokens up to the first difference, so that the base has 100 by definition."
     )
+    if asks_chats:
+        notes += " Equal are answers without a difference; this is not in the average."
     return [markdown_table(titles, rows), notes]
+
+
+def _equal_answers(group: Group) -> Estimate:
+    """Percent of answers that are the base's own, to the last token."""
+    found = [result["texts"][MT_BENCH] for result in group.results]
+    share, count = fmean(each["equal_answers"] for each in found), found[0]["count"]
+    error = 100 * math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+    return Estimate(100 * share, error)
 
 
 def _named(results: LabResults, group: Group) -> str:

@@ -301,15 +301,39 @@ def test_wrong_data_is_refused_before_anything_is_trained(tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()  # so that the lab can be corrected
 
 
-def test_questions_that_are_in_the_training_data_are_counted(tmp_path, caplog):
+@pytest.fixture
+def own_task(tmp_path):
+    """A lab with a task of its own, whose questions are those of its training data."""
     path = write_tiny_lab(tmp_path, tasks={"mine": {"train": "mine.jsonl", "eval": "mine.jsonl"}}, held_out=2)
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    lines = []
     for number in range(3):
         turns = [{"role": "user", "content": f"<image>{number}?"}, {"role": "assistant", "content": "a"}]
-        with (tmp_path / "mine.jsonl").open("a") as file:
-            file.write(json.dumps({"messages": turns, "images": ["image.png"]}) + "\n")
-    check_lab(read_lab_file(path))
+        lines.append(json.dumps({"messages": turns, "images": ["image.png"]}) + "\n")
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    return read_lab_file(path)
+
+
+def test_a_task_of_ones_own_is_trained_and_asked(own_task, tmp_path, monkeypatch):
+    cells_in_this_process(monkeypatch)
+    lab = dataclasses.replace(own_task, structures={"lora": 1})
+    assert {state for state, _ in run_lab(lab, tmp_path / "out").values()} == {"done"}
+    result = json.loads((Cell("mixed", "lora", 0).folder(tmp_path / "out") / RESULT).read_text())
+    assert set(result["images"]) == {"mine"} and result["images"]["mine"]["count"] == 2
+
+
+def test_questions_that_are_in_the_training_data_are_counted(own_task, caplog):
+    check_lab(own_task)
     assert "2 of 2 questions of the task 'mine' are also in its training data" in caplog.text
+
+
+def test_chats_without_an_image_are_refused_where_the_projector_is_trained_alone(own_task, tmp_path):
+    with (tmp_path / "mine.jsonl").open("a") as file:
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        file.write(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(ValueError, match="1 of 4 chats in the training data of the task 'mine' have no image"):
+        check_lab(own_task)
+    check_lab(dataclasses.replace(own_task, projector_steps=0))
 
 
 def test_a_full_disk_is_named_and_the_lab_goes_on_later(tmp_path, monkeypatch):

@@ -169,9 +169,12 @@ def test_chats_without_images_are_texts_in_either_form(tmp_path):
         ('{"messages": "hello"}', "expected a list of turns"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "ending with the assistant"),
         ('{"messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}], '
-         '"images": ["a.png"]}', "a.png"),
+         '"images": ["a.png"]}', "the chat has an image"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, {"role": "assistant", '
+         '"content": "b"}]}', "the chat has an image"),
     ],
-    ids=["nothing asked", "nothing answered", "no JSON", "no turns", "no answer", "an image"],
+    ids=["nothing asked", "nothing answered", "no JSON", "no turns", "no answer", "an image",
+         "an image as a part"],
 )  # fmt: skip
 def test_a_wrong_line_of_texts_is_named(tmp_path, line, message):
     path = tmp_path / "texts.jsonl"

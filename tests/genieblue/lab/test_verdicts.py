@@ -169,6 +169,19 @@ def test_one_kind_of_data_leaves_what_texts_change_unmeasured(make_lab):
     assert "one kind of data, so that what a share of texts changes was not measured" in text
 
 
+def test_answers_that_are_equal_to_the_end_are_counted_apart(make_lab):
+    folder = make_lab({"full": 60.0}, {"base": 50.0}, seeds=1)
+    place = Cell("mixed", "full", 0).folder(folder)
+    for path in (folder / BASE_TEXTS, place / TEXTS, place / RESULT):
+        content = json.loads(path.read_text())
+        of_texts = content["texts"] if path.name == RESULT else content
+        of_texts["mt_bench"] = of_values([100.0, 20.0, 100.0, 0.0]) | {"equal_answers": 0.5}
+        path.write_text(json.dumps(content))
+    text = write_report(folder).read_text()
+    assert "| MT-bench, as base | MT-bench, equal | average |" in text
+    assert "| 50.0 ± 28.9 |" in next(line for line in text.splitlines() if line.startswith("| full | 40.0"))
+
+
 def test_a_single_question_has_no_error_and_decides_nothing(make_lab):
     results = LabResults(make_lab(PAPER, TEXT_AVERAGES, questions=1))
     assert {verdict.verdict for verdict in judge(results)} == {UNDECIDED}
