@@ -1,5 +1,6 @@
 """Text tasks on local files: likelihoods are the model's own, errors are right, answers are compared by token."""
 
+import copy
 import json
 import math
 
@@ -163,7 +164,7 @@ def test_a_tokenizer_that_writes_no_chat_cannot_be_asked(template, message):
 def test_a_vlm_whose_template_writes_parts_is_asked_the_same_as_its_base(asked):
     pytest.importorskip("lm_eval", reason="the extra `lab` installs it")
     folder, model, tokenizer = asked
-    base, other = run_text_tasks(model, tokenizer, folder), tiny_tokenizer()
+    base, other = run_text_tasks(model, tokenizer, folder), copy.deepcopy(tokenizer)
     other.chat_template = other.chat_template.replace("message['content']", "message['content'][0]['text']")
     assert wants_parts(other)
     assert run_text_tasks(model, other, folder, base=base)[MT_BENCH]["equal_answers"] == 1
