@@ -96,8 +96,8 @@ def create_genieblue(
     from_vision = {**hub, "revision": vision_revision}
     _check_output(output, (base, vision), overwrite)
     _check_settings(lora_rank, lora_alpha, max_tiles)
-    _check_base_config(base, placement, **from_base)
-    vision_config = _load_vision_config(vision, **from_vision)
+    check_base_config(base, placement, **from_base)
+    vision_config = load_vision_config(vision, **from_vision)
     tokenizer = load_part("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base)
     _check_chat_template(tokenizer, base, chat_template)
 
@@ -247,7 +247,7 @@ def check_numbers(what: str, name: str, model: PreTrainedModel, *, renamed: bool
         )
 
 
-def _check_base_config(base: str, placement: str, *, trust_remote_code: bool, **hub: Any) -> None:
+def check_base_config(base: str, placement: str, *, trust_remote_code: bool = False, **hub: Any) -> None:
     """`ValueError` for an unsuitable base, after reading only its configuration."""
     config = load_part("base", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code, **hub)
     check_base_type(base, config)
@@ -275,7 +275,8 @@ def load_base_model(base: str, *, dtype: str | torch.dtype, trust_remote_code: b
     return base_model
 
 
-def _load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
+def load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
+    """The configuration of a SigLIP's vision half; `ValueError` or `OSError` for another model, or none."""
     config = load_part("vision model", vision, AutoConfig.from_pretrained, trust_remote_code=False, **kwargs)
     if config.model_type not in SIGLIP_TYPES:
         raise ValueError(

@@ -44,11 +44,15 @@ def lock_output(out: Path, purpose: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file as a whole or not at all: a run that is killed leaves the one that was there."""
     staged = path.with_name(path.name + UNFINISHED)
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def write_json_whole(path: Path, value: Any) -> None:

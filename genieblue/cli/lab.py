@@ -24,7 +24,9 @@ def _lab() -> None:
 @lab_app.command()
 def run(
     lab_file: Annotated[Path, typer.Argument(metavar="LAB.YAML", help="What to compare; see docs/lab.md.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the lab; default: LAB.YAML without .yaml.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the lab; default: LAB.YAML without .yaml, or its own lab's.")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Structures to run now, such as 'genieblue-*'; may be repeated."),
@@ -38,12 +40,12 @@ def run(
     cell failed or is not finished.
     """
     quiet_transformers()
-    from genieblue.lab.lab_file import read_lab_file
+    from genieblue.lab.lab_file import is_record, read_lab_file
     from genieblue.lab.report import write_report
     from genieblue.lab.run import run_lab
 
     lab = read_lab_file(lab_file)
-    folder = out or lab_file.with_suffix("")
+    folder = out or (lab_file.parent if is_record(lab_file) else lab_file.with_suffix(""))
     states = run_lab(lab.quick() if quick else lab, folder, only or (), jobs)
     if any(state == "done" for state, _ in states.values()):
         note(f"Report: {write_report(folder)}")

@@ -19,12 +19,12 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from conversion.staging import lock_output, write_json_whole
+from conversion.staging import explained_full_disk, lock_output, write_json_whole
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import ScoredAnswer, evaluate
 from genieblue.evaluation.metrics import standard_error
 from genieblue.lab.data import LabChats, fitting, held_out, read_texts
-from genieblue.lab.lab_file import SMALL, LabFile, read_lab_file
+from genieblue.lab.lab_file import RECORD, SMALL, LabFile, read_lab_file
 from genieblue.lab.structures import LabStructure, load_structure, structure_kind
 from genieblue.lab.structures.structure import trained_count
 from genieblue.lab.text_tasks import run_text_tasks
@@ -43,6 +43,7 @@ MODEL, BASE, VISION, HELD_OUT, TEXT_TASKS, START, CELLS = (
     "model", "base", "vision", "held-out", "text-tasks", "start", "cells"
 )  # fmt: skip
 SCORES = (IMAGES, TEXTS)
+GOES_ON = "free some space, or use another disk. The lab goes on when it is run again."
 TAKEN = 75  # exit code of a cell that another process is running
 
 
@@ -161,6 +162,25 @@ def check_same(recorded: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
+def check_cells(folder: Path, lab: LabFile) -> None:
+    """`ValueError` for a cell in a lab's folder that is of another lab, as far as its files alone can tell.
+
+    `configurations` tells all of it, but needs the files that the lab names.
+    """
+    records = {cell: cell.folder(folder) / CELL for cell in cells_of(lab)}
+    records = {cell: path for cell, path in records.items() if path.is_file()}
+    known = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    shared = {"lab": known["lab"]} if "lab" in known else {}
+    starts: dict[int, Any] = {}
+    for cell, path in records.items():
+        record = read_json(path)
+        of_cell = {**asdict(cell), "text_share": lab.data[cell.data]}
+        # What all cells of a folder stand on is that of its first.
+        shared = {name: value for name, value in record.items() if name not in (*of_cell, START)} | shared
+        wanted = {**shared, **of_cell, START: starts.setdefault(cell.seed, record.get(START))}
+        check_same(path, wanted)
+
+
 def _differences(was: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         keys = sorted(was.keys() | now.keys())
@@ -276,7 +296,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder, data, structure, seed = sys.argv[1:]
     try:
-        run_cell(Path(folder), Cell(data, structure, int(seed)))
+        with explained_full_disk(Path(folder), remedy=GOES_ON):
+            run_cell(Path(folder), Cell(data, structure, int(seed)))
     except BlockingIOError:
         sys.exit(TAKEN)
     except (OSError, ValueError, torch.OutOfMemoryError) as error:

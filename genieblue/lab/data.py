@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,22 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from genieblue.data.chat_samples import IMAGE_KEYS, parse_chat, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.jsonl_files import JsonlFiles
+from genieblue.data.sample_keys import shortened
 from genieblue.evaluation.samples import EvaluationDataset
 from genieblue.lab.lab_file import ENGLISH
 from genieblue.lab.tasks import TASKS
 from genieblue.lab.text import split_documents
+from modeling_genieblue.image_reading_genieblue import read_image
 from modeling_genieblue.staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
 TRAINED, HELD_OUT = 0, 1  # first numbers of the seeds of images, which so never meet
 QUESTIONS = "questions.jsonl"
+IMAGE_PARTS = ("image", "image_url")
 CALCULATOR = re.compile(r"<<.*?>>")  # notes in the answers of GSM8K, which no reader sees
 
 
@@ -41,9 +45,7 @@ class LabChats(Dataset):
         seed: int,
     ):
         self._draw = TASKS
-        self._files = {name: ChatDataset(files["train"]) for name, files in tasks.items() if files}
-        if empty := [name for name, chats in self._files.items() if not len(chats)]:
-            raise ValueError(f"The training data of the task {empty[0]!r} is empty: expected chats.")
+        self._files = {name: ChatDataset(files["train"], skip_bad=None) for name, files in tasks.items() if files}
         self._names, self._texts, self._text_share = tuple(tasks), texts, text_share
         self._samples, self._seed = samples, seed
 
@@ -60,18 +62,22 @@ class LabChats(Dataset):
         if name not in self._files:
             return self._draw[name](rng, False).chat(rng)
         sample = self._files[name][int(rng.integers(len(self._files[name])))]
-        return {"messages": sample.messages, "images": list(sample.images)}
+        # Opened here: paths of samples in memory have no folder that they may not leave, and are refused.
+        return {"messages": sample.messages, "images": [read_image(image) for image in sample.images]}
 
 
 def read_texts(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Chats without images, from files of chats or of `question` and `answer`, or from Python's own English."""
+    """Chats without images, from files of chats or of `question` and `answer`, or from Python's own English.
+
+    Raises `ValueError` that names the line for one that is neither, or has an image.
+    """
     found: list[dict[str, Any]] = []
     for source in sources:
         if source == ENGLISH:
             documents = split_documents().train
             found += [_chat(f"Explain: {each.title}", text) for each in documents for text in each.paragraphs]
         else:
-            found += [_read(line, source) for line in JsonlFiles((Path(source),))]
+            found += [_read(line, where) for where, line in numbered_lines(source)]
     return found
 
 
@@ -92,14 +98,46 @@ def fitting(texts: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase,
     return kept
 
 
-def _read(line: Any, source: str) -> dict[str, Any]:
+def numbered_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The lines of a JSONL file, each after its `file:line`; `ValueError` that names one that is no JSON."""
+    lines = JsonlFiles((Path(path),))
+    for place in range(len(lines)):
+        where = lines.where(place)
+        try:
+            line = lines[place]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield where, line
+
+
+def _read(line: Any, where: str) -> dict[str, Any]:
     if isinstance(line, dict) and {"question", "answer"} <= set(line):
-        return _chat(str(line["question"]), CALCULATOR.sub("", str(line["answer"])))
-    if isinstance(line, dict) and "messages" in line:
-        return {"messages": line["messages"]}
-    raise ValueError(
-        f"{source}: {str(line)[:80]} is no text to train on: expected `messages`, or `question`, `answer`."
-    )
+        question, answer = (_text(line[name], name, where) for name in ("question", "answer"))
+        return _chat(question, CALCULATOR.sub("", answer))
+    if not isinstance(line, dict) or not {"messages", "conversations"} & set(line):
+        path, _, number = where.rpartition(":")
+        raise ValueError(
+            f"{path}: {shortened(line)} in line {number} is no text to train on: expected `messages`, or `question`, "
+            "`answer`."
+        )
+    if _has_image(line):
+        raise ValueError(f"{where}: the chat has an image: leave it out of `texts`, and make it a task of your own.")
+    messages = parse_chat(line, where, None).messages
+    return {"messages": [{**each, "content": "".join(texts_of([each]))} for each in messages]}
+
+
+def _has_image(line: Mapping[str, Any]) -> bool:
+    turns = line.get("messages") or line.get("conversations")
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return any(line.get(key) for key in IMAGE_KEYS) or any(part.get("type") in IMAGE_PARTS for part in parts)
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not is_text or not str(value).strip():
+        raise ValueError(f"{where}: `{name}` is {shortened(value)}, expected a text.")
+    return str(value)
 
 
 def _chat(question: str, answer: str) -> dict[str, Any]:
@@ -123,8 +161,13 @@ def write_held_out(folder: Path, tasks: Mapping[str, Any], count: int) -> None:
 
 
 def held_out(folder: Path, name: str, files: Mapping[str, str] | None, count: int) -> EvaluationDataset:
-    """The questions of a task; `ValueError` if a file of the user's has fewer than `count`."""
-    dataset = EvaluationDataset(files["eval"] if files else folder / name / QUESTIONS)
+    """The questions of a task; `ValueError` if there are fewer than `count`."""
+    return read_questions(files["eval"] if files else folder / name / QUESTIONS, name, count)
+
+
+def read_questions(path: str | Path, name: str, count: int) -> EvaluationDataset:
+    """The first questions of a task in a file; `ValueError` if there are fewer than `count`."""
+    dataset = EvaluationDataset(path, skip_bad=None)
     if len(dataset) < count:
         raise ValueError(
             f"The task {name!r} has {len(dataset)} questions, and `held_out` is {count}: add questions, lower it, or "

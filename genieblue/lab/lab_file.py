@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,7 +22,14 @@ from genieblue.training.settings import FREE_SETTINGS, TrainingSettings
 BASES = ("toy", "smollm2")  # that `lab base` makes
 SMALL = "small"  # vision tower that the lab makes
 ENGLISH = "english"  # the text that ships with Python
-EXAMPLE = "base: smollm2"
+# What a lab needs, as lines of its file.
+EXAMPLES = {"base": "base: smollm2", "structures": "structures: [full, lora]", "training": "training: {steps: 1000}"}
+RECORD = "lab.json"  # beside the file of a lab in its folder: what decides the results
+OF_SMALL_TOWER = ("vision_steps", "reading_steps")
+# Of text questions: what is asked of a file, which must be named.
+OF_BENCHMARKS = {
+    "gsm8k_questions": "gsm8k", "mt_bench_questions": "mt_bench", "mt_bench_tokens": "mt_bench"
+}  # fmt: skip
 NAME = re.compile(r"\w[\w.-]*")  # of a folder
 PARTS = {group for kind in KINDS.values() for group in kind.groups}  # that structures train
 # Of a run: a cell has its own, has nothing to validate on, and counts samples, not rows of packed ones.
@@ -167,7 +175,7 @@ class LabFile:
 
     def quick(self) -> "LabFile":
         """A small version, to see whether all of it works: one seed, and a fraction of the steps and questions."""
-        steps = ("vision_steps", "reading_steps", "projector_steps")
+        steps = (*OF_SMALL_TOWER, "projector_steps")
         shorter = {name: _divided(getattr(self, name), QUICK[name], 1) for name in steps}
         return dataclasses.replace(
             self,
@@ -193,13 +201,14 @@ class LabFile:
 
 
 def read_lab_file(path: Path) -> LabFile:
-    """The lab of a YAML file; `ValueError` for what is unknown, missing or out of range, `OSError` for no file.
+    """The lab of a YAML file; `OSError` for no file, `ValueError` for what is unknown, missing or out of range.
 
-    Paths in it are relative to its folder.
+    A setting that would have no effect is refused, too, unless the file is the record in a lab's folder. Paths in it
+    are relative to its folder.
     """
-    values = read_yaml(path, "a lab", EXAMPLE)
-    if missing := [name for name in ("base", "structures", "training") if values.get(name) is None]:
-        raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLE}`.")
+    values = read_yaml(path, "a lab", EXAMPLES["base"])
+    if missing := [name for name in EXAMPLES if values.get(name) is None]:
+        raise ValueError(f"{path}: a lab needs `{missing[0]}`: add it, such as `{EXAMPLES[missing[0]]}`.")
     seeds = checked_values({"seeds": values.pop("seeds", None)}, {"seeds": int}, path, "a lab").get("seeds")
     if seeds is not None and isinstance(values["structures"], dict):
         raise ValueError(f"{path}: `seeds` is for a list of structures, and here each has its own: leave it out.")
@@ -226,12 +235,41 @@ def read_lab_file(path: Path) -> LabFile:
         found = checked_values(_a_mapping(questions, "text_tasks", path), get_type_hints(TextQuestions), path, "a lab")
         values["text_tasks"] = TextQuestions(**_beside(path, found))
     values["texts"] = tuple(_beside(path, text) for text in values.get("texts", ()))
-    return LabFile(**values)
+    lab = LabFile(**values)
+    if not is_record(path) and (idle := _without_effect(lab, values, questions or {})):
+        raise ValueError(f"{path}: {idle}")
+    return lab
+
+
+def is_record(path: Path) -> bool:
+    """Whether a lab file is the one that a lab has written into its folder."""
+    return path.with_name(RECORD).is_file()
+
+
+def _without_effect(lab: LabFile, given: Mapping[str, Any], questions: Mapping[str, Any]) -> str | None:
+    """What is wrong with settings that are given and have no effect."""
+    if lab.vision != SMALL and (of_small := [name for name in OF_SMALL_TOWER if name in given]):
+        return (
+            f"`{of_small[0]}` is of the tower that the lab trains (`vision: {SMALL}`), and {lab.vision} is there "
+            "already: leave it out. Its projector is trained for `projector_steps`."
+        )
+    if lab.texts and not any(lab.data.values()):
+        return "`texts` are named, but no data has a share of them: give one, such as `data: {mixed: 0.1}`."
+    for name, file in OF_BENCHMARKS.items():
+        if questions.get(name) is not None and getattr(lab.text_tasks, file) is None:
+            return f"`{name}` is {questions[name]}, but `{file}` names no file: give it, or leave this out."
+    return None
 
 
 def write_lab_file(path: Path, lab: LabFile) -> None:
-    """Writes a lab that `read_lab_file` reads back."""
+    """Writes a lab that `read_lab_file` reads back, without defaults that have no effect."""
     values = json.loads(json.dumps(dataclasses.asdict(lab)))  # lists for tuples
+    idle = [(LabFile, values, name) for name in OF_SMALL_TOWER if lab.vision != SMALL]
+    questions = values["text_tasks"]
+    idle += [(TextQuestions, questions, name) for name, file in OF_BENCHMARKS.items() if questions[file] is None]
+    for kind, settings, name in idle:
+        if settings[name] == getattr(kind, name):
+            del settings[name]
     write_whole(path, yaml.safe_dump(values, sort_keys=False))
 
 

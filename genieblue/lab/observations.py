@@ -7,8 +7,9 @@ difference can be depends on how often structures were trained with other seeds.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from genieblue.lab.results import Estimate, LabResults
+from genieblue.lab.results import Estimate, LabResults, Runs
 
+BASE = "base"
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
 
 
@@ -21,55 +22,50 @@ class Verdict:
     evidence: dict[str, Estimate]
 
 
-def _images(second: str, *firsts: str) -> Callable[[LabResults], dict[str, Estimate] | None]:
+Find = Callable[[LabResults, str | None], dict[str, Estimate] | None]
+
+
+def _images(second: str, *firsts: str) -> Find:
     """Differences on images: `second` minus each of `firsts`."""
+    return _differences("images", second, *firsts)
 
-    def find(results: LabResults) -> dict[str, Estimate] | None:
-        group, others = results.get(second), [results.get(name) for name in firsts]
-        if group is None or None in others:
+
+def _texts(second: str, *firsts: str) -> Find:
+    """Differences on texts: `second` minus each of `firsts`, of the trained weights, or of the base itself."""
+    return _differences("texts", second, *firsts)
+
+
+def _differences(kind: str, second: str, *firsts: str) -> Find:
+    def find(results: LabResults, data: str | None) -> dict[str, Estimate] | None:
+        runs = {name: _runs(results, kind, name, data) for name in (second, *firsts)}
+        if not all(runs.values()):
             return None
-        return {
-            f"{second} − {other.structure}": results.difference(other.images, group.images)
-            for other in others
-            if other is not None
-        }
+        return {f"{second} − {name}": results.difference(runs[name], runs[second]) for name in firsts}
 
     return find
 
 
-def _texts(second: str | None, *firsts: str | None) -> Callable[[LabResults], dict[str, Estimate] | None]:
-    """Differences on texts: `second` minus each of `firsts`, of the trained weights; `None` is the base itself."""
-
-    def find(results: LabResults) -> dict[str, Estimate] | None:
-        def values(name: str | None) -> Sequence | None:
-            group = None if name is None else results.get(name)
-            return (results.base_texts,) if name is None else None if group is None else group.texts
-
-        found = {name: values(name) for name in (second, *firsts)}
-        if any(not each or not each[0] for each in found.values()):
-            return None
-        return {
-            f"{second or 'base'} − {name or 'base'}": results.difference(found[name], found[second])  # pyright: ignore
-            for name in firsts
-        }
-
-    return find
+def _runs(results: LabResults, kind: str, name: str, data: str | None) -> Runs:
+    group = results.get(name, data)
+    if name == BASE:
+        return results.base_texts
+    return Runs(kind, ()) if group is None else getattr(group, kind)
 
 
 # The statement, and the differences that are above zero if it holds.
-OBSERVATIONS: tuple[tuple[str, Callable[[LabResults], dict[str, Estimate] | None]], ...] = (
-    ("Full fine-tuning costs text ability (78.18 % are left in the paper).", _texts(None, "full")),
+OBSERVATIONS: tuple[tuple[str, Find], ...] = (
+    ("Full fine-tuning costs text ability (78.18 % are left in the paper).", _texts(BASE, "full")),
     ("Weights with LoRA keep more text ability than full fine-tuning (93.63 %).", _texts("lora", "full")),
     ("LoRA alone falls behind full fine-tuning on images (91.82 %).", _images("full", "lora")),
     ("Visual experts in a quarter of the blocks do better on images than LoRA alone (96.60 %).",
      _images("cogvlm-skip", "lora")),
     ("Every fourth block is a better place than the first or last quarter.",
-     lambda results: _merged(_images("genieblue-skip", "genieblue-pre", "genieblue-post")(results),
-                             _images("cogvlm-skip", "cogvlm-pre", "cogvlm-post")(results))),
+     lambda results, data: _merged(_images("genieblue-skip", "genieblue-pre", "genieblue-post")(results, data),
+                                   _images("cogvlm-skip", "cogvlm-pre", "cogvlm-post")(results, data))),
     ("GenieBlue does better on images than visual experts, without routing tokens (98.99 % against 96.60 %).",
      _images("genieblue-skip", "cogvlm-skip")),
     ("On a shared base, GenieBlue costs text ability (90.42 %), which on one that is not shared stays whole.",
-     _texts(None, "genieblue-skip")),
+     _texts(BASE, "genieblue-skip")),
 )  # fmt: skip
 
 
@@ -78,11 +74,11 @@ def _merged(*found: dict[str, Estimate] | None) -> dict[str, Estimate] | None:
     return merged or None
 
 
-def judge(results: LabResults) -> list[Verdict]:
-    """A verdict on each observation."""
+def judge(results: LabResults, data: str | None = None) -> list[Verdict]:
+    """A verdict on each observation, of the runs on some data, by default the first."""
     verdicts = []
     for statement, find in OBSERVATIONS:
-        evidence = find(results)
+        evidence = find(results, data)
         found = NOT_RUN if evidence is None else verdict_on(list(evidence.values()), results.decisive)
         verdicts.append(Verdict(statement, found, evidence or {}))
     return verdicts

@@ -1,6 +1,8 @@
 """Plots of a lab: retention against trained parameters, loss curves, and scores by task."""
 
+import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,46 @@ from genieblue.lab.structures import STRUCTURES
 SHADES = ("black", "tab:orange", "#9ecae1", "#6baed6", "#2171b5", "#a1d99b", "#74c476", "#238b45")
 ALIKE, STEP_ASIDE = 0.05, 1.04  # of parameters: a difference (of logarithms) that is not seen, and one that is
 COLOURS = dict(zip(STRUCTURES, SHADES, strict=True))
-
-
-PLOTS = {
+FILES = {
     "Scores by task": "scores.png",
     "Loss in training": "loss.png",
     "Retained against trained parameters": "retained.png",
-}  # files by title
+}  # by title
 
 
-def draw_plots(results: LabResults, folder: Path) -> dict[str, str]:
-    """Writes PNGs of the first kind of data into a folder; returns their names by title."""
-    data = next(iter(results.lab.data))
+@dataclass(frozen=True)
+class Plot:
+    """A figure of matplotlib, and the name of its file."""
+
+    title: str
+    file: str
+    figure: Any
+
+    def png(self) -> bytes:
+        """What its file holds."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, dpi=110, format="png")
+        return buffer.getvalue()
+
+
+def draw_plots(results: LabResults) -> list[Plot]:
+    """Plots of each kind of data of which there are finished runs; those of the first have the plain names."""
+    return [plot for place, data in enumerate(results.lab.data) for plot in _plots_of(results, data, place)]
+
+
+def _plots_of(results: LabResults, data: str, place: int) -> list[Plot]:
     groups = [group for name in STRUCTURES if (group := results.get(name, data)) is not None]
+    if not groups:
+        return []
     drawn = {"Scores by task": _draw_tasks(results, groups), "Loss in training": _draw_losses(groups)}
     if (full := results.get("full", data)) is not None:
         drawn["Retained against trained parameters"] = _draw_retention(results, full, groups)
+    of_data = f", data {data}" if len(results.lab.data) > 1 else ""
+    found = []
     for title, figure in drawn.items():
-        figure.savefig(folder / PLOTS[title], dpi=110, format="png")
-    return {title: PLOTS[title] for title in drawn}
+        file = Path(FILES[title])
+        found.append(Plot(title + of_data, f"{file.stem}-{data}{file.suffix}" if place else file.name, figure))
+    return found
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -72,6 +95,7 @@ def _draw_losses(groups: list[Group]) -> Any:
     axis.set_yscale("log")
     for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         formatted("{x:g}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.legend(fontsize="small")
@@ -83,11 +107,12 @@ def _draw_tasks(results: LabResults, groups: list[Group]) -> Any:
     tasks = list(results.lab.tasks)
     width = 0.8 / len(groups)
     for number, group in enumerate(groups):
-        scores = [group.score("images", task) for task in tasks]
+        scores = [results.average(group.images.of_task(task)) for task in tasks]
         places = [place + (number - (len(groups) - 1) / 2) * width for place in range(len(tasks))]
         axis.bar(places, [score.value for score in scores], width, yerr=[score.error or 0 for score in scores],
                  color=COLOURS[group.structure], label=group.structure, error_kw={"linewidth": 0.7})  # fmt: skip
     axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_ylim(bottom=0)
     axis.set_ylabel("score, %")
     figure.legend(fontsize="small", ncols=4, loc="outside upper center")
     return figure

@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversion.chat_ids import NO_STOP_TOKEN, stop_token_ids
 from conversion.create import create_genieblue
-from conversion.staging import lock_output, write_json_whole
+from conversion.staging import explained_full_disk, lock_output, write_json_whole
 from genieblue.lab.cells import (
     BASE,
     BASE_TEXTS,
     CELL,
     CELLS,
+    GOES_ON,
     HELD_OUT,
     LAB_FILE,
     MODEL,
@@ -33,6 +36,7 @@ from genieblue.lab.cells import (
     Cell,
     base_of,
     cells_of,
+    check_cells,
     check_is_lab,
     check_same,
     configurations,
@@ -40,8 +44,9 @@ from genieblue.lab.cells import (
     start_folder,
     state_of,
 )
+from genieblue.lab.checks import check_lab
 from genieblue.lab.data import LabChats, fitting, held_out, read_texts, write_held_out
-from genieblue.lab.lab_file import BASES, SMALL, LabFile, read_lab_file, write_lab_file
+from genieblue.lab.lab_file import BASES, RECORD, SMALL, LabFile, read_lab_file, write_lab_file
 from genieblue.lab.text_tasks import run_text_tasks, write_text_tasks
 from genieblue.training.settings import TrainingSettings
 from genieblue.training.stages import train
@@ -53,7 +58,6 @@ from modeling_genieblue.staging_genieblue import NewFolder
 
 logger = logging.getLogger(__name__)
 
-LAB = "lab.json"  # what decides the results
 UNTRAINED = "untrained"
 
 
@@ -66,13 +70,23 @@ def run_lab(lab: LabFile, folder: Path, only: Sequence[str] = (), jobs: int = 1)
     """
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: give the folder of the lab with --out.")
+    for pattern in only:
+        if not fnmatch.filter(lab.structures, pattern):
+            raise ValueError(f"No structure is named like {pattern}: the lab has {', '.join(lab.structures)}.")
     cells = [cell for cell in cells_of(lab) if not only or any(fnmatch.fnmatch(cell.structure, each) for each in only)]
-    if not cells:
-        raise ValueError(f"No structure is named like {', '.join(only)}: the lab has {', '.join(lab.structures)}.")
+    settings = lab.decisive()
+    if not (folder / RECORD).is_file():
+        check_lab(lab)
+    decisive = {
+        "lab": settings,
+        "base": lab.base if lab.base in BASES else weight_file_hashes(lab.base),
+        "vision": lab.vision if lab.vision == SMALL else weight_file_hashes(lab.vision),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with lock_output(folder / LAB_FILE, "lab"):  # of those who share a lab's folder, one makes what all need
-        _take_over(lab, folder)
-        prepare(lab, folder)
+        with explained_full_disk(folder, remedy=GOES_ON):
+            _take_over(lab, decisive, folder)
+            prepare(lab, folder)
     for cell, wanted in configurations(folder, lab, cells).items():
         if (cell.folder(folder) / CELL).is_file():
             check_same(cell.folder(folder) / CELL, wanted)
@@ -95,36 +109,31 @@ def _run_cell(folder: Path, jobs: int, cell: Cell) -> None:
         logger.warning("%s ended with exit code %d: it goes on from there when the lab is run again.", cell, code)
 
 
-def _take_over(lab: LabFile, folder: Path) -> None:
-    """Records the lab in its folder; `ValueError` if another one is there.
+def _take_over(lab: LabFile, decisive: dict[str, Any], folder: Path) -> None:
+    """Records the lab in its folder; `ValueError` if another one is there, or cells of another one.
 
     What decides is recorded apart: on another machine, the files that `LAB_FILE` names may lie elsewhere.
     """
-    decisive = {
-        "lab": lab.decisive(),
-        "base": lab.base if lab.base in BASES else weight_file_hashes(lab.base),
-        "vision": lab.vision if lab.vision == SMALL else weight_file_hashes(lab.vision),
-    }
-    if (folder / LAB).is_file():
-        check_same(folder / LAB, decisive)
-    elif any(path for path in folder.iterdir() if not path.name.startswith((".", LAB))):
+    if (folder / RECORD).is_file():
+        check_same(folder / RECORD, decisive)
+    elif any(path for path in folder.iterdir() if not path.name.startswith((".", RECORD))):
         raise ValueError(
             f"{folder} holds something other than a lab, or one that does not record what it stands on: give a new "
             "folder with --out."
         )
-    write_json_whole(folder / LAB, decisive)
+    write_json_whole(folder / RECORD, decisive)
+    check_cells(folder, lab)
     write_lab_file(folder / LAB_FILE, lab)
 
 
 def prepare(lab: LabFile, folder: Path) -> None:
     """Makes what all cells share and is not there yet: base, questions, the base's texts, tower and projectors.
 
-    What is wrong with the data is refused before anything is trained.
+    Raises `ValueError` for questions or texts that do not do, before anything is trained.
     """
     write_held_out(folder / HELD_OUT, lab.tasks, lab.held_out)
     for name, files in lab.tasks.items():
         held_out(folder / HELD_OUT, name, files, lab.held_out)
-    LabChats(lab.tasks, [], 0.0, 1, seed=0)
     texts = read_texts(lab.texts)
     if not (folder / TEXT_TASKS).is_dir():
         write_text_tasks(folder / TEXT_TASKS, lab.text_tasks)
@@ -170,6 +179,8 @@ def base_texts(lab: LabFile, folder: Path) -> dict[str, dict]:
     """Text tasks of the base itself, which is what requests without images run with a base that is not shared."""
     place = base_of(folder, lab)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, lab.dtype)).eval()
+    if not stop_token_ids(model.generation_config):
+        raise ValueError(NO_STOP_TOKEN)  # which training would find only after the tower's
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return run_text_tasks(model, AutoTokenizer.from_pretrained(place), folder / TEXT_TASKS)
 
@@ -238,6 +249,8 @@ def gather(folder: Path, others: Sequence[Path]) -> list[Cell]:
             if cell not in wanted:
                 raise ValueError(f"{source} is a cell ({cell}) that {folder / LAB_FILE} lacks: add it there.")
             check_same(source / CELL, wanted[cell])
+            if is_done(source) and (lacking := [each for each in SCORES if not (source / each).is_file()]):
+                raise FileNotFoundError(f"{source} lacks {lacking[0]}: copy the whole folder of the cell.")
             there = found.get(cell, cell.folder(folder))
             if not is_done(there):
                 if is_done(source) or not (there / RESULT).is_file():
@@ -254,6 +267,8 @@ def gather(folder: Path, others: Sequence[Path]) -> list[Cell]:
 
 
 def lab_states(folder: Path) -> dict[Cell, tuple[str, str]]:
-    """The state of each cell of a lab's folder; `OSError` if it is none."""
+    """The state of each cell of a lab's folder; `OSError` if it is none, `ValueError` if it has cells of another."""
     check_is_lab(folder)
-    return {cell: state_of(folder, cell) for cell in cells_of(read_lab_file(folder / LAB_FILE))}
+    lab = read_lab_file(folder / LAB_FILE)
+    check_cells(folder, lab)
+    return {cell: state_of(folder, cell) for cell in cells_of(lab)}

@@ -3,6 +3,7 @@
 The files are plain ones: in their folder, `lm_eval --include_path . --tasks facts` runs them on any other model too.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -13,8 +14,9 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genieblue.data.jsonl_files import JsonlFiles
-from genieblue.lab.data import CALCULATOR
+from conversion.chat_template import QUESTION
+from genieblue.evaluation.metrics import standard_error
+from genieblue.lab.data import CALCULATOR, numbered_lines
 from genieblue.lab.facts import fact_questions
 from genieblue.lab.lab_file import TextQuestions
 from genieblue.lab.text import split_documents
@@ -44,8 +46,8 @@ TASKS: dict[str, dict[str, Any]] = {
 NEVER = "<|never written|>"  # lm-eval wants something to stop at beside the model's own end
 
 
-def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
-    """Writes data and descriptions of the tasks that are asked for; `ValueError` or `OSError` if it cannot."""
+def text_questions(asked: TextQuestions) -> dict[str, list[dict[str, Any]]]:
+    """The questions of each task that is asked for; `ValueError` or `OSError` if there are too few, or bad ones."""
     documents = {
         ENGLISH: [{"text": text} for text in _english(asked.english)],
         FACTS: fact_questions(asked.facts) if asked.facts else [],
@@ -54,10 +56,14 @@ def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
             {"question": each["turns"][0]} for each in _read(asked.mt_bench, asked.mt_bench_questions, {"turns": list})
         ],
     }  # fmt: skip
+    return {name: rows for name, rows in documents.items() if rows}
+
+
+def write_text_tasks(folder: Path, asked: TextQuestions) -> None:
+    """Writes data and descriptions of the tasks that are asked for; `ValueError` or `OSError` if it cannot."""
+    documents = text_questions(asked)
     with NewFolder(folder, "writing") as new:
         for name, rows in documents.items():
-            if not rows:
-                continue
             data = f"{name}.jsonl"
             task = {
                 "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}},
@@ -90,14 +96,15 @@ def _read(path: str | None, count: int, needed: Mapping[str, type]) -> list[dict
     """The first lines of a benchmark's file, each with what it needs; answers lose the calculator's notes."""
     if path is None or not count:
         return []
-    lines = JsonlFiles((Path(path),))
-    if len(lines) < count:
-        raise ValueError(f"{path} has {len(lines)} questions, and {count} are asked for: lower it.")
-    rows = [lines[place] for place in range(count)]
+    rows = [row for _, row in itertools.islice(numbered_lines(path), count)]
+    if len(rows) < count:
+        raise ValueError(f"{path} has {len(rows)} questions, and {count} are asked for: lower it.")
     for number, row in enumerate(rows, start=1):
         for name, kind in needed.items():
             if not isinstance(row, dict) or not isinstance(row.get(name), kind) or not row[name]:
                 raise ValueError(f"{path}: question {number} has no `{name}`: expected {', '.join(needed)} in each.")
+        if "turns" in needed and not (isinstance(row["turns"][0], str) and row["turns"][0].strip()):
+            raise ValueError(f"{path}: the first of `turns` of question {number} is no text.")
     return [{**row, "answer": CALCULATOR.sub("", row["answer"])} if "answer" in needed else row for row in rows]
 
 
@@ -124,6 +131,9 @@ def run_text_tasks(
     except ImportError as error:
         raise ValueError(f"Text tasks need {error.name}: pip install 'genieblue[lab]'.") from error
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if MT_BENCH in tasks and wants_parts(tokenizer):
+        of_strings = adapter.apply_chat_template
+        adapter.apply_chat_template = lambda chat, *given, **options: of_strings(_in_parts(chat), *given, **options)
     manager = TaskManager(include_defaults=False)
     samples: dict[str, list[dict[str, Any]]] = {}
     for as_chats in (False, True):
@@ -144,6 +154,31 @@ def run_text_tasks(
         else:
             scores[name] = _probability_by_byte(_likelihoods(rows))
     return scores
+
+
+def wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes contents that are lists of parts alone, as many a VLM's does.
+
+    lm-eval gives it strings, of which such a template silently writes nothing. Raises `ValueError` for a template that
+    writes neither, and for a tokenizer without one.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"The tokenizer of {tokenizer.name_or_path} has no chat template, which `{MT_BENCH}` needs.")
+    chat = [{"role": "user", "content": QUESTION}]
+    for parts in (False, True):
+        try:
+            text = tokenizer.apply_chat_template(_in_parts(chat) if parts else chat, tokenize=False)
+        except Exception:  # of Jinja, or any other, as a template has expressions of Python
+            continue
+        if QUESTION in str(text):
+            return parts
+    raise ValueError(
+        f"The chat template of {tokenizer.name_or_path} does not write a question, which `{MT_BENCH}` needs."
+    )
+
+
+def _in_parts(chat: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in chat]
 
 
 def _located(path: Path) -> dict[str, Any]:
@@ -189,5 +224,9 @@ def _likeness(answers: list[str], base: list[str] | None, tokenizer: PreTrainedT
 
 
 def _mean(values: list[float]) -> dict[str, Any]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"score": statistics.fmean(values), "standard_error": error, "count": len(values), "values": values}
+    return {
+        "score": statistics.fmean(values),
+        "standard_error": standard_error(values),
+        "count": len(values),
+        "values": values,
+    }

@@ -50,12 +50,25 @@ def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: expected the YAML file of {what}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
+    except ValueError as error:  # such as a date that does not exist
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings: expected lines like `{example}`.")
     return {str(name): value for name, value in values.items()}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a name that is twice in a mapping, of which YAML would silently keep the last value."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            line = node.start_mark.line + 1
+            raise ValueError(f"`{twice[0]}` is twice in what begins in line {line}: leave one of them out.")
+        return super().construct_mapping(node, deep)
 
 
 def checked_values(values: Mapping[str, Any], types: Mapping[str, Any], path: Path, what: str) -> dict[str, Any]:

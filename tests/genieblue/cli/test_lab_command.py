@@ -4,8 +4,11 @@ import pytest
 from command_line import error_of, run, run_json, run_process
 from tiny_genieblue import save_tiny_pair
 from tiny_lab import write_tiny_lab
+from tiny_models import save_tiny_base
+from tiny_vlms import save_tiny_vlm_pair
 
-from genieblue.lab.lab_file import read_lab_file, write_lab_file
+from genieblue.lab import run as lab_run
+from genieblue.lab.lab_file import RECORD, read_lab_file, write_lab_file
 
 
 @pytest.fixture
@@ -36,6 +39,43 @@ def test_a_model_without_text_tasks_to_compare_is_refused(tmp_path):
     model = save_tiny_pair(tmp_path)
     options = ["--base", tmp_path / "base", "--mllm", model, "--facts", 0, "--english", 0, "--trust-remote-code"]
     assert "No text task is asked for" in error_of("lab", "text-drop", *options)
+
+
+def test_the_file_in_a_labs_folder_goes_on_there(lab_folder, monkeypatch):
+    (lab_folder / RECORD).write_text("{}")
+    folders = []
+    monkeypatch.setattr(lab_run, "run_lab", lambda lab, folder, only: folders.append(folder) or {})
+    run("lab", "run", lab_folder / "lab.yaml")
+    run("lab", "run", lab_folder.parent / "lab.yaml")
+    assert folders == [lab_folder, lab_folder.parent / "lab"]
+
+
+def test_a_model_that_is_no_vlm_or_that_is_not_there_is_refused_before_any_question(tmp_path):
+    save_tiny_base("llama", tmp_path / "base")
+    options = ["--base", tmp_path / "base", "--english", 2]
+    refused = error_of("lab", "text-drop", *options, "--mllm", tmp_path / "base")
+    assert "model_type 'llama', which AutoModelForImageTextToText does not load" in refused
+    assert "none is not a folder" in error_of("lab", "text-drop", *options, "--mllm", tmp_path / "none")
+    vlm, base = save_tiny_vlm_pair(tmp_path / "pair")
+    assert "base's tokenizer" in error_of("lab", "text-drop", "--base", tmp_path / "none", "--mllm", vlm)
+    (base / "chat_template.jinja").unlink()
+    (tmp_path / "mt.jsonl").write_text('{"turns": ["Why?"]}\n')
+    asked = ["--facts", 0, "--english", 0, "--mt-bench", tmp_path / "mt.jsonl", "--mt-bench-questions", 1]
+    refused = error_of("lab", "text-drop", "--base", base, "--mllm", vlm, *asked)
+    assert "base has no chat template, which `mt_bench` needs" in refused
+
+
+@pytest.mark.slow
+def test_text_drop_asks_a_vlm_in_the_form_that_its_template_writes(tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra `lab` installs it")
+    vlm, base = save_tiny_vlm_pair(tmp_path, change=0.0)
+    (tmp_path / "mt.jsonl").write_text('{"turns": ["Why?"]}\n{"turns": ["And how many?"]}\n')
+    options = ["--base", base, "--mllm", vlm, "--facts", 0, "--english", 2, "--mt-bench", tmp_path / "mt.jsonl",
+               "--mt-bench-questions", 2]  # fmt: skip
+    scores = run_json("lab", "text-drop", *options, "--json")
+    assert len(set(scores["mllm"]["mt_bench"]["answers"])) == 2
+    row = next(line for line in run("lab", "text-drop", *options).stdout.splitlines() if line.startswith("| mllm"))
+    assert row.count("±") == 4  # two tasks, the average, and what is retained
 
 
 @pytest.mark.slow

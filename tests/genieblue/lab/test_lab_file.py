@@ -1,11 +1,12 @@
 """The file of a lab: what it means, and what is refused before anything is made."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from tiny_lab import write_lab_values
 
-from genieblue.lab.lab_file import read_lab_file, write_lab_file
+from genieblue.lab.lab_file import RECORD, read_lab_file, write_lab_file
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -22,7 +23,8 @@ def test_a_list_of_structures_takes_the_seeds_of_all(tmp_path):
 
 
 def test_a_quick_lab_has_one_seed_and_less_of_everything(tmp_path):
-    lab = read_lab_file(write_lab_values(tmp_path, held_out=100, vision_steps=80, training={"steps": 800}))
+    changes = {"held_out": 100, "vision": "small", "vision_steps": 80, "training": {"steps": 800}}
+    lab = read_lab_file(write_lab_values(tmp_path, **changes))
     quick = lab.quick()
     assert set(quick.structures.values()) == {1} and quick.structures.keys() == lab.structures.keys()
     assert (quick.steps, quick.vision_steps, quick.held_out) == (100, 10, 25)
@@ -75,11 +77,44 @@ def test_where_files_are_does_not_decide_a_result_but_what_is_in_them_does(tmp_p
         ({"projector_steps": -1}, "`projector_steps` is -1"),
         ({"base": ""}, "`base` is empty"),
         ({"text_tasks": {"mt_bench_tokens": 0}}, "`mt_bench_tokens` is 0: expected 1 or more"),
+        ({"vision_steps": 50}, r"`vision_steps` is of the tower that the lab trains \(`vision: small`\)"),
+        ({"reading_steps": 4000}, "`reading_steps` is of the tower that the lab trains"),
+        ({"data": {"images": 0}}, "`texts` are named, but no data has a share of them"),
+        ({"text_tasks": {"gsm8k_questions": 9}}, "`gsm8k_questions` is 9, but `gsm8k` names no file"),
+        ({"text_tasks": {"mt_bench_tokens": 9}}, "`mt_bench_tokens` is 9, but `mt_bench` names no file"),
+        ({"structures": None}, r"a lab needs `structures`: add it, such as `structures: \[full, lora\]`"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read_lab_file(write_lab_values(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [("held_out: 9\n", "held_out"), ("data: {mixed: 0.1, mixed: 0.2}\n", "mixed"), ("tasks: {a: , a: }\n", "a")],
+)
+def test_a_name_that_is_there_twice_is_refused(tmp_path, lines, name):
+    path = write_lab_values(tmp_path)
+    path.write_text("held_out: 4\n" + lines)
+    with pytest.raises(ValueError, match=f"lab.yaml: `{name}` is twice in what begins in line"):
+        read_lab_file(path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- base\n- tasks\n", "base"])
+def test_a_file_without_settings_is_refused(tmp_path, text):
+    (tmp_path / "lab.yaml").write_text(text)
+    with pytest.raises(ValueError, match="lab.yaml holds no settings: expected lines like `base: smollm2`"):
+        read_lab_file(tmp_path / "lab.yaml")
+
+
+def test_the_record_in_a_folder_may_have_settings_without_effect(tmp_path):
+    lab = dataclasses.replace(read_lab_file(write_lab_values(tmp_path)), vision_steps=125)
+    write_lab_file(tmp_path / "again.yaml", lab)
+    with pytest.raises(ValueError, match="`vision_steps` is of the tower"):
+        read_lab_file(tmp_path / "again.yaml")
+    (tmp_path / RECORD).write_text("{}")
+    assert read_lab_file(tmp_path / "again.yaml") == lab
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -1,7 +1,9 @@
 """A lab from its file to its report: cells go on, fail alone, are refused if they do not fit, and are gathered."""
 
 import dataclasses
+import errno
 import json
+import math
 import shutil
 import sys
 import threading
@@ -12,12 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_lab import STRUCTURES, cells_in_this_process, write_tiny_lab
+from tiny_models import save_tiny_base
 from transformers import TrainerCallback
 
 from conversion import staging
 from conversion.staging import lock_output
-from genieblue.lab import cells, run
+from genieblue.lab import cells, report, run
 from genieblue.lab.cells import CELL, IMAGES, LAB_FILE, RESULT, Cell, cells_of
+from genieblue.lab.checks import check_lab
 from genieblue.lab.lab_file import read_lab_file, write_lab_file
 from genieblue.lab.report import _setting, write_report
 from genieblue.lab.results import LabResults
@@ -153,8 +157,9 @@ def test_only_the_structures_that_are_named_are_run(lab, monkeypatch):
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("a cell was run"))
     assert {cell.structure for cell in run_lab(*lab, only=["genieblue-*"])} == {"genieblue-skip"}
     monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("too late"))
-    with pytest.raises(ValueError, match="No structure is named like cogvlm-.: the lab has full, lora"):
-        run_lab(*lab, only=["cogvlm-*"])
+    for only in (["cogvlm-*"], ["lora", "cogvlm-*"]):
+        with pytest.raises(ValueError, match="No structure is named like cogvlm-.: the lab has full, lora"):
+            run_lab(*lab, only=only)
 
 
 def test_a_cell_of_another_configuration_is_refused_with_what_differs(lab):
@@ -162,8 +167,25 @@ def test_a_cell_of_another_configuration_is_refused_with_what_differs(lab):
     recorded = json.loads(place.read_text())
     recorded["lab"]["training"]["steps"] = 7
     place.write_text(json.dumps(recorded))
-    with pytest.raises(ValueError, match=r"another configuration: lab\.training\.steps was 7 and is 2"):
-        run_lab(*lab)
+    for use in (lambda: run_lab(*lab), lambda: write_report(lab[1]), lambda: lab_states(lab[1])):
+        with pytest.raises(ValueError, match=r"another configuration: lab\.training\.steps was 7 and is 2"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 0}, "seed was 0 and is 1"),
+        ({"text_share": 0.5}, "text_share was 0.5 and is 0.3"),
+        ({"base": {"model.safetensors": "other"}}, "base.model.safetensors was 'other'"),
+    ],
+    ids=["of another place", "of other data", "on another base"],
+)
+def test_results_of_a_cell_that_was_not_run_here_are_not_reported(lab, changes, message):
+    place = Cell("mixed", "genieblue-skip", 1).folder(lab[1]) / CELL
+    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        write_report(lab[1])
 
 
 def test_another_lab_in_the_folder_is_refused(lab, finished, tmp_path):
@@ -228,6 +250,16 @@ def test_results_that_disagree_are_refused_and_a_failed_cell_gives_way(lab, tmp_
     assert gather(lab[1], [elsewhere]) == []
 
 
+def test_a_cell_that_was_copied_in_part_is_not_gathered(lab, tmp_path):
+    cell, elsewhere = Cell("mixed", "lora", 1), tmp_path / "elsewhere"
+    shutil.copytree(lab[1], elsewhere)
+    shutil.rmtree(cell.folder(lab[1]))
+    (cell.folder(elsewhere) / IMAGES).unlink()
+    with pytest.raises(OSError, match="lacks images.json: copy the whole folder of the cell"):
+        gather(lab[1], [elsewhere])
+    assert not cell.folder(lab[1]).exists()
+
+
 def test_only_labs_and_cells_of_the_lab_are_gathered(lab, tmp_path):
     with pytest.raises(OSError, match="photos is not the folder of a lab"):
         gather(lab[1], [tmp_path / "photos"])
@@ -254,16 +286,28 @@ def test_a_cell_that_started_elsewhere_or_is_asked_something_else_is_refused(lab
         ({"tasks": {"mine": {"train": "mine.jsonl", "eval": "mine.jsonl"}}}, "has 1 questions, and `held_out` is 4"),
         ({"texts": ["texts.jsonl"], "training": {"steps": 2, "max_length": 4}}, "All 3 texts have more than 4 tokens"),
         ({"texts": ["gone.jsonl"]}, "gone.jsonl is not a file"),
+        ({"base": "/nowhere/gone"}, "base /nowhere/gone is not a folder"),
+        ({"base": "tiny-tower"}, "tiny-tower"),
+        ({"base": "shallow"}, "3 blocks has no quarter to replicate"),
+        ({"base": "silent"}, "silent has no chat template"),
+        ({"vision": "/nowhere/gone"}, "vision model /nowhere/gone is not a folder"),
+        ({"vision": "tiny-base"}, "has model_type 'llama': expected a SigLIP"),
         pytest.param(  # slow is where the extra `lab` is installed
             {"text_tasks": {"facts": 10**6}}, "`facts` is 1000000, but there are", marks=pytest.mark.slow
         ),
     ],
-    ids=["too few questions", "too long texts", "missing texts", "too many facts"],
-)
+    ids=["too few questions", "too long texts", "missing texts", "missing base", "no base", "too few blocks",
+         "no chat template", "missing tower", "no tower", "too many facts"],
+)  # fmt: skip
 def test_wrong_data_is_refused_before_anything_is_trained(tmp_path, monkeypatch, changes, message):
     for name in ("create_genieblue", "base_texts", "train"):
         monkeypatch.setattr(run, name, lambda *_, **__: pytest.fail("too late"))
     path = write_tiny_lab(tmp_path, **changes)
+    if changes.get("base") == "shallow":
+        save_tiny_base("llama", tmp_path / "shallow", num_hidden_layers=3)
+    if changes.get("base") == "silent":
+        shutil.copytree(tmp_path / "tiny-base", tmp_path / "silent")
+        (tmp_path / "silent/chat_template.jinja").unlink()
     image = path.with_name("image.png")
     Image.new("RGB", (8, 8)).save(image)
     part = {"type": "image", "image": image.name}
@@ -271,6 +315,71 @@ def test_wrong_data_is_refused_before_anything_is_trained(tmp_path, monkeypatch,
     (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": turns, "answers": ["a"]}) + "\n")
     with pytest.raises((ValueError, OSError), match=message):
         run_lab(read_lab_file(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # so that the lab can be corrected
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """A lab with a task of its own, whose questions are those of its training data."""
+    path = write_tiny_lab(tmp_path, tasks={"mine": {"train": "mine.jsonl", "eval": "mine.jsonl"}}, held_out=2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    lines = []
+    for number in range(3):
+        turns = [{"role": "user", "content": f"<image>{number}?"}, {"role": "assistant", "content": "a"}]
+        lines.append(json.dumps({"messages": turns, "images": ["image.png"]}) + "\n")
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    return read_lab_file(path)
+
+
+def test_a_task_of_ones_own_is_trained_and_asked(own_task, tmp_path, monkeypatch):
+    cells_in_this_process(monkeypatch)
+    lab = dataclasses.replace(own_task, structures={"lora": 1})
+    assert {state for state, _ in run_lab(lab, tmp_path / "out").values()} == {"done"}
+    result = json.loads((Cell("mixed", "lora", 0).folder(tmp_path / "out") / RESULT).read_text())
+    assert set(result["images"]) == {"mine"} and result["images"]["mine"]["count"] == 2
+
+
+def test_questions_that_are_in_the_training_data_are_counted(own_task, caplog):
+    check_lab(own_task)
+    assert "2 of 2 questions of the task 'mine' are also in its training data" in caplog.text
+
+
+def test_chats_without_an_image_are_refused_where_the_projector_is_trained_alone(own_task, tmp_path):
+    with (tmp_path / "mine.jsonl").open("a") as file:
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        file.write(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(ValueError, match="1 of 4 chats in the training data of the task 'mine' have no image"):
+        check_lab(own_task)
+    check_lab(dataclasses.replace(own_task, projector_steps=0))
+
+
+def test_a_full_disk_is_named_and_the_lab_goes_on_later(tmp_path, monkeypatch):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lab = read_lab_file(write_tiny_lab(tmp_path, tasks=["digits"]))
+    with monkeypatch.context() as full:
+        full.setattr(run, "write_held_out", fill)
+        with pytest.raises(OSError, match="No space left on device while writing .*out: free some space"):
+            run_lab(lab, tmp_path / "out")
+    monkeypatch.setattr(run, "base_texts", lambda *_: pytest.fail("here it goes on"))
+    with pytest.raises(pytest.fail.Exception, match="here it goes on"):
+        run_lab(lab, tmp_path / "out")
+
+
+def test_a_loss_that_is_not_a_number_marks_its_cell(lab, monkeypatch):
+    shutil.rmtree(Cell("mixed", "lora", 0).folder(lab[1]))
+
+    def make(*given):
+        structure, processor = made(*given)
+        structure.model.vision_tower.embeddings.patch_embedding.bias.data.fill_(math.nan)
+        return structure, processor
+
+    made = cells.make_structure
+    monkeypatch.setattr(cells, "make_structure", make)
+    cells_in_this_process(monkeypatch)
+    state, reason = run_lab(*lab)[Cell("mixed", "lora", 0)]
+    assert state == "failed" and "nan" in reason.lower()
 
 
 def test_a_cell_whose_evaluation_fails_is_not_marked_as_failed(lab, monkeypatch):
@@ -297,7 +406,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(staging.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         staging.write_json_whole(path, {"average": 2})
-    assert json.loads(path.read_text()) == {"average": 1}
+    assert json.loads(path.read_text()) == {"average": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_cell_that_another_process_is_running_is_left_to_it(lab, monkeypatch, caplog):
@@ -340,6 +449,24 @@ def test_a_report_leaves_what_else_is_in_its_folder_and_replaces_no_other_file(f
     assert [path.read_text() for path in other.iterdir()] == ["mine"]
 
 
+def test_a_report_that_was_killed_is_written_again(finished, tmp_path, monkeypatch):
+    written = []
+
+    def killed(path, content):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        staging.write_whole(path, content)
+
+    with monkeypatch.context() as ended:
+        ended.setattr(report, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(finished[1], tmp_path)
+    assert [path.name for path in written] == ["report.md"]
+    write_report(finished[1], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "scores.png", "loss.png", "retained.png"}
+
+
 def test_results_of_one_structure_differ_from_itself_by_nothing(finished):
     results = LabResults(finished[1])
     group = results.get("lora")
@@ -377,5 +504,5 @@ def test_all_seeds_start_from_the_projector_that_learned_with_the_small_tower(tm
         tower = load_file(tmp_path / "vision" / "model.safetensors")
         assert all(torch.equal(start[f"vision_tower.{name}"], value) for name, value in tower.items()
                    if f"vision_tower.{name}" in start)  # fmt: skip
-    report = f"trained for {lab.vision_steps} steps on captions and {lab.reading_steps} on reading"
-    assert report in "".join(_setting(SimpleNamespace(lab=lab, decisive=1, groups={}, failed=[], missing=[])))
+    said = f"trained for {lab.vision_steps} steps on captions and {lab.reading_steps} on reading"
+    assert said in "".join(_setting(SimpleNamespace(lab=lab, decisive=1, groups={}, failed=[], missing=[])))

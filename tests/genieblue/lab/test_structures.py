@@ -75,6 +75,18 @@ def test_a_saved_structure_answers_as_it_did(trained):
     assert torch.equal(multimodal_logits(loaded, prompt(), None), multimodal_logits(structure, prompt(), None))
 
 
+def test_texts_run_the_base_bit_for_bit_where_it_is_kept(trained):
+    structure, folder, before = trained
+    if not structure.keeps_base:
+        pytest.skip("it leaves no base")
+    base = tiny_base("llama")
+    base.load_state_dict(before)
+    with torch.no_grad():
+        expected = base(prompt()).logits
+        for model in (structure.model, load_structure(folder).model):
+            assert torch.equal(model(prompt()).logits, expected)
+
+
 def test_generation_from_images_equals_whole_passes(trained):
     structure, _, _ = trained
     generated = structure.model.generate(IDS, pixel_values=PIXELS, max_new_tokens=4, do_sample=False, pad_token_id=0)

@@ -149,6 +149,40 @@ def test_texts_are_read_from_questions_and_chats_and_what_is_neither_is_refused(
     assert len(read_texts(["english"])) > 50
 
 
+def test_chats_without_images_are_texts_in_either_form(tmp_path):
+    path, parts = tmp_path / "texts.jsonl", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chats = [
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]},
+        {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "c"}]},
+    ]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    expected = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    assert [text["messages"] for text in read_texts([str(path)])] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": null, "answer": "a"}', "`question` is None, expected a text"),
+        ('{"question": "a", "answer": " "}', "`answer` is ' ', expected a text"),
+        ('{"question": "a", "answer":', "not valid JSON"),
+        ('{"messages": "hello"}', "expected a list of turns"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "ending with the assistant"),
+        ('{"messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}], '
+         '"images": ["a.png"]}', "the chat has an image"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, {"role": "assistant", '
+         '"content": "b"}]}', "the chat has an image"),
+    ],
+    ids=["nothing asked", "nothing answered", "no JSON", "no turns", "no answer", "an image",
+         "an image as a part"],
+)  # fmt: skip
+def test_a_wrong_line_of_texts_is_named(tmp_path, line, message):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"question": "a", "answer": 4}\n' + line + "\n")
+    with pytest.raises((ValueError, OSError), match=rf"texts.jsonl:2.*{message}"):
+        read_texts([str(path)])
+
+
 def test_texts_that_are_too_long_are_left_out_and_counted(caplog):
     class Words:
         def apply_chat_template(self, messages, tokenize):

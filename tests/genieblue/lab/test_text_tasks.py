@@ -1,11 +1,12 @@
 """Text tasks on local files: likelihoods are the model's own, errors are right, answers are compared by token."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
-from tiny_models import save_tiny_base, tiny_base
+from tiny_models import save_tiny_base, tiny_base, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genieblue.lab.facts import CHOICES, fact_questions
@@ -17,6 +18,7 @@ from genieblue.lab.text_tasks import (
     _likeness,
     _probability_by_byte,
     run_text_tasks,
+    wants_parts,
     write_text_tasks,
 )
 
@@ -121,6 +123,51 @@ def test_facts_have_one_right_answer_of_four_and_no_place_of_it_is_preferred():
 def test_more_pieces_of_english_than_there_are_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`english` is 500, but there are [0-9]+ pieces"):
         write_text_tasks(tmp_path / "tasks", TextQuestions(facts=0, english=500))
+
+
+@pytest.mark.parametrize("turns", ["[5]", '[" "]', "[null]"])
+def test_a_first_turn_that_is_no_text_is_named(tmp_path, turns):
+    (tmp_path / "a.jsonl").write_text(f'{{"turns": {turns}}}\n')
+    questions = TextQuestions(facts=0, english=0, mt_bench=str(tmp_path / "a.jsonl"), mt_bench_questions=1)
+    with pytest.raises(ValueError, match=r"a.jsonl: the first of `turns` of question 1 is no text"):
+        write_text_tasks(tmp_path / "tasks", questions)
+
+
+def test_a_line_of_a_benchmark_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question":\n')
+    questions = TextQuestions(facts=0, english=0, gsm8k=str(tmp_path / "a.jsonl"), gsm8k_questions=2)
+    with pytest.raises(ValueError, match=r"a.jsonl:2: not valid JSON"):
+        write_text_tasks(tmp_path / "tasks", questions)
+
+
+PARTS = "{% for each in messages %}{% for part in each['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "expected"), [(None, False), (PARTS, True)], ids=["strings", "parts"])
+def test_a_question_reaches_templates_that_write_strings_and_those_that_write_parts(template, expected):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    assert wants_parts(tokenizer) is expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [(None, "has no chat template"), ("Hi", "does not write a question")]
+)
+def test_a_tokenizer_that_writes_no_chat_cannot_be_asked(template, message):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        wants_parts(tokenizer)
+
+
+@pytest.mark.slow
+def test_a_vlm_whose_template_writes_parts_is_asked_the_same_as_its_base(asked):
+    pytest.importorskip("lm_eval", reason="the extra `lab` installs it")
+    folder, model, tokenizer = asked
+    base, other = run_text_tasks(model, tokenizer, folder), copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("message['content']", "message['content'][0]['text']")
+    assert wants_parts(other)
+    assert run_text_tasks(model, other, folder, base=base)[MT_BENCH]["equal_answers"] == 1
 
 
 @pytest.mark.parametrize("row", ['{"question": "a"}', '{"turns": []}'])
