@@ -1,6 +1,5 @@
 """What the QNN commands say on a computer that lacks a library, or on which the compiler does not run."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from conversion.qnn.export_settings import check_config
 from conversion.qnn.npu import sessions as npu
 from conversion.qnn.qdq.language import LanguageSettings
 from genieblue.cli.app import app
-from genieblue.cli.qnn import answers_to
 
 EXPORT = ["export", "qnn", "model", "--out", "bundle", "--soc", "sm8750", "--calibration", "chats.jsonl"]
 VERIFY = ["verify", "bundle"]
@@ -54,31 +52,6 @@ def test_without_any_of_its_libraries_the_export_tells_first_where_the_compiler_
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "on aarch64, but the compiler runs on Linux on x86-64 only" in done.stderr
-
-
-def write_chats(path: Path, *questions: str) -> Path:
-    rows = [{"messages": [{"role": "user", "content": each}, {"role": "assistant", "content": "x"}]}
-            for each in questions]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_chats_that_are_calibrated_on_too_or_in_another_script_are_remarked_on(tmp_path):
-    english = write_chats(tmp_path / "a.jsonl", "Which colour is it?", "How many are there?")
-    japanese = write_chats(tmp_path / "b.jsonl", "これは何ですか。今日は天気がいいです。")
-    assert answers_to(english, write_chats(tmp_path / "c.jsonl", "Another question?"), None)[1] == []
-    (remark,) = answers_to(english, english, None)[1]
-    assert remark.startswith("2 held-out samples or paragraphs are in the calibration data too")
-    (remark,) = answers_to(english, japanese, None)[1]
-    assert remark == "calibration data is mostly Chinese or Japanese, held-out data mostly Latin"
-
-
-def test_a_bad_held_out_chat_offers_no_option_that_is_not_there(tmp_path):
-    good = write_chats(tmp_path / "good.jsonl", "Why?")
-    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
-    with pytest.raises(ValueError, match="Correct it") as error:
-        answers_to(tmp_path / "bad.jsonl", good, None)
-    assert "--skip-bad" not in str(error.value)
 
 
 @pytest.mark.parametrize(
