@@ -41,7 +41,9 @@ from genieblue.evaluation.held_out import HeldOutData
 from genieblue.evaluation.samples import EvaluationDataset
 from hub_cards.verdicts import PLAIN_TEXT
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.as_built_genieblue import AsBuilt
 from modeling_genieblue.language_adapter_genieblue import find_blocks
+from modeling_genieblue.quantized_precision_guard_genieblue import is_frozen
 from modeling_genieblue.view_routing_genieblue import TEXT
 
 BEFORE = "16 bits"
@@ -81,7 +83,25 @@ def rounded(case: str, source: Path, samples: CalibrationSamples, folder: Path) 
         budget=Budget(bits_per_weight=float(number)) if method == "mixed" else None,
     )  # fmt: skip
     bits = bits_per_weight(report.mixed) if report.mixed else None
-    return GenieBlueForConditionalGeneration.from_pretrained(report.output), bits
+    return with_plain_linears(GenieBlueForConditionalGeneration.from_pretrained(report.output)), bits
+
+
+@torch.no_grad()
+def with_plain_linears(model: Any) -> Any:
+    """The model with the values of its quantized linears in bfloat16: kernels for these are slower on prompts."""
+    plain: dict[int, torch.nn.Linear] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not is_frozen(child):
+                continue
+            if id(child) not in plain:
+                linear = torch.nn.Linear(child.in_features, child.out_features, bias=False, dtype=torch.bfloat16)
+                linear.weight.copy_(child.weight.dequantize())
+                linear.bias = child.bias
+                plain[id(child)] = linear
+            setattr(parent, name, plain[id(child)])
+    model._as_built = AsBuilt(model)  # what it stands on from here on
+    return model
 
 
 def views_of(model: Any, samples: CalibrationSamples) -> Iterator[tuple[Any, Linears, Any]]:
@@ -109,6 +129,7 @@ def round_in_memory(model: Any, method: str, group_size: int, samples: Calibrati
         hessians = linear_hessians(view, run, [name for name, _ in linears])
         for _, group in groupby(linears, key=lambda each: inputs_of(each[0])):
             scale_and_round(list(group), hessians, group_size)
+    model._as_built = AsBuilt(model)
 
 
 def inputs_of(name: str) -> str:
@@ -148,7 +169,7 @@ def row(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         Evaluation([ScoredAnswer(**{**each, "references": tuple(each["references"])}) for each in found["answers"]])
         for found in (before, after)
     )
-    figures: dict[str, Any] = {"bits": after["bits"], "seconds": round(after["seconds"])}
+    figures: dict[str, Any] = {"bits": after["bits"] or "", "seconds": round(after["seconds"])}
     for each in compare(one, other):
         error = 100 * (each.standard_error or 0.0)
         figures[each.task] = f"{100 * each.second:.1f} ({100 * each.difference:+.1f} ± {error:.1f})"

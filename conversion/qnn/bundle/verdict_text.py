@@ -5,7 +5,6 @@ from typing import Any
 
 from hub_cards.verdicts import summary
 
-
 SMALLEST_GROUPS = 4.25  # bits a weight of 4 bits in groups of 32
 MIXED_STEPS = (5.0, 6.0, 7.0)  # bits a weight
 

@@ -1,5 +1,6 @@
 """What the QNN commands say on a computer that lacks a library, or on which the compiler does not run."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,63 @@ def test_every_width_must_be_a_multiple_of_the_group_size(changes, told):
     else:
         with pytest.raises(ValueError, match=f"{told} is no multiple of the group size 64"):
             check_config(config, settings, 1, "model")
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """A folder that is taken for a bundle, and nothing needed to open one."""
+    monkeypatch.setattr(npu, "check_libraries_installed", lambda *_: None)
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle/metadata.json").write_text("{}")
+    return tmp_path / "bundle"
+
+
+def run(*command) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(map(str, command)))
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_verify_hands_held_out_chats_to_the_verdict_on_a_bundle(bundle, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="needs the extra `qnn`")
+    from conversion.qnn import verdict, verify
+
+    chats, given = tmp_path / "chats.jsonl", {}
+    chat = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    chats.write_text(json.dumps(chat) + "\n")
+
+    def verify_bundle(_path, *, verdict_on, **_options):
+        given.update(verdict_on(bundle, "reader", revision="abc"))
+        return []
+
+    monkeypatch.setattr(verify, "verify_bundle", verify_bundle)
+    monkeypatch.setattr(verdict, "judge", lambda *given, **options: {"judged": given, **options})
+    monkeypatch.setattr(
+        "modeling_genieblue.GenieBlueForConditionalGeneration.from_pretrained", lambda *name, **where: (name, where)
+    )
+    monkeypatch.setattr("modeling_genieblue.GenieBlueProcessor.from_pretrained", lambda folder: folder)
+    code, output = run("verify", bundle, "--eval-data", chats, "--metric", "anls", "--trust-remote-code")
+    assert code == 0, output
+    model, folder, requests, answers = given["judged"]
+    assert model == (("reader",), {"base_model": None, "trust_remote_code": True, "revision": "abc"})
+    assert folder == bundle and answers.__self__.chats[0][0].metric == "anls" and not given["accept_loss"]
+    assert iter(requests) is requests  # read when they are needed
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--metric", "anls"], "--metric: It does not apply to a bundle"),
+        (["--eval-data", "a.jsonl", "--max-answer-loss", "5"], "--max-answer-loss: It does not apply to a bundle"),
+        (["--trust-remote-code"], "--trust-remote-code: It does not apply to a bundle"),
+    ],
+)
+def test_verify_refuses_what_a_bundle_has_no_use_for(bundle, options, told):
+    code, output = run("verify", bundle, *options)
+    assert code == 2 and told in output
+
+
+def test_an_adapter_is_for_one_bundle(bundle, tmp_path):
+    code, output = run("eval", bundle, "--data", "a.jsonl", "--compare", bundle, "--adapter", "other.npz")
+    assert code == 2 and "An adapter is for one bundle" in output
+    code, output = run("eval", tmp_path, "--data", "a.jsonl", "--adapter", "other.npz")
+    assert code == 2 and "--adapter: It does not apply to a model, only to a bundle" in output
