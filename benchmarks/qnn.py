@@ -3,11 +3,13 @@
     python -m benchmarks.qnn [--demo demo-out] [--full-size full-size] [--parts 16] [--bundles qnn-bundles]
 
 Bytes are those of random-weight models of 24 M and 138 M parameters in the matrices of the base, in one part and in
-four. Accuracy is that of the model which `make demo` left in `--demo`: PyTorch in 32 bits, the bundle's QDQ graphs on
-the CPU, and the emulator. The real size is the BlueLM-3B-shaped model which `benchmarks/full_size.py` made in
-`--full-size`, with a vision tower of SigLIP so400m: time, and the highest resident memory of the process and of those
-that it started, taken twice a second. Bundles are kept in `--bundles`, so that a stopped run goes on. Each table
-can be left out: `--skip sizes accuracy full-size`. Nothing here runs on a phone.
+four; they do not depend on how codes are chosen, so these are rounded to nearest. `blocks` are four of the BlueLM-3B
+shape, one of them replicated, exported by default settings: an eighth of that model without its LM head. Accuracy is
+that of the model which `make demo` left in `--demo`: PyTorch in 32 bits, the bundle's QDQ graphs on the CPU, and the
+emulator. The real size is the BlueLM-3B-shaped model which `benchmarks/full_size.py` made in `--full-size`, with a
+vision tower of SigLIP so400m: time, and the highest resident memory of the process and of those that it started, taken
+twice a second. Bundles are kept in `--bundles`, so that a stopped run goes on. Each table can be left out: `--skip
+sizes blocks accuracy full-size`. Nothing here runs on a phone.
 """
 
 import argparse
@@ -24,13 +26,19 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import MemoryWatch, print_table
 from benchmarks.views import TOY_VISION
+from conversion.qnn.bundle.metadata import Bundle
 from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.export import export_bundle
 from conversion.qnn.graphs.names import PRECISIONS, ROUNDINGS
 from conversion.qnn.qdq.block_rounding import LORA_BITS
 from conversion.qnn.verify import verify_bundle
 from conversion.staging import UNFINISHED
-from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueImageProcessor, GenieBlueProcessor
+from modeling_genieblue import (
+    GenieBlueConfig,
+    GenieBlueForConditionalGeneration,
+    GenieBlueImageProcessor,
+    GenieBlueProcessor,
+)
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 
 SOC = "sm8750"
@@ -40,6 +48,11 @@ SIZES = {
     "24 M": {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2},
     "138 M": {"hidden_size": 1280, "intermediate_size": 3456, "num_attention_heads": 10, "num_key_value_heads": 2},
 }
+FULL_BLOCKS = {
+    "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20, "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+}  # fmt: skip
+ALL_BLOCKS = 32
 TOY_CHAT = "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %}" \
     "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"  # fmt: skip
 
@@ -77,10 +90,13 @@ def random_requests(config: Any, count: int, tokens: int) -> list[dict[str, torc
 
 
 def random_model(folder: Path, shape: dict[str, int]) -> Path:
-    """Writes a GenieBlue of 8 blocks, 2 of them copied, with random weights and a toy vision tower, once."""
+    """Writes a GenieBlue with random weights and a toy vision tower, once: of 8 blocks if `shape` names no number.
+
+    A quarter of the blocks is replicated.
+    """
     if not (folder / "genieblue" / "config.json").exists():
         torch.manual_seed(0)
-        config = LlamaConfig(**shape, num_hidden_layers=8, vocab_size=2048, max_position_embeddings=2048,
+        config = LlamaConfig(**{"num_hidden_layers": 8, **shape}, vocab_size=2048, max_position_embeddings=2048,
                              tie_word_embeddings=False)  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder / "base")
         base = LlamaForCausalLM.from_pretrained(folder / "base")
@@ -92,16 +108,18 @@ def random_model(folder: Path, shape: dict[str, int]) -> Path:
     return folder / "genieblue"
 
 
-def ideal_bytes(model: Any) -> dict[str, float]:
-    """Bytes of the matrices in 4 bits, and of LoRA in 8, without any overhead: base, copies and LoRA."""
+def ideal_bytes(source: Path, bundle: Path) -> float:
+    """Bytes of base, copies and LoRA at the bits that a bundle's weights and their scales have, and nothing else."""
+    model: Any = GenieBlueForConditionalGeneration.from_pretrained(source)
+    bits = Bundle(bundle).metadata["bits_per_weight"]
     table = model.language_model.get_input_embeddings().weight
     head = model.language_model.get_output_embeddings().weight
     matrices = [p for p in model.language_model.parameters() if p.ndim == 2 and p is not table]
-    sizes = {"base": sum(p.numel() for p in matrices) + (head.numel() if head is table else 0), "copies": 0, "lora": 0}
+    total = bits * (sum(p.numel() for p in matrices) + (head.numel() if head is table else 0))
     for name, _, parameter in adapter_parameters(model.multimodal_language_model):
         if parameter.ndim == 2:
-            sizes["lora" if ".lora_" in name else "copies"] += parameter.numel()
-    return {part: count * (LORA_BITS if part == "lora" else 4) / 8 for part, count in sizes.items()}
+            total += parameter.numel() * (LORA_BITS if ".lora_" in name else bits)
+    return total / 8
 
 
 def language_bytes(bundle: Path) -> int:
@@ -131,16 +149,29 @@ def measure_sizes(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Bytes of the shared binaries against the ideal, at two sizes and by number of parts."""
     for name, shape in SIZES.items():
         source = random_model(folder / f"random-{shape['hidden_size']}", shape)
-        model = GenieBlueForConditionalGeneration.from_pretrained(source)
-        requests, ideal = random_requests(model.config, 2, 160), sum(ideal_bytes(model).values())
-        del model
+        requests = random_requests(GenieBlueConfig.from_pretrained(source), 2, 160)
         for parts in (1, 4):
             bundle = folder / f"{source.parent.name}-in-{parts}"
             row = export_measured(
                 bundle, source, calibration=requests, context_length=512, parts=parts, llm="w4a16", rounding="rtn"
             )
-            stored = language_bytes(bundle)
-            yield f"{name} in {parts} part(s)", {"bytes": stored, "ideal": ideal, "ratio": stored / ideal, **row}
+            yield f"{name} in {parts} part(s)", {**stored_and_ideal(source, bundle), **row}
+
+
+def stored_and_ideal(source: Path, bundle: Path) -> dict[str, float]:
+    """Bytes of a bundle's decoder against the ideal."""
+    stored, ideal = language_bytes(bundle), ideal_bytes(source, bundle)
+    return {"bytes": stored, "ideal": ideal, "ratio": stored / ideal}
+
+
+def measure_blocks(folder: Path, samples: int) -> dict[str, float]:
+    """An export of four blocks of the real size by default settings, and what as many as there are would take."""
+    source, bundle = random_model(folder / "random-2560", FULL_BLOCKS), folder / "random-2560-in-1"
+    requests = random_requests(GenieBlueConfig.from_pretrained(source), samples, 128)
+    row = export_measured(bundle, source, calibration=requests)
+    row = {"blocks": FULL_BLOCKS["num_hidden_layers"], **stored_and_ideal(source, bundle), **row}
+    times = ALL_BLOCKS / FULL_BLOCKS["num_hidden_layers"]
+    return row | {f"{name}, {ALL_BLOCKS} blocks": times * row[name] for name in ("bytes", "seconds") if name in row}
 
 
 def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **options: str) -> Rows:
@@ -181,11 +212,10 @@ def measure_accuracy(demo: Path, bundle: Path, scans: int, emulated: int, **opti
 
 def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> dict[str, Any]:
     """Exports the BlueLM-3B-shaped model whole: seconds, memory, and the bundle's bytes by kind of file."""
-    model = GenieBlueForConditionalGeneration.from_pretrained(source / "genieblue")
+    config = GenieBlueConfig.from_pretrained(source / "genieblue")
     if not (source / "genieblue" / "tokenizer.json").exists():
-        make_processor(model.config).save_pretrained(source / "genieblue")
-    requests, ideal = random_requests(model.config, samples, 128), ideal_bytes(model)
-    del model
+        make_processor(config).save_pretrained(source / "genieblue")
+    requests = random_requests(config, samples, 128)
     bundle = folder / f"full-size-in-{parts}"
     row = {
         "parts": parts,
@@ -193,7 +223,7 @@ def measure_full_size(source: Path, folder: Path, parts: int, samples: int) -> d
     }
     row |= {
         "language binaries": language_bytes(bundle),
-        "ideal of those": int(sum(ideal.values())),
+        "ideal of those": int(ideal_bytes(source / "genieblue", bundle)),
         "vision binary": (bundle / "vision" / "vision.bin").stat().st_size,
         "embeddings.raw": (bundle / "embeddings.raw").stat().st_size,
     }
@@ -214,16 +244,19 @@ def main() -> None:
     parser.add_argument("--emulated", type=int, default=20)
     parser.add_argument("--lora", choices=["constants", "inputs"], default="constants")
     parser.add_argument("--llm", choices=PRECISIONS, default="w4a16")
-    parser.add_argument("--rounding", choices=ROUNDINGS, default="rtn")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["sizes", "accuracy", "full-size"])
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="gptq")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["sizes", "blocks", "accuracy", "full-size"])
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     bundles = arguments.bundles
     bundles.mkdir(parents=True, exist_ok=True)
     if "sizes" not in arguments.skip:
         print_table("Bytes of the shared binaries", dict(measure_sizes(bundles)))
+    if "blocks" not in arguments.skip:
+        print_table("BlueLM-3B shape, four blocks", {"measured": measure_blocks(bundles, arguments.samples)})
     if "accuracy" not in arguments.skip and (arguments.demo / "held-out").is_dir():
         options = {"lora": arguments.lora, "llm": arguments.llm, "rounding": arguments.rounding}
         bundle = bundles / "-".join(["demo", *options.values()])

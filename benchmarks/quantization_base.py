@@ -9,7 +9,9 @@ Texts are JSONL files with `question` and `answer`, such as GSM8K's.
 make: weights that were dequantized from 4 bits lie on a grid, on which groups of the same size and kind look perfect.
 Random factors of some 10 % between the channels of one layer and of the next move them off it and leave the function
 of a Llama-like model as it is; then `--steps` of full fine-tuning in float32 follow. Prints the error of groups of 32
-codes after each, on grids with a minimum like llama.cpp's Q4_1, and on ours, with integer zero points.
+codes after each, on grids with a minimum like llama.cpp's Q4_1, and on ours, with integer zero points. `--genieblue`
+is a GenieBlue on the base, which is written to `OUT-genieblue` with the same factors: with `--steps 0` it answers as
+before.
 
 measure: perplexity of the questions and answers in `--texts` and of Python's held-out documentation, in windows of 512
 tokens, for the base in bfloat16 and with its blocks rounded as each of `--cases` says: method and size of the groups;
@@ -44,9 +46,11 @@ from conversion.quantization.sensitivity import REQUESTS, balanced_hessian, dama
 from conversion.quantization.stored_size import stored_bytes
 from genieblue.data.plain_texts import text_batches
 from genieblue.lab.text import held_out_stream, perplexity, split_documents
-from modeling_genieblue.language_adapter_genieblue import find_blocks
+from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+from modeling_genieblue.language_adapter_genieblue import ADAPTER, adapter_parameters, find_blocks
 from modeling_genieblue.quantized_linears_genieblue import group_size_of
 
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
 LENGTH = 512
 TEXT_WINDOWS, ENGLISH_WINDOWS = 12, 6
 
@@ -81,32 +85,82 @@ def grid_errors(model: Any) -> dict[str, float]:
     return dict(zip(("with a minimum", "integer zero point"), (lost / total).sqrt().tolist(), strict=True))
 
 
-@torch.no_grad()
-def rescale_channels(model: Any, spread: float) -> None:
-    """Multiplies each input channel of a block's linears by a random factor, and divides what makes it by the same.
+def draw_factors(block: Any, heads: int, spread: float) -> Factors:
+    """Random factors of the channels between the layers of a block: `(of inputs, of outputs)` by linear.
 
     Norms make the inputs of q, k, v and of gate, up; v those of o, each of its heads for several query heads; up those
     of down.
     """
-    heads = model.config.num_key_value_heads
+    attention, mlp = block.self_attn, block.mlp
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.exp(spread * torch.randn(count))
+
+    attended, values = draw(len(block.input_layernorm.weight)), draw(attention.v_proj.out_features)
+    passed, gated = draw(len(block.post_attention_layernorm.weight)), draw(mlp.up_proj.out_features)
+    queries = attention.o_proj.in_features // attention.v_proj.out_features
+    of_heads = values.view(heads, 1, -1).expand(-1, queries, -1).flatten()
+    return {
+        "self_attn.q_proj": (attended, None), "self_attn.k_proj": (attended, None),
+        "self_attn.v_proj": (attended, values), "self_attn.o_proj": (of_heads, None),
+        "mlp.gate_proj": (passed, None), "mlp.up_proj": (passed, gated), "mlp.down_proj": (gated, None),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def rescale_block(block: Any, factors: Factors) -> None:
+    """Multiplies the inputs of a block's linears by factors, and divides by them what makes these inputs."""
+    block.input_layernorm.weight /= factors["self_attn.q_proj"][0]
+    block.post_attention_layernorm.weight /= factors["mlp.gate_proj"][0]
+    for name, (inputs, outputs) in factors.items():
+        weight = block.get_submodule(name).weight
+        weight *= inputs
+        if outputs is not None:
+            weight /= outputs[:, None]
+
+
+@torch.no_grad()
+def rescale_lora(block: Any, factors: Factors) -> None:
+    """The same for the LoRA of a block whose own weights are rescaled already."""
+    for name, (inputs, outputs) in factors.items():
+        linear = block.get_submodule(name)
+        linear.lora_A[ADAPTER].weight *= inputs
+        if outputs is not None:
+            linear.lora_B[ADAPTER].weight /= outputs[:, None]
+
+
+def rescale_channels(model: Any, spread: float) -> list[Factors]:
+    """Rescales the blocks of a base; returns the factors by block."""
     blocks: Any = find_blocks(model)[1]
-    for block in blocks:
-        attention, mlp = block.self_attn, block.mlp
-        for norm, readers in (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            factors = torch.exp(spread * torch.randn_like(norm.weight))
-            norm.weight /= factors
-            for linear in readers:
-                linear.weight *= factors
-        factors = torch.exp(spread * torch.randn(attention.v_proj.out_features))
-        attention.v_proj.weight /= factors[:, None]
-        queries = attention.o_proj.in_features // attention.v_proj.out_features
-        attention.o_proj.weight *= factors.view(heads, 1, -1).expand(-1, queries, -1).flatten()
-        factors = torch.exp(spread * torch.randn(mlp.up_proj.out_features))
-        mlp.up_proj.weight /= factors[:, None]
-        mlp.down_proj.weight *= factors
+    factors = [draw_factors(block, model.config.num_key_value_heads, spread) for block in blocks]
+    for block, own in zip(blocks, factors, strict=True):
+        rescale_block(block, own)
+    return factors
+
+
+def move_adapter(source: Path, base: Path, factors: list[Factors], out: Path) -> None:
+    """Writes the GenieBlue `source` (folder) for its rescaled `base`; but for rounding it computes the same as before.
+
+    Its replicated blocks are rescaled as the base's are.
+    """
+    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    blocks: Any = find_blocks(model.multimodal_language_model)[1]
+    for index, (block, own) in enumerate(zip(blocks, factors, strict=True)):
+        if index in model.config.replicated_layers:
+            rescale_block(block.modules_to_save[ADAPTER], own)
+        else:
+            rescale_lora(block, own)
+    moved = GenieBlueForConditionalGeneration.from_base(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), model.vision_tower.to(torch.bfloat16),
+        replicated_layers=model.config.replicated_layers, lora_rank=model.config.lora_rank,
+        downsample_factor=model.config.downsample_factor,
+    )  # fmt: skip
+    moved.multi_modal_projector.load_state_dict(model.multi_modal_projector.state_dict())
+    rescaled = {name: parameter for name, _, parameter in adapter_parameters(model.multimodal_language_model)}
+    with torch.no_grad():
+        for name, _, parameter in adapter_parameters(moved.multimodal_language_model):
+            parameter.copy_(rescaled[name])
+    moved.save_pretrained(out, processor=GenieBlueProcessor.from_pretrained(source))
 
 
 def fine_tune(model: Any, rows: list[torch.Tensor], learning_rate: float) -> None:
@@ -121,19 +175,23 @@ def fine_tune(model: Any, rows: list[torch.Tensor], learning_rate: float) -> Non
         Trainer(model, settings, train_dataset=examples).train()
 
 
-def make_base(source: Path, texts: Path, out: Path, steps: int, learning_rate: float) -> dict[str, dict[str, float]]:
-    """Writes the base in bfloat16; returns the errors of its grids."""
+def make_base(
+    source: Path, texts: Path, out: Path, steps: int, learning_rate: float, genieblue: Path | None
+) -> dict[str, dict[str, float]]:
+    """Writes the base in bfloat16, and for it a GenieBlue on `source`, if any; returns the errors of its grids."""
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     errors = {"as it came": grid_errors(model)}
-    rescale_channels(model, spread=0.1)
+    factors = rescale_channels(model, spread=0.1)
     errors["rescaled"] = grid_errors(model)
     if steps:
         fine_tune(model, question_rows(texts, tokenizer, steps), learning_rate)
         errors["fine-tuned"] = grid_errors(model)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if genieblue is not None:
+        move_adapter(genieblue, out, factors, out.with_name(f"{out.name}-genieblue"))
     return errors
 
 
@@ -206,6 +264,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--genieblue", type=Path, help="a GenieBlue on --base, to be moved to the new base")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--calibration", type=Path)
@@ -214,7 +273,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "make":
-        errors = make_base(arguments.base, arguments.texts, arguments.out, arguments.steps, arguments.learning_rate)
+        errors = make_base(
+            arguments.base, arguments.texts, arguments.out, arguments.steps, arguments.learning_rate,
+            arguments.genieblue,
+        )  # fmt: skip
         print_table("Relative L2 error, groups of 32", errors)
         return
     calibration = arguments.calibration or arguments.texts

@@ -23,6 +23,7 @@ from modeling_genieblue.model_files_genieblue import (
     QUANTIZED_ADAPTER_NAME,
     WEIGHTS_NAME,
     ModelFiles,
+    is_hub_id,
     read_settings,
     weight_files,
 )
@@ -85,6 +86,14 @@ def check_is_quantized_base(folder: Path) -> dict[str, Any]:
             f"{folder} is not a base quantized by GenieBlue: give a folder written by `genieblue quantize`."
         )
     return settings
+
+
+def without_path(origin: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The record of the model that the one in `folder` was made from, without a local path, to be published."""
+    name = origin.get("name")
+    if not isinstance(name, str) or (is_hub_id(name, folder) and "/" in name):
+        return origin
+    return {**origin, "name": "../" + os.path.basename(os.path.normpath(name))}
 
 
 def count_formats(formats: dict[str, str] | None) -> str:

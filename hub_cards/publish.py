@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hub_cards.model_folder import (
     own_weight_files,
     read_model_config,
     read_tensor_sizes,
+    without_path,
 )
 from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
 from hub_cards.publish_base import base_files_to_publish, find_base_problems, map_problems, published_base
@@ -134,10 +134,8 @@ def publish_folder(
 def _config_to_publish(folder: Path, base: str | None, token: str | bool | None) -> dict[str, Any]:
     """`config.json` in the form to publish."""
     config = read_model_config(folder)
-    source = (config.get("quantization") or {}).get("source") or {}
-    if isinstance(source.get("name"), str) and not (is_hub_id(source["name"], folder) and "/" in source["name"]):
-        # Do not publish a local path.
-        source["name"] = "../" + os.path.basename(os.path.normpath(source["name"]))
+    if source := (config.get("quantization") or {}).get("source"):
+        config["quantization"]["source"] = without_path(source, folder)
     if base is None:
         return config
     name, commit = published_base(base, config.get("base_model_fingerprint"), token)

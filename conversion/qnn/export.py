@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from conversion.chat_ids import stop_token_ids
+from conversion.origin import origin_of
 from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
 from conversion.qnn.bundle.export_state import UnfinishedExport
@@ -158,7 +159,8 @@ def export_bundle(
         export = _Export(model, processor, chip, settings, vision_tiles, base, on_step)
         export.run(work, calibration, divide_blocks(export.shape.num_blocks, parts), wanted)
         if not work.is_judged:
-            export.judge(work, lambda folder: judge(model, folder, held_out, answers, accept_loss, remarks))
+            origin = origin_of(model_folder, config, out, load_options.get("revision"), hub)
+            export.judge(work, origin, lambda folder: judge(model, folder, held_out, answers, accept_loss, remarks))
         work.hand_over()
     return out
 
@@ -204,12 +206,14 @@ class _Export:
         if not work.is_complete:
             self._make(work, calibration, parts)
 
-    def judge(self, work: UnfinishedExport, verdict_on: Callable[[Path], dict[str, Any]]) -> None:
-        """Compares the finished bundle with the model, and adds the verdict to its metadata and README."""
+    def judge(
+        self, work: UnfinishedExport, origin: Mapping[str, Any], verdict_on: Callable[[Path], dict[str, Any]]
+    ) -> None:
+        """Compares the finished bundle with the model, and adds where that is, and the verdict, to its metadata."""
         self._announce("verdict", self._steps - 1, self._steps)
         metadata = Bundle(work.bundle).metadata
         self._write_metadata(work, metadata)  # an earlier run may have been stopped between README and metadata
-        self._write_metadata(work, {**metadata, "verdict": verdict_on(work.bundle)})
+        self._write_metadata(work, {**metadata, "model": origin, "verdict": verdict_on(work.bundle)})
 
     def _write_metadata(self, work: UnfinishedExport, metadata: Mapping[str, Any]) -> None:
         write_runtime_files(work.bundle, metadata, self.processor)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conversion.origin import find_origin
 from conversion.qnn.agreement import Agreement, agreement, worst
 from conversion.qnn.bundle.metadata import PROBE, Bundle, encoding_of
 from conversion.qnn.bundle.runner import CodedGraph, ViewGraphs
@@ -27,7 +28,7 @@ from conversion.qnn.qdq.files import read_codes, read_constants
 from conversion.qnn.qdq.language import codes_digest, probe_lengths
 from conversion.qnn.qdq.matrix_rounding import round_matrix
 from conversion.qnn.verdict import LARGEST_ERROR, SMALLEST_COSINE
-from conversion.verification.verify import Check
+from conversion.verification.checks import Check, CheckFailed, run_check
 from hub_cards.verdicts import FAILED
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,11 @@ Measured = dict[tuple[str, str, str], list[Agreement]]  # (graph, tensor, what w
 
 
 def verify_bundle(
-    path: str | os.PathLike, *, base: Any = None, on_check: Callable[[Check], None] | None = None
+    path: str | os.PathLike,
+    *,
+    base: Any = None,
+    verdict_on: Callable[..., Mapping[str, Any]] | None = None,
+    on_check: Callable[[Check], None] | None = None,
 ) -> list[Check]:
     """Runs every check on a bundle; an exception fails its check, and the others go on.
 
@@ -51,6 +56,8 @@ def verify_bundle(
     Args:
         base: the loaded base, with which the text graphs' weights are compared; by default the one that the bundle
             names, if it is in the Hub's cache and needs no code of its own.
+        verdict_on: repeats the verdict on other data, given the bundle's folder, the folder or Hub id of the model it
+            was made from, and keyword arguments to load that.
         on_check: called with each finished check.
 
     Raises `OSError` or `ValueError` only if `path` is not a bundle, or its metadata are damaged.
@@ -68,6 +75,8 @@ def verify_bundle(
     done(Check("files", not problems, detail))
     verdict = bundle.metadata["verdict"]
     done(Check("verdict of the export", verdict["accepted"], "; ".join(describe(verdict))))
+    if verdict_on is not None:
+        done(run_check("verdict on other data", lambda: _repeat_verdict(bundle, verdict_on)))
     for name, function in (("vision", _check_vision), ("weights", _check_weights), ("language", _check_language)):
         try:
             for check in function(bundle, base):
@@ -75,6 +84,25 @@ def verify_bundle(
         except Exception as error:  # whatever is wrong with a bundle is a result
             done(Check(name, False, f"{type(error).__name__}: {error}"))
     return checks
+
+
+def _repeat_verdict(bundle: Bundle, verdict_on: Callable[..., Mapping[str, Any]]) -> str:
+    """The verdict against the model that the bundle was made from; a failure that was accepted before is so again."""
+    if bundle.metadata.get("model") is None:
+        raise CheckFailed("the model that it was made from is not recorded: export the bundle again")
+    name, where = find_origin(bundle.metadata["model"], bundle.folder)
+    verdict = dict(verdict_on(bundle.folder, name, **where))
+    verdict["accepted"] = verdict["accepted"] or _is_accepted(bundle)
+    found = "; ".join([f"against {name}", *describe(verdict)])
+    if not verdict["accepted"]:
+        raise CheckFailed(found)
+    return found
+
+
+def _is_accepted(bundle: Bundle) -> bool:
+    """Whether the export failed and that was accepted."""
+    verdict = bundle.metadata["verdict"]
+    return verdict["result"] == FAILED and verdict["accepted"]
 
 
 def _check_vision(bundle: Bundle, _base: Any) -> Iterator[Check]:
@@ -242,8 +270,7 @@ def _check_language(bundle: Bundle, _base: Any) -> Iterator[Check]:
                     length = len(streams[key.partition("_")[0]])
                     detail = f"the probe's request of {length} tokens never called it: calibrate on longer requests"
                     yield Check(f"part {number} {key}: {EMULATOR}", False, detail)
-            accepted = bundle.metadata["verdict"]["result"] == FAILED and bundle.metadata["verdict"]["accepted"]
-            yield from _report(measured, gates_float=not accepted)
+            yield from _report(measured, gates_float=not _is_accepted(bundle))
 
 
 def _run_probe(

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from conversion.cpu_threads import warn_of_threads
+from conversion.origin import origin_of
 from conversion.quantization.bases import check_existing_base, check_places, check_source, record_verdict, rounding_of
 from conversion.quantization.error import errors_by_part, measured_errors, unrelated_views, view_logits
 from conversion.quantization.healing import base_digest, warn_of_other_base
@@ -26,7 +27,7 @@ from conversion.verdict import HeldOut, nothing_measured, of_text_view, with_pro
 from hub_cards.model_folder import parameter_sizes
 from hub_cards.verdicts import measurement_rows
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
-from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
+from modeling_genieblue.loading_genieblue import LoadRequest
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
     HUB_KEYS,
@@ -107,7 +108,7 @@ def quantize_genieblue(
     model = load()
     if model.device.type == "cpu":
         warn_of_threads()
-    origin = _origin(source, config, places.output, load_kwargs.get("revision"), access)
+    origin = origin_of(source, config, places.output, load_kwargs.get("revision"), access)
     warn_of_other_base(
         model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {}),
         lambda: None if quantized_base is None else base_digest(quantized_base, access),
@@ -248,18 +249,6 @@ def _size_of_base(name: str | os.PathLike, access: dict[str, Any]) -> int:
     """Bytes of the weights of a quantized base, which is downloaded if it is not here."""
     path: Any = cached_file(os.fspath(name), QUANTIZED_WEIGHTS_NAME, **access)
     return sum(size.bytes for size in parameter_sizes(Path(path)).values())
-
-
-def _origin(
-    source: Any, config: GenieBlueConfig, output: Path, revision: str | None, access: dict[str, Any]
-) -> dict[str, Any]:
-    """Location and sha256 of the unquantized GenieBlue, for readers and for `verify`."""
-    place = {"name": str(source), "revision": None}
-    if os.path.isdir(source):
-        place["name"] = os.path.relpath(os.path.realpath(source), output)
-    else:
-        place["revision"] = hub_commit(str(source), revision, **access)
-    return {**place, "fingerprint": config.weight_fingerprint}
 
 
 def _silent(steps: Iterable[Any], _title: str) -> Iterable[Any]:

@@ -6,7 +6,8 @@ from typing import Any
 from PIL import Image
 
 from conversion.chat_ids import IGNORED, NO_STOP_TOKEN, answer_text, chat_rows, stop_token_ids
-from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on
+from conversion.verification.checks import CheckFailed, fail_on
+from conversion.verification.saved_model import SavedModel
 from modeling_genieblue import GenieBlueProcessor
 
 # Answers whose start or end a template or tokenizer may merge with its own text.

@@ -1,7 +1,7 @@
 """A saved GenieBlue and its base for `verify`, loaded lazily."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import modeling_genieblue
 from conversion.verdict import HeldOut
+from conversion.verification.checks import CheckFailed
 from hub_cards.model_folder import read_model_config
 from modeling_genieblue import (
     GenieBlueConfig,
@@ -46,18 +47,6 @@ ADAPTER_SETTINGS = (
     "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "layer_replication",
     "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
-
-
-class CheckFailed(Exception):
-    """A check that failed; the message is its detail."""
-
-
-def fail_on(problems: Iterable[str]) -> None:
-    """`CheckFailed` with the first few problems, if any."""
-    problems = list(problems)
-    if problems:
-        rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckFailed("; ".join(problems[:4]) + rest)
 
 
 def foreign_code(folder: Path) -> list[str]:

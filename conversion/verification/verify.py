@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import nn
 from conversion.verdict import HeldOut
 from conversion.verification import clean_process
 from conversion.verification.answer_boundaries import check_answer_boundaries
-from conversion.verification.saved_model import PROMPTS, CheckFailed, SavedModel, fail_on, foreign_code, logits_of
+from conversion.verification.checks import Check, CheckFailed, fail_on, run_check
+from conversion.verification.saved_model import PROMPTS, SavedModel, foreign_code, logits_of
 from conversion.verification.verify_quantized import (
     check_quantization,
     check_verdict,
@@ -65,16 +66,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 CLEAN_PROCESS_SECONDS = 3600
 
 
-@dataclass(frozen=True)
-class Check:
-    """The result of a check: whether it passed, what was found, and hints (`hints_genieblue`)."""
-
-    name: str
-    ok: bool
-    detail: str
-    hints: tuple[str, ...] = ()
-
-
 def verify_model(
     model: str | os.PathLike,
     *,
@@ -117,15 +108,7 @@ def verify_model(
             continue
         replaced = QUANTIZED_CHECKS if subject.is_quantized else VLM_CHECKS if subject.has_vlm else {}
         name, function = replaced.get(name, (name, function))
-        try:
-            check = Check(name, True, function(subject))
-        except CheckFailed as failure:
-            check = Check(name, False, str(failure))
-        except Exception as error:  # report any failure of a check and continue with the next
-            logger.debug("Check %s failed with an exception", name, exc_info=error)
-            said, hints = getattr(error, "what", str(error)), getattr(error, "hints", ())
-            detail = " ".join(said.split()) or type(error).__name__
-            check = Check(name, False, f"could not be checked: {detail}", hints)
+        check = run_check(name, partial(function, subject))
         checks.append(check)
         if on_check is not None:
             on_check(check)

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from conversion.origin import find_origin
 from conversion.quantization.error import measured_errors, unrelated_views, view_logits
 from conversion.quantization.precision import (
     FORMATS,
@@ -22,8 +23,8 @@ from conversion.quantization.precision import (
 )
 from conversion.quantization.rounding import TOP_CODE
 from conversion.verdict import nothing_measured
-from conversion.verification.saved_model import CheckFailed, SavedModel, fail_on, foreign_code
-from hub_cards.model_folder import read_model_config
+from conversion.verification.checks import CheckFailed, fail_on
+from conversion.verification.saved_model import SavedModel, foreign_code
 from hub_cards.verdicts import FAILED, summary
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.model_files_genieblue import (
@@ -31,9 +32,7 @@ from modeling_genieblue.model_files_genieblue import (
     MEASUREMENTS_NAME,
     QMAP_NAME,
     WEIGHTS_NAME,
-    is_hub_id,
     read_json,
-    recorded_weights,
     some,
 )
 from modeling_genieblue.quantized_files_genieblue import read_qmap
@@ -210,21 +209,10 @@ def check_verdict(subject: SavedModel) -> str:
 
 def _source(subject: SavedModel) -> tuple[str, Callable[[], GenieBlueForConditionalGeneration]]:
     """Name of the 16-bit GenieBlue, and what loads it; `OSError` if it is not available, or another one by now."""
-    origin = subject.config.quantization.get("source") or {}
-    name, where = origin.get("name"), {}
-    if not isinstance(name, str):
-        raise OSError("config.json does not record the 16-bit model")
-    if is_hub_id(name, subject.folder):
-        where = {**subject.hub, "revision": origin.get("revision")}
-    elif not subject.is_local:
-        raise OSError(f"{name} is a folder on the computer where it was quantized")
-    else:
-        name = os.path.normpath(subject.folder / name)
-        if not os.path.isdir(name):
-            raise OSError(f"the folder {name} does not exist")
-        recorded = origin.get("fingerprint")
-        if recorded and recorded_weights(read_model_config(Path(name))) != recorded:
-            raise OSError(f"{name} was saved again since, with other weights than it was made from")
+    recorded = subject.config.quantization.get("source") or {}
+    name, where = find_origin(recorded, subject.folder, is_local=subject.is_local)
+    if where:
+        where |= subject.hub
 
     def load() -> GenieBlueForConditionalGeneration:
         model = GenieBlueForConditionalGeneration.from_pretrained(

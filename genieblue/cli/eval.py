@@ -20,6 +20,7 @@ from genieblue.cli.options import (
     Revision,
     View,
     check_unused_options,
+    was_given,
 )
 from genieblue.cli.qnn import is_bundle, open_bundle
 from genieblue.cli.terminal import choose_device, note, print_json, print_table, quiet_transformers, stdout_for_json
@@ -49,6 +50,9 @@ def evaluate(
     view: Annotated[View | None, typer.Option(help="View for samples without images; default: text.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip bad samples instead of stopping.")] = False,
     npu: Annotated[NpuBackend, typer.Option(help="Where to run a bundle's graphs.")] = "cpu",
+    adapter: Annotated[
+        Path | None, typer.Option(help="File from `export adapter`, to replace the bundle's own LoRA.")
+    ] = None,
     base: Base = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
@@ -83,7 +87,9 @@ def evaluate(
         name = Path(data).stem
 
         def answers_of(answering: str) -> tuple[Any, Any]:
-            answerer = _open(answering, base, revision, dtype, device, trust_remote_code, npu, batch_size, view)
+            answerer = _open(
+                answering, base, revision, dtype, device, trust_remote_code, npu, adapter, batch_size, view
+            )
             return answerer, run(answerer, dataset, max_new_tokens=max_new_tokens)
 
         answerer, evaluation = answers_of(model)
@@ -112,7 +118,9 @@ def _check_options(ctx: typer.Context, model: str, compare: str | None, out: Pat
         options = ("base", "revision", "dtype", "device", "trust_remote_code", "batch_size", "view")
         check_unused_options(ctx, options, "a bundle, which is fixed when it is compiled")
     if not bundles:
-        check_unused_options(ctx, ("npu",), "a model, only to a bundle")
+        check_unused_options(ctx, ("npu", "adapter"), "a model, only to a bundle")
+    if len(bundles) == 2 and was_given(ctx, "adapter"):
+        raise typer.BadParameter("An adapter is for one bundle: compare it with a model.", param_hint="--adapter")
     if record and out is None:
         raise typer.BadParameter("The scores are taken from the report: give --out.", param_hint="--record")
     if record and not Path(model).is_dir():
@@ -123,12 +131,12 @@ def _check_options(ctx: typer.Context, model: str, compare: str | None, out: Pat
 
 def _open(
     name: str, base: str | None, revision: str | None, dtype: Any, device: str | None, trust_remote_code: bool,
-    npu: NpuBackend, batch_size: int, view: View | None,
+    npu: NpuBackend, adapter: Path | None, batch_size: int, view: View | None,
 ) -> Any:  # fmt: skip
     if is_bundle(name):
         from genieblue.evaluation.qnn_answering import BundleAnswerer
 
-        return BundleAnswerer(open_bundle(name, npu, None).runner)
+        return BundleAnswerer(open_bundle(name, npu, adapter).runner)
     from conversion.cpu_threads import warn_of_threads
     from genieblue.evaluation.answering import answerer_of
 

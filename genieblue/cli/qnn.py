@@ -120,7 +120,10 @@ def qnn(
         chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
         answers, remarks = None, []
         if eval_data is not None:
-            answers, remarks = answers_to(eval_data, calibration, image_folder)
+            from genieblue.evaluation.qnn_held_out import BundleHeldOut
+
+            data = BundleHeldOut([eval_data])
+            answers, remarks = data.answers, data.compare_with_calibration(calibration, image_folder)
         bundle = export_bundle(
             model,
             out,
@@ -150,9 +153,16 @@ def qnn(
         )
         from conversion.qnn.bundle.metadata import Bundle
 
-        verdict = Bundle(bundle).metadata["verdict"]
+        metadata = Bundle(bundle).metadata
+    verdict = metadata["verdict"]
     _print_bundle(bundle, soc, verdict, json_output)
     if not verdict["accepted"]:
+        from conversion.qnn.bundle.verdict_text import what_loses_less
+
+        note(
+            f"{out} is marked as failed, and `push` refuses it. Less is lost with {what_loses_less(metadata)}; `push "
+            "--accept-loss` publishes it nevertheless."
+        )
         raise typer.Exit(1)
 
 
@@ -173,33 +183,6 @@ def divide_chats(chats: list[Any]) -> tuple[list[Any], list[Any]]:
         [chat for place, chat in enumerate(chats) if place not in held],
         [chat for place, chat in enumerate(chats) if place in held],
     )
-
-
-def answers_to(
-    data: Path, calibration: Path, image_folder: Path | None
-) -> tuple[Callable[[Any, Any], dict[str, list[dict[str, Any]]]], list[str]]:
-    """What measures answers of a model and of its bundle to the chats in `data`, by view; and remarks on these chats.
-
-    `ValueError` or `OSError` for bad ones.
-    """
-    from dataclasses import asdict
-
-    from genieblue.evaluation.answering import ModelAnswerer
-    from genieblue.evaluation.evaluate import compare, evaluate
-    from genieblue.evaluation.held_out import compare_with_calibration
-    from genieblue.evaluation.qnn_answering import BundleAnswerer
-    from genieblue.evaluation.samples import EvaluationDataset
-    from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
-
-    dataset = EvaluationDataset(data, skip_bad=None)
-
-    def measure(model: Any, runner: Any) -> dict[str, list[dict[str, Any]]]:
-        first = evaluate(ModelAnswerer(model, runner.processor), dataset)
-        second = evaluate(BundleAnswerer(runner), dataset)
-        pairs = {view: (first.of_view(view), second.of_view(view)) for view in (TEXT, MULTIMODAL)}
-        return {view: [asdict(each) for each in compare(*pair)] for view, pair in pairs.items() if pair[0].answers}
-
-    return measure, compare_with_calibration([dataset], (), [calibration], image_folder)
 
 
 def _print_bundle(bundle: Path, soc: str, verdict: dict[str, Any], as_json: bool) -> None:
@@ -228,7 +211,7 @@ def adapter(
 ) -> None:
     """Write another GenieBlue's LoRA for a bundle.
 
-    Everything except LoRA must be identical.
+    Everything except LoRA must be identical. There is no verdict on it: `genieblue eval` compares its answers.
     """
     from conversion.qnn.adapters import export_adapter
 
@@ -237,7 +220,10 @@ def adapter(
     with looking_for(model):
         path = export_adapter(model, bundle, out, base_model=base, **options)
     typer.echo(f"{path}: {short_bytes(path.stat().st_size)}")
-    note(f"Next: genieblue chat --qnn {bundle} --adapter {path} --image photo.jpg --prompt …")
+    note(
+        f"Its answers were not measured: genieblue eval {model} --data held-out.jsonl --compare {bundle} --adapter "
+        f"{path}. Next: genieblue chat --qnn {bundle} --adapter {path} --image photo.jpg --prompt …"
+    )
 
 
 def is_bundle(path: str) -> bool:
@@ -246,14 +232,26 @@ def is_bundle(path: str) -> bool:
     return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
 
 
-def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], None], trust_remote_code: bool) -> list:
-    """Checks a bundle; with `base`, compares its text graphs with the base itself."""
+def verify_qnn_bundle(
+    path: str,
+    base: str | None,
+    on_check: Callable[[Any], None],
+    trust_remote_code: bool,
+    eval_data: list[str] | None = None,
+    metric: str | None = None,
+) -> list:
+    """Checks a bundle, with `base` also against the base itself; repeats the verdict on `eval_data`."""
     from conversion.qnn.npu.sessions import check_libraries_installed
 
     # The compiler is optional: without it, the checks that need it fail and say why.
     check_libraries_installed(("onnxruntime", "onnx"))
     from conversion.qnn.verify import verify_bundle
 
+    again = None
+    if eval_data:
+        from genieblue.evaluation.qnn_held_out import BundleHeldOut
+
+        again = _repeated_verdict(BundleHeldOut(eval_data, metric=metric), base, trust_remote_code)
     loaded = None
     if base is not None:
         from transformers import AutoModelForCausalLM
@@ -262,7 +260,22 @@ def verify_qnn_bundle(path: str, base: str | None, on_check: Callable[[Any], Non
             loaded = AutoModelForCausalLM.from_pretrained(
                 base, use_safetensors=True, trust_remote_code=trust_remote_code
             )
-    return verify_bundle(path, base=loaded, on_check=on_check)
+    return verify_bundle(path, base=loaded, verdict_on=again, on_check=on_check)
+
+
+def _repeated_verdict(data: Any, base: str | None, trust_remote_code: bool) -> Callable[..., dict[str, Any]]:
+    """What judges a bundle on held-out `data`, given the model that it was made from."""
+    from conversion.qnn.verdict import judge
+    from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
+
+    def judge_again(folder: Path, model: str, **where: Any) -> dict[str, Any]:
+        loaded = GenieBlueForConditionalGeneration.from_pretrained(
+            model, base_model=base, trust_remote_code=trust_remote_code, **where
+        )
+        requests = data.requests(GenieBlueProcessor.from_pretrained(folder / "processor"), HELD_OUT)
+        return judge(loaded, folder, requests, data.answers, accept_loss=False)
+
+    return judge_again
 
 
 def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:

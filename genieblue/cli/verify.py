@@ -35,18 +35,17 @@ def verify(
     max_perplexity_ratio: MaxPerplexityRatio = None,
     trust_remote_code: BaseCode = False,
 ) -> None:
-    """Verify a GenieBlue or an exported bundle.
+    """Verify a GenieBlue, a quantized base or an exported bundle.
 
     Each check prints one line. The exit code is 1 if any check fails. The last check runs the Python files of the
     model's repository, in a separate process. For a bundle, --base is the model to compare its text graphs with.
 
-    --eval-data repeats the verdict on a quantized GenieBlue, against the 16-bit one that it was made from.
+    --eval-data repeats the verdict on a quantized GenieBlue or a bundle, against the 16-bit one that it was made from.
     """
-    bundled = is_bundle(model)
+    bundled, limits = is_bundle(model), ("max_answer_loss", "max_perplexity_ratio")
     if bundled:
-        code = ("trust_remote_code",) if base is None else ()  # it applies to the base
-        verdict = ("eval_data", "metric", "max_answer_loss", "max_perplexity_ratio")
-        names = ("revision", "dtype", "device", *verdict, *code)
+        code = ("trust_remote_code",) if base is None and not eval_data else ()  # it applies to the base
+        names = ("revision", "dtype", "device", *code, *limits, *(() if eval_data else ("metric",)))
         check_unused_options(ctx, names, "a bundle, which is fixed when it is compiled")
 
     def message_of(check: Any) -> str:
@@ -58,12 +57,20 @@ def verify(
 
     with stdout_for_json(json_output), looking_for(model):
         quiet_transformers()
+        from conversion.verification.verify_base import is_quantized_base, verify_quantized_base
+
+        options = loading_options(revision, trust_remote_code)
         if bundled:
-            checks = verify_qnn_bundle(model, base, show_check, trust_remote_code)
+            checks = verify_qnn_bundle(model, base, show_check, trust_remote_code, eval_data, metric)
+        elif is_quantized_base(model, **({} if revision is None else {"revision": revision})):
+            names = ("base", "eval_data", "metric", *limits)
+            check_unused_options(ctx, names, "a quantized base, only to a GenieBlue on it")
+            checks = verify_quantized_base(
+                model, dtype=dtype, device=choose_device(device), on_check=show_check, **options
+            )
         else:
             from conversion.verification.verify import verify_model
 
-            options = loading_options(revision, trust_remote_code)
             held_out = open_held_out(eval_data, model, options, metric, max_answer_loss, max_perplexity_ratio)
             checks = verify_model(
                 model,

@@ -1,5 +1,6 @@
 """Calibration samples from the user's text or chats, for `gptq` and for NPU graphs."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import torch
 
 from conversion.quantization.quantize import CalibrationSamples
+from conversion.quantization.sensitivity import REQUESTS
 from genieblue.data.chat_samples import ChatSample, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.collation import ChatCollator
 from genieblue.data.plain_texts import is_plain_text, read_paragraphs, text_batches
 from genieblue.data.vlm_collation import VlmChatCollator
 from modeling_genieblue import VlmGenieBlueProcessor
+
+logger = logging.getLogger(__name__)
 
 
 def read_chats(path: Path, count: int, *, image_folder: Path | None = None) -> list[ChatSample]:
@@ -58,6 +62,13 @@ def read_calibration(
         samples = read_chats(path, 4 * count, image_folder=image_folder)
         chats += [sample for sample in samples if sample.images]
         texts += ["\n".join(texts_of(sample.messages)) for sample in samples]
+    if 0 < len(chats) < min(REQUESTS, count):
+        logger.warning(
+            "Only %d of the calibration chats have images, which says little about the replicated blocks and vision "
+            "side: give at least %d, better 64.",
+            len(chats),
+            REQUESTS,
+        )
     return CalibrationSamples(
         text=text_batches(processor.tokenizer, texts, length, count),
         multimodal=list(_requests(processor, chats[:count])),

@@ -7,7 +7,8 @@ import torch
 from tiny_genieblue import save_tiny_pair
 from tiny_quantized import large_pair, load, load_base, own_copy, quantized_pair, save_large_pair, trust_of
 
-from conversion.verification.verify import CheckFailed, SavedModel, check_base_files
+from conversion.verification.checks import CheckFailed
+from conversion.verification.verify import SavedModel, check_base_files
 from modeling_genieblue import GenieBlueForConditionalGeneration
 
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub import CommitInfo
 
 from conversion.qnn.bundle.metadata import ADAPTER, METADATA, PROBE, Bundle, signed
 from conversion.qnn.bundle.runtime_files import render_readme
+from hub_cards.model_folder import without_path
 from hub_cards.one_commit import Upload, check_no_problems, read_card, send
 from hub_cards.verdicts import verdict_problems
 from modeling_genieblue.model_files_genieblue import (
@@ -38,19 +38,22 @@ def publish_bundle(folder: str | Path, repo_id: str, *, accept_loss: bool = Fals
     problems = [f"{problem}." for problem in bundle.changed_files()]
     check_no_problems(folder, problems + ([] if accept_loss else verdict_problems(bundle.metadata)))
     files: dict[str, Path | bytes] = {name: bundle.path(name) for name in bundle.metadata["files"]}
-    files[METADATA], card = folder / METADATA, read_card(folder) or ""
-    if verdict_problems(bundle.metadata):  # accepted by now, which the bundle itself must say too
-        files[METADATA], card = _accepted(bundle.metadata, has_float_graphs=(folder / "qairt").is_dir())
+    files[METADATA], card = _published(bundle, read_card(folder) or "")
     # The metadata have the README's sha256, so none is kept that was edited on the Hub.
     upload = Upload(files, "Upload NPU bundle", card, lambda _name: card, stale=STALE, foreign=FOREIGN)
     return send(upload, repo_id, **commit)
 
 
-def _accepted(metadata: Mapping[str, Any], *, has_float_graphs: bool) -> tuple[bytes, str]:
-    """Metadata and README with an accepted verdict."""
-    metadata = {**metadata, "verdict": {**metadata["verdict"], "accepted": True}}
-    card = render_readme(metadata, has_float_graphs)
-    content = card.encode()
-    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    metadata = signed({**metadata, "files": {**metadata["files"], CARD_NAME: facts}})
-    return (json.dumps(metadata, indent=1) + "\n").encode(), card
+def _published(bundle: Bundle, card: str) -> tuple[Path | bytes, str]:
+    """Metadata and README without a local path, and with an accepted verdict: a failed one is accepted by now."""
+    metadata = dict(bundle.metadata)
+    if metadata.get("model"):
+        metadata["model"] = without_path(metadata["model"], bundle.folder)
+    if verdict_problems(metadata):
+        metadata["verdict"] = {**metadata["verdict"], "accepted": True}
+        card = render_readme(metadata, has_float_graphs=(bundle.folder / "qairt").is_dir())
+        facts = {"bytes": len(card.encode()), "sha256": hashlib.sha256(card.encode()).hexdigest()}
+        metadata["files"] = {**metadata["files"], CARD_NAME: facts}
+    if metadata == bundle.metadata:
+        return bundle.path(METADATA), card
+    return (json.dumps(signed(metadata), indent=1) + "\n").encode(), card

@@ -5,6 +5,9 @@ from typing import Any
 
 from hub_cards.verdicts import summary
 
+SMALLEST_GROUPS = 4.25  # bits a weight of 4 bits in groups of 32
+MIXED_STEPS = (5.0, 6.0, 7.0)  # bits a weight
+
 
 def describe(verdict: Mapping[str, Any]) -> list[str]:
     """The verdict in sentences, for README, terminal and checks."""
@@ -24,6 +27,22 @@ def describe(verdict: Mapping[str, Any]) -> list[str]:
     if verdict["answers"] is None:
         lines.append("answers were not measured")
     return [*lines, f"verdict: {summary(verdict)}"]
+
+
+def what_loses_less(metadata: Mapping[str, Any]) -> str:
+    """The next larger formats after those of a bundle that lost too much, in order."""
+    llm, bits = metadata["llm"], metadata["bits_per_weight"]
+    ways = []
+    if llm == "w4a16" and bits < SMALLEST_GROUPS:
+        ways.append("--group-size 32")
+    if llm != "w8a16":
+        ways += [f"--llm mixed --bits-per-weight {more:g}" for more in MIXED_STEPS if more > bits + 0.1]
+        ways.append("--llm w8a16")
+    if metadata["cache_bits"] == 8:
+        ways.append("--cache-bits 16")
+    if metadata["embeddings"]["dtype"] == "uint8":
+        ways.append("--embedding-bits 16")
+    return ", then with ".join(ways) or "calibration chats that are more like those it was measured on"
 
 
 def _in_view(score: Mapping[str, Any]) -> str:

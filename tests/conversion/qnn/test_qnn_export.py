@@ -413,6 +413,7 @@ def test_the_command_exports_a_bundle_and_says_so_in_json(pair, chats, tmp_path)
     assert {"metadata.json", "vision/vision.bin", "language_0/language_0.bin"} <= set(told["files"])
     assert Bundle(told["bundle"]).changed_files() == []
     assert "[1/4] vision tower" in result.stderr
+    assert "Less is lost with --llm mixed --bits-per-weight 5, then with" in result.stderr
 
 
 def test_the_command_refuses_before_it_reads_an_image(pair, chats, tmp_path, monkeypatch):

@@ -99,6 +99,16 @@ def test_a_failed_bundle_is_refused_and_says_so_itself_once_accepted(hub, tmp_pa
     assert "accepted by whoever exported it" in (tmp_path / "again/README.md").read_text()
 
 
+def test_a_local_path_is_not_published(hub, bundle, tmp_path):
+    metadata = json.loads((bundle / "metadata.json").read_text())
+    for name, published in (("../../private/reader-2", "../reader-2"), ("you/reader-2", "you/reader-2")):
+        changed = {**metadata, "model": {"name": name, "revision": None, "fingerprint": {"a": "b"}}}
+        (bundle / "metadata.json").write_text(json.dumps(signed(changed)))
+        publish_bundle(bundle, REPO)
+        found = Bundle(snapshot_download(REPO, local_dir=tmp_path / "again"))
+        assert found.metadata["model"] == {**changed["model"], "name": published} and not found.changed_files()
+
+
 def test_another_model_s_repository_is_left_alone(hub, bundle):
     hub.commit(REPO, {"config.json": b"{}"})
     with pytest.raises(ValueError, match="already contains another model"):

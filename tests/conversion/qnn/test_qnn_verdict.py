@@ -1,5 +1,8 @@
 """The verdict on a bundle: what is measured on requests that were held back, the limits, and what is said."""
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,8 @@ pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 from tiny_qnn import SETTINGS, requests, save_pair
 
 from conversion.qnn import verdict as verdict_module
-from conversion.qnn.bundle.metadata import Bundle
+from conversion.qnn import verify as verify_module
+from conversion.qnn.bundle.metadata import Bundle, signed
 from conversion.qnn.bundle.verdict_text import describe
 from conversion.qnn.export import export_bundle
 from conversion.qnn.verdict import judge
@@ -71,3 +75,55 @@ def test_chats_are_held_back_of_both_kinds_and_never_the_only_one():
     kept, held = divide_chats(chats(15, 1))
     assert not [chat for chat in held if chat.images] and len(kept) + len(held) == 16
     assert divide_chats(chats(1, 2))[1] == []
+
+
+# The verdict repeated
+
+
+def without_graphs(monkeypatch):
+    for name in ("_check_vision", "_check_weights", "_check_language"):
+        monkeypatch.setattr(verify_module, name, lambda *_: iter(()))
+
+
+def repeated(bundle, verdict_on) -> tuple[bool, str]:
+    check = next(each for each in verify_bundle(bundle, verdict_on=verdict_on) if each.name == "verdict on other data")
+    return check.ok, check.detail
+
+
+def test_the_verdict_is_repeated_against_the_model_that_the_bundle_was_made_from(model, bundle, monkeypatch):
+    without_graphs(monkeypatch)
+
+    def judge_again(folder, name, **where):
+        loaded = GenieBlueForConditionalGeneration.from_pretrained(name, **where)
+        return judge(loaded, folder, requests(6)[4:], None, False)
+
+    ok, detail = repeated(bundle, judge_again)
+    assert ok and detail.startswith(f"against {model.name_or_path}; text view, logits of") and "passed" in detail
+    monkeypatch.setattr(verdict_module, "SMALLEST_COSINE", 1.1)
+    ok, detail = repeated(bundle, judge_again)
+    assert not ok and "verdict: failed" in detail
+
+
+def test_without_that_model_or_with_other_weights_it_is_not_repeated(model, bundle, tmp_path, monkeypatch):
+    without_graphs(monkeypatch)
+    copy = shutil.copytree(bundle, tmp_path / "elsewhere" / "bundle")
+    ok, detail = repeated(copy, lambda *_: pytest.fail("another model was read"))
+    assert not ok and "from which it was made, does not exist" in detail
+    source = Path(shutil.copytree(model.name_or_path, (copy / Bundle(copy).metadata["model"]["name"]).resolve()))
+    config = json.loads((source / "config.json").read_text())
+    config["weight_fingerprint"]["model.safetensors"] = "0" * 64
+    (source / "config.json").write_text(json.dumps(config))
+    ok, detail = repeated(copy, lambda *_: pytest.fail("another model was read"))
+    assert not ok and "was saved again since" in detail
+
+
+def test_a_failure_that_was_accepted_is_accepted_again(model, bundle, tmp_path, monkeypatch):
+    without_graphs(monkeypatch)
+    copy, facts = Path(shutil.copytree(bundle, tmp_path / "copy")), Bundle(bundle).metadata
+    failed = {**facts["verdict"], "result": "failed", "accepted": False, "reasons": ["too much"]}
+    for accepted in (False, True):
+        origin = {**facts["model"], "name": model.name_or_path}
+        changed = {**facts, "model": origin, "verdict": {**failed, "accepted": accepted}}
+        (copy / "metadata.json").write_text(json.dumps(signed(changed)))
+        ok, detail = repeated(copy, lambda *_: failed)
+        assert ok == accepted and "too much" in detail

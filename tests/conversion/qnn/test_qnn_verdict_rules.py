@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra `qnn`")
 from conversion.qnn import verdict as module
 from conversion.qnn.agreement import Agreement, agreement
 from conversion.qnn.bundle.metadata import signed
-from conversion.qnn.bundle.verdict_text import describe
+from conversion.qnn.bundle.verdict_text import describe, what_loses_less
 from conversion.qnn.verify import FLOAT, _report
 from genieblue.data.chat_samples import ChatSample
 
@@ -184,3 +184,19 @@ def test_a_chat_that_is_there_twice_is_not_held_back_from_itself():
     kept, held = divide_chats([chat(number % 20) for number in range(40)])
     assert len(kept) + len(held) == 20 and len(held) == 5
     assert not [one for one in held if one.messages in [other.messages for other in kept]]
+
+
+@pytest.mark.parametrize(
+    ("llm", "bits", "others", "ways"),
+    [
+        ("w4a16", 4.25, {}, "--llm mixed --bits-per-weight 5, then with --llm mixed --bits-per-weight 6, then"),
+        ("w4a16", 4.125, {}, "--group-size 32, then with --llm mixed --bits-per-weight 5, then"),
+        ("mixed", 4.997, {}, "--llm mixed --bits-per-weight 6, then"),
+        ("mixed", 7.4, {}, "--llm w8a16"),
+        ("w8a16", 8.0, {"cache_bits": 8}, "--cache-bits 16"),
+        ("w8a16", 8.0, {}, "calibration chats that are more like"),
+    ],
+)
+def test_after_a_failure_the_next_larger_formats_are_named_in_order(llm, bits, others, ways):
+    facts = {"llm": llm, "bits_per_weight": bits, "cache_bits": 16, "embeddings": {"dtype": "uint16"}, **others}
+    assert what_loses_less(facts).startswith(ways)

@@ -8,7 +8,8 @@ import pytest
 from tiny_genieblue import save_tiny_pair
 
 from conversion.verification.answer_boundaries import check_answer_boundaries
-from conversion.verification.saved_model import CheckFailed, SavedModel
+from conversion.verification.checks import CheckFailed
+from conversion.verification.saved_model import SavedModel
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|system|>\n{% endfor %}"

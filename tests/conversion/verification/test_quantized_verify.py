@@ -166,7 +166,7 @@ def test_on_the_hub_both_kinds_pass(hub, pair, whole):
     for repo in ("you/reader-w4a16", "you/whole-w4a16"):
         checks = verify_model(repo)
         assert [check.detail for check in checks if not check.ok] == []
-        assert "is a folder on the computer where it was quantized" in checks[NAMES.index("quantization")].detail
+        assert "is a folder on the computer where it was made" in checks[NAMES.index("quantization")].detail
         assert "its base alone" in checks[NAMES.index("remote_code")].detail
 
 

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from conversion.create import create_genieblue
 from conversion.verification import verify
-from conversion.verification.verify import CHECKS, ONLY_QUANTIZED, CheckFailed, SavedModel, verify_model
+from conversion.verification.checks import CheckFailed
+from conversion.verification.verify import CHECKS, ONLY_QUANTIZED, SavedModel, verify_model
 from hub_cards.publish import publish_folder
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.as_built_genieblue import AsBuilt

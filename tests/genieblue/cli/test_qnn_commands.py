@@ -14,7 +14,6 @@ from conversion.qnn.export_settings import check_config
 from conversion.qnn.npu import sessions as npu
 from conversion.qnn.qdq.language import LanguageSettings
 from genieblue.cli.app import app
-from genieblue.cli.qnn import answers_to
 
 EXPORT = ["export", "qnn", "model", "--out", "bundle", "--soc", "sm8750", "--calibration", "chats.jsonl"]
 VERIFY = ["verify", "bundle"]
@@ -56,31 +55,6 @@ def test_without_any_of_its_libraries_the_export_tells_first_where_the_compiler_
     assert "on aarch64, but the compiler runs on Linux on x86-64 only" in done.stderr
 
 
-def write_chats(path: Path, *questions: str) -> Path:
-    rows = [{"messages": [{"role": "user", "content": each}, {"role": "assistant", "content": "x"}]}
-            for each in questions]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_chats_that_are_calibrated_on_too_or_in_another_script_are_remarked_on(tmp_path):
-    english = write_chats(tmp_path / "a.jsonl", "Which colour is it?", "How many are there?")
-    japanese = write_chats(tmp_path / "b.jsonl", "これは何ですか。今日は天気がいいです。")
-    assert answers_to(english, write_chats(tmp_path / "c.jsonl", "Another question?"), None)[1] == []
-    (remark,) = answers_to(english, english, None)[1]
-    assert remark.startswith("2 held-out samples or paragraphs are in the calibration data too")
-    (remark,) = answers_to(english, japanese, None)[1]
-    assert remark == "calibration data is mostly Chinese or Japanese, held-out data mostly Latin"
-
-
-def test_a_bad_held_out_chat_offers_no_option_that_is_not_there(tmp_path):
-    good = write_chats(tmp_path / "good.jsonl", "Why?")
-    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
-    with pytest.raises(ValueError, match="Correct it") as error:
-        answers_to(tmp_path / "bad.jsonl", good, None)
-    assert "--skip-bad" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -99,3 +73,63 @@ def test_every_width_must_be_a_multiple_of_the_group_size(changes, told):
     else:
         with pytest.raises(ValueError, match=f"{told} is no multiple of the group size 64"):
             check_config(config, settings, 1, "model")
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """A folder that is taken for a bundle, and nothing needed to open one."""
+    monkeypatch.setattr(npu, "check_libraries_installed", lambda *_: None)
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle/metadata.json").write_text("{}")
+    return tmp_path / "bundle"
+
+
+def run(*command) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(map(str, command)))
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_verify_hands_held_out_chats_to_the_verdict_on_a_bundle(bundle, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="needs the extra `qnn`")
+    from conversion.qnn import verdict, verify
+
+    chats, given = tmp_path / "chats.jsonl", {}
+    chat = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    chats.write_text(json.dumps(chat) + "\n")
+
+    def verify_bundle(_path, *, verdict_on, **_options):
+        given.update(verdict_on(bundle, "reader", revision="abc"))
+        return []
+
+    monkeypatch.setattr(verify, "verify_bundle", verify_bundle)
+    monkeypatch.setattr(verdict, "judge", lambda *given, **options: {"judged": given, **options})
+    monkeypatch.setattr(
+        "modeling_genieblue.GenieBlueForConditionalGeneration.from_pretrained", lambda *name, **where: (name, where)
+    )
+    monkeypatch.setattr("modeling_genieblue.GenieBlueProcessor.from_pretrained", lambda folder: folder)
+    code, output = run("verify", bundle, "--eval-data", chats, "--metric", "anls", "--trust-remote-code")
+    assert code == 0, output
+    model, folder, requests, answers = given["judged"]
+    assert model == (("reader",), {"base_model": None, "trust_remote_code": True, "revision": "abc"})
+    assert folder == bundle and answers.__self__.chats[0][0].metric == "anls" and not given["accept_loss"]
+    assert iter(requests) is requests  # read when they are needed
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--metric", "anls"], "--metric: It does not apply to a bundle"),
+        (["--eval-data", "a.jsonl", "--max-answer-loss", "5"], "--max-answer-loss: It does not apply to a bundle"),
+        (["--trust-remote-code"], "--trust-remote-code: It does not apply to a bundle"),
+    ],
+)
+def test_verify_refuses_what_a_bundle_has_no_use_for(bundle, options, told):
+    code, output = run("verify", bundle, *options)
+    assert code == 2 and told in output
+
+
+def test_an_adapter_is_for_one_bundle(bundle, tmp_path):
+    code, output = run("eval", bundle, "--data", "a.jsonl", "--compare", bundle, "--adapter", "other.npz")
+    assert code == 2 and "An adapter is for one bundle" in output
+    code, output = run("eval", tmp_path, "--data", "a.jsonl", "--adapter", "other.npz")
+    assert code == 2 and "--adapter: It does not apply to a model, only to a bundle" in output

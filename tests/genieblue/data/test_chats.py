@@ -186,6 +186,14 @@ def test_chats_to_calibrate_on_are_chats_whatever_their_file_is_called(name, tmp
     assert len(found.multimodal) == 1
 
 
+@pytest.mark.parametrize(("chats", "warned"), [(3, True), (4, False)])
+def test_too_few_chats_with_images_to_calibrate_on_are_warned_of(chats, warned, tmp_path, caplog):
+    picture().save(tmp_path / "a.png")
+    lines = [llava_line(f"<image>\nWhat is {number}?", image="a.png") for number in range(chats)]
+    read_calibration([write_lines(tmp_path / "a.jsonl", *lines)], make_processor(), count=8, length=4)
+    assert ("Only 3 of the calibration chats have images" in caplog.text) == warned
+
+
 def test_samples_that_are_made_when_asked_for_are_not_made_before():
     class Maker:
         def __len__(self):

@@ -1,0 +1,53 @@
+"""Held-out chats for the verdict on a phone NPU's bundle: answers of the model and of its bundle, and logits."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from genieblue.data.collation import ChatCollator
+from genieblue.data.plain_texts import is_plain_text
+from genieblue.evaluation.answering import ModelAnswerer
+from genieblue.evaluation.evaluate import Evaluation, compare, evaluate
+from genieblue.evaluation.held_out import compare_with_calibration
+from genieblue.evaluation.qnn_answering import BundleAnswerer
+from genieblue.evaluation.samples import EvaluationDataset
+from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
+
+
+class BundleHeldOut:
+    """Chats as for `genieblue eval`."""
+
+    def __init__(self, sources: Sequence[str | Path], *, metric: str | None = None):
+        """`ValueError` or `OSError` for data that is missing, empty, bad or no chats; `metric` for samples without."""
+        for source in filter(is_plain_text, sources):
+            raise ValueError(f"{source} is a text, but a bundle is compared on chats: give JSONL, or leave it out.")
+        self.chats = [EvaluationDataset(source, metric=metric, skip_bad=None) for source in sources]
+
+    def answers(self, model: Any, runner: Any) -> dict[str, list[dict[str, Any]]]:
+        """By view, paired differences of the answers of a model and of its bundle, as `conversion.qnn.verdict` takes.
+
+        `runner` is a `conversion.qnn.bundle.runner.QnnRunner`.
+        """
+        both = []
+        for answerer in (ModelAnswerer(model, runner.processor), BundleAnswerer(runner)):
+            both.append(Evaluation([answer for chats in self.chats for answer in evaluate(answerer, chats).answers]))
+        pairs = {view: [each.of_view(view) for each in both] for view in (TEXT, MULTIMODAL)}
+        return {view: [asdict(each) for each in compare(*pair)] for view, pair in pairs.items() if pair[0].answers}
+
+    def requests(self, processor: Any, most: int) -> Iterator[dict[str, Any]]:
+        """The first `most` chats of each view with their references, as a bundle's logits are compared on them."""
+        encode, left = ChatCollator(processor).encode, dict.fromkeys((True, False), most)
+        for chats in self.chats:
+            for place in range(len(chats)):
+                sample = chats[place]
+                kind = bool(sample.images)
+                if left[kind]:
+                    left[kind] -= 1
+                    yield encode(sample)
+                if not any(left.values()):
+                    return
+
+    def compare_with_calibration(self, calibration: Path, image_folder: Path | None) -> list[str]:
+        """Warnings about chats that are calibrated on too, or in another script; they are remarks of the verdict."""
+        return compare_with_calibration(self.chats, (), [calibration], image_folder)
