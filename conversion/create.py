@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -204,6 +205,8 @@ def load_part(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
         return from_pretrained(name, **kwargs)
     except SafetensorError as error:
         raise OSError(f"The weights of {name} cannot be read ({error}): fetch or save them again.") from error
+    except KeyError as error:  # such as an index without its metadata
+        raise OSError(f"A file of the {what} {name} has no {error}: it is damaged; fetch it again.") from error
     except ImportError as error:
         raise OSError(f"The {what} {name} needs a package that is not installed: {error}") from error
     except (OSError, ValueError, HFValidationError) as error:
@@ -234,12 +237,7 @@ def check_numbers(what: str, name: str, model: PreTrainedModel, *, renamed: bool
         with safe_open(path, framework="pt") as file:
             weights = [key for key in file.keys() if is_weight(key)]
             problems += tensors_of_other_kinds(file, weights)
-    problems = problems or [
-        f"{key} contains NaN or infinity"
-        for key, parameter in parameters.items()
-        # The bounds are NaN if any value is, and need no second tensor.
-        if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax())
-    ]
+    problems = problems or [f"{key} contains NaN or infinity" for key in not_finite_parameters(model)]
     if problems:
         raise ValueError(
             f"The weights of the {what} {name} cannot be used, {len(problems)} in all: {'; '.join(problems[:3])}. "
@@ -247,15 +245,37 @@ def check_numbers(what: str, name: str, model: PreTrainedModel, *, renamed: bool
         )
 
 
+def not_finite_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that contain NaN or infinity."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        # The bounds are NaN if any value is, and need no second tensor.
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax())
+    ]
+
+
+def check_weight_files(name: str, config: PreTrainedConfig, remedy: str) -> None:
+    """`ValueError` for quantized weights, with the `remedy`, and `OSError` for a folder without safetensors files or
+    with a missing shard; before any weights are read."""
+    parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
+    if any(getattr(part, "quantization_config", None) is not None for part in parts):
+        raise ValueError(f"The weights of {name} are quantized, {remedy}")
+    if os.path.isdir(name) and not weight_files(ModelFiles(name).find):
+        raise FileNotFoundError(
+            f"{name} has no safetensors files: only these are read. Convert its weights, or fetch it again."
+        )
+
+
 def check_base_config(base: str, placement: str, *, trust_remote_code: bool = False, **hub: Any) -> None:
     """`ValueError` for an unsuitable base, after reading only its configuration."""
     config = load_part("base", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code, **hub)
     check_base_type(base, config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"The weights of {base} are quantized, so no block can be replicated for training: give the base in 16 or "
-            "32 bits. A trained GenieBlue also loads onto a quantized base."
-        )
+    remedy = (
+        "so no block can be replicated for training: give the base in 16 or 32 bits. A trained GenieBlue also loads "
+        "onto a quantized base."
+    )
+    check_weight_files(base, config, remedy)
     select_replicated_layers(config.get_text_config(decoder=True).num_hidden_layers, placement)
     check_settings_files(base, {GENERATION_CONFIG_NAME: None}, **hub)
 

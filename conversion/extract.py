@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from conversion.create import WEIGHT_OPTIONS, check_numbers, load_base_model, load_part
+from conversion.create import WEIGHT_OPTIONS, check_numbers, check_weight_files, load_base_model, load_part
 from conversion.extraction_plan import BlockChange, Choice, Plan, plan_extraction, trade_off
 from conversion.language_exports import check_new_folder
 from conversion.low_rank import Spectrum, factor_change
@@ -181,13 +181,7 @@ def _check_configs(
     base_config = load_part("base", base, AutoConfig.from_pretrained, **from_base)
     check_base_type(base, base_config)
     for name, each in ((mllm, config), (base, base_config)):
-        if getattr(each, "quantization_config", None) is not None:
-            raise ValueError(f"The weights of {name} are quantized, so no change can be computed: give 16 or 32 bits.")
-    for name in (mllm, base):  # a missing shard is named before anything is read
-        if os.path.isdir(name) and not weight_files(ModelFiles(name).find):
-            raise FileNotFoundError(
-                f"{name} has no safetensors files: only these are read. Convert its weights, or fetch it again."
-            )
+        check_weight_files(name, each, "so no change can be computed: give 16 or 32 bits.")
 
 
 def _check_vocabulary(processor: VlmGenieBlueProcessor, mllm: str, base: str) -> None:
@@ -243,19 +237,19 @@ def _bytes_of(own: OwnLanguage) -> int:
 def _within_budget(choice: Choice, pair: LanguagePair) -> Choice:
     """The choice with what its budget leaves for copies and LoRA.
 
-    Raises `ValueError` with the numbers if that is too little, before the long computation of all changes.
+    Raises `ValueError` for a choice that cannot be met, with the numbers, before the long computation of all changes.
     """
-    if choice.max_bytes is None:
-        return choice
-    spent = _bytes_of(OwnLanguage.of(pair, []))  # norms of copied blocks, which are small, count twice
-    left = choice.max_bytes - spent
-    of = (
-        f"Of a budget of {choice.max_bytes:,} bytes, {spent:,} are needed for the rows of embedding and head, norms "
-        "and biases in which the VLM differs from the base"
-    )
-    if left < 1:
-        raise ValueError(f"{of}, which are stored whole, so that nothing is left for copies and LoRA: give more.")
-    choice = replace(choice, max_bytes=left)
+    of = ""
+    if choice.max_bytes is not None:
+        spent = _bytes_of(OwnLanguage.of(pair, []))  # norms of copied blocks, which are small, count twice
+        left = choice.max_bytes - spent
+        of = (
+            f"Of a budget of {choice.max_bytes:,} bytes, {spent:,} are needed for the rows of embedding and head, "
+            "norms and biases in which the VLM differs from the base"
+        )
+        if left < 1:
+            raise ValueError(f"{of}, which are stored whole, so that nothing is left for copies and LoRA: give more.")
+        choice, of = replace(choice, max_bytes=left), f"{of}. "
     blocks = []
     for index in range(pair.count_blocks()):
         shapes = {name: pair.of_base(f"{name}.weight").shape for name in pair.linears(index)}
@@ -265,7 +259,7 @@ def _within_budget(choice: Choice, pair: LanguagePair) -> Choice:
     try:
         plan_extraction(blocks, choice, pair.base.dtype.itemsize)
     except ValueError as error:
-        raise ValueError(f"{of}. {error}") from error
+        raise ValueError(f"{of}{error}") from error
     return choice
 
 
@@ -342,19 +336,23 @@ def _measured_requests(
     if calibration is not None:
         measured = calibration[:MEASURED_REQUESTS]
         return {f"{len(measured)} calibration chats": measured}
-    own, question = processor.vlm_processor, PROMPTS[0]
-    if getattr(own, "chat_template", None) is None:  # such as PaliGemma's
-        behind_image = dict(
-            processor(text=[f"{processor.image_token}{question}"], images=[_pattern()], return_tensors="pt")
-        )
-    else:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        behind_image = _encoded(processor, [([{"role": "user", "content": content}], [_pattern()])])[0]
+    own = processor.vlm_processor
+    behind_image = dict(processor(text=[_question(processor)], images=[_pattern()], return_tensors="pt"))
     texts = [{"input_ids": own.tokenizer(prompt, return_tensors="pt")["input_ids"]} for prompt in PROMPTS]
     return {
         "a fixed prompt behind one image with a pattern": [behind_image],
         f"{len(PROMPTS)} fixed prompts without images": texts,
     }
+
+
+def _question(processor: VlmGenieBlueProcessor) -> str:
+    """A prompt behind an image, in the VLM's template if it has one that writes images (PaliGemma's has none)."""
+    content = [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]
+    try:
+        text = processor.vlm_processor.apply_chat_template([{"role": "user", "content": content}])
+    except Exception:  # A template can fail in any way on unexpected content.
+        text = ""
+    return text if text.count(processor.image_token) == 1 else f"{processor.image_token}{PROMPTS[0]}"
 
 
 def _pattern() -> Image.Image:

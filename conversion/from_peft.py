@@ -33,6 +33,7 @@ from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    check_folder_or_id,
     is_path,
     read_settings,
     some,
@@ -86,6 +87,7 @@ def create_from_peft(
     """
     hub = {name: options[name] for name in ACCESS_KEYS if options.get(name) is not None}
     folder = Path(adapter)
+    check_folder_or_id(adapter, "The adapter ")
     if not folder.is_dir():
         folder = Path(snapshot_download(os.fspath(adapter), revision=adapter_revision, **hub))
     source = _PeftAdapter(folder, os.fspath(adapter), placement)
@@ -113,9 +115,16 @@ class _PeftAdapter:
         self.weights = folder / ADAPTER_WEIGHTS_NAME
         if not (folder / ADAPTER_CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{name} has no {ADAPTER_CONFIG_NAME}: give the folder of a PEFT adapter.")
-        self.settings = read_settings(folder / ADAPTER_CONFIG_NAME, ["peft_type", "r"])
+        self.settings = read_settings(folder / ADAPTER_CONFIG_NAME, ["peft_type"])
         if self.settings["peft_type"] != "LORA":
             raise ValueError(f"{name} is a PEFT adapter of type {self.settings['peft_type']}: expected LORA.")
+        for setting, kinds in (("r", int), ("lora_alpha", (int, float))):
+            value = self.settings.get(setting)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+                raise ValueError(
+                    f"{setting} is {value!r} in {folder / ADAPTER_CONFIG_NAME}, expected a positive number: fetch it "
+                    "again."
+                )
         for setting, neutral in NOT_CARRIED.items():
             if self.settings.get(setting) not in neutral:
                 raise ValueError(
@@ -161,9 +170,13 @@ class _PeftAdapter:
             )
             whole, lora = self._parts(base, path)
             load_adapter(self.tree, self.weights, base.dtype)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # PEFT checks few types
             remedy = self._names_of_a_vlm(base, path)
             raise ValueError(f"{self.name} does not fit its base: {error}{remedy}") from error
+        if broken := [name for _, name, each in adapter_parameters(self.tree) if not each.isfinite().all()]:
+            raise ValueError(
+                f"{self.name} contains NaN or infinity ({some(broken)}): train it again, or fetch it again."
+            )
         self.replicated = whole or select_replicated_layers(len(blocks), self.placement)
         merged = tuple(f"{path}.{index}." for index in self.replicated)
         rank = self.settings["r"]
@@ -183,7 +196,7 @@ class _PeftAdapter:
         indices = {name: name.removeprefix(f"{path}.") for name in whole}
         others = {name for name, index in indices.items() if not index.isdigit()}
         known = {name for name, _ in base.named_modules()}
-        in_file = {_owner(key) for key in self.shapes} & known
+        in_file = {_owner(key) for key in self.shapes} & known - {""}
         others |= {name for name in (*lora, *in_file) if not name.startswith(f"{path}.")}
         if others:
             raise ValueError(

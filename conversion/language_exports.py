@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from conversion.create import not_finite_parameters
 from conversion.quantization.bases import check_source
 from conversion.quantization.error import logits_error, probe_requests
 from conversion.quantization.views import vlm_of
@@ -18,7 +19,7 @@ from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneratio
 from modeling_genieblue.base_identity_genieblue import is_plain_weight
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters
 from modeling_genieblue.loading_genieblue import LoadRequest
-from modeling_genieblue.model_files_genieblue import HUB_KEYS, is_hub_id, is_path
+from modeling_genieblue.model_files_genieblue import HUB_KEYS, is_hub_id, is_path, some
 
 MEASURED_REQUESTS, MEASURED_POSITIONS = 8, 64  # the logits of more would fill the memory
 Request = dict[str, torch.Tensor]  # of the multimodal view
@@ -33,8 +34,8 @@ def load_source(
     """The GenieBlue to export and the output folder, as an absolute path.
 
     Raises, mostly before any weights are read, `OSError` for an output that exists or cannot be made, and `ValueError`
-    for one inside the input, for a quantized GenieBlue or base, for one whose language side was never trained, and for
-    a VLM whose language model needs more of an image than embeddings.
+    for one inside the input, for a quantized GenieBlue or base, for one whose language side was never trained or has
+    NaN or infinity, and for a VLM whose language model needs more of an image than embeddings.
     """
     hub = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     LoadRequest.from_arguments(source, hub).check_layout()
@@ -56,6 +57,11 @@ def load_source(
             "16 or 32 bits (--base)."
         )
     view = model.multimodal_language_model
+    if broken := not_finite_parameters(model):
+        raise ValueError(
+            f"Weights of {source} contain NaN or infinity ({some(broken)}), so an export would be of no use: train "
+            "the model again, or fetch it again."
+        )
     trained = any(weight.any() for name, _, weight in adapter_parameters(view) if ".lora_B." in name)
     if not trained and vlm_of(model) is None:
         raise ValueError(

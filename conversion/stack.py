@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from conversion.create import check_weight_files, load_base_model, load_part
 from conversion.language_exports import check_new_folder
 from conversion.quantization.bases import check_source
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import different_settings, tensor_samples
-from modeling_genieblue.base_loading_genieblue import check_complete, load_base, resolve_base
+from modeling_genieblue.base_loading_genieblue import check_base_type, load_base, resolve_base
 from modeling_genieblue.language_adapter_genieblue import find_blocks
 from modeling_genieblue.loading_genieblue import LoadRequest, hub_commit
 from modeling_genieblue.model_files_genieblue import (
@@ -72,16 +73,16 @@ def stack_on(
     check_folder_or_id(base, "The base ")
     is_local = os.path.isdir(base)
     access = {key: hub[key] for key in SHARED_HUB_KEYS if key in hub}
-    location = {"trust_remote_code": trust_remote_code, **access}
+    location: dict[str, Any] = {"trust_remote_code": trust_remote_code, **access}
     if not is_local:  # all files are of one commit
         location["revision"] = hub_commit(str(base), base_revision, newest=True, **access) or base_revision
     out = check_new_folder(out, [source, base])
 
+    base_config = load_part("base", os.fspath(base), AutoConfig.from_pretrained, **location)
+    check_base_type(os.fspath(base), base_config)
+    check_weight_files(os.fspath(base), base_config, "so it cannot be compared with the old one: give 16 or 32 bits.")
     old = load_base(config, request, None)
-    new, info = AutoModelForCausalLM.from_pretrained(
-        base, dtype=old.dtype, use_safetensors=True, output_loading_info=True, **location
-    )
-    check_complete(str(base), info)
+    new = load_base_model(os.fspath(base), dtype=old.dtype, **location)
     changed = list(_changed(old, new))
     unused = _not_shared(old, config)
     shared = [name for name in changed if not name.startswith(unused)]
@@ -105,7 +106,7 @@ def stack_on(
         source, base_model=new, check_base=False, trust_remote_code=trust_remote_code, **hub
     )
     processor = model.processor_class.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    tokenizer = AutoTokenizer.from_pretrained(base, **location)
+    tokenizer = load_part("base's tokenizer", os.fspath(base), AutoTokenizer.from_pretrained, **location)
     if tokenizer.get_vocab() != processor.tokenizer.get_vocab():
         raise ValueError(f"{base} has another vocabulary than {source} was trained with: keep the old base.")
     processor.tokenizer = tokenizer

@@ -224,6 +224,9 @@ def export_problems(folder: Path, facts: dict[str, Any]) -> Iterator[str]:
             elif file_sha256(path) != recorded["sha256"]:
                 yield f"{name} is not what was exported, by its sha256: export the model again."
         return
+    if facts["kind"] == "lora" and not (folder / ADAPTER_WEIGHTS_NAME).is_file():
+        yield f"{ADAPTER_WEIGHTS_NAME} is missing: export the model again."
+        return
     try:
         files = [ADAPTER_WEIGHTS_NAME] if facts["kind"] == "lora" else own_weight_files(folder)
         _sizes(folder, facts["kind"])

@@ -78,6 +78,15 @@ def check_vision_tower(vision_tower: Any) -> None:
         )
 
 
+def check_vlm(vlm: Any) -> None:
+    """`TypeError` unless it is a loaded model with a language model in it."""
+    if not isinstance(vlm, nn.Module) or not hasattr(vlm, "config") or not hasattr(vlm, "get_decoder"):
+        raise TypeError(
+            f"The VLM is {_described(vlm)}: expected a loaded model, as "
+            "`AutoModelForImageTextToText.from_pretrained` returns it."
+        )
+
+
 def check_load_arguments(path: Any, base_model: Any, kwargs: dict[str, Any]) -> None:
     """Raises an error for unsupported arguments of `from_pretrained`, before anything is read."""
     for name, value in (("model", path), ("base", base_model)):

@@ -124,7 +124,8 @@ class GenieBlueGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._inferred_attention_mask(input_ids, kwargs)
         if kwargs.get(CACHE) is None:
-            input_ids, kwargs["attention_mask"] = _padded_on_the_left(input_ids, kwargs["attention_mask"])
+            mask = kwargs["attention_mask"]
+            input_ids, kwargs["attention_mask"] = padded_on_the_left(mask, input_ids, mask)
         prompt = self._ids_for_processors(input_ids)
         if kwargs.get("streamer") is not None:
             is_text = input_ids[0] != self.config.image_token_id  # a streamer takes one row
@@ -218,12 +219,13 @@ class GenieBlueGenerationMixin(GenerationMixin):
         return join_sequences(text, multimodal, rows, 0 if pad is None else int(pad))
 
 
-def _padded_on_the_left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose padding is moved to the left, where generation needs it: pipelines pad as the tokenizer is set."""
+def padded_on_the_left(mask: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows (batch, length) whose padding, by `mask` of the same shape, is moved to the left, where generation needs
+    it: pipelines pad as the tokenizer is set."""
     if mask.ndim != 2 or bool(mask[:, -1].all()):
-        return ids, mask
-    order = mask.to(ids.device).argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order.to(mask.device))
+        return rows
+    order = mask.argsort(dim=1, stable=True)
+    return tuple(each.gather(1, order.to(each.device)) for each in rows)
 
 
 class _StreamerOfText:

@@ -30,6 +30,7 @@ except ImportError:  # Without a try transformers would import peft before `requ
 
 LARGEST_DIFFERENCE = 0.5  # of a VLM's linear layers from its base's, relative; two unrelated models have about 1.4
 ROWS_AT_A_TIME = 8192
+OF_PEFT = {"base_layer", "modules_to_save"}  # in the name of a layer that an adapter has changed
 
 # Of a layer's name in the base, its weight there and in the VLM, and a rank: factors B (out, rank) and A (rank, in).
 Factors = Callable[[str, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -84,9 +85,15 @@ class LanguagePair:
         """How far the linear layers of the VLM are from the base's, relative.
 
         Raises `ValueError` for models that do not belong together (other names, shapes or precision, or differences
-        as large as the weights), and for an LM head with a bias.
+        as large as the weights), for one with an adapter, and for an LM head with a bias.
         """
         check_family(self._vlm.config)
+        for who, model in (("VLM", self._vlm), ("base", self.base)):
+            if any(OF_PEFT.intersection(name.split(".")) for name, _ in model.named_parameters()):
+                raise ValueError(
+                    f"The {who} {_named(model)} has an adapter of PEFT: merge it (`merge_and_unload`) or take it off "
+                    "first. Its files must not be beside the weights either: transformers loads it with them."
+                )
         inner = self._vlm.get_submodule(self._vlm_prefix[:-1])
         own = {self._base_prefix + name: each.detach() for name, each in inner.named_parameters()}
         base = {name: self.of_base(name) for name in self.names()}

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .arguments_genieblue import check_base_model, check_not_offloaded
+from .arguments_genieblue import check_base_model, check_not_offloaded, check_vlm
 from .base_identity_genieblue import cached_snapshots, tensor_samples
 from .base_loading_genieblue import resolve_base
 from .compat_genieblue import take_cache
 from .frozen_base_genieblue import OfTheWholeModel
+from .generation_genieblue import padded_on_the_left
 from .language_adapter_genieblue import make_lora_config
 from .loading_genieblue import LoadRequest, Provenance, hub_commit
 from .loss_genieblue import run_with_loss
@@ -106,6 +107,7 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         Raises `ValueError` for a VLM of an unknown family, and for two models that do not belong together.
         """
         check_base_model(base_model)
+        check_vlm(vlm)
         check_not_offloaded((*base_model.parameters(), *vlm.parameters()), "the base or the VLM")
         pair = LanguagePair(vlm, base_model)
         pair.check()
@@ -221,8 +223,15 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
                 f"`pixel_values` is a {type(pixel_values).__name__}: expected a tensor, as the processor returns it "
                 "with `return_tensors='pt'`."
             )
-        if (needed := SIZES_OF_IMAGES.get(self.config.vlm_config.model_type)) and of_images[needed] is None:
-            raise ValueError(f"`pixel_values` are given without `{needed}`: pass all that the processor returned.")
+        if needed := SIZES_OF_IMAGES.get(self.config.vlm_config.model_type):
+            if (sizes := of_images[needed]) is None:
+                raise ValueError(f"`pixel_values` are given without `{needed}`: pass all that the processor returned.")
+            count = int(sizes.prod(dim=1).sum()) if needed == "image_grid_thw" else len(sizes)
+            if len(pixel_values) != count:  # what is too many would not be seen, without a word
+                raise ValueError(
+                    f"`pixel_values` has {len(pixel_values)} rows, but `{needed}` means {count}: pass what one call "
+                    "of the processor returned."
+                )
         of_images |= {name: kwargs.pop(name, None) for name in ROW_INPUTS}
         return {"pixel_values": pixel_values} | {name: each for name, each in of_images.items() if each is not None}
 
@@ -238,6 +247,14 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
                     f"The request has `pixel_values`, but no image token ({self.config.image_token_id}): pass the ids "
                     "and the pixels of one call of the processor."
                 )
+            if (grid := pixel_values.get("image_grid_thw")) is not None:  # else Qwen's `generate` runs out of grids
+                merged = self.config.vlm_config.vision_config.spatial_merge_size**2
+                tokens, features = int((input_ids == self.config.image_token_id).sum()), int(grid.prod(dim=1).sum())
+                if tokens != features // merged:
+                    raise ValueError(
+                        f"The request has {tokens} image tokens, but `image_grid_thw` means {features // merged}: "
+                        "pass the ids and the pixels of one call of the processor."
+                    )
             return has_image
         rows = self.language_model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         if any(has_image) and self.config.image_token_id >= rows and cache_view(cache) is None:
@@ -260,14 +277,20 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
         return run_with_loss(self.vlm, {**inputs, **(pixel_values or {})}, keep_logits)
 
     def _multimodal_generate(self, input_ids: torch.Tensor | None, pixel_values: Any, **kwargs: Any) -> Any:
-        self._check_continuation(take_cache(dict(kwargs)))
+        cache = take_cache(dict(kwargs))
+        self._check_continuation(cache)
+        kwargs |= pixel_values or {}
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
-            raise ValueError(
-                "Rows are padded on the right, behind which nothing can be generated: pad them on the left, as the "
-                "processor of this model does."
-            )
-        return self.vlm.generate(input_ids, **(pixel_values or {}), **kwargs)
+        if input_ids is not None and mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+            if cache is not None or kwargs.get("position_ids") is not None:
+                raise ValueError(
+                    "Rows are padded on the right, behind which nothing can be generated: pad them on the left "
+                    "(`processor(…, padding_side='left')`)."
+                )
+            by_token = [name for name in ("attention_mask", *ROW_INPUTS) if kwargs.get(name) is not None]
+            input_ids, *moved = padded_on_the_left(mask, input_ids, *(kwargs[name] for name in by_token))
+            kwargs |= dict(zip(by_token, moved, strict=True))
+        return self.vlm.generate(input_ids, **kwargs)
 
     def _check_continuation(self, cache: Any) -> None:
         if cache_view(cache) is not None and hasattr(self.vlm.model, "rope_deltas"):

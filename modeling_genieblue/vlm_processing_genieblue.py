@@ -10,6 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.generic import to_py_obj
 
 from .addresses_genieblue import refuse_address
 from .chat_messages_genieblue import conversations_of, image_sources, text_for_template
@@ -22,7 +23,8 @@ from .model_files_genieblue import (
     check_settings_files,
     write_json,
 )
-from .request_rows_genieblue import images_by_part
+from .processing_genieblue import CALL_OPTIONS
+from .request_rows_genieblue import images_by_part, take, tokenize_chats
 
 HUB_KEYS = (*ACCESS_KEYS, "revision")
 
@@ -110,9 +112,40 @@ class VlmGenieBlueProcessor(ProcessorMixin):
                 "Some conversations have images and others none: encode the texts in a call of their own, which the "
                 "base's template formats."
             )
+        options = {**(kwargs.pop("tokenizer_kwargs", None) or {}), **(kwargs.pop("processor_kwargs", None) or {})}
+        options = take(kwargs, CALL_OPTIONS) | options
         kwargs["chat_template"] = chat_template
         chats = [text_for_template(self.tokenizer, chat, kwargs) for chat in conversations]
-        return self.tokenizer.apply_chat_template(chats if is_batch else chats[0], tokenize=tokenize, **kwargs)
+        whole = chats if is_batch else chats[0]
+        if not tokenize:
+            return self.tokenizer.apply_chat_template(whole, tokenize=False, **kwargs)
+        return_dict = kwargs.pop("return_dict", True)
+        output = BatchFeature(dict(tokenize_chats(self.tokenizer, whole, kwargs, options)))
+        return output if return_dict else output["input_ids"]
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
+        """Return the text of one sequence or a batch, by the base's tokenizer; by the VLM's if a token is its own.
+
+        An answer to an image may have tokens that the base lacks, such as places in it, which would be left out.
+        """
+        token_ids = to_py_obj(token_ids)
+        rows = token_ids if isinstance(token_ids, (list, tuple)) else [token_ids]
+        if any(isinstance(ids, (list, tuple)) for ids in rows):
+            return self.batch_decode(rows, skip_special_tokens, **kwargs)
+        is_of_vlm = any(token >= len(self.tokenizer) for token in rows)
+        tokenizer = self.vlm_processor.tokenizer if is_of_vlm else self.tokenizer
+        return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """Return the texts of several sequences, as `decode` does for each."""
+        texts: list[Any] = [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
+        return texts
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Return the texts of generated sequences, prompts included (for transformers' pipeline)."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
     def _in_parts(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The chat with all contents as lists of parts, which every VLM's template takes; ValueError for a text with

@@ -35,6 +35,16 @@ def test_a_copy_is_equal(pair, other):
     assert "They are equal." in run("diff", pair / "genieblue", other).stdout
 
 
+def test_a_copy_with_nan_is_equal_to_itself_and_not_to_what_it_was(pair, other):
+    path = other / "model.safetensors"
+    tensors = load_file(path)
+    tensors["multi_modal_projector.linear_1.bias"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    assert compare_models(str(other), str(other)).is_equal
+    (found,) = compare_models(str(pair / "genieblue"), str(other)).tensors
+    assert (found.name, found.how) == ("multi_modal_projector.linear_1.bias", "changed")
+
+
 def test_further_training_shows_in_the_parts_that_it_changed(pair, other):
     model = GenieBlueForConditionalGeneration.from_pretrained(other)
     change_adapter(model, seed=9, scale=0.01).save_pretrained(other)

@@ -90,7 +90,7 @@ def test_a_pushed_extraction_answers_by_name_in_a_clean_process_as_the_vlm_does(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm", "qwen2_5_vl"])
 def test_a_pushed_extraction_of_another_family_has_the_vlms_logits_in_a_clean_process(
     family, hub, tmp_path, monkeypatch
 ):

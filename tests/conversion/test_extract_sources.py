@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_vlms import save_tiny_vlm_pair, tiny_vlm_pair
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -94,18 +95,19 @@ def test_a_budget_pays_for_all_that_is_added(placement, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("budget", "message"),
+    ("choice", "message"),
     [
-        (1000, r"Of a budget of 1,000 bytes, \d,\d\d\d are needed for the rows .* nothing is left"),
-        (6000, r"Of a budget of 6,000 bytes, \d,\d\d\d are needed .*\. A budget of .* does not pay for rank 1"),
+        ({"copies": 0, "max_bytes": 1000}, r"budget of 1,000 bytes, \d,\d\d\d are needed .* nothing is left"),
+        ({"copies": 0, "max_bytes": 6000}, r"\d,\d\d\d are needed .*\. A budget of .* does not pay for rank 1"),
+        ({"copies": 9}, "^`copies` is 9, but the base has 4 blocks"),
     ],
 )
-def test_a_budget_that_is_too_small_is_refused_with_the_numbers_before_the_changes_are_computed(
-    budget, message, pair, tmp_path, monkeypatch
+def test_a_choice_that_cannot_be_met_is_refused_with_the_numbers_before_the_changes_are_computed(
+    choice, message, pair, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(extract_module, "factor_change", None)
     with pytest.raises(ValueError, match=message):
-        extract_genieblue(*pair, tmp_path / "mine", Choice(copies=0, max_bytes=budget))
+        extract_genieblue(*pair, tmp_path / "mine", Choice(**choice))
     assert not list(tmp_path.iterdir())
 
 
@@ -234,14 +236,32 @@ def test_a_missing_shard_is_named_before_anything_is_read(pair, tmp_path):
     assert not (tmp_path / "mine").exists()
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_quantized_source_is_refused(pair, tmp_path, which):
+@pytest.mark.parametrize(("which", "part"), [(0, None), (1, None), (0, "text_config")])
+def test_a_quantized_source_is_refused(pair, tmp_path, which, part):
     copied = [shutil.copytree(each, tmp_path / each.name) for each in pair]
     config = json.loads((copied[which] / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    (config if part is None else config[part])["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (copied[which] / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="are quantized"):
         extract_genieblue(*copied, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("which", ["vlm", "base"])
+def test_an_adapter_beside_the_weights_is_refused_with_the_way_to_go(pair, tmp_path, which):
+    copied = [shutil.copytree(each, tmp_path / each.name) for each in pair]
+    kind = AutoModelForImageTextToText if which == "vlm" else AutoModelForCausalLM
+    adapted = get_peft_model(kind.from_pretrained(tmp_path / which), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / which)
+    with pytest.raises(ValueError, match="has an adapter of PEFT: merge it"):
+        extract_genieblue(*copied, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("prompt", ["{{ messages[0]['content'] + '!' }}", "{{ messages[0]['content'] | length }}"])
+def test_a_template_that_writes_no_images_is_not_measured_with(pair, tmp_path, prompt):
+    vlm = shutil.copytree(pair[0], tmp_path / "vlm")
+    (vlm / "chat_template.jinja").write_text(prompt)
+    rows = extract_genieblue(vlm, pair[1], tmp_path / "mine", Choice(copies=4)).measurements
+    assert "a fixed prompt behind one image" in rows[0].how
 
 
 def test_a_vlm_with_another_vocabulary_is_refused_with_the_number(pair, tmp_path):

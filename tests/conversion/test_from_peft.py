@@ -101,6 +101,49 @@ def test_an_adapter_of_which_not_all_loads_is_refused(sources, tmp_path, change,
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3", "r": None}, "of type IA3: expected LORA"),
+        ({"r": "much"}, "r is 'much' in .*adapter_config.json, expected a positive number"),
+        ({"r": 0}, "r is 0 in "),
+        ({"lora_alpha": None}, "lora_alpha is None in "),
+        ({"rank_pattern": {"v_proj": "many"}}, "does not fit its base"),
+    ],
+)
+def test_settings_that_are_damaged_are_refused_by_name(sources, tmp_path, settings, message):
+    base, siglip = sources
+    adapter = save_adapter(base, tmp_path / "adapter")
+    write_json(adapter / "adapter_config.json", read_settings(adapter / "adapter_config.json") | settings)
+    with pytest.raises(ValueError, match=message):
+        create_from_peft(adapter, siglip, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_values_that_are_no_numbers_are_refused_by_name(sources, tmp_path):
+    base, siglip = sources
+    path = save_adapter(base, tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if ".layers.2.self_attn.v_proj.lora_B." in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"contains NaN or infinity \({name}\)"):
+        create_from_peft(tmp_path / "adapter", siglip, tmp_path / "mine")
+
+
+def test_a_tensor_of_nothing_is_refused_by_name(sources, tmp_path):
+    base, siglip = sources
+    path = save_adapter(base, tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.other": torch.ones(2)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors are not expected \(base_model.model.other\)"):
+        create_from_peft(tmp_path / "adapter", siglip, tmp_path / "mine")
+
+
+def test_an_adapter_that_is_not_there_is_named(sources, tmp_path):
+    with pytest.raises(FileNotFoundError, match="^The adapter .*nowhere is not a folder"):
+        create_from_peft(tmp_path / "nowhere", sources[1], tmp_path / "mine")
+
+
 def test_a_block_without_its_weights_is_refused(sources, tmp_path):
     base, siglip = sources
     adapter = save_adapter(base, tmp_path / "adapter", **ADAPTERS["whole blocks"])

@@ -1,11 +1,12 @@
 """The LoRA form: stock PEFT on the plain base gives the multimodal view, and what it cannot carry is said."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles, tiny_genieblue
 from tiny_models import save_tiny_base
 from tiny_quantized import contents, large_pair, leftovers, quantized_pair
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from conversion import lora_form
 from conversion.absorbed_norms import CopiedBlock
 from conversion.lora_form import export_lora
+from conversion.merge import export_merged
 from conversion.quantization.error import logits_error
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.language_adapter_genieblue import ADAPTER
@@ -231,6 +233,20 @@ def test_an_untrained_language_side_is_refused(tmp_path):
     tiny_genieblue(base=load_base(tmp_path), trained=False).save_pretrained(tmp_path / "genieblue")
     with pytest.raises(ValueError, match="untrained, .* train stage 2 first"):
         export_lora(tmp_path / "genieblue", tmp_path / "lora")
+
+
+@pytest.mark.parametrize("export", [export_lora, export_merged])
+@pytest.mark.parametrize("kind", [".lora_A.", ".mlp.up_proj.weight"], ids=["lora", "copy"])
+def test_weights_that_are_no_numbers_are_refused_by_name(llama, tmp_path, export, kind):
+    source = shutil.copytree(llama.parent, tmp_path / "pair") / "genieblue"
+    path = source / "language_adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if kind in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"contain NaN or infinity \(\S+\), so an export would be of no use"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_fails_at_its_end_leaves_nothing(llama, tmp_path, monkeypatch):

@@ -113,6 +113,50 @@ def test_a_base_on_the_hub_is_recorded_at_its_commit(hub, pair):
     assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("you/base", commit)
 
 
+def with_index(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+    index = {"weight_map": {OF_A_COPIED_BLOCK: "model-00002-of-00002.safetensors"}}
+    write_json(base / "model.safetensors.index.json", index)
+
+
+def with_tensor(base: Path, change_to) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors[OF_A_COPIED_BLOCK] = change_to(tensors[OF_A_COPIED_BLOCK])
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+def quantized(base: Path) -> None:
+    settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    write_json(base / "config.json", read_settings(base / "config.json") | settings)
+
+
+def pickled(base: Path) -> None:
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (with_index, "model-00002-of-00002.safetensors, which is not there"),
+        (pickled, "has no safetensors files"),
+        (quantized, "are quantized, so it cannot be compared"),
+        (lambda base: (base / "model.safetensors").write_bytes(b"12345678"), "weights of .*newer cannot be read"),
+        (lambda base: with_tensor(base, lambda weight: weight * float("nan")), "contains NaN or infinity"),
+        (lambda base: with_tensor(base, lambda weight: weight.to(torch.float8_e4m3fn)), "holds F8_E4M3, expected"),
+        (lambda base: (base / "tokenizer.json").unlink(), "The base's tokenizer .*newer could not be loaded"),
+        (lambda base: [change(base, SHARED), write_json(base / "config.json", {"model_type": "genieblue"})],
+         "is already a GenieBlue"),
+    ],
+    ids=["missing shard", "pickled", "quantized", "cut off", "nan", "fp8", "no tokenizer", "no base"],
+)  # fmt: skip
+def test_a_new_base_that_is_damaged_or_of_another_kind_is_refused_by_name(pair, spoil, told):
+    spoil(pair / "newer")
+    with pytest.raises((ValueError, OSError), match=told):
+        stack_on(pair / "genieblue", pair / "newer", pair / "stacked")
+    assert not (pair / "stacked").exists()
+
+
 def test_a_quantized_one_and_an_output_that_exists_are_refused(pair):
     assert "already exists" in error_of("stack", pair / "genieblue", "--base", pair / "newer", "--out", pair / "base")
     quantized = quantized_pair() / "genieblue"

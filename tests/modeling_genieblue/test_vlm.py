@@ -228,3 +228,9 @@ def test_an_unknown_family_is_refused_with_what_it_would_need():
     vlm.config.model_type = "other"
     with pytest.raises(ValueError, match="expected one of gemma3.*needs a class of"):
         GenieBlueForConditionalGeneration.from_vlm(vlm, base)
+
+
+@pytest.mark.parametrize("given", [None, "a/vlm", torch.nn.Linear(2, 2)], ids=["none", "name", "layer"])
+def test_what_is_no_loaded_vlm_is_refused(given):
+    with pytest.raises(TypeError, match="^The VLM is .*: expected a loaded model, as `AutoModelForImageTextToText"):
+        GenieBlueForConditionalGeneration.from_vlm(given, tiny_vlm_pair("llava")[1])

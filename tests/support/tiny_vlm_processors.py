@@ -10,11 +10,15 @@ from transformers import (
     Idefics3Processor,
     InternVLProcessor,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Qwen2_5_VLProcessor,
+    SmolVLMProcessor,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
 
@@ -33,6 +37,17 @@ class QwenImages(Qwen2_5_VLProcessor):
         super().__init__(image_processor, tokenizer, None, **kwargs)
 
 
+class SmolVLMImages(SmolVLMProcessor):
+    """SmolVLM's, for images."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
+        super().__init__(image_processor, tokenizer, None, image_seq_len=4, **kwargs)
+
+    apply_chat_template = ProcessorMixin.apply_chat_template  # its own asks how many frames a video has
+
+
+processing_smolvlm.num2words = str  # it would write the number of a video's frames
+
 SQUARE = {"height": 28, "width": 28}
 # family -> the tokens in front of id 200, of which the last is the image's, and the processor of a tokenizer
 PROCESSORS: dict[str, tuple[list[str], Any]] = {
@@ -41,6 +56,13 @@ PROCESSORS: dict[str, tuple[list[str], Any]] = {
         lambda tokenizer, **options: Idefics3Processor(
             Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
             tokenizer, image_seq_len=4, **options,
+        ),
+    ),
+    "smolvlm": (
+        ["<end_of_utterance>", "<global-img>", "<fake_token_around_image>", "<image>"],
+        lambda tokenizer, **options: SmolVLMImages(
+            SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}), tokenizer,
+            **options,
         ),
     ),
     "internvl": (
@@ -55,7 +77,8 @@ PROCESSORS: dict[str, tuple[list[str], Any]] = {
     ),
 }  # fmt: skip
 PLACEHOLDERS = {
-    "idefics3": "<image>", "internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"
+    "idefics3": "<image>", "smolvlm": "<image>", "internvl": "<IMG_CONTEXT>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }  # fmt: skip
 TEMPLATE = (
     "{%% for message in messages %%}<|{{ message['role'] }}|>{%% for part in message['content'] %%}"
