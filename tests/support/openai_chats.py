@@ -77,3 +77,23 @@ def transformers_answers(
         output = answerer.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
         answers[name] = output[0, inputs["input_ids"].shape[1] :].tolist()
     return answers
+
+
+@torch.no_grad()
+def share_of_likeliest(model_folder: Path, chats: list[list[dict]], answers: list[list[int]]) -> float:
+    """Of the tokens of given answers to chats with images, the share that transformers in float32 finds likeliest.
+
+    It gets the answer's own beginning, so that a near tie which rounding turns counts once.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(model_folder)
+    hits = []
+    for chat, ids in zip(chats, answers, strict=True):
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        likeliest = model(**inputs).logits[0, -len(ids) - 1 : -1].argmax(-1)
+        hits += (likeliest == torch.tensor(ids)).tolist()
+    return sum(hits) / len(hits)

@@ -11,9 +11,12 @@ from pathlib import Path
 
 @contextmanager
 def server_process(
-    command: Callable[[int], list[str]], log_file: Path, path: str = "/health", **options
+    command: Callable[[int], list[str]], log_file: Path, path: str = "/health", seconds: int = 120, **options
 ) -> Iterator[str]:
-    """Address of a server that answers at `path`; `command` has its port, `options` are of `Popen`."""
+    """Address of a server that answers at `path` within `seconds`.
+
+    `command` has its port, `options` are of `Popen`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -21,7 +24,7 @@ def server_process(
         server = subprocess.Popen(command(port), stdout=log, stderr=log, **options)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(5 * seconds):
             try:
                 urllib.request.urlopen(address + path, timeout=5)
                 break
@@ -31,4 +34,4 @@ def server_process(
         yield address
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=60)

@@ -33,6 +33,7 @@ def save_wide_pair(folder: Path, family: str, **processor_options: str) -> Path:
 def vllm_answers(folder: Path, model: Path, rounds: list[list], max_tokens: int = 12, **settings) -> list[list[dict]]:
     """Greedy answers to the chats of each round: `ids` of the answer, and how many tokens of the prompt were `cached`.
 
+    With `disable_log_stats=False` the file `folder/preemptions` then holds how often a request was preempted.
     `RuntimeError` with the last lines of the process where it fails.
     """
     folder.mkdir(exist_ok=True)
@@ -57,6 +58,9 @@ def main(request: str, answers: str) -> None:
         for outputs in rounds
     ]
     Path(answers).write_text(json.dumps(found))
+    if not asked["settings"].get("disable_log_stats", True):
+        counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+        Path(answers).with_name("preemptions").write_text(str(sum(counts)))
 
 
 if __name__ == "__main__":

