@@ -313,7 +313,10 @@ def _factor(
 
 
 def _encoded(processor: VlmGenieBlueProcessor, chats: Iterable[Chat]) -> list[Request]:
-    """Chats with images as the VLM's processor encodes them. Raises `ValueError` if there are none."""
+    """Chats with images as the VLM's processor encodes them.
+
+    Raises `ValueError` if there are none, or no template for them.
+    """
     own, requests = processor.vlm_processor, []
     for messages, images in chats:
         parts = [
@@ -322,7 +325,14 @@ def _encoded(processor: VlmGenieBlueProcessor, chats: Iterable[Chat]) -> list[Re
             else message
             for message in messages
         ]
-        text, pictures = own.apply_chat_template(parts), [read_image(image).convert("RGB") for image in images]
+        try:
+            text = own.apply_chat_template(parts)
+        except Exception as error:  # A template can fail in any way on unexpected content.
+            raise ValueError(
+                f"The VLM has no chat template that formats chats with images ({error}): leave out the calibration "
+                "(--calibration)."
+            ) from error
+        pictures = [read_image(image).convert("RGB") for image in images]
         requests.append(dict(processor(text=[text], images=pictures, return_tensors="pt")))
     if not requests:
         raise ValueError("There are no calibration chats with images: give some, or leave them out.")

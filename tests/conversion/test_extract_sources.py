@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_vlms import save_tiny_vlm_pair, tiny_vlm_pair
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -262,6 +263,15 @@ def test_a_template_that_writes_no_images_is_not_measured_with(pair, tmp_path, p
     (vlm / "chat_template.jinja").write_text(prompt)
     rows = extract_genieblue(vlm, pair[1], tmp_path / "mine", Choice(copies=4)).measurements
     assert "a fixed prompt behind one image" in rows[0].how
+
+
+def test_calibration_without_a_template_for_images_is_refused(pair, tmp_path):
+    vlm = shutil.copytree(pair[0], tmp_path / "vlm")
+    (vlm / "chat_template.jinja").write_text("{{ messages[0]['content'] + '!' }}")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    chats = [(chat, [Image.new("RGB", (28, 28))])]
+    with pytest.raises(ValueError, match="no chat template that formats chats with images .*--calibration"):
+        extract_genieblue(vlm, pair[1], tmp_path / "mine", calibration=chats)
 
 
 def test_a_vlm_with_another_vocabulary_is_refused_with_the_number(pair, tmp_path):
