@@ -17,7 +17,8 @@ BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 OPTIMUM = {"optimum-cli genieblue-": "genieblue ", "optimum-cli export genieblue-": "genieblue export "}
 # Of accelerate, lm-eval, lmms-eval and vLLM.
 OF_OTHERS = {"--use_fsdp", "--fsdp_version", "--use_deepspeed", "--zero_stage", "--include_path", "--model",
-             "--trust-request-mm-kwargs", "--max-loras", "--max-lora-rank", "--allowed-media-domains"}  # fmt: skip
+             "--trust-request-mm-kwargs", "--max-loras", "--max-lora-rank", "--allowed-media-domains",
+             "--enable-scale-out"}  # fmt: skip
 
 
 def code_of(page: Path) -> Iterator[tuple[str, bool]]:
