@@ -18,7 +18,7 @@ from tiny_qnn import (
 
 from conversion.qnn.graphs.chunked_decoder import causal_mask
 from conversion.qnn.graphs.decoder_graph import DecoderGraph
-from conversion.qnn.graphs.decoder_shape import make_decoder_shape
+from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
 from conversion.qnn.graphs.float_onnx import structure, to_float_onnx
 
 TOLERANCE = 1e-4
@@ -202,3 +202,24 @@ def test_both_lengths_give_graphs_of_one_structure(heads, groups, chunk):
         for tokens in (chunk, 1)
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("index", [0, 3])  # with LoRA, and a trained copy
+def test_a_multimodal_view_that_computes_something_else_is_refused(dtype, index):
+    model = tiny_model(dtype=dtype)
+    shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
+    view = model.multimodal_language_model
+    compare_with_graphs(view, shape, CONTEXT)
+    up_proj = next(
+        module for name, module in view.model.layers[index].named_modules()
+        if name.endswith("up_proj") and "original_module" not in name
+    )  # fmt: skip
+    up_proj.register_forward_hook(lambda _module, _inputs, output: output * 1.05)  # as a LoRA of another kind would
+    with pytest.raises(ValueError, match=f"The multimodal view cannot be.*its block {index} "):
+        compare_with_graphs(view, shape, CONTEXT, "The multimodal view")
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_a_base_in_16_bits_is_taken_as_it_is(variant):
+    make_decoder_shape(tiny_base(variant).to(torch.bfloat16), CHUNK, CONTEXT)

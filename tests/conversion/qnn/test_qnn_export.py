@@ -13,8 +13,7 @@ import torch
 pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
 from PIL import Image
-from tiny_models import tiny_base
-from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair, tiny_model, two_blocks
+from tiny_qnn import CHUNK, CONTEXT, SETTINGS, requests, save_pair, two_blocks
 from typer.testing import CliRunner
 
 from conversion.qnn import export as export_module
@@ -23,7 +22,6 @@ from conversion.qnn.bundle.export_state import UnfinishedExport
 from conversion.qnn.bundle.metadata import Bundle
 from conversion.qnn.export import export_bundle
 from conversion.qnn.export_settings import divide_blocks
-from conversion.qnn.graphs.decoder_shape import compare_with_graphs, make_decoder_shape
 from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.npu import sessions as npu
 from conversion.qnn.qdq.calibration import prepare_calibration
@@ -250,27 +248,6 @@ def test_blocks_are_divided_evenly_and_without_gaps():
 
 
 # Compared with PyTorch
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("index", [0, 3])  # with LoRA, and a trained copy
-def test_a_multimodal_view_that_computes_something_else_is_refused(dtype, index):
-    model = tiny_model(dtype=dtype)
-    shape = make_decoder_shape(model.language_model, CHUNK, CONTEXT)
-    view = model.multimodal_language_model
-    compare_with_graphs(view, shape, CONTEXT)
-    up_proj = next(
-        module for name, module in view.model.layers[index].named_modules()
-        if name.endswith("up_proj") and "original_module" not in name
-    )  # fmt: skip
-    up_proj.register_forward_hook(lambda _module, _inputs, output: output * 1.05)  # as a LoRA of another kind would
-    with pytest.raises(ValueError, match=f"The multimodal view cannot be.*its block {index} "):
-        compare_with_graphs(view, shape, CONTEXT, "The multimodal view")
-
-
-@pytest.mark.parametrize("variant", ["llama", "qwen3"])
-def test_a_base_in_16_bits_is_taken_as_it_is(variant):
-    make_decoder_shape(tiny_base(variant).to(torch.bfloat16), CHUNK, CONTEXT)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.2)])
