@@ -20,9 +20,11 @@ def log_progress_without_terminal() -> None:
         return
     make = tqdm.__init__
 
-    def __init__(bar: Any, *args: Any, disable: bool | None = False, **options: Any) -> None:
+    def __init__(bar: Any, *args: Any, **options: Any) -> None:
         bar._written_at = time.monotonic()
-        make(bar, *args, disable=bool(disable), **options)  # None would disable the bar without a terminal
+        if options.get("disable", False) is None:  # which disables a bar without a terminal
+            del options["disable"]  # False, unless TQDM_DISABLE is set
+        make(bar, *args, **options)
 
     tqdm.writes_lines, tqdm.__init__ = True, __init__
     tqdm.display, tqdm.clear, tqdm.moveto, tqdm.close = _display, _do_nothing, _do_nothing, _close

@@ -44,7 +44,7 @@ def test_a_model_without_text_tasks_to_compare_is_refused(tmp_path):
 def test_the_file_in_a_labs_folder_goes_on_there(lab_folder, monkeypatch):
     (lab_folder / RECORD).write_text("{}")
     folders = []
-    monkeypatch.setattr(lab_run, "run_lab", lambda lab, folder, only: folders.append(folder) or {})
+    monkeypatch.setattr(lab_run, "run_lab", lambda lab, folder, only, jobs: folders.append(folder) or {})
     run("lab", "run", lab_folder / "lab.yaml")
     run("lab", "run", lab_folder.parent / "lab.yaml")
     assert folders == [lab_folder, lab_folder.parent / "lab"]

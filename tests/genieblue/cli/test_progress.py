@@ -49,6 +49,12 @@ def test_a_bar_that_is_not_to_be_seen_writes_nothing(options):
     assert run(f"run(tqdm, steps=2, {options})", capture_output=True, text=True).stderr == ""
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bars_are_turned_off_as_ever(case, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as in all processes of a training but the first
+    assert run(CASES[case], capture_output=True, text=True).stderr == ""
+
+
 def test_a_bar_on_a_terminal_is_drawn_over_as_ever():
     watcher, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))

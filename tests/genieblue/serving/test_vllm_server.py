@@ -19,7 +19,6 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import httpx
 import pytest
 from openai_chats import image, image_url, mixed_chats, transformers_answers, user
 from PIL import Image
@@ -30,6 +29,7 @@ from vllm_engine import ENVIRONMENT, save_wide_pair
 import modeling_genieblue  # noqa: F401  # registers the classes that the references are loaded with
 
 pytest.importorskip("vllm", reason="`make test-vllm` has an environment with it")
+import httpx  # noqa: E402
 import openai  # noqa: E402
 
 pytestmark = pytest.mark.slow

@@ -147,6 +147,7 @@ def test_fsdp_with_one_process_is_refused_with_the_command_for_several(base, tmp
 
 def test_other_process_than_the_first_reports_an_error_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as the command sets it; here, so that it is taken back
     monkeypatch.setattr("genieblue.cli.terminal.SECONDS_TO_FAIL_FIRST", 0)
     assert "stage" in error_of("train", "--model", tmp_path)
 
