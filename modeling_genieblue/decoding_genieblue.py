@@ -7,7 +7,24 @@ from transformers.utils.generic import to_py_obj
 from .placeholders_genieblue import MarkingTokenizer
 
 
-class ImageTokenDecoding:
+class BatchDecoding:
+    """What follows for several sequences from a processor's `decode`."""
+
+    decode: Any
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """Return the texts of several sequences, as `decode` does for each."""
+        texts: list[Any] = [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
+        return texts
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Return the texts of generated sequences, prompts included (for transformers' pipeline)."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
+
+
+class ImageTokenDecoding(BatchDecoding):
     """What a processor decodes with."""
 
     tokenizer: Any
@@ -36,14 +53,3 @@ class ImageTokenDecoding:
         ]
         (marker,) = self._marking.markers(1)
         return str(tokenizer.decode(token_ids, **kwargs)).replace(marker, self.image_token)
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
-        """Return the texts of several sequences, as `decode` does for each."""
-        texts: list[Any] = [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
-        return texts
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """Return the texts of generated sequences, prompt and image tokens included (for transformers' pipeline)."""
-        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)

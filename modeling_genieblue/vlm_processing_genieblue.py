@@ -14,6 +14,7 @@ from transformers.utils.generic import to_py_obj
 
 from .addresses_genieblue import refuse_address
 from .chat_messages_genieblue import conversations_of, image_sources, text_for_template
+from .decoding_genieblue import BatchDecoding
 from .image_reading_genieblue import read_image
 from .model_files_genieblue import (
     ACCESS_KEYS,
@@ -29,7 +30,7 @@ from .request_rows_genieblue import images_by_part, take, tokenize_chats
 HUB_KEYS = (*ACCESS_KEYS, "revision")
 
 
-class VlmGenieBlueProcessor(ProcessorMixin):
+class VlmGenieBlueProcessor(BatchDecoding, ProcessorMixin):
     """
     Turns text and images into model inputs: text alone is what `tokenizer`, the base's own, makes of it; a request
     with images is what `vlm_processor`, the VLM's own, makes of it, with its own template and special tokens.
@@ -135,17 +136,6 @@ class VlmGenieBlueProcessor(ProcessorMixin):
         is_of_vlm = any(token >= len(self.tokenizer) for token in rows)
         tokenizer = self.vlm_processor.tokenizer if is_of_vlm else self.tokenizer
         return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
-        """Return the texts of several sequences, as `decode` does for each."""
-        texts: list[Any] = [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
-        return texts
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """Return the texts of generated sequences, prompts included (for transformers' pipeline)."""
-        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
     def _in_parts(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The chat with all contents as lists of parts, which every VLM's template takes; ValueError for a text with

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,12 @@ def verify_quantized_base(
         raise ValueError(f"{name} is not a base quantized by GenieBlue.")
     folder = Path(name if os.path.isdir(name) else snapshot_download(os.fspath(name), **hub))
 
-    def loads() -> str:
-        return _check_loads(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-
+    loads = partial(_check_loads, folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     checks = []
     for title, function in {
-        "files": lambda: _check_files(folder, settings),
-        "numbers": lambda: _check_numbers(folder),
-        "verdict": lambda: _check_verdict(settings),
+        "files": partial(_check_files, folder, settings),
+        "numbers": partial(_check_numbers, folder),
+        "verdict": partial(_check_verdict, settings),
         "loads": loads,
     }.items():
         checks.append(run_check(title, function))

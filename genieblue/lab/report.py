@@ -152,9 +152,7 @@ def _data_part(results: LabResults) -> list[str]:
             if (group := results.get(name, data)) is not None:
                 texts = [*_scores(results, group.texts, tasks), _average(results, group.texts),
                          results.retention(base, group.texts).text()] if tasks else []  # fmt: skip
-                rows.append(
-                    (name, f"{share:.0%}", *texts, _average(results, group.images), str(len(group.seeds)))
-                )  # fmt: skip
+                rows.append((name, f"{share:.0%}", *texts, _average(results, group.images), str(len(group.seeds))))
     of_texts = (*(TEXT_TITLES[task] for task in tasks), "average, texts", "retained %, shared") if tasks else ()
     titles = ("structure", "texts in the data", *of_texts, "average, images", "seeds")
     return [markdown_table(titles, rows)]
