@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
@@ -14,8 +15,11 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def save_wide_pair(folder: Path, family: str, **processor_options: str) -> Path:
-    """A tiny GenieBlue as `folder/genieblue` on `folder/base`, with heads as wide as vLLM's attention needs them."""
+def save_wide_pair(folder: Path, family: str, prepare: Callable = lambda _: None, **processor_options: str) -> Path:
+    """A tiny GenieBlue as `folder/genieblue` on `folder/base`, with heads as wide as vLLM's attention needs them.
+
+    `prepare` may change the saved base first.
+    """
     from tiny_genieblue import tiny_genieblue
     from tiny_models import save_tiny_base
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +27,7 @@ def save_wide_pair(folder: Path, family: str, **processor_options: str) -> Path:
     from modeling_genieblue.saving_genieblue import processor_for
 
     save_tiny_base(family, folder / "base", hidden_size=128, head_dim=32)
+    prepare(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = tiny_genieblue(base=base)
     processor = processor_for(model.config, AutoTokenizer.from_pretrained(folder / "base"), **processor_options)

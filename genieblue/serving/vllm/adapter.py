@@ -45,7 +45,9 @@ class LanguageAdapter:
             setattr(text_config, name, None)
         layers = vllm_config.compilation_config.static_forward_context
         known = set(layers)
-        copies = init_vllm_registered_model(vllm_config=vllm_config, hf_config=text_config, prefix="genieblue_copies")
+        copies = init_vllm_registered_model(
+            vllm_config=_unquantized(vllm_config), hf_config=text_config, prefix="genieblue_copies"
+        )
         for name in set(layers) - known:  # attention of the copies, which use that of the originals: one KV cache
             del layers[name]
         return copies
@@ -65,8 +67,7 @@ class LanguageAdapter:
         is_row = isinstance(module, RowParallelLinear)
         inputs = module.input_size_per_partition if is_row else module.input_size
         outputs = sum(_part_sizes(module))
-        weight = next(module.parameters())
-        options = {"dtype": weight.dtype, "device": weight.device}
+        options: dict[str, Any] = {"dtype": module.params_dtype, "device": next(module.parameters()).device}
         lora_a, lora_b = torch.zeros(rank * parts, inputs, **options), torch.zeros(outputs, rank * parts, **options)
         reduce = tensor_model_parallel_all_reduce if is_row and module.tp_size > 1 else None
         self._lora[path] = LoraLinear(module, lora_a, lora_b, self._rows, reduce)
@@ -121,6 +122,13 @@ class LanguageAdapter:
             place_of_part = module.lora_b.data[row : row + size, place * rank : (place + 1) * rank]
             _fill(place_of_part, up * scale, part)
             row += size
+
+
+def _unquantized(vllm_config: VllmConfig) -> VllmConfig:
+    """The same without the quantization of the base, which the trained parts do not have."""
+    plain, plain.model_config = copy.copy(vllm_config), copy.copy(vllm_config.model_config)
+    plain.quant_config = plain.model_config.quantization = None
+    return plain
 
 
 def _part_sizes(linear: Any) -> list[int]:

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from genieblue.serving.vllm.own_weights import check_own_weights
+from genieblue.serving.vllm.quantized_base import check_quantization, compare_rounded, quantized_linears
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
 from modeling_genieblue.hints_genieblue import BaseNotFoundError, WrongBaseError
 from modeling_genieblue.language_adapter_genieblue import tensors_of_other_kinds
@@ -33,12 +34,16 @@ ARCHITECTURES = (
 
 
 class ServedBase(NamedTuple):
-    """A base that was checked: folder or Hub id, and the names of the files of weights that are to be loaded."""
+    """A base that was checked: folder or Hub id, and the names of the files of weights that are to be loaded.
+
+    `quantization` is what vLLM needs to know of weights that others quantized.
+    """
 
     location: str
     revision: str | None
     architectures: list[str]
     weight_files: list[str]
+    quantization: dict[str, Any] | None
 
 
 def find_base(model: str, revision: str | None, config: Any) -> ServedBase:
@@ -72,11 +77,13 @@ def find_base(model: str, revision: str | None, config: Any) -> ServedBase:
     base_revision = None if os.path.isdir(base) else config.base_model_revision
     files = ModelFiles(base, revision=base_revision)
     recorded = settings.get("base_model_name_or_path")  # `config` may have another one, that was given instead
-    architectures = _check_base_settings(base, files, config, recorded)
+    architectures, quantization = _check_base_settings(base, files, config, recorded)
     samples = request.base_samples(required=True)
     check_own_weights(request, config, samples)
-    names = _check_base_weights(base, files, config, recorded, samples)
-    return ServedBase(base, base_revision, architectures, names)
+    paths = _check_base_weights(base, files, config, recorded, samples, quantization)
+    if quantization and quantization["quant_method"] == "gptq":  # vLLM would look for them in the GenieBlue's files
+        quantization["modules_in_block_to_quantize"] = quantized_linears(list(paths.values()))
+    return ServedBase(base, base_revision, architectures, list(paths), quantization)
 
 
 def _check_adapter_settings(found: dict[str, Any], config: Any) -> None:
@@ -92,24 +99,25 @@ def _check_adapter_settings(found: dict[str, Any], config: Any) -> None:
             )
 
 
-def _check_base_settings(base: str, files: ModelFiles, config: Any, recorded: str | None) -> list[str]:
-    """The architectures in a base's config.json; `ValueError` if it cannot be served or computes something else."""
+def _check_base_settings(
+    base: str, files: ModelFiles, config: Any, recorded: str | None
+) -> tuple[list[str], dict[str, Any] | None]:
+    """The architectures in a base's config.json, and how it is quantized.
+
+    `ValueError` if it cannot be served or computes something else.
+    """
     path = files.find(CONFIG_NAME, must_answer=True)
     if path is None:
         raise BaseNotFoundError(f"The base {base} has no {CONFIG_NAME}: put it there, or fetch it again.")
     settings = read_settings(path)
-    quantization = settings.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    if method == QUANT_METHOD:
+    quantization = settings.get("quantization_config") or None
+    if quantization and quantization.get("quant_method") == QUANT_METHOD:
         raise ValueError(
             f"The base {base} was quantized by `genieblue quantize`, in a format that vLLM does not read: serve the "
             "16-bit GenieBlue, on its 16-bit base."
         )
-    if method is not None:
-        raise ValueError(
-            f"The base {base} is quantized ({method}), and only bases in 16 or 32 bits have been tried in both views: "
-            "serve the GenieBlue on its 16-bit base."
-        )
+    if quantization:
+        check_quantization(base, quantization)
     if settings.get("model_type") == MODEL_TYPE:
         raise ValueError(f"{base} is a GenieBlue, expected its base: the language model that it was made from.")
     architectures = settings.get("architectures") or []
@@ -120,29 +128,41 @@ def _check_base_settings(base: str, files: ModelFiles, config: Any, recorded: st
         )
     if differences := different_settings(AutoConfig.from_pretrained(path.parent), config.text_config):
         raise _wrong_base(base, recorded, differences)
-    return architectures
+    return architectures, quantization
 
 
 def _check_base_weights(
-    base: str, files: ModelFiles, config: Any, recorded: str | None, samples: dict[str, dict]
-) -> list[str]:
-    """Names of a base's files of weights; `ValueError` if their values are not the recorded ones.
+    base: str,
+    files: ModelFiles,
+    config: Any,
+    recorded: str | None,
+    samples: dict[str, dict],
+    quantization: dict[str, Any] | None,
+) -> dict[str, Path]:
+    """A base's files of weights by name; `ValueError` if their values are not the recorded ones, or these rounded.
 
     A few pages of each file are read.
     """
     paths = weight_files(files.find)
     if not paths:
         raise BaseNotFoundError(f"The base {base} has no weights in safetensors files: fetch it again.")
-    hashes = config.base_model_fingerprint or {}
-    for name, path in paths.items():
-        found = cached_sha256(path)
-        if None not in (found, hashes.get(name)) and found != hashes[name]:
-            raise _wrong_base(base, recorded, [f"sha256 of {name} is {found}, expected {hashes[name]}"])
-    differences, missing = _compare_files(list(paths.values()), samples)
-    differences += [f"{name} is missing" for name in missing]
+    differences, rounded = [], set()
+    if quantization:
+        differences, rounded = compare_rounded(list(paths.values()), samples, quantization)
+    else:
+        hashes = config.base_model_fingerprint or {}
+        for name, path in paths.items():
+            found = cached_sha256(path)
+            if None not in (found, hashes.get(name)) and found != hashes[name]:
+                raise _wrong_base(base, recorded, [f"sha256 of {name} is {found}, expected {hashes[name]}"])
+    plain = {name: sample for name, sample in samples.items() if name not in rounded}
+    others, missing = _compare_files(list(paths.values()), plain)
+    if others and quantization:
+        others[-1] += " (AWQ and SmoothQuant move scales into norms, which LoRA would not follow: quantize without)"
+    differences += others + [f"{name} is missing" for name in missing]
     if differences:
         raise _wrong_base(base, recorded, differences)
-    return list(paths)
+    return paths
 
 
 def _compare_files(paths: list[Path], samples: dict[str, dict]) -> tuple[list[str], list[str]]:

@@ -34,8 +34,8 @@ class GenieBlueEngineSettings(VerifyAndUpdateConfig):
             )
         if model_config.quantization is not None:
             raise ValueError(
-                f"quantization is {model_config.quantization!r}: only weights in 16 or 32 bits have been tried in "
-                "both views. Leave the option out."
+                f"quantization is {model_config.quantization!r}: it would round copies and LoRA too. Leave the option "
+                "out; a base that is quantized already is found by its own settings (`genieblue serve --base`)."
             )
         if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":  # which processes that vLLM starts inherit
             raise ValueError("VLLM_USE_V2_MODEL_RUNNER is set: a GenieBlue has been tried with the V1 runner alone.")
@@ -47,6 +47,9 @@ class GenieBlueEngineSettings(VerifyAndUpdateConfig):
         config.base_model_name_or_path, config.base_model_revision = base.location, base.revision
         config.base_weight_files = base.weight_files
         config.text_config.architectures = base.architectures
+        if base.quantization:
+            config.quantization_config = base.quantization
+            model_config.model_arch_config = model_config.get_model_arch_config()
         # On the outer configuration only: the base's own rotary embedding stays as it is.
         config.mrope_section = [1, 1, 1]
         # vLLM hands the outer setting, which GenieBlue leaves False, down to the language model.

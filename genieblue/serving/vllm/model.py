@@ -56,11 +56,8 @@ class GenieBlueForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
             )
             self.multi_modal_projector = GenieBlueMultiModalProjector(config)
         with self._mark_language_model(vllm_config):
-            self.language_model = init_vllm_registered_model(
-                vllm_config=vllm_config,
-                hf_config=config.text_config,
-                prefix=maybe_prefix(prefix, "language_model"),
-            )
+            # Its modules have the base's own names, by which the settings of a quantized base tell them apart.
+            self.language_model = init_vllm_registered_model(vllm_config=vllm_config, hf_config=config.text_config)
         self._rows = Rows()
         self._is_measured = False
         self._adapter = LanguageAdapter(vllm_config, self.language_model, self._rows)
