@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
@@ -55,8 +56,8 @@ class LanguageAdapter:
     def _substitute(self, path: str, module: nn.Module) -> nn.Module | None:
         """What stands in the second tree for a module of the first; `None` for a container, or the same."""
         found = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
-        if found is None or not list(module.parameters(recurse=False)):
-            return None
+        if found is None or isinstance(module, AttentionLayerBase) or not list(module.parameters(recurse=False)):
+            return None  # attention, which on a quantized base has scales of its own, is one for all rows
         index, name = int(found[1]), found[2]
         if index in self._replicated:
             block = self._copies.model.layers[self._replicated.index(index)]

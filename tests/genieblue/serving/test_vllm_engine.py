@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from openai_chats import LONG, image, mixed_chats, share_of_likeliest, transformers_answers, user
+from quantized_bases import KINDS, quantize_base, to_grid
 from safetensors.torch import load_file, save_file
 from tiny_models import TRAINING_TEXT
 from transformers import AutoModelForCausalLM
@@ -83,6 +84,36 @@ def test_in_bfloat16_texts_are_those_of_the_base_in_vllm_and_images_near_those_o
     assert share_of_likeliest(folder, images, [answer["ids"] for answer in pictured]) > 0.6
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("w4a16", {"dtype": "bfloat16"}),
+        ("w4a16", {"dtype": "bfloat16", "tensor_parallel_size": 2, "max_num_batched_tokens": 96}),
+        ("w8a8", {"dtype": "float32"}),
+        ("gptq", {"dtype": "bfloat16"}),
+    ],
+    ids=["w4a16", "w4a16, two ranks, prompts in pieces", "w8a8", "gptq"],
+)
+def test_on_a_base_that_others_quantized_texts_are_its_own_and_images_near_those_of_the_recorded_one(
+    kind, settings, tmp_path
+):
+    """The recorded base has the very values of the codes, so that 4 bits change nothing but how products round."""
+    codes = {}
+    bits, group_size, *_ = KINDS[kind]
+    folder = save_wide_pair(tmp_path, "qwen2", lambda base: codes.update(to_grid(base, bits, group_size)))
+    base = quantize_base(folder.parent / "base", kind, codes)
+    texts = [[user(line)] for line in TRAINING_TEXT.splitlines()] + [[LONG, user("How many digits?")]]
+    images = [chat for name, chat in mixed_chats().items() if name.startswith("image")]
+    settings |= {"enable_prefix_caching": False}
+    mixed, found = vllm_answers(
+        tmp_path / "engine", folder, [texts[:4] + images, texts],
+        hf_overrides={"base_model_name_or_path": str(base), "base_model_revision": None}, **settings,
+    )  # fmt: skip
+    (alone,) = vllm_answers(tmp_path / "base alone", base, [texts], **settings)
+    assert [answer["ids"] for answer in found] == [answer["ids"] for answer in alone]
+    assert share_of_likeliest(folder, images, [answer["ids"] for answer in mixed[4:]]) > 0.6
+
+
 def test_texts_around_tiles_are_those_of_the_processor(models, tmp_path):
     folder = save_wide_pair(tmp_path, "llama-tied", image_prefix="<s>Image:\n", image_suffix="</s>")
     expected = transformers_answers(folder, mixed_chats())
@@ -103,7 +134,7 @@ def test_views_share_no_cached_block_and_each_shares_its_own(models, tmp_path):
 
 
 def test_quantization_by_vllm_is_refused(models, tmp_path):
-    with pytest.raises(RuntimeError, match="quantization is 'fp8': only weights in 16 or 32 bits"):
+    with pytest.raises(RuntimeError, match="quantization is 'fp8': it would round copies and LoRA too"):
         vllm_answers(tmp_path / "engine", models("llama-tied")[0], [], quantization="fp8")
 
 
