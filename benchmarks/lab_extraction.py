@@ -3,7 +3,7 @@
     python -m benchmarks.lab_extraction LAB [--seed 0] [--tasks digits receipts naming] [--out rows]
 
 LAB is a lab's folder with a finished `full` cell. Its projector is InternVL's, so projector and trained language model
-go into transformers' own InternVL as they are, with the lab's SigLIP and tiles; that VLM is extracted against the lab's
+go into transformers' own InternVL as they are, with the lab's SigLIP and tiles; that VLM is extracted against its
 base. Bytes are those of all that the language side adds, against those of the base. Calibrated on the lab's own
 training chats. Each case leaves its figures in `--out`, where a stopped run goes on.
 """

@@ -20,7 +20,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from conversion.staging import explained_full_disk, lock_output, write_json_whole
-from genieblue.evaluation.answering import ModelAnswerer
+from genieblue.evaluation.answering import answerer_of
 from genieblue.evaluation.evaluate import ScoredAnswer, evaluate
 from genieblue.evaluation.metrics import standard_error
 from genieblue.lab.data import LabChats, fitting, held_out, read_texts
@@ -275,7 +275,7 @@ def make_structure(folder: Path, lab: LabFile, cell: Cell) -> tuple[LabStructure
 
 def image_scores(model: Any, processor: Any, folder: Path, lab: LabFile) -> dict[str, dict[str, Any]]:
     """The score of each task, from 0 to 100, with its standard error, and by question its value and the answer."""
-    answerer = ModelAnswerer(model, processor, batch_size=lab.batch_size, view=MULTIMODAL)
+    answerer = answerer_of(model, processor, batch_size=lab.batch_size, view=MULTIMODAL)
     scores = {}
     for name, files in lab.tasks.items():
         dataset = held_out(folder / HELD_OUT, name, files, lab.held_out)
