@@ -190,8 +190,8 @@ def main() -> None:
     AutoProcessor.register(SiglipInternVLConfig, TileProcessor, exist_ok=True)
     lab = read_lab_file(arguments.lab / LAB_FILE)
     full = Cell(next(iter(lab.data)), "full", arguments.seed).folder(arguments.lab)
-    result = json.loads((full / "result.json").read_text(encoding="utf-8"))
-    source = {task: result["images"][task] for task in arguments.tasks}
+    answered = json.loads((full / "images.json").read_text(encoding="utf-8"))
+    source = {task: answered[task] for task in arguments.tasks}
     lab = replace(lab, tasks={task: lab.tasks[task] for task in arguments.tasks})
     vlm = arguments.out / "vlm"
     if not (vlm / "processor_config.json").is_file():  # written last

@@ -30,16 +30,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ["PYTHONPATH"]])}
 
 
-def page_of(source, folder) -> AbstractContextManager[str]:
+def page_of(folder, *source) -> AbstractContextManager[str]:
     """Address of a page; its log is written in `folder`."""
-    command = [str(PYTHON), "-m", "genieblue", "chat", "--web", str(source), "--max-new-tokens", "8", "--port"]
+    command = [str(PYTHON), "-m", "genieblue", "chat", "--web", *map(str, source), "--max-new-tokens", "8", "--port"]
     return server_process(lambda port: [*command, str(port)], folder / "page.log", path="", env=environment())
 
 
 @pytest.fixture(scope="module")
 def address(good):
     """Address of the page of a tiny model."""
-    with page_of(good / "genieblue", good) as address:
+    with page_of(good, good / "genieblue") as address:
         yield address
 
 
@@ -52,7 +52,7 @@ def server():
 @pytest.fixture(scope="module")
 def address_of_server(server, tmp_path_factory):
     """Address of the page of a server."""
-    with page_of(server.address, tmp_path_factory.mktemp("page")) as address:
+    with page_of(tmp_path_factory.mktemp("page"), server.address) as address:
         yield address
 
 
@@ -212,6 +212,29 @@ def test_the_answer_of_a_server_claims_no_view(driver, address_of_server, good):
     assert said_in(driver) == ["What is it?", "An oak."]
     assert "server, asked with pictures 9 prompt tokens · 3 generated" in text_of(driver, "chat")
     shoot(driver, "server")
+
+
+def test_a_bundle_for_a_phone_answers_on_the_page_as_its_graphs_do(driver, good, tmp_path):
+    pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
+    from tiny_qnn import SETTINGS, requests, save_pair
+
+    from conversion.qnn.bundle.runner import QnnRunner
+    from conversion.qnn.export import export_bundle
+    from genieblue.serving.qnn_conversation import QnnChat
+
+    bundle = export_bundle(save_pair(tmp_path), tmp_path / "bundle", calibration=requests(), **SETTINGS)
+    chat = QnnChat(QnnRunner(bundle))
+    answers = [chat.ask("a", max_new_tokens=8), chat.ask("b", [good / "scan.png"], max_new_tokens=8)]
+    with page_of(tmp_path, "--qnn", bundle) as address:
+        driver.get(address)
+        send(driver, "entry", "a")
+        wait_for(lambda: "tokens/s" in text_of(driver, "chat"))
+        send(driver, "entry", "b", [good / "scan.png"])
+        wait_for(lambda: text_of(driver, "chat").count("tokens/s") == 2)
+        assert said_in(driver) == ["a", answers[0]["text"], "b", answers[1]["text"]]
+        shown = text_of(driver, "chat")
+        assert f"text view {answers[0]['prompt_tokens']} prompt" in shown and "multimodal view" in shown
+        shoot(driver, "bundle")
 
 
 def test_a_turn_in_which_the_server_dies_leaves_the_conversation_as_it_was(driver, server, address_of_server):
