@@ -70,12 +70,15 @@ def _gptq(codes: torch.Tensor, steps: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-OF_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+OF_GPTQ = {
+    "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True,
+    "checkpoint_format": "gptq",
+}  # fmt: skip
 # name -> bits, size of groups (None for one by channel), `quantization_config`, and the tensors of a linear
 KINDS: dict[str, tuple[int, int | None, dict, Callable]] = {
     "w4a16": (4, GROUP, _config(4, "group", "pack-quantized", None), _w4a16),
     "w8a8": (8, None, _config(8, "channel", "int-quantized", BY_TOKEN), _w8a8),
-    "gptq": (4, GROUP, {**OF_GPTQ, "checkpoint_format": "gptq"}, _gptq),
+    "gptq": (4, GROUP, OF_GPTQ, _gptq),
 }
 
 

@@ -1,10 +1,11 @@
 """The base of a GenieBlue that is to be served: where it is, and whether it is the recorded one. Needs no vLLM."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from genieblue.serving.vllm.own_weights import check_own_weights
@@ -111,7 +112,7 @@ def _check_base_settings(
         raise BaseNotFoundError(f"The base {base} has no {CONFIG_NAME}: put it there, or fetch it again.")
     settings = read_settings(path)
     quantization = settings.get("quantization_config") or None
-    if quantization and quantization.get("quant_method") == QUANT_METHOD:
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         raise ValueError(
             f"The base {base} was quantized by `genieblue quantize`, in a format that vLLM does not read: serve the "
             "16-bit GenieBlue, on its 16-bit base."
@@ -146,6 +147,9 @@ def _check_base_weights(
     paths = weight_files(files.find)
     if not paths:
         raise BaseNotFoundError(f"The base {base} has no weights in safetensors files: fetch it again.")
+    names = Counter(name for path in paths.values() for name in _tensor_names(path))
+    if repeated := [f"{name} is in {count} files" for name, count in names.items() if count > 1]:
+        raise _wrong_base(base, recorded, repeated)  # vLLM takes the last one
     differences, rounded = [], set()
     if quantization:
         differences, rounded = compare_rounded(list(paths.values()), samples, quantization)
@@ -163,6 +167,14 @@ def _check_base_weights(
     if differences:
         raise _wrong_base(base, recorded, differences)
     return paths
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be read ({error}): it is damaged; fetch it again.") from error
 
 
 def _compare_files(paths: list[Path], samples: dict[str, dict]) -> tuple[list[str], list[str]]:
