@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from modeling_genieblue.model_files_genieblue import some
 
-# What the tests run in both views, by the `quant_method` of a base's `quantization_config`.
+# What is served, by the `quant_method` of a base's `quantization_config`; docs/serving.md says what of it was run.
 FORMATS = {"compressed-tensors": ("pack-quantized", "int-quantized"), "gptq": ("gptq",)}
 WORD = 32  # bits of the integers that codes are packed in
 # Mean distance from the recorded values, of all linears and of one. Rounding to nearest is 0.25 steps away, GPTQ up
@@ -41,7 +41,7 @@ class Scheme(NamedTuple):
 
 
 def check_quantization(base: str, quantization: Any) -> None:
-    """`ValueError` for a `quantization_config` in a format that has not been tried in both views, or a broken one."""
+    """`ValueError` for a `quantization_config` in a format that is not served, or a broken one."""
     if not isinstance(quantization, dict):
         problem: str | None = f"by settings that are a {type(quantization).__name__}, expected settings by name"
     else:
