@@ -43,7 +43,7 @@ from genieblue.lab.structures.full import LANGUAGE_MODEL
 from genieblue.lab.text import split_documents
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor, VlmGenieBlueProcessor
 
-SHARES = (0.35, 0.2, 0.1)  # of the base's bytes, for all that an extraction adds
+SHARES = (0.5, 0.35, 0.25)  # of the base's bytes, for all that an extraction adds
 CALIBRATION_CHATS, CALIBRATION_SEED, TEXT_TOKENS = 32, 1234, 1024
 
 
