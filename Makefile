@@ -10,7 +10,7 @@ LLAMACPP := .venvs/llamacpp
 VLLM := .venvs/vllm
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo demo-real test test-slow test-llamacpp test-versions test-vllm lint clean browser
+.PHONY: help demo demo-real test test-slow test-all test-llamacpp test-versions test-vllm lint clean browser
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -27,8 +27,13 @@ demo-out/text-answers.json: | $(STAMP)
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp $(WEB)/installed.stamp  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval, DeepSpeed and Gradio
+SLOW := $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp $(WEB)/installed.stamp
+
+test-slow: $(SLOW)  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval, DeepSpeed and Gradio
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
+
+test-all: $(SLOW) lint  ## what CI runs: both of these in one run
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not llamacpp"
 
 test-llamacpp: $(LLAMACPP)/installed.stamp demo-out/text-answers.json  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores), with the demo's model
 	$(BIN)/python -m pytest -q -m llamacpp

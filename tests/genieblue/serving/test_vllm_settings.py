@@ -111,7 +111,7 @@ def test_images_come_from_allowed_places_in_every_server_unless_it_is_told_other
     hook, given, expected, monkeypatch
 ):
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    found = base.ServedBase("/models/base", None, ["LlamaForCausalLM"], files)
+    found = base.ServedBase("/models/base", None, ["LlamaForCausalLM"], files, None)
     monkeypatch.setattr(base, "find_base", lambda *_: found)
     if given is not None:
         monkeypatch.setenv("VLLM_MEDIA_CONNECTOR", given)
@@ -119,6 +119,16 @@ def test_images_come_from_allowed_places_in_every_server_unless_it_is_told_other
     hook.verify_and_update_model_config(settings)
     assert os.environ["VLLM_MEDIA_CONNECTOR"] == expected
     assert settings.hf_config.base_weight_files == files and settings.hf_config.tie_word_embeddings
+
+
+def test_how_a_base_is_quantized_is_told_before_vllm_looks_for_it(hook, monkeypatch):
+    found = base.ServedBase(
+        "/models/base", None, ["LlamaForCausalLM"], ["model.safetensors"], {"quant_method": "gptq"}
+    )
+    monkeypatch.setattr(base, "find_base", lambda *_: found)
+    settings = model(get_model_arch_config=lambda: settings.hf_config.quantization_config)
+    hook.verify_and_update_model_config(settings)
+    assert settings.model_arch_config == {"quant_method": "gptq"}
 
 
 @pytest.mark.parametrize("trusted", [False, True])
