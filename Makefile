@@ -8,6 +8,8 @@ DEEPSPEED := .venvs/deepspeed
 WEB := .venvs/web
 LLAMACPP := .venvs/llamacpp
 VLLM := .venvs/vllm
+SLOW := $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp $(WEB)/installed.stamp
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_OUT ?= demo-out
 
 .PHONY: help demo demo-real test test-slow test-all test-llamacpp test-versions test-vllm lint clean browser
@@ -25,15 +27,13 @@ demo-out/text-answers.json: | $(STAMP)
 	$(BIN)/genieblue demo --out demo-out
 
 test: $(STAMP) lint  ## ruff and pyright, then the tests that take seconds each
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-
-SLOW := $(VENV)/slow.stamp $(LMMS_EVAL)/installed.stamp $(DEEPSPEED)/installed.stamp $(WEB)/installed.stamp
+	$(PYTEST)
 
 test-slow: $(SLOW)  ## the tests marked slow, with the extras aimet, clients and lab, lmms-eval, DeepSpeed and Gradio
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 test-all: $(SLOW) lint  ## what CI runs: both of these in one run
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not llamacpp"
+	$(PYTEST) -m "not llamacpp"
 
 test-llamacpp: $(LLAMACPP)/installed.stamp demo-out/text-answers.json  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores), with the demo's model
 	$(BIN)/python -m pytest -q -m llamacpp

@@ -148,7 +148,7 @@ def measure_extractions(demo: Path, vlm: Path) -> dict[str, dict[str, float | st
     choices[healed] = (Choice("auto", max_bytes=least), False)
     for name, (choice, calibrated) in choices.items():
         with tempfile.TemporaryDirectory() as folder:
-            chats = map(_as_chat, _new_scans()) if calibrated else None
+            chats = map(as_chat, _new_scans()) if calibrated else None
             extraction = extract_genieblue(vlm, demo / "base", Path(folder, "mine"), choice, calibration=chats)
             made = heal(extraction.output, Path(folder, "healed")) if name == healed else extraction.output
             model = GenieBlueForConditionalGeneration.from_pretrained(made)
@@ -245,8 +245,10 @@ def full_size_figures(folder: Path, blocks: int) -> dict[str, dict[str, float | 
     }
 
 
-def _as_chat(sample: dict[str, Any]) -> Any:
-    images = [part["image"] for message in sample["messages"] for part in message["content"] if "image" in part]
+def as_chat(sample: dict[str, Any]) -> Any:
+    """The messages of a sample, some with plain strings, and its images."""
+    contents = [message["content"] for message in sample["messages"] if not isinstance(message["content"], str)]
+    images = [part["image"] for parts in contents for part in parts if "image" in part]
     return sample["messages"], images
 
 

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.exchange import added_bytes, is_text_the_bases
+from benchmarks.exchange import added_bytes, as_chat, is_text_the_bases
 from benchmarks.report import print_table
 from conversion.extract import extract_genieblue
 from conversion.extraction_plan import Choice
@@ -128,11 +128,16 @@ def cases(blocks: int, size: int) -> Iterator[tuple[str, Choice, bool]]:
     yield "35% with a quarter copied by outputs", Choice("skip", max_bytes=int(0.35 * size)), True
 
 
+def bytes_of(base: Any) -> int:
+    """Bytes of a model's parameters."""
+    return sum(each.numel() * each.itemsize for each in base.parameters())
+
+
 def measure(folder: Path, lab: LabFile, base: Any, vlm: Path, choice: Choice, is_calibrated: bool) -> dict[str, Any]:
     """Scores, bytes and text of one extraction."""
     place, start = base_of(folder, lab), time.process_time()
     with tempfile.TemporaryDirectory() as temporary:
-        chats = map(_as_chat, LabChats(lab.tasks, [], 0.0, CALIBRATION_CHATS, CALIBRATION_SEED))
+        chats = map(as_chat, LabChats(lab.tasks, [], 0.0, CALIBRATION_CHATS, CALIBRATION_SEED))
         extraction = extract_genieblue(
             vlm, place, Path(temporary, "mine"), choice, calibration=chats if is_calibrated else None
         )
@@ -143,7 +148,7 @@ def measure(folder: Path, lab: LabFile, base: Any, vlm: Path, choice: Choice, is
         ids = torch.tensor(processor.tokenizer(text)["input_ids"][:TEXT_TOKENS])
         return {
             "images": image_scores(model, processor, folder, lab),
-            "share": added_bytes(extraction.output) / sum(each.numel() * each.itemsize for each in base.parameters()),
+            "share": added_bytes(extraction.output) / bytes_of(base),
             "copied": extraction.plan.copied,
             "difference": extraction.difference,
             "text": "equal" if is_text_the_bases(model, base, ids) else "differs",
@@ -163,14 +168,6 @@ def row(source: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in found.items() if name not in ("images", "copied")},
         "copied": len(found.get("copied", ())),
     }
-
-
-def _as_chat(sample: dict[str, Any]) -> Any:
-    images = [
-        part["image"] for message in sample["messages"] if not isinstance(message["content"], str)
-        for part in message["content"] if part["type"] == "image"
-    ]  # fmt: skip
-    return sample["messages"], images
 
 
 def main() -> None:
@@ -197,9 +194,8 @@ def main() -> None:
     if not (vlm / "processor_config.json").is_file():  # written last
         write_internvl(full / "model", vlm)
     base = AutoModelForCausalLM.from_pretrained(base_of(arguments.lab, lab))
-    size = sum(each.numel() * each.itemsize for each in base.parameters())
     rows = {"the lab's model": {"images": source}}
-    for name, choice, is_calibrated in cases(base.config.num_hidden_layers, size):
+    for name, choice, is_calibrated in cases(base.config.num_hidden_layers, bytes_of(base)):
         path = arguments.out / f"{name.replace(' ', '-').replace('%', '')}.json"
         if not path.is_file():
             found = measure(arguments.lab, lab, base, vlm, choice, is_calibrated)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from genieblue.serving.vllm.own_weights import check_own_weights
-from genieblue.serving.vllm.quantized_base import check_quantization, compare_rounded, quantized_linears
+from genieblue.serving.vllm.quantized_base import check_quantization, compare_rounded
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
 from modeling_genieblue.hints_genieblue import BaseNotFoundError, WrongBaseError
 from modeling_genieblue.language_adapter_genieblue import tensors_of_other_kinds
@@ -83,7 +83,9 @@ def find_base(model: str, revision: str | None, config: Any) -> ServedBase:
     check_own_weights(request, config, samples)
     paths = _check_base_weights(base, files, config, recorded, samples, quantization)
     if quantization and quantization["quant_method"] == "gptq":  # vLLM would look for them in the GenieBlue's files
-        quantization["modules_in_block_to_quantize"] = quantized_linears(list(paths.values()))
+        names = [name for path in paths.values() for name in _tensor_names(path)]
+        linears = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+        quantization["modules_in_block_to_quantize"] = linears
     return ServedBase(base, base_revision, architectures, list(paths), quantization)
 
 

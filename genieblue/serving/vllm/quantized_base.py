@@ -139,15 +139,6 @@ def _is_list_of_names(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(name, str) for name in found)
 
 
-def quantized_linears(paths: Sequence[Path]) -> list[str]:
-    """Names of the linears in files of gptq."""
-    names: list[str] = []
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            names += [name.removesuffix(".qweight") for name in file.keys() if name.endswith(".qweight")]
-    return sorted(names)
-
-
 def compare_rounded(
     paths: Sequence[Path], samples: dict[str, dict], quantization: dict[str, Any]
 ) -> tuple[list[str], set[str]]:
