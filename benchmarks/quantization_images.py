@@ -7,7 +7,8 @@ MODEL is in 16 bits, on a base off the grid (`benchmarks.quantization_base make`
 writes: `w8` for 8 bits; a method and the size of its groups; `mixed` and the bits per weight. Two more are tried in
 memory, with LoRA and vision side in 16 bits: `hqq`, by optimum-quanto, with zero points that are no whole numbers; and
 `awq`, scales of the inputs as powers of their root mean squares, with the exponent of least error in outputs for each
-group of linears with the same inputs, then rounded as by `mse`. Each case leaves its figures in `--out`, where a
+group of linears with the same inputs, then rounded as by `mse`. `healed` is `mixed`, then trained on the quantized
+base with the chats of `--healing`, then its own parts rounded again. Each case leaves its figures in `--out`, where a
 stopped run goes on.
 """
 
@@ -27,6 +28,7 @@ from optimum.quanto.tensor import quantize_weight
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import print_table
+from conversion.quantization.healing import put_on_quantized_base
 from conversion.quantization.hessians import linear_hessians
 from conversion.quantization.mixed import Budget, bits_per_weight
 from conversion.quantization.precision import QuantizationRecipe
@@ -39,6 +41,9 @@ from genieblue.evaluation.answering import answerer_of
 from genieblue.evaluation.evaluate import Evaluation, ScoredAnswer, compare, evaluate
 from genieblue.evaluation.held_out import HeldOutData
 from genieblue.evaluation.samples import EvaluationDataset
+from genieblue.training.settings import TrainingSettings
+from genieblue.training.stages import train
+from genieblue.training.structure import GenieBlueStructure
 from hub_cards.verdicts import PLAIN_TEXT
 from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 from modeling_genieblue.as_built_genieblue import AsBuilt
@@ -49,6 +54,7 @@ from modeling_genieblue.view_routing_genieblue import TEXT
 BEFORE = "16 bits"
 CASES = ("w8", "rtn:64", "mse:64", "hqq:64", "gptq:64", "awq:64", "mixed:4.375", "mixed:4.5")
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)
+HEALING_STEPS, HEALING_BATCH = 120, 8
 SAME_INPUTS = {"q_proj": "norm 1", "k_proj": "norm 1", "v_proj": "norm 1", "gate_proj": "norm 2", "up_proj": "norm 2"}
 Linears = list[tuple[str, torch.nn.Linear]]
 
@@ -64,26 +70,47 @@ def measure(model: Any, arguments: argparse.Namespace, processor: Any) -> dict[s
     }
 
 
-def rounded(case: str, source: Path, samples: CalibrationSamples, folder: Path) -> tuple[Any, float | None]:
+def rounded(
+    case: str, source: Path, samples: CalibrationSamples, healing: Path | None, folder: Path
+) -> tuple[Any, float | None]:
     """A quantized model and its bits per weight of the blocks, if they are chosen."""
     method, _, number = case.partition(":")
     if method in ("hqq", "awq"):
         model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
         round_in_memory(model, method, int(number), samples)
         return model, None
-    uses_samples = method in ("gptq", "mixed")
+    is_mixed = method in ("mixed", "healed")
     recipe = QuantizationRecipe(
         llm="w8a16" if method == "w8" else "w4a16",
         replicated_blocks="w8a16" if method == "w8" else "w4a16",
-        rounding={"w8": "rtn", "mixed": "gptq"}.get(method, method),
-        group_size=64 if method in ("w8", "mixed") else int(number),
+        rounding={"w8": "rtn", "mixed": "gptq", "healed": "gptq"}.get(method, method),
+        group_size=64 if method == "w8" or is_mixed else int(number),
     )
-    report = quantize_genieblue(
-        source, folder / "model", recipe, base_output=folder / "base", samples=samples if uses_samples else None,
-        budget=Budget(bits_per_weight=float(number)) if method == "mixed" else None,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "samples": samples if is_mixed or method == "gptq" else None,
+        "budget": Budget(bits_per_weight=float(number)) if is_mixed else None,
+    }
+    report = quantize_genieblue(source, folder / "model", recipe, base_output=folder / "base", **options)
+    if method == "healed":
+        assert healing is not None, "healing needs chats to train on: give --healing"
+        heal(source, folder / "base", healing, folder / "trained")
+        report = quantize_genieblue(
+            folder / "trained", folder / "healed", recipe, quantized_base=folder / "base", **options
+        )
     bits = bits_per_weight(report.mixed) if report.mixed else None
     return with_plain_linears(GenieBlueForConditionalGeneration.from_pretrained(report.output)), bits
+
+
+def heal(source: Path, base: Path, chats: Path, out: Path) -> None:
+    """Trains LoRA and replicated blocks on the values of a quantized base, as `train --on-quantized` does."""
+    model = GenieBlueForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
+    structure = GenieBlueStructure(model)
+    structure.trained_on = put_on_quantized_base(model, base)
+    settings = TrainingSettings(
+        2, steps=HEALING_STEPS, batch_size=HEALING_BATCH, learning_rate=1e-4, warmup_steps=6, max_length=256,
+        save_steps=0,
+    )  # fmt: skip
+    train(structure, GenieBlueProcessor.from_pretrained(source), chats, out, settings)
 
 
 @torch.no_grad()
@@ -187,6 +214,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, nargs="*", default=[], help=".txt files")
     parser.add_argument("--calibration", type=Path, nargs="+", required=True, help="as for `quantize`")
     parser.add_argument("--samples", type=int, default=64, help="calibration samples of each kind")
+    parser.add_argument("--healing", type=Path, help="chats to train on, for `healed`")
     parser.add_argument(
         "--cases", nargs="+", default=["w8", "rtn:64", "mse:64", "gptq:64", "mixed:4.375", "mixed:4.5"]
     )
@@ -208,7 +236,7 @@ def main() -> None:
                 if case == BEFORE:
                     model = GenieBlueForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.bfloat16)
                 else:
-                    model, bits = rounded(case, arguments.model, samples, Path(folder))
+                    model, bits = rounded(case, arguments.model, samples, arguments.healing, Path(folder))
                 seconds = time.perf_counter() - start
                 found = {"bits": bits, "seconds": seconds, **measure(model, arguments, processor)}
             path.write_text(json.dumps(found), encoding="utf-8")

@@ -15,7 +15,6 @@ from tiny_qnn import (
     SHAPE,
     VARIANTS,
     embeddings_and_logits,
-    tiny_model,
     two_blocks,
     view_of,
 )
@@ -283,7 +282,7 @@ def test_calibration_without_samples_or_with_broken_numbers_is_refused(tmp_path)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_has_graphs_that_the_compiler_takes_whole(variant, tmp_path):
     for view in ("text", "multimodal"):
-        coded = CodedView(FloatView(tiny_model(variant), view, tmp_path), tmp_path)
+        coded = CodedView(FloatView(two_blocks(variant), view, tmp_path), tmp_path)
         for path in coded.paths.values():
             open_on_npu(path)
 
