@@ -35,7 +35,7 @@ test-slow: $(SLOW)  ## the tests marked slow, with the extras aimet, clients and
 test-all: $(SLOW) lint  ## what CI runs: both of these in one run
 	$(PYTEST) -m "not llamacpp"
 
-test-llamacpp: $(LLAMACPP)/installed.stamp demo-out/text-answers.json  ## llama.cpp runs exports: built from source once (about 25 minutes on 2 cores), with the demo's model
+test-llamacpp: $(LLAMACPP)/installed.stamp demo-out/text-answers.json  ## llama.cpp runs exports: built from source once (10 to 25 minutes on 2 cores), with the demo's model
 	$(BIN)/python -m pytest -q -m llamacpp
 
 test-versions: $(STAMP)  ## the oldest, middle and newest transformers and peft, in separate environments

@@ -73,9 +73,11 @@ def test_a_mixture_is_planned_with_its_shares_and_trained(folder, model, tmp_pat
 
 def commands_of_examples():
     """The command that each example of a run prints at its head."""
-    for example in sorted((REPOSITORY / "examples").glob("*.yaml")):
-        for printed in re.findall(r"^# genieblue (train .*)", example.read_text(), re.MULTILINE):
-            yield pytest.param(printed, id=example.stem)
+    return [
+        pytest.param(printed, id=example.stem)
+        for example in sorted((REPOSITORY / "examples").glob("*.yaml"))
+        for printed in re.findall(r"^# genieblue (train .*)", example.read_text(), re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("printed", commands_of_examples())
