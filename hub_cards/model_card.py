@@ -15,7 +15,15 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hub_cards.model_folder import BASE_PARTS, PartSize, count_formats, count_parts, read_model_config
+from hub_cards.model_folder import (
+    BASE_PARTS,
+    PartSize,
+    count_formats,
+    count_parts,
+    precision_tags,
+    read_model_config,
+    shown_precisions,
+)
 from hub_cards.short_numbers import short_bytes, short_count
 from hub_cards.verdicts import summary
 from modeling_genieblue.model_files_genieblue import (
@@ -250,7 +258,7 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
         return None
     source = (recorded.get("source") or {}).get("name")
     return Quantization(
-        precisions={part: value for part, value in recorded.items() if isinstance(value, str) and value[0] == "w"},
+        precisions=shown_precisions(recorded),
         rounding=recorded["rounding"],
         group_size=recorded.get("group_size"),
         activations=recorded["activations"],
@@ -267,9 +275,9 @@ def _metadata(info: ModelCardInfo) -> ModelCardData:
     made_from, relation, tags = info.base_model if info.base_is_on_hub else None, "adapter", list(TAGS)
     if quantization is not None:
         made_from, relation = quantization.source or made_from, "quantized"
-        precisions = [name for name in quantization.precisions.values() if name != "w16a16"]
         # Stock PEFT does not load it.
-        tags = [tag for tag in tags if tag != "peft"] + ["quantized", "optimum-quanto", *precisions]
+        tags = [tag for tag in tags if tag != "peft"]
+        tags += ["quantized", "optimum-quanto", *precision_tags(quantization.precisions)]
     licence = info.vlm_license if info.vlm_type else info.base_license  # what is stored is the VLM's
     return card_metadata(made_from, relation, licence, info.languages, pipeline_tag="image-text-to-text", tags=tags)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from modeling_genieblue.model_files_genieblue import (
     CONFIG_NAME,
     INDEX_NAME,
     MODEL_TYPE,
+    PEFT_PREFIX,
     QMAP_NAME,
     QUANT_METHOD,
     QUANTIZED_ADAPTER_NAME,
@@ -31,7 +32,9 @@ from modeling_genieblue.model_files_genieblue import (
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME}"
 QMAPS = (QMAP_NAME, f"{ADAPTER_FOLDER}/{QMAP_NAME}")
 # Formats of linears in mixed precision, as recorded.
-FORMAT_TITLES = {f"w4g{size}": f"4 bits in groups of {size}" for size in (128, 64, 32)} | {"w8": "8 bits"}
+EIGHT_BITS = "w8"
+FORMAT_TITLES = {f"w4g{size}": f"4 bits in groups of {size}" for size in (128, 64, 32)} | {EIGHT_BITS: "8 bits"}
+MIXED = "mixed"
 BASE_PARTS = {"llm": "linears of the blocks", "lm_head": "LM head", "embeddings": "embeddings"}
 
 # For each safetensors float format: the unsigned integer type of its width, and its exponent bits.
@@ -100,6 +103,22 @@ def count_formats(formats: dict[str, str] | None) -> str:
     """How many linears have which format in mixed precision; empty if there are none."""
     counts = Counter((formats or {}).values())
     return ", ".join(f"{counts[one]} at {title}" for one, title in FORMAT_TITLES.items() if counts[one])
+
+
+def shown_precisions(recorded: Mapping[str, Any]) -> dict[str, str]:
+    """The precision of each part as recorded, but `mixed` for blocks whose linears have 4 or 8 bits each."""
+    shown = {part: value for part, value in recorded.items() if isinstance(value, str) and value[0] == "w"}
+    for part, is_replicated in (("llm", False), ("replicated_blocks", True)):
+        formats = (recorded.get("formats") or {}).items()
+        own = {one for name, one in formats if name.startswith(PEFT_PREFIX) == is_replicated}
+        if EIGHT_BITS in own:
+            shown[part] = MIXED if len(own) > 1 else "w8a16"
+    return shown
+
+
+def precision_tags(shown: Mapping[str, str]) -> list[str]:
+    """What a quantized model is found by."""
+    return ["mixed-precision" if one == MIXED else one for one in shown.values() if one != "w16a16"]
 
 
 def own_weight_files(model: str | os.PathLike, find: Callable[[str], Path | None] | None = None) -> list[str]:

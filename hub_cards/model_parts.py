@@ -16,6 +16,7 @@ from hub_cards.model_folder import (
     check_is_genieblue,
     own_weight_files,
     parameter_sizes,
+    shown_precisions,
     stored_size,
     sum_by_part,
 )
@@ -50,8 +51,9 @@ class ModelInfo:
         quantization = self.config.get("quantization")
         if quantization is None:
             return {}
-        quantization = {LANGUAGE_MODEL: quantization["llm"], **dict.fromkeys(VLM_MODULES, "w16a16"), **quantization}
-        return {name: quantization[name] for name in self.parts}
+        shown = shown_precisions(quantization)
+        shown = {LANGUAGE_MODEL: shown["llm"], **dict.fromkeys(VLM_MODULES, "w16a16"), **shown}
+        return {name: shown[name] for name in self.parts}
 
     def as_json(self) -> dict[str, Any]:
         """`{"parts": {name: {"parameters": int, "bytes": int}}}`; both are `None` for an unknown part.

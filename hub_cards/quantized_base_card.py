@@ -13,7 +13,15 @@ from hub_cards.model_card import (
     card_metadata,
     folder_facts,
 )
-from hub_cards.model_folder import BASE_PARTS, PartSize, check_is_quantized_base, count_formats, parameter_sizes
+from hub_cards.model_folder import (
+    BASE_PARTS,
+    PartSize,
+    check_is_quantized_base,
+    count_formats,
+    parameter_sizes,
+    precision_tags,
+    shown_precisions,
+)
 from hub_cards.verdicts import measurement_rows, summary
 from modeling_genieblue.model_files_genieblue import CARD_NAME, QUANTIZED_WEIGHTS_NAME, is_hub_id, read_json
 
@@ -40,10 +48,11 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
     sizes = parameter_sizes(folder / QUANTIZED_WEIGHTS_NAME).values()
     verdict = settings.get("verdict") or {}
     auto_map = read_json(folder / "config.json").get("auto_map") or {}
+    shown = shown_precisions(settings)
     info = {
         "repo_name": repo_name,
         "base_link": f"[`{origin['name']}`]({HUB}/{origin['name']})" if on_hub else f"`{origin['name']}`",
-        "precisions": {title: settings[part] for part, title in BASE_PARTS.items()},
+        "precisions": {title: shown[part] for part, title in BASE_PARTS.items()},
         "size": sum(sizes, PartSize()),
         "rounding": settings["rounding"],
         "group_size": settings.get("group_size"),
@@ -56,14 +65,13 @@ def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None
         "verdict": summary(verdict) if verdict else None,
         "measurements": measurement_rows(verdict),
     }
-    precisions = [settings[part] for part in BASE_PARTS if settings[part] != "w16a16"]
     metadata = card_metadata(
         origin["name"] if on_hub else None,
         "quantized",
         licence,
         languages,
         pipeline_tag="text-generation",
-        tags=["genieblue", "quantized", "optimum-quanto", *precisions],
+        tags=["genieblue", "quantized", "optimum-quanto", *precision_tags({part: shown[part] for part in BASE_PARTS})],
     )
     body = card_environment().get_template("quantized_base_card_template.md").render(info=info)
     return assemble_card(metadata, body)

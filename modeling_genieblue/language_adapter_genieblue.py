@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME, some
+from .model_files_genieblue import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_WEIGHTS_NAME, PEFT_PREFIX, some
 
 try:
     from peft import LoraConfig, TaskType
@@ -28,7 +28,6 @@ except ImportError:  # Without a try transformers would import peft before `requ
     raise
 
 ADAPTER = "default"
-PEFT_PREFIX = "base_model.model."
 
 
 def find_blocks(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -42,6 +42,7 @@ VLM_MODULES = ("vlm", "own_language")  # in the place of these, where a whole VL
 EXTRACTION_NAME, TRADE_OFF_NAME = "extraction.json", "extraction.png"  # how a VLM's language model was kept
 VLM_FOLDER = "vlm"  # its processor and generation settings; those in the root are the base's
 ADAPTER_FOLDER = "language_adapter"
+PEFT_PREFIX = "base_model.model."  # of the names in an adapter
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_FINGERPRINT_NAME = "base_fingerprint.json"
 RECIPE_NAME, MEASUREMENTS_NAME = "training_recipe.json", "measurements.json"

@@ -31,13 +31,18 @@ def check_arguments(out: Path, model: Path, settings: LanguageSettings, parts: i
         ("cache_bits", CACHE_DTYPES), ("embedding_bits", EMBEDDING_BITS),
     ):  # fmt: skip
         if (value := getattr(settings, name)) not in allowed:
-            raise ValueError(f"`{name}` is {value!r}: expected {' or '.join(map(str, allowed))}.")
+            raise ValueError(f"{_named(name)} is {value!r}: expected {' or '.join(map(str, allowed))}.")
     _check_bits(settings)
     for name, value in (("parts", parts), ("vision_tiles", vision_tiles)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}: expected a whole number of at least 1.")
+            raise ValueError(f"{_named(name)} is {value!r}: expected a whole number of at least 1.")
     npu_devices()
     check_libraries_installed()  # torch imports onnxscript late, in the export itself
+
+
+def _named(setting: str) -> str:
+    """A setting by its names in Python and on the command line."""
+    return f"`{setting}` (--{setting.replace('_', '-')})"
 
 
 def _check_bits(settings: LanguageSettings) -> None:
@@ -45,14 +50,16 @@ def _check_bits(settings: LanguageSettings) -> None:
     bits = settings.bits_per_weight
     for name in ("bits_per_weight", "max_bytes"):
         if getattr(settings, name) is not None and settings.llm != "mixed":
-            raise ValueError(f"`{name}` belongs to `llm='mixed'`: {settings.llm} has one precision for all.")
+            raise ValueError(
+                f"{_named(name)} belongs to `llm='mixed'` (--llm mixed): {settings.llm} has one precision for all."
+            )
     if bits is None:
         return
     if settings.max_bytes is not None:
-        raise ValueError("Give either `bits_per_weight` or `max_bytes`, not both.")
+        raise ValueError(f"Give either {_named('bits_per_weight')} or {_named('max_bytes')}, not both.")
     least = settings.four_bits.bits_per_weight
     if not least <= bits <= 8:
-        raise ValueError(f"`bits_per_weight` is {bits:g}: expected {least:g} ({settings.four_bits}) to 8.")
+        raise ValueError(f"{_named('bits_per_weight')} is {bits:g}: expected {least:g} ({settings.four_bits}) to 8.")
 
 
 def choose_context_length(given: int | None, config: GenieBlueConfig) -> int:

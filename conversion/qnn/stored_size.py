@@ -48,6 +48,6 @@ def matrix_budget(model: Any, settings: LanguageSettings) -> float:
         raise ValueError(
             f"The weights cannot take {settings.max_bytes:,} bytes: the least is {least:,}, with all matrices in "
             f"{settings.four_bits}, and {others:,} for embeddings, LoRA and vision tower. Allow at least that, or "
-            "give `embedding_bits` 8 or larger groups."
+            "give `embedding_bits` 8 (--embedding-bits 8), or larger groups (--group-size)."
         )
     return 8 * (settings.max_bytes - others)

@@ -1,5 +1,6 @@
 """Mixed precision: which linears of the blocks have 8 bits, and in groups of how many the others share a scale."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from modeling_genieblue.quantized_linears_genieblue import group_size_of
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 FITTED = 16  # requests that the rounding is fitted to before the formats are chosen, after those in `inputs_by_weight`
 ROWS = 128  # of a weight to measure its damage by
+DECADES = 4  # of damage that a chart shows
 COLOURS = ("tab:gray", "tab:blue", "tab:green", "tab:red")  # of the formats
 
 
@@ -203,8 +205,12 @@ def draw(linears: list[MixedLinear], path: Path) -> None:
     panels["replicated blocks"] = [each for each in linears if each.is_replicated]
     panels = {title: own for title, own in panels.items() if own}
     figure = Figure(figsize=(9, 2.8 * len(panels)), layout="constrained")
-    axes: Any = figure.subplots(len(panels), 1, squeeze=False)
+    axes: Any = figure.subplots(len(panels), 1, squeeze=False, sharex=True)
+    # One linear may have a hundred times the damage of most: the decades below the largest are shown.
     most = max(each.damages[0] for each in linears) or 1.0
+    area = {
+        each.name: 20 + 120 * max(1 + math.log10(max(each.damages[0] / most, 1e-9)) / DECADES, 0) for each in linears
+    }
     for axis, (title, own) in zip(axes[:, 0], panels.items(), strict=True):
         kinds = list(dict.fromkeys(each.kind for each in own))
         for place, (label, colour) in enumerate(zip(FORMATS, COLOURS, strict=True)):
@@ -212,14 +218,14 @@ def draw(linears: list[MixedLinear], path: Path) -> None:
             axis.scatter(
                 [each.block for each in here],
                 [kinds.index(each.kind) for each in here],
-                s=[20 + 120 * each.damages[0] / most for each in here],
+                s=[area[each.name] for each in here],
                 c=colour, marker="s", label=FORMAT_TITLES[label], zorder=2 + place,
             )  # fmt: skip
         axis.set_yticks(range(len(kinds)), kinds)
         axis.invert_yaxis()
         axis.set_xlabel("block")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_title(f"{title}: area by the damage of 4 bits", fontsize="medium")
+        axis.set_title(f"{title}: area by the logarithm of the damage of 4 bits", fontsize="medium")
         axis.grid(alpha=0.3)
     for handle in axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1)).legend_handles:
         handle.set_sizes([60])  # not that of the first linear, nor nothing

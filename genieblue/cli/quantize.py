@@ -179,9 +179,9 @@ def quantize(
             draw(report.mixed, chart)
         elif chart is not None:
             note(f"No linear of the blocks has 4 bits, so no formats were chosen, and {chart} was not drawn.")
-        parts = model_info(report.output).parts
-    sizes = {name: size for name, size in parts.items() if size is not None}
-    precisions = {**dict.fromkeys(sizes, "w16a16"), **recipe.parts(), "language_model": recipe.llm}
+        info = model_info(report.output)
+    sizes = {name: size for name, size in info.parts.items() if size is not None}
+    precisions = info.precisions
     if json_output:
         _print_json_report(report, sizes, precisions)
     else:
@@ -248,8 +248,8 @@ def _print_mixed(linears: list[Any]) -> None:
             title,
             *(str(sum(linear.format == one for linear in own) or "") for one in FORMATS),
             f"{bits_per_weight(own):.2f}",
-            f"{sum(linear.damages[0] for linear in own):.4f}",
-            f"{sum(linear.damages[linear.chosen] for linear in own):.4f}",
+            f"{sum(linear.damages[0] for linear in own):.2g}",
+            f"{sum(linear.damages[linear.chosen] for linear in own):.2g}",
         )
         for title, own in {**by_kind, "all": linears}.items()
     ]

@@ -20,6 +20,8 @@ from genieblue.cli.qnn import is_bundle, verify_qnn_bundle
 from genieblue.cli.terminal import choose_device, looking_for, print_json, quiet_transformers, stdout_for_json
 from genieblue.cli.verdict import EvalData, EvalMetric, MaxAnswerLoss, MaxPerplexityRatio, open_held_out
 
+NAME_WIDTH = 18  # of a check
+
 
 def verify(
     ctx: typer.Context,
@@ -53,7 +55,8 @@ def verify(
 
     def show_check(check: Any) -> None:
         typer.secho("ok    " if check.ok else "FAIL  ", nl=False, fg="green" if check.ok else "red", bold=True)
-        typer.echo(f"{check.name:<17} {message_of(check)}")
+        name = check.name if len(check.name) < NAME_WIDTH else f"{check.name}: "
+        typer.echo(f"{name:<{NAME_WIDTH}}{message_of(check)}")
 
     with stdout_for_json(json_output), looking_for(model):
         quiet_transformers()

@@ -25,7 +25,7 @@ from conversion.quantization.mixed import Budget, bits_per_weight, draw
 from conversion.quantization.sensitivity import balanced_hessian, damage_inputs
 from conversion.verification import verify
 from conversion.verification.verify import verify_model
-from hub_cards.model_folder import parameter_sizes
+from hub_cards.model_folder import parameter_sizes, precision_tags, shown_precisions
 from modeling_genieblue.model_files_genieblue import read_json
 
 BITS = 5.5
@@ -166,6 +166,22 @@ def test_verify_passes_and_names_a_linear_of_another_format(made, tmp_path, monk
     path.write_text(json.dumps(config))
     (check,) = verify_model(folder / "genieblue")
     assert not check.ok and name in check.detail
+
+
+@pytest.mark.parametrize(
+    ("base", "copies", "shown"),
+    [
+        (("w4g64", "w4g32"), ("w4g64",), ("w4a16", "w4a16")),
+        (("w8", "w4g32"), ("w8", "w8"), ("mixed", "w8a16")),
+        (("w8", "w8"), ("w4g64", "w8"), ("w8a16", "mixed")),
+    ],
+)
+def test_blocks_are_called_by_what_their_linears_have(base, copies, shown):
+    formats = {f"model.layers.{number}.q_proj": one for number, one in enumerate(base)}
+    formats |= {f"base_model.model.model.layers.{number}.q_proj": one for number, one in enumerate(copies)}
+    recorded = {"llm": "w4a16", "replicated_blocks": "w4a16", "lora": "w8a16", "formats": formats, "rounding": "gptq"}
+    assert shown_precisions(recorded) == {"llm": shown[0], "replicated_blocks": shown[1], "lora": "w8a16"}
+    assert ("mixed-precision" in precision_tags(shown_precisions(recorded))) == ("mixed" in shown)
 
 
 def test_cards_count_the_formats(made):

@@ -9,7 +9,8 @@ from PIL import Image
 from tiny_quantized import save_large_pair, with_processor
 
 from conversion.quantization import quantize as quantize_module
-from conversion.quantization.quantize import QuantizationReport
+from conversion.quantization.precision import QuantizationRecipe
+from conversion.quantization.quantize import QuantizationReport, quantize_genieblue
 from conversion.verdict import Limits, nothing_measured
 from genieblue.cli.verdict import open_held_out
 from modeling_genieblue.quantized_settings_genieblue import QUANTIZED_PARTS
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return with_processor(save_large_pair(tmp_path_factory.mktemp("source")))
+
+
+@pytest.fixture(scope="module")
+def quantized(model, tmp_path_factory):
+    return quantize_genieblue(model, tmp_path_factory.mktemp("quantized") / "model", QuantizationRecipe()).output
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +49,9 @@ def test_it_ends_with_tables_and_a_verdict(model, data, tmp_path):
     assert any(line.startswith(said) for line in lines)
 
 
-def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monkeypatch):
+def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, quantized, tmp_path, monkeypatch):
     verdict = {"result": "failed", "accepted": False, "reasons": ["it lost too much"]}
-    report = QuantizationReport(model, "base", {}, {}, verdict, [])
+    report = QuantizationReport(quantized, "base", {}, {}, verdict, [])
     monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
     command = "quantize", model, "--out", tmp_path / "new"
     result = run(*command, code=1)
@@ -53,20 +59,20 @@ def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, tmp_path, monke
     assert run_json(*command, "--json", code=1)["verdict"] == verdict
 
 
-def test_a_loss_may_be_accepted_without_data(model, tmp_path, monkeypatch):
+def test_a_loss_may_be_accepted_without_data(model, quantized, tmp_path, monkeypatch):
     given = {}
 
     def note(*_arguments, **options):
         given.update(options)
-        return QuantizationReport(model, "base", {}, {}, nothing_measured(), [])
+        return QuantizationReport(quantized, "base", {}, {}, nothing_measured(), [])
 
     monkeypatch.setattr(quantize_module, "quantize_genieblue", note)
     run("quantize", model, "--out", tmp_path / "new", "--accept-loss")
     assert given["accept_loss"] and given["held_out"] is None
 
 
-def test_a_chart_of_no_formats_is_not_drawn(model, tmp_path, monkeypatch):
-    report = QuantizationReport(model, "base", {}, {}, nothing_measured(), [])
+def test_a_chart_of_no_formats_is_not_drawn(model, quantized, tmp_path, monkeypatch):
+    report = QuantizationReport(quantized, "base", {}, {}, nothing_measured(), [])
     monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
     (tmp_path / "text.txt").write_text("The answer is in the question. " * 9)
     options = "--llm", "w8a16", "--calibration", tmp_path / "text.txt", "--sample-length", "8"
