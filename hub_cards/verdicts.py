@@ -30,7 +30,7 @@ def verdict_problems(quantization: Mapping[str, Any] | None) -> list[str]:
 
 
 def failures(verdict: Mapping[str, Any]) -> str:
-    """What failed in a verdict, without what is undecided or was not measured; earlier ones do not tell these apart."""
+    """What failed in a verdict, without what is undecided; earlier verdicts do not tell the two apart."""
     return "; ".join(verdict.get("failures") or verdict["reasons"])
 
 

@@ -97,8 +97,8 @@ def test_a_few_answers_that_agree_do_not_pass(judge, few):
     assert found["result"] == "too few samples to tell"
     logits = found["logits"]["text"]
     assert found["reasons"][0] == (
-        f"the text view was compared on {logits['tokens']} answered tokens of {logits['requests']} held-out requests; at "
-        "least 8 tokens of 4 requests are needed: give more calibration chats"
+        f"the text view was compared on {logits['tokens']} answered tokens of {logits['requests']} held-out requests; "
+        "at least 8 tokens of 4 requests are needed: give more calibration chats"
     )
     assert len(found["reasons"]) == 2  # one for each view
 
