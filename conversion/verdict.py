@@ -4,12 +4,15 @@ A quantized model can lose most of its answers while its files, its codes and it
 answers show it.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN, answer_error
+from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN, answer_error, failures
+
+logger = logging.getLogger(__name__)
 
 VIEWS = {"text": "chat without images and no text", "multimodal": "chat with images"}  # what each is measured on
 FEWEST_SAMPLES = 4  # that agree, below which no comparison passes: their spread may be small by luck
@@ -87,8 +90,8 @@ def decide(findings: Sequence[Finding], accept_loss: bool) -> dict[str, Any]:
     results = [result for result, _ in findings]
     result = next((each for each in (FAILED, UNKNOWN, UNDECIDED, PASSED) if each in results), UNKNOWN)
     reasons = [reason for _, reason in findings if reason]
-    failures = [reason for each, reason in findings if each == FAILED]
-    return {"result": result, "accepted": result != FAILED or accept_loss, "reasons": reasons, "failures": failures}
+    failed = [reason for each, reason in findings if each == FAILED]
+    return {"result": result, "accepted": result != FAILED or accept_loss, "reasons": reasons, "failures": failed}
 
 
 def not_measured(views: Sequence[str], answers: bool = False) -> list[str]:
@@ -113,6 +116,23 @@ def with_problems(verdict: Mapping[str, Any], problems: Sequence[str], accept_lo
     accepted = accept_loss or (verdict["result"] == FAILED and verdict["accepted"])
     both = {kind: [*problems, *verdict.get(kind, ())] for kind in ("reasons", "failures")}
     return {**verdict, "result": FAILED, "accepted": accepted, **both}
+
+
+def warn_of_loss(name: object, quantization: Mapping[str, Any] | None, then: str, tell_accepted: bool = False) -> None:
+    """Warns that something quantized lost too much, by the verdict in its settings, unless that was accepted.
+
+    Args:
+        name: its folder, or Hub id.
+        then: a sentence that says what follows and what to do.
+        tell_accepted: says of an accepted loss that it is one.
+    """
+    verdict = (quantization or {}).get("verdict") or {}
+    if verdict.get("result") != FAILED:
+        return
+    if not verdict["accepted"]:
+        logger.warning("%s lost too much by its verdict: %s. %s", name, failures(verdict), then)
+    elif tell_accepted:
+        logger.warning("%s lost too much by its verdict, which was accepted: %s.", name, failures(verdict))
 
 
 def of_text_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
