@@ -199,8 +199,9 @@ def check_verdict(subject: SavedModel) -> str:
     if not verdict["accepted"]:
         raise CheckFailed(found)
     of_base = (subject.base_quantization or {}).get("verdict") or nothing_measured()
-    if of_base["result"] == FAILED and not (of_base["accepted"] and set(of_base["reasons"]) <= set(verdict["reasons"])):
-        found += f"; its base {subject.base[0]}: {summary(of_base)}"  # it may have been reused
+    is_known = set(of_base["reasons"]) <= set(verdict["reasons"])  # unless the base was reused
+    if of_base["result"] == FAILED and not (of_base["accepted"] and is_known):
+        found += f"; its base {subject.base[0]}: {summary(of_base)}"
     if not of_base["accepted"]:
         raise CheckFailed(f"{found}; quantize the base anew, or accept its loss (`push --accept-loss` of the base)")
     return found

@@ -247,6 +247,13 @@ def test_reusing_a_failed_base_whose_loss_was_accepted_is_only_told(check, tmp_p
     assert found.ok and "lost-base: failed, accepted; the text view loses 9 points" in found.detail
 
 
+def test_the_report_says_what_the_text_view_of_a_reused_base_loses(tmp_path):
+    recipe = {"llm": "w8a16", "rounding": "rtn"}
+    options = {"held_out": AlwaysLost(25, view="text"), "quantized_base": quantized_pair(**recipe) / "base"}
+    report = quantize(large_pair(), tmp_path, options, **recipe)
+    assert report.on_reused_base["result"] == "failed"
+
+
 def test_verify_takes_no_data_for_a_model_of_16_bits():
     with pytest.raises(ValueError, match="is not quantized"):
         verify_model(large_pair(), held_out=AlwaysLost(0))
