@@ -4,14 +4,18 @@ A quantized model can lose most of its answers while its files, its codes and it
 answers show it.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN, answer_error
+from hub_cards.verdicts import FAILED, PASSED, UNDECIDED, UNKNOWN, answer_error, failures
+
+logger = logging.getLogger(__name__)
 
 VIEWS = {"text": "chat without images and no text", "multimodal": "chat with images"}  # what each is measured on
+FEWEST_SAMPLES = 4  # that agree, below which no comparison passes: their spread may be small by luck
 Finding = tuple[str, str]  # the result of one comparison, and a sentence that says why it did not pass
 Losses = Sequence[tuple[float, int]]  # by sample: the negative log-likelihood of its tokens, in nats, and how many
 
@@ -82,11 +86,12 @@ def judge(
 
 
 def decide(findings: Sequence[Finding], accept_loss: bool) -> dict[str, Any]:
-    """Result, acceptance and reasons of a verdict: the worst of its findings decides."""
+    """Result, acceptance and reasons of a verdict, and which of them failed: the worst of its findings decides."""
     results = [result for result, _ in findings]
     result = next((each for each in (FAILED, UNKNOWN, UNDECIDED, PASSED) if each in results), UNKNOWN)
     reasons = [reason for _, reason in findings if reason]
-    return {"result": result, "accepted": result != FAILED or accept_loss, "reasons": reasons}
+    failed = [reason for each, reason in findings if each == FAILED]
+    return {"result": result, "accepted": result != FAILED or accept_loss, "reasons": reasons, "failures": failed}
 
 
 def not_measured(views: Sequence[str], answers: bool = False) -> list[str]:
@@ -109,7 +114,25 @@ def with_problems(verdict: Mapping[str, Any], problems: Sequence[str], accept_lo
     if not problems:
         return dict(verdict)
     accepted = accept_loss or (verdict["result"] == FAILED and verdict["accepted"])
-    return {**verdict, "result": FAILED, "accepted": accepted, "reasons": [*problems, *verdict["reasons"]]}
+    both = {kind: [*problems, *verdict.get(kind, ())] for kind in ("reasons", "failures")}
+    return {**verdict, "result": FAILED, "accepted": accepted, **both}
+
+
+def warn_of_loss(name: object, quantization: Mapping[str, Any] | None, then: str, tell_accepted: bool = False) -> None:
+    """Warns that something quantized lost too much, by the verdict in its settings, unless that was accepted.
+
+    Args:
+        name: its folder, or Hub id.
+        then: a sentence that says what follows and what to do.
+        tell_accepted: says of an accepted loss that it is one.
+    """
+    verdict = (quantization or {}).get("verdict") or {}
+    if verdict.get("result") != FAILED:
+        return
+    if not verdict["accepted"]:
+        logger.warning("%s lost too much by its verdict: %s. %s", name, failures(verdict), then)
+    elif tell_accepted:
+        logger.warning("%s lost too much by its verdict, which was accepted: %s.", name, failures(verdict))
 
 
 def of_text_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,20 +197,26 @@ def answers_finding(what: str, total: Mapping[str, Any], limit: float) -> Findin
             f"{what} score only {most:.1f} % in 16 bits, so they cannot lose more than {limit:g} points: use other "
             "samples or another metric"
         )
+    if total["count"] < FEWEST_SAMPLES:  # with a limit that the weight of a sample does not reach
+        return UNDECIDED, f"{said}, {_from_few(total['count'])}"
     if loss + error > limit:
         return UNDECIDED, f"{said}, too near to {limit:g} for {total['count']} samples: give more"
     return PASSED, ""
+
+
+def _from_few(samples: int) -> str:
+    return f"from {samples} {'sample' if samples == 1 else 'samples'}: at least {FEWEST_SAMPLES} are needed"
 
 
 def perplexity_finding(view: str, change: Mapping[str, Any], limit: float, of: str = "16-bit model") -> Finding:
     """The same for an entry of `perplexity_change`; `of` is what it was before."""
     ratio, error = change["ratio"], change["error"]
     said = f"the perplexity of the {change['of']} in the {view} view is {ratio:.3f} times the {of}'s"
-    if error is None:
-        return (PASSED, "") if ratio <= 1 else (UNDECIDED, f"{said}, from one sample: give more")
     loss, most = math.log(ratio), math.log(limit)  # a power of a large error would overflow
-    if loss - error > most:
+    if error is not None and loss - error > most:
         return FAILED, f"{said}, more than {limit:g}"
+    if error is None or change["samples"] < FEWEST_SAMPLES:
+        return UNDECIDED, f"{said}, {_from_few(change['samples'])}"
     if loss + error > most:
         return UNDECIDED, f"{said}, too near to {limit:g} for {change['samples']} samples: give more"
     return PASSED, ""

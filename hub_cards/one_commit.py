@@ -1,10 +1,12 @@
 """Uploads a model's files to the Hub as one commit, without overwriting other people's work."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -109,6 +111,11 @@ def read_card(folder: Path) -> str | None:
     """Text of the README in a folder, if it has one."""
     path = folder / CARD_NAME
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """A JSON file to upload in place of the folder's own."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def check_no_problems(folder: Path, problems: list[str]) -> None:

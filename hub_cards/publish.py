@@ -1,6 +1,5 @@
 """Checks the folder of a saved GenieBlue, then publishes it on the Hub as one commit."""
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,15 @@ from hub_cards.model_folder import (
     read_tensor_sizes,
     without_path,
 )
-from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
-from hub_cards.publish_base import base_files_to_publish, find_base_problems, map_problems, published_base
-from hub_cards.verdicts import verdict_problems
+from hub_cards.one_commit import Upload, check_no_problems, json_bytes, matches, read_card, send
+from hub_cards.publish_base import (
+    base_files_to_publish,
+    files_with_accepted_loss,
+    find_base_problems,
+    map_problems,
+    published_base,
+)
+from hub_cards.verdicts import verdict_problems, with_accepted_loss
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
@@ -109,16 +114,20 @@ def publish_folder(
     """
     folder = Path(folder)
     config = _config_to_publish(folder, base, commit.get("token"))
-    if accept_loss and (verdict := (config.get("quantization") or {}).get("verdict")):
-        verdict["accepted"] = True
+    if accept_loss and config.get("quantization") is not None:
+        config["quantization"] = with_accepted_loss(config["quantization"])
     check_no_problems(folder, find_problems(folder, config))
     files: dict[str, Path | bytes] = {name: folder / name for name in files_to_publish(folder, config)}
+    inner_base = config.get("base_model_name_or_path")
+    if accept_loss and is_inner_folder(inner_base):
+        changed = files_with_accepted_loss(folder / inner_base)
+        files |= {f"{inner_base[2:]}/{name}": content for name, content in changed.items()}
     if config != read_model_config(folder):
-        files[CONFIG_NAME] = _json_bytes(config)
+        files[CONFIG_NAME] = json_bytes(config)
     if base is not None:
         adapter = read_json(folder / ADAPTER_CONFIG)
         names = {"base_model_name_or_path": config["base_model_name_or_path"]}
-        files[ADAPTER_CONFIG] = _json_bytes(adapter | names | {"revision": config["base_model_revision"]})
+        files[ADAPTER_CONFIG] = json_bytes(adapter | names | {"revision": config["base_model_revision"]})
     elif not (folder / CARD_NAME).exists():
         write_model_card(folder, card_info_from_folder(folder, repo_id))
     upload = Upload(
@@ -140,10 +149,6 @@ def _config_to_publish(folder: Path, base: str | None, token: str | bool | None)
         return config
     name, commit = published_base(base, config.get("base_model_fingerprint"), token)
     return config | {"base_model_name_or_path": name, "base_model_revision": commit}
-
-
-def _json_bytes(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def find_problems(folder: str | Path, config: dict[str, Any] | None = None) -> list[str]:

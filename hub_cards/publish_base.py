@@ -9,10 +9,11 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_cards.code_files import code_files, code_problems, tokenizer_problems
+from hub_cards.model_card import is_as_generated
 from hub_cards.model_folder import check_is_quantized_base, read_tensor_sizes
-from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
+from hub_cards.one_commit import Upload, check_no_problems, json_bytes, matches, read_card, send
 from hub_cards.quantized_base_card import render_quantized_base_card
-from hub_cards.verdicts import verdict_problems
+from hub_cards.verdicts import verdict_problems, with_accepted_loss
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
     CHANGED_BASE,
@@ -47,22 +48,38 @@ def publish_quantized_base(
 ) -> CommitInfo:
     """Checks the folder of a quantized base and pushes it to the Hub as one commit; creates the repo if needed.
 
-    `accept_loss` publishes it in spite of a verdict that it lost too much. `commit` are options of `one_commit.send`,
-    such as `token` and `private`. Raises `ValueError` with every problem found, before anything is uploaded; the Hub's
-    own errors pass through.
+    `accept_loss` publishes it in spite of a verdict that it lost too much, as accepted; the folder does not change.
+    `commit` are options of `one_commit.send`, such as `token` and `private`. Raises `ValueError` with every problem
+    found, before anything is uploaded; the Hub's own errors pass through.
     """
     folder = Path(folder)
     settings = check_is_quantized_base(folder)
     check_no_problems(folder, [*find_base_problems(folder), *([] if accept_loss else verdict_problems(settings))])
+    files: dict[str, Path | bytes] = {name: folder / name for name in base_files_to_publish(folder)}
+    if accept_loss:
+        files |= files_with_accepted_loss(folder)
+        settings = with_accepted_loss(settings)
     upload = Upload(
-        files={name: folder / name for name in base_files_to_publish(folder)},
+        files=files,
         message="Upload quantized base",
         card=read_card(folder),
-        render_card=lambda name: render_quantized_base_card(folder, name),
+        render_card=lambda name: render_quantized_base_card(folder, name, settings=settings),
         stale=(CODE_FILES,),
         foreign=FOREIGN_WEIGHTS,
     )
     return send(upload, repo_id, **commit)
+
+
+def files_with_accepted_loss(folder: Path) -> dict[str, bytes]:
+    """Content of the files of a quantized base that say so if its failed verdict is accepted; an edited card stays."""
+    settings = check_is_quantized_base(folder)
+    accepted = with_accepted_loss(settings)
+    if accepted == settings:
+        return {}
+    files = {CONFIG_NAME: json_bytes({**read_json(folder / CONFIG_NAME), "quantization_config": accepted})}
+    if (card := read_card(folder)) is not None and is_as_generated(card):
+        files[CARD_NAME] = render_quantized_base_card(folder, folder.name, settings=accepted).encode()
+    return files
 
 
 def find_base_problems(folder: Path) -> list[str]:

@@ -33,15 +33,18 @@ def write_quantized_base_card(folder: Path, source: Path | None = None) -> None:
     )
 
 
-def render_quantized_base_card(folder: Path, repo_name: str, source: Path | None = None) -> str:
+def render_quantized_base_card(
+    folder: Path, repo_name: str, source: Path | None = None, settings: dict[str, Any] | None = None
+) -> str:
     """The card of the quantized base in `folder`, which must contain `config.json` and the weights.
 
     Args:
         repo_name: argument of `from_pretrained`.
         source: folder of the unquantized base. Its README gives licence and languages unless that base is on the Hub;
             without `source` they come from the folder's existing card.
+        settings: replace those in its `config.json`, if the verdict is published as accepted.
     """
-    settings = check_is_quantized_base(folder)
+    settings = settings or check_is_quantized_base(folder)
     origin = settings["source"]
     on_hub = is_hub_id(origin["name"], folder) and "/" in origin["name"]
     licence, languages = _facts(folder, origin if on_hub else None, source)

@@ -26,10 +26,19 @@ def verdict_problems(quantization: Mapping[str, Any] | None) -> list[str]:
     verdict = (quantization or {}).get("verdict") or {}
     if verdict.get("accepted", True):
         return []
-    return [
-        f"Quantization costs too much: {'; '.join(verdict['reasons'])}. Quantize it less, or accept the loss "
-        "(--accept-loss)."
-    ]
+    return [f"Quantization costs too much: {failures(verdict)}. Quantize it less, or accept the loss (--accept-loss)."]
+
+
+def failures(verdict: Mapping[str, Any]) -> str:
+    """What failed in a verdict, without what is undecided; earlier verdicts do not tell the two apart."""
+    return "; ".join(verdict.get("failures") or verdict["reasons"])
+
+
+def with_accepted_loss(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of something quantized, whose verdict is accepted if it failed."""
+    if not verdict_problems(quantization):
+        return dict(quantization)
+    return {**quantization, "verdict": {**quantization["verdict"], "accepted": True}}
 
 
 def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
 from conversion.qnn.graphs.names import VIEWS
 from conversion.qnn.npu.sessions import cpu_session
 from conversion.verdict import (
+    FEWEST_SAMPLES,
     Finding,
     Limits,
     answers_finding,
@@ -32,7 +33,7 @@ from hub_cards.verdicts import FAILED, PASSED, REFERENCES, UNDECIDED, UNKNOWN
 
 logger = logging.getLogger(__name__)
 SMALLEST_COSINE, LARGEST_ERROR = 0.98, 0.25  # of the logits in each view; the error in parts of their range
-FEWEST_REQUESTS, FEWEST_TOKENS = 4, 8  # of each view, below which agreement may be luck
+FEWEST_REQUESTS, FEWEST_TOKENS = FEWEST_SAMPLES, 8  # of each view, below which agreement may be luck
 LIMITS = Limits()
 # (model, runner of the bundle) → by view, paired differences of their answers by task, the first over all tasks;
 # entries as in `genieblue.evaluation.evaluate.Difference`.
@@ -195,13 +196,17 @@ def _logit_findings(view: str, found: Mapping[str, Any]) -> Iterator[Finding]:
     if not found["largest_error"] <= LARGEST_ERROR:
         error = f"an error of {found['largest_error']:.1%} of their range"
         yield FAILED, f"the {view} view's logits have {error}, more than {LARGEST_ERROR:.0%}"
+    too_few = found["requests"] < FEWEST_REQUESTS or found["tokens"] < FEWEST_TOKENS
     if found["perplexity"] is not None:
-        yield perplexity_finding(view, found["perplexity"], LIMITS.perplexity_ratio, "model")
-    if found["requests"] < FEWEST_REQUESTS or found["tokens"] < FEWEST_TOKENS:
+        finding = perplexity_finding(view, found["perplexity"], LIMITS.perplexity_ratio, "model")
+        if finding[0] == FAILED or not too_few:
+            yield finding
+    if too_few:
         yield (
             UNDECIDED,
             (
                 f"the {view} view was compared on {found['tokens']} answered tokens of {found['requests']} held-out "
-                f"requests, fewer than {FEWEST_TOKENS} of {FEWEST_REQUESTS}: give more calibration chats"
+                f"requests; at least {FEWEST_TOKENS} tokens of {FEWEST_REQUESTS} requests are needed: give more "
+                "calibration chats"
             ),
         )

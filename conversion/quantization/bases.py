@@ -16,6 +16,7 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
+from conversion.verdict import warn_of_loss
 from hub_cards.publish_base import BASE_COMPANIONS
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
@@ -153,7 +154,7 @@ def read_matching_base(name: str | os.PathLike, config: GenieBlueConfig, access:
     """The recorded settings of a quantized copy of the base in `config`.
 
     Raises `ValueError` if it is not quantized, or was made from another base; `OSError` if it does not exist. No
-    weights are read.
+    weights are read. Warns if its verdict is that it lost too much.
     """
     is_folder = os.path.isdir(name)
     if not is_folder and (is_path(name) or "/" not in os.fspath(name)):
@@ -171,6 +172,10 @@ def read_matching_base(name: str | os.PathLike, config: GenieBlueConfig, access:
             f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Give a copy of this base, "
             "which `genieblue quantize` makes."
         )
+    warn_of_loss(
+        f"The quantized base {name}", settings, "Text answers of what is made on it lose as much, and `verify` fails: "
+        "quantize it anew with more bits, or accept the loss (`push --accept-loss` of the base).", tell_accepted=True,
+    )  # fmt: skip
     return settings
 
 

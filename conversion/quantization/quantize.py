@@ -44,7 +44,8 @@ class QuantizationReport:
     """The result of a quantization.
 
     The output folders, the layers in another precision with the reason, the error of each view, the verdict, and, with
-    a budget, the linears among which it was spent.
+    a budget, the linears among which it was spent. `on_reused_base` is the verdict on the text view, if that is a
+    reused base's.
     """
 
     output: Path
@@ -53,6 +54,7 @@ class QuantizationReport:
     errors: dict[str, float]
     verdict: dict[str, Any]
     mixed: list[MixedLinear]
+    on_reused_base: dict[str, Any] | None = None
 
 
 def quantize_genieblue(
@@ -170,7 +172,9 @@ def quantize_genieblue(
                 new_base.keep()
     other = quantized.config.quantization["other_precision"]
     spent = mixed.linears if mixed else []
-    return QuantizationReport(places.output, quantized.config.base_model_name_or_path, other, errors, verdict, spent)
+    base = quantized.config.base_model_name_or_path
+    reused = None if existing is None else of_base
+    return QuantizationReport(places.output, base, other, errors, verdict, spent, reused)
 
 
 @dataclass(frozen=True)

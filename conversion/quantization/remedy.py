@@ -11,20 +11,37 @@ from typing import Any
 from conversion.quantization.budget import spend
 from conversion.quantization.mixed import MixedLinear, bits_per_weight
 from conversion.quantization.precision import QuantizationRecipe
+from conversion.verdict import VIEWS
+from hub_cards.verdicts import FAILED
+from modeling_genieblue.view_routing_genieblue import TEXT
 
 STEP = 0.05  # bits per weight between the budgets that are tried
 USUAL_BUDGETS = (4.5, 5.0)  # bits per weight, when no estimate is to be had
 
 
-def what_loses_less(verdict: Mapping[str, Any], recipe: QuantizationRecipe, linears: Sequence[MixedLinear]) -> str:
+def what_loses_less(
+    verdict: Mapping[str, Any],
+    recipe: QuantizationRecipe,
+    linears: Sequence[MixedLinear],
+    on_reused_base: Mapping[str, Any] | None = None,
+) -> str:
     """The way from a failed verdict to one that passes, as the rest of "Less is lost with".
 
     Args:
         linears: those among which a budget was spent, with their damages; none without calibration samples.
+        on_reused_base: the verdict on the text view, if that is a reused base's.
     """
+    reuses = on_reused_base is not None
+    if reuses and on_reused_base["result"] == FAILED:
+        mixed = "--calibration and more --bits-per-weight, then with --llm w8a16"
+        more = mixed if recipe.llm == "w4a16" else "--llm w16a16"
+        return (
+            f"a base quantized anew, without --quantized-base, with {more}: the text view is the "
+            "reused base's, which no option for a GenieBlue on it changes"
+        )
     ways = []
     if linears:
-        allowed = _allowed_share(verdict)
+        allowed = _allowed_share(verdict, [view for view in VIEWS if not (reuses and view == TEXT)])
         nearest = None if allowed is None else nearest_bits(linears, allowed)
         spent = bits_per_weight(linears)
         if nearest is not None:
@@ -34,7 +51,8 @@ def what_loses_less(verdict: Mapping[str, Any], recipe: QuantizationRecipe, line
     elif "w4a16" in (recipe.llm, recipe.replicated_blocks):
         ways += [f"mixed precision (--calibration, --bits-per-weight {bits:g})" for bits in USUAL_BUDGETS]
     more = "w8a16" if "w4a16" in recipe.parts().values() else "w16a16"
-    return ", then with ".join([*ways, f"{more} for the part with the largest error"])
+    part = "the part of its own" if reuses else "the part"
+    return ", then with ".join([*ways, f"{more} for {part} with the largest error"])
 
 
 def nearest_bits(linears: Sequence[MixedLinear], allowed: float) -> float | None:
@@ -52,14 +70,14 @@ def nearest_bits(linears: Sequence[MixedLinear], allowed: float) -> float | None
     return None
 
 
-def _allowed_share(verdict: Mapping[str, Any]) -> float | None:
-    """The share of the damage at which the worst comparison with held-out data would be at its limit.
+def _allowed_share(verdict: Mapping[str, Any], views: Sequence[str]) -> float | None:
+    """The share of the damage at which the worst comparison of these views would be at its limit.
 
     `None` if no comparison is beyond its limit.
     """
     limits = verdict.get("limits", {})
     shares = []
-    for found in verdict.get("views", {}).values():
+    for found in (found for view, found in verdict.get("views", {}).items() if view in views):
         for answers in found["answers"][:1]:  # over all samples
             shares.append(_share(-100 * answers["difference"], limits["answer_loss"]))
         for change in found["perplexity"]:

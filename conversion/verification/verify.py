@@ -23,6 +23,7 @@ from conversion.verification.saved_model import PROMPTS, SavedModel, foreign_cod
 from conversion.verification.verify_quantized import (
     check_quantization,
     check_verdict,
+    check_verdict_on_data,
     find_invalid_values,
     may_run_code_of_base,
 )
@@ -89,7 +90,7 @@ def verify_model(
         base: folder or Hub id of the base, if it is not at the recorded location; it must be the same base.
         trust_remote_code: allows code from the *base's* repository to run.
         dtype: dtype of the comparisons; `"auto"` is the base's own.
-        held_out: data to repeat the verdict on a quantized GenieBlue with; otherwise the recorded one is reported.
+        held_out: data to repeat the verdict on a quantized GenieBlue with, beside the recorded one.
         on_check: called with each check when it is done.
 
     Raises `ValueError` or `OSError` only if `model` is not a GenieBlue.
@@ -104,7 +105,7 @@ def verify_model(
     for name, function in CHECKS.items():
         if name in ONLY_QUANTIZED and not subject.is_quantized:
             continue
-        if name in NOT_WITH_VLM and subject.has_vlm:
+        if name in ONLY_WITH_DATA and held_out is None or name in NOT_WITH_VLM and subject.has_vlm:
             continue
         replaced = QUANTIZED_CHECKS if subject.is_quantized else VLM_CHECKS if subject.has_vlm else {}
         name, function = replaced.get(name, (name, function))
@@ -400,13 +401,15 @@ CHECKS: dict[str, Callable[[SavedModel], str]] = {
     "text_view": check_text_view,
     "stock_peft": check_stock_peft,
     "verdict": check_verdict,
+    "verdict_on_data": check_verdict_on_data,
     "remote_code": check_remote_code,
 }
 # Replacements of checks for a GenieBlue with a VLM, and for a quantized one.
 VLM_CHECKS = {"stock_peft": ("adapter_tensors", check_adapter_tensors)}
 NOT_WITH_VLM = ("answer_boundaries",)  # chats are trained with the VLM's own template
 QUANTIZED_CHECKS = {"stock_peft": ("quantization", check_quantization)}
-ONLY_QUANTIZED = ("verdict",)
+ONLY_QUANTIZED = ("verdict", "verdict_on_data")
+ONLY_WITH_DATA = ("verdict_on_data",)  # beside the recorded one, which it does not replace
 
 
 def _left_padded(rows: list[torch.Tensor], config: Any) -> dict[str, torch.Tensor]:

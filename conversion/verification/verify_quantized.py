@@ -193,18 +193,33 @@ def _is_accepted(recorded: Mapping[str, Any]) -> bool:
 
 
 def check_verdict(subject: SavedModel) -> str:
-    """The verdict on what quantization costs is not that it is too much, unless that was accepted."""
-    recorded = subject.config.quantization.get("verdict") or nothing_measured()
-    verdict, how = recorded, "as recorded: "
-    if subject.held_out is not None:
-        source, load = _source(subject)  # before what takes long
-        after = subject.held_out.measure(subject.model)
-        subject.release()  # the 16-bit model needs the memory
-        verdict, how = subject.held_out.verdict(subject.held_out.measure(load()), after), f"against {source}: "
-        verdict["accepted"] = verdict["accepted"] or _is_accepted(recorded)
+    """The recorded verdicts, on it and on its base, are not that quantization costs too much, unless accepted."""
+    verdict = subject.config.quantization.get("verdict") or nothing_measured()
+    found = f"as recorded: {summary(verdict)}"
     if not verdict["accepted"]:
-        raise CheckFailed(how + summary(verdict))
-    return how + summary(verdict)
+        raise CheckFailed(found)
+    of_base = (subject.base_quantization or {}).get("verdict") or nothing_measured()
+    is_known = set(of_base["reasons"]) <= set(verdict["reasons"])  # unless the base was reused
+    if of_base["result"] == FAILED and not (of_base["accepted"] and is_known):
+        found += f"; its base {subject.base[0]}: {summary(of_base)}"
+    if not of_base["accepted"]:
+        raise CheckFailed(f"{found}; quantize the base anew, or accept its loss (`push --accept-loss` of the base)")
+    return found
+
+
+def check_verdict_on_data(subject: SavedModel) -> str:
+    """The same of the verdict on other data; a failure that was accepted is accepted again."""
+    if subject.held_out is None:
+        raise ValueError("There is no data for a verdict: give `held_out`.")
+    source, load = _source(subject)  # before what takes long
+    after = subject.held_out.measure(subject.model)
+    subject.release()  # the 16-bit model needs the memory
+    verdict = subject.held_out.verdict(subject.held_out.measure(load()), after)
+    verdict["accepted"] |= _is_accepted(subject.config.quantization.get("verdict") or {})
+    found = f"against {source}: {summary(verdict)}"
+    if not verdict["accepted"]:
+        raise CheckFailed(found)
+    return found
 
 
 def _source(subject: SavedModel) -> tuple[str, Callable[[], GenieBlueForConditionalGeneration]]:

@@ -19,6 +19,7 @@ from genieblue.cli.options import (
 )
 from genieblue.cli.qnn import open_bundle
 from genieblue.cli.terminal import choose_device, looking_for, note, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.verdict import warn_of_failure
 
 TERMINAL_ONLY = ("image", "prompt", "json_output", "view", "temperature", "top_p", "seed")
 PAGE_ONLY = ("host", "port", "served_model")
@@ -152,7 +153,7 @@ def load_chat(
     from genieblue.serving.conversation import Chat
 
     with looking_for(model):
-        return Chat.from_pretrained(
+        chat = Chat.from_pretrained(
             model,
             base_model=base,
             revision=revision,
@@ -161,3 +162,5 @@ def load_chat(
             compile=compile_decoding,
             trust_remote_code=trust_remote_code,
         )
+    warn_of_failure(model, getattr(chat.model.config, "quantization", None))
+    return chat

@@ -22,6 +22,7 @@ from genieblue.cli.options import (
     read_bytes,
 )
 from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.verdict import warn_of_failure
 from hub_cards.short_numbers import short_bytes
 
 HELD_OUT = 8  # calibration chats that only the verdict reads
@@ -286,4 +287,6 @@ def open_bundle(bundle: str, backend: str, adapter: Path | None) -> Any:
     from conversion.qnn.bundle.runner import QnnRunner
     from genieblue.serving.qnn_conversation import QnnChat
 
-    return QnnChat(QnnRunner(Path(bundle), backend=backend, adapter=adapter))
+    runner = QnnRunner(Path(bundle), backend=backend, adapter=adapter)
+    warn_of_failure(bundle, runner.bundle.metadata)
+    return QnnChat(runner)

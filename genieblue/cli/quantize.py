@@ -191,7 +191,8 @@ def quantize(
 
         note(
             f"{out} is marked as failed, and `push` refuses it. Less is lost with "
-            f"{what_loses_less(report.verdict, recipe, report.mixed)}; `push --accept-loss` publishes it nevertheless."
+            f"{what_loses_less(report.verdict, recipe, report.mixed, report.on_reused_base)}; `push --accept-loss` "
+            "publishes it nevertheless."
         )
         raise typer.Exit(1)
     if not json_output:

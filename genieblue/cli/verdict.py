@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from conversion.verdict import Limits
+from conversion.verdict import Limits, warn_of_loss
 from genieblue.cli.options import Metric, load_processor
 from genieblue.cli.terminal import print_table
 from hub_cards.verdicts import answer_error, summary
@@ -43,9 +43,16 @@ def open_held_out(
         for name in [name for name, value in given.items() if value is not None]:
             raise typer.BadParameter("It is about held-out data: give some with --eval-data.", param_hint=name)
         return None
+    from genieblue.data.plain_texts import is_plain_text
     from genieblue.evaluation.held_out import HeldOutData
     from modeling_genieblue import GenieBlueConfig
 
+    about_answers = [name for name in ("--metric", "--max-answer-loss") if given[name] is not None]
+    if about_answers and all(map(is_plain_text, eval_data)):
+        raise typer.BadParameter(
+            "It is about answers to chats, and --eval-data has only texts: give chats too, or leave it out.",
+            param_hint=about_answers[0],
+        )
     quantization = getattr(GenieBlueConfig.from_pretrained(model, **options), "quantization", None) or {}
     recorded = (quantization.get("verdict") or {}).get("limits") or {}
     limits = {"answer_loss": max_answer_loss, "perplexity_ratio": max_perplexity_ratio}
@@ -54,6 +61,14 @@ def open_held_out(
     return HeldOutData(
         eval_data, load_processor(model, options), metric=metric, limits=limits, accept_loss=accept_loss
     )
+
+
+def warn_of_failure(name: str, quantization: Mapping[str, Any] | None) -> None:
+    """Warns that what is opened to answer lost too much when it was quantized, unless that was accepted.
+
+    `quantization` are the settings of a quantized model, or a bundle's metadata; `None` for a model in 16 bits.
+    """
+    warn_of_loss(name, quantization, "Expect worse answers than in 16 bits, or quantize it less.")
 
 
 def show_verdict(verdict: Mapping[str, Any]) -> None:

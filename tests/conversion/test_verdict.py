@@ -15,6 +15,7 @@ from hub_cards.verdicts import (
     UNKNOWN,
     measurement_rows,
     summary,
+    verdict_problems,
 )
 
 
@@ -74,8 +75,21 @@ def test_the_error_of_a_perplexity_is_paired_by_sample():
     assert change(1.1, spread=0.0)["error"] == pytest.approx(0, abs=1e-9)
 
 
-def test_one_text_cannot_tell():
-    assert verdict(None, change(2.0, samples=1))["result"] == UNDECIDED
+@pytest.mark.parametrize("factor, samples", [(0.9, 1), (2.0, 1), (0.9, 2), (1.0, 3)])
+def test_a_few_stretches_of_text_cannot_pass(factor, samples):
+    found = verdict(None, change(factor, samples=samples, spread=0.0))
+    assert found["result"] == UNDECIDED
+    assert f"from {samples} sample{'s' * (samples > 1)}: at least 4 are needed" in found["reasons"][0]
+    assert verdict(None, change(factor, samples=4, spread=0.0))["result"] == (FAILED if factor > 1 else PASSED)
+
+
+def test_a_few_stretches_of_ruined_text_fail():
+    assert verdict(None, change(2.0, samples=2, spread=0.0))["result"] == FAILED
+
+
+def test_a_wide_limit_does_not_make_a_few_answers_enough():
+    assert verdict(answers(3, 0), limits=Limits(answer_loss=50))["result"] == UNDECIDED
+    assert verdict(answers(4, 0), limits=Limits(answer_loss=50))["result"] == PASSED
 
 
 def test_losses_that_are_no_numbers_fail():
@@ -84,10 +98,10 @@ def test_losses_that_are_no_numbers_fail():
 
 
 def test_losses_far_beyond_all_limits_fail():
-    before, after = [(1.0, 1)] * 3, [(1.0, 1), (1e5, 1), (1e6, 1)]
+    before, after = [(1.0, 1)] * 4, [(1.0, 1), (1.0, 1), (1e5, 1), (1e6, 1)]
     assert verdict(None, perplexity_change("plain text", before, after))["result"] == UNDECIDED
-    assert verdict(None, perplexity_change("plain text", before, [(1e5, 1)] * 3))["result"] == FAILED
-    assert verdict(None, perplexity_change("plain text", [(1e5, 1)] * 3, before))["result"] == PASSED
+    assert verdict(None, perplexity_change("plain text", before, [(1e5, 1)] * 4))["result"] == FAILED
+    assert verdict(None, perplexity_change("plain text", [(1e5, 1)] * 4, before))["result"] == PASSED
 
 
 def test_one_failure_decides():
@@ -99,6 +113,21 @@ def test_an_accepted_failure_stays_one():
     assert (found["result"], found["accepted"]) == (FAILED, True)
     assert summary(found).startswith("failed, accepted; the multimodal view's answers lose 50.0 ± 5.0 points")
     assert not verdict(answers(50, 50))["accepted"]
+
+
+def test_a_refusal_names_only_what_failed():
+    found = verdict(answers(50, 50), change(1.15))
+    assert len(found["reasons"]) == 3 and "too near to 1.15" in found["reasons"][1]
+    (problem,) = verdict_problems({"verdict": found})
+    assert problem.startswith("Quantization costs too much: the multimodal view's answers lose 50.0 ± 5.0 points, ")
+    assert "too near" not in problem and "not measured" not in problem
+    (problem,) = verdict_problems({"verdict": with_problems(found, ["the logits are unrelated"], False)})
+    assert "the logits are unrelated; the multimodal view's answers lose" in problem
+
+
+def test_a_refusal_for_a_verdict_of_an_earlier_version_names_all_its_reasons():
+    (problem,) = verdict_problems({"verdict": {"result": "failed", "accepted": False, "reasons": ["one", "two"]}})
+    assert problem.startswith("Quantization costs too much: one; two. ")
 
 
 def test_a_view_without_samples_is_named():

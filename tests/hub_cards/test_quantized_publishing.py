@@ -18,9 +18,10 @@ from tiny_genieblue import prompt, save_tiny_pair
 from tiny_quantized import contents, large_pair, load, load_base, own_copy, quantized_pair, save_large_pair
 from typer.testing import CliRunner
 
-from conversion.quantization.bases import write_quantized_base_card
+from conversion.quantization.bases import record_verdict, write_quantized_base_card
 from conversion.quantization.precision import QuantizationRecipe
 from conversion.quantization.quantize import quantize_genieblue
+from conversion.verification.verify_base import verify_quantized_base
 from genieblue.cli.app import app
 from hub_cards.model_card import card_info_from_folder, render_model_card
 from hub_cards.publish import find_problems, publish_folder
@@ -122,6 +123,48 @@ def test_a_self_contained_one_needs_one_command(hub, whole, tmp_path):
         hub.env(),
     )
     assert answered == ask(load(whole))
+
+
+LOST = {"result": "failed", "accepted": False, "reasons": ["the text view loses 9 points"]}
+
+
+def verdict_on_hub(hub, repo: str, folder: str = "") -> tuple[dict, str]:
+    """The verdict of a quantized base on the Hub, and its card."""
+    files = hub.files(repo)
+    settings = json.loads(files[f"{folder}config.json"])["quantization_config"]
+    return settings["verdict"], files[f"{folder}README.md"].decode()
+
+
+def test_an_accepted_loss_of_a_base_is_published_as_accepted(hub, pair):
+    record_verdict(pair / "base", LOST)
+    before = contents(pair)
+    assert push(pair / "base", BASE).exit_code == 1 and ("model", BASE) not in hub.storage.repos
+    result = push(pair / "base", BASE, "--accept-loss")
+    assert result.exit_code == 0, result.output
+    verdict, card = verdict_on_hub(hub, BASE)
+    assert verdict["accepted"] and "costs**: failed, accepted; the text view loses 9 points" in card
+    assert contents(pair) == before
+    (check,) = [check for check in verify_quantized_base(BASE) if check.name == "verdict"]
+    assert check.ok
+
+
+def test_an_accepted_loss_is_that_of_the_base_inside_too(hub, whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "lost"))
+    record_verdict(folder / "base", LOST)
+    settings = json.loads((folder / "config.json").read_text())["quantization"]
+    edit_json(folder / "config.json", quantization=settings | {"verdict": LOST})
+    before = contents(folder)
+    publish_folder(folder, REPO, accept_loss=True)
+    assert json.loads(hub.files(REPO)["config.json"])["quantization"]["verdict"]["accepted"]
+    verdict, card = verdict_on_hub(hub, REPO, "base/")
+    assert verdict["accepted"] and "costs**: failed, accepted; the text view" in card
+    assert contents(folder) == before
+
+
+def test_a_base_inside_stays_as_it_is_without_a_loss(hub, whole):
+    publish_folder(whole, REPO, accept_loss=True)
+    for name in ("base/config.json", "base/README.md"):
+        assert hub.files(REPO)[name] == (whole / name).read_bytes()
 
 
 def test_a_loaded_self_contained_model_is_pushed_with_its_base(hub, whole):

@@ -11,7 +11,7 @@ from conversion.qnn.bundle.metadata import ADAPTER, METADATA, PROBE, Bundle, sig
 from conversion.qnn.bundle.runtime_files import render_readme
 from hub_cards.model_folder import without_path
 from hub_cards.one_commit import Upload, check_no_problems, read_card, send
-from hub_cards.verdicts import verdict_problems
+from hub_cards.verdicts import verdict_problems, with_accepted_loss
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_CONFIG_NAME,
     CARD_NAME,
@@ -50,7 +50,7 @@ def _published(bundle: Bundle, card: str) -> tuple[Path | bytes, str]:
     if metadata.get("model"):
         metadata["model"] = without_path(metadata["model"], bundle.folder)
     if verdict_problems(metadata):
-        metadata["verdict"] = {**metadata["verdict"], "accepted": True}
+        metadata = with_accepted_loss(metadata)
         card = render_readme(metadata, has_float_graphs=(bundle.folder / "qairt").is_dir())
         facts = {"bytes": len(card.encode()), "sha256": hashlib.sha256(card.encode()).hexdigest()}
         metadata["files"] = {**metadata["files"], CARD_NAME: facts}

@@ -17,6 +17,7 @@ from conversion.qnn.bundle.metadata import signed
 from conversion.qnn.bundle.verdict_text import describe, what_loses_less
 from conversion.qnn.verify import FLOAT, _report
 from genieblue.data.chat_samples import ChatSample
+from hub_cards.verdicts import verdict_problems
 
 CONTEXT, VOCABULARY = 16, 50
 
@@ -94,11 +95,19 @@ def test_logits_that_are_no_numbers_fail(judge):
 def test_a_few_answers_that_agree_do_not_pass(judge, few):
     found = judge(requests(**few))
     assert found["result"] == "too few samples to tell"
-    assert any("fewer than 8 of 4" in reason for reason in found["reasons"])
+    logits = found["logits"]["text"]
+    assert found["reasons"][0] == (
+        f"the text view was compared on {logits['tokens']} answered tokens of {logits['requests']} held-out requests; "
+        "at least 8 tokens of 4 requests are needed: give more calibration chats"
+    )
+    assert len(found["reasons"]) == 2  # one for each view
 
 
 def test_a_few_answers_that_are_ruined_fail_all_the_same(judge):
-    assert judge(requests(1), lambda logits, _: logits[:, ::-1])["result"] == "failed"
+    found = judge(requests(1), lambda logits, _: logits[:, ::-1])
+    assert found["result"] == "failed"
+    (problem,) = verdict_problems({"verdict": found})
+    assert "cosine" in problem and "are needed" not in problem
 
 
 def test_one_wrong_number_fails_although_the_cosine_is_near_one(judge):

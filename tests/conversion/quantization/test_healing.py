@@ -1,12 +1,14 @@
 """Training on the values of a quantized base: what is in memory, what is saved, and what is refused."""
 
 import logging
+import shutil
 
 import pytest
 import torch
 from tiny_quantized import large_pair, load, quantized_pair
 from transformers import AutoModelForCausalLM
 
+from conversion.quantization.bases import record_verdict
 from conversion.quantization.healing import base_digest, put_on_quantized_base, warn_of_other_base
 from conversion.verification.verify import verify_model
 from modeling_genieblue import GenieBlueForConditionalGeneration
@@ -33,6 +35,13 @@ def test_both_views_stand_on_the_values_of_the_quantized_base(quantized_base):
     assert torch.equal(model.language_model.get_submodule(name).weight, expected)
     in_view = model.multimodal_language_model.get_submodule(name)
     assert getattr(in_view, "base_layer", in_view).weight is model.language_model.get_submodule(name).weight
+
+
+def test_a_failed_base_is_warned_of(quantized_base, tmp_path, caplog):
+    base = shutil.copytree(quantized_base, tmp_path / "base")
+    record_verdict(base, {"result": "failed", "accepted": False, "reasons": ["the text view loses 9 points"]})
+    put_on_quantized_base(healing_model(), base)
+    assert f"{base} lost too much by its verdict: the text view loses 9 points. " in caplog.text
 
 
 def test_what_is_saved_is_an_adapter_for_the_original_base(quantized_base, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tiny_quantized import (
 )
 
 from conversion.quantization import quantize as quantize_module
+from conversion.quantization.bases import record_verdict
 from conversion.quantization.error import errors_by_part
 from conversion.verdict import Limits, judge
 from conversion.verification import verify, verify_quantized
@@ -167,8 +169,8 @@ def test_measuring_by_part_changes_neither_model():
 
 @pytest.fixture
 def check(monkeypatch):
-    def only_verdict(folder, name="verdict", **options):
-        monkeypatch.setattr(verify, "CHECKS", {name: CHECKS[name]})
+    def only_verdict(folder, *names, **options):
+        monkeypatch.setattr(verify, "CHECKS", {name: CHECKS[name] for name in names or ("verdict", "verdict_on_data")})
         return verify_model(folder, **options)
 
     return only_verdict
@@ -184,8 +186,10 @@ def test_verify_reports_the_recorded_verdict(check, tmp_path):
 
 @pytest.mark.parametrize("points, ok", [(0, True), (25, False)])
 def test_verify_repeats_the_verdict_with_data(check, points, ok):
-    (found,) = check(quantized_pair() / "genieblue", held_out=AlwaysLost(points))
-    assert found.ok == ok and found.detail.startswith("against /") and "plain-llama/genieblue: " in found.detail
+    recorded, found = check(quantized_pair() / "genieblue", held_out=AlwaysLost(points))
+    assert recorded.ok and recorded.detail.startswith("as recorded: not measured")
+    assert (found.name, found.ok) == ("verdict_on_data", ok)
+    assert found.detail.startswith("against /") and "plain-llama/genieblue: " in found.detail
 
 
 def test_verify_compares_with_no_other_model_that_took_the_place_of_the_first(check, tmp_path):
@@ -195,15 +199,59 @@ def test_verify_compares_with_no_other_model_that_took_the_place_of_the_first(ch
     model.multi_modal_projector.linear_1.bias.data += 1
     model.save_pretrained(source)
     held_out = AlwaysLost(0)
-    (found,) = check(tmp_path / "new/genieblue", held_out=held_out)
+    _, found = check(tmp_path / "new/genieblue", held_out=held_out)
     assert not found.ok and "was saved again since, with other weights" in found.detail
     assert held_out.measured == []
 
 
 def test_verify_keeps_what_was_accepted(check, tmp_path):
     quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25, accept_loss=True)}, llm="w8a16", rounding="rtn")
-    (found,) = check(tmp_path / "genieblue", held_out=AlwaysLost(25))
-    assert found.ok and "failed, accepted" in found.detail
+    found = check(tmp_path / "genieblue", held_out=AlwaysLost(25))
+    assert [each.ok for each in found] == [True, True] and all("failed, accepted" in each.detail for each in found)
+
+
+def test_other_data_does_not_hide_a_recorded_failure(check, tmp_path):
+    quantize(large_pair(), tmp_path, {"held_out": AlwaysLost(25)}, llm="w8a16", rounding="rtn")
+    recorded, again = check(tmp_path / "genieblue", held_out=AlwaysLost(0))
+    assert not recorded.ok and recorded.detail.startswith("as recorded: failed; the multimodal view's answers")
+    assert again.ok
+
+
+LOST = {"result": "failed", "accepted": False, "reasons": ["the text view loses 9 points"]}
+
+
+@pytest.fixture
+def lost_base(tmp_path):
+    """A quantized base whose verdict failed."""
+    base = shutil.copytree(quantized_pair(llm="w8a16", rounding="rtn") / "base", tmp_path / "lost-base")
+    record_verdict(base, LOST)
+    return base
+
+
+def test_reusing_a_failed_base_is_warned_of_and_fails_verify(check, tmp_path, lost_base, caplog):
+    options = {"quantized_base": lost_base}
+    quantize(large_pair(), tmp_path / "new", options, llm="w8a16", rounding="rtn")
+    assert f"{lost_base} lost too much by its verdict: the text view loses 9 points. " in caplog.text
+    assert "quantize it anew with more bits" in caplog.text
+    (found,) = check(tmp_path / "new/genieblue")
+    assert not found.ok and "lost-base: failed; the text view loses 9 points" in found.detail
+    assert "not measured" in found.detail
+
+
+def test_reusing_a_failed_base_whose_loss_was_accepted_is_only_told(check, tmp_path, lost_base, caplog):
+    record_verdict(lost_base, LOST | {"accepted": True})
+    quantize(large_pair(), tmp_path / "new", {"quantized_base": lost_base}, llm="w8a16", rounding="rtn")
+    assert "lost too much by its verdict, which was accepted: the text view loses 9 points." in caplog.text
+    assert "anew" not in caplog.text
+    (found,) = check(tmp_path / "new/genieblue")
+    assert found.ok and "lost-base: failed, accepted; the text view loses 9 points" in found.detail
+
+
+def test_the_report_says_what_the_text_view_of_a_reused_base_loses(tmp_path):
+    recipe = {"llm": "w8a16", "rounding": "rtn"}
+    options = {"held_out": AlwaysLost(25, view="text"), "quantized_base": quantized_pair(**recipe) / "base"}
+    report = quantize(large_pair(), tmp_path, options, **recipe)
+    assert report.on_reused_base["result"] == "failed"
 
 
 def test_verify_takes_no_data_for_a_model_of_16_bits():

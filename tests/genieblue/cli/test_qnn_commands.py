@@ -128,6 +128,20 @@ def test_verify_refuses_what_a_bundle_has_no_use_for(bundle, options, told):
     assert code == 2 and told in output
 
 
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_failed_bundle_that_answers_is_warned_of(bundle, monkeypatch, caplog, accepted):
+    pytest.importorskip("onnxruntime", reason="needs the extra `qnn`")
+    from conversion.qnn.bundle import runner
+    from genieblue.cli.qnn import open_bundle
+
+    found = {"verdict": {"result": "failed", "accepted": accepted, "reasons": ["it lost 9 points"]}}
+    opened = SimpleNamespace(bundle=SimpleNamespace(metadata=found), processor=None)
+    monkeypatch.setattr(runner, "QnnRunner", lambda *_names, **_options: opened)
+    monkeypatch.setattr("genieblue.serving.qnn_conversation.QnnChat", lambda runner: runner)
+    assert open_bundle(str(bundle), "cpu", None) is opened
+    assert (f"{bundle} lost too much by its verdict: it lost 9 points. " in caplog.text) != accepted
+
+
 def test_an_adapter_is_for_one_bundle(bundle, tmp_path):
     code, output = run("eval", bundle, "--data", "a.jsonl", "--compare", bundle, "--adapter", "other.npz")
     assert code == 2 and "An adapter is for one bundle" in output

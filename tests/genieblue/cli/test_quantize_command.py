@@ -59,6 +59,14 @@ def test_a_failed_verdict_ends_with_1_and_says_what_to_do(model, quantized, tmp_
     assert run_json(*command, "--json", code=1)["verdict"] == verdict
 
 
+def test_a_failed_reused_base_is_to_be_quantized_anew(model, quantized, tmp_path, monkeypatch):
+    verdict = {"result": "failed", "accepted": False, "reasons": ["it lost too much"]}
+    report = QuantizationReport(quantized, "base", {}, {}, verdict, [], verdict)
+    monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
+    result = run("quantize", model, "--out", tmp_path / "new", "--quantized-base", "base", code=1)
+    assert "Less is lost with a base quantized anew, without --quantized-base" in result.stderr
+
+
 def test_a_loss_may_be_accepted_without_data(model, quantized, tmp_path, monkeypatch):
     given = {}
 
@@ -105,6 +113,51 @@ def test_without_data_it_says_that_nothing_was_measured(model, tmp_path):
 )
 def test_options_about_data_need_some(model, tmp_path, options, message):
     assert message in error_of("quantize", model, "--out", tmp_path / "new", *options, code=2)
+
+
+@pytest.mark.parametrize("option", [["--metric", "anls"], ["--max-answer-loss", "2"]])
+def test_options_about_answers_need_chats(model, data, tmp_path, option):
+    (tmp_path / "text.txt").write_text("The answer is in the question. " * 9)
+    command = "quantize", model, "--out", tmp_path / "new", "--eval-data", tmp_path / "text.txt", *option
+    error = error_of(*command, code=2)
+    assert option[0] in error and "--eval-data has only texts: give chats too" in error
+    assert not (tmp_path / "new").exists()
+    metric, loss = ("anls", None) if option[0] == "--metric" else (None, 2.0)
+    assert open_held_out([str(data), str(tmp_path / "text.txt")], str(model), {}, metric, loss, None) is not None
+
+
+LOST = {"result": "failed", "accepted": False, "reasons": ["it lost 9 points"]}
+TOLD = "lost too much by its verdict: it lost 9 points. Expect worse answers"
+
+
+@pytest.fixture(scope="module")
+def quantized(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "whole"
+    quantize_module.quantize_genieblue(model, folder, self_contained=True)
+    return folder
+
+
+@pytest.fixture
+def mark(quantized, tmp_path):
+    """A copy of the quantized model with another verdict."""
+
+    def marked(verdict):
+        folder = shutil.copytree(quantized, tmp_path / "marked")
+        settings = json.loads((folder / "config.json").read_text())
+        settings["quantization"]["verdict"] = verdict
+        (folder / "config.json").write_text(json.dumps(settings))
+        return folder
+
+    return marked
+
+
+@pytest.mark.parametrize("verdict, times", [(LOST, 1), (LOST | {"accepted": True}, 0)], ids=["failed", "accepted"])
+def test_a_failed_model_that_answers_is_warned_of_once(mark, data, caplog, verdict, times):
+    folder = mark(verdict)
+    run("chat", folder, "--prompt", "4?", "--max-new-tokens", 1)
+    assert caplog.text.count(TOLD) == times
+    run("eval", folder, "--data", data, "--max-new-tokens", 1)
+    assert caplog.text.count(TOLD) == 2 * times
 
 
 def test_an_empty_name_of_a_quantized_base_is_no_missing_one(model, tmp_path):
