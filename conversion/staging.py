@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from modeling_genieblue.staging_genieblue import lock
 
+CONVERSION = "conversion"  # the purpose of all that write a new model's folder at their end: one at a time for each
 UNFINISHED = ".unfinished"  # suffix of files and folders until they are complete
 NOTHING_STAYS = "free some space, or use another disk. No incomplete files are left."
 

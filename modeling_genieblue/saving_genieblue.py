@@ -1,5 +1,6 @@
 """Saving and publishing: writes everything GenieBlue adds as a complete folder, atomically."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,14 @@ STALE_NAMES = (
 STALE_PROCESSOR_NAMES = (*PROCESSOR_CONFIGS, *TOKENIZER_FILES)
 
 
-def save_model(
+def save_model(model: Any, save_directory: str | os.PathLike, **options: Any) -> None:
+    """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
+    with prepared_save(model, save_directory, **options) as put_in_place:
+        put_in_place()
+
+
+@contextlib.contextmanager
+def prepared_save(
     model: Any,
     save_directory: str | os.PathLike,
     *,
@@ -84,8 +92,13 @@ def save_model(
     variant: str | None = None,
     max_shard_size: int | str | None = None,
     token: str | bool | None = None,
-) -> None:
-    """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
+    replace: bool = True,
+) -> Iterator[Callable[[], None]]:
+    """A context with the folder built beside `save_directory`, and a function that puts it in its place.
+
+    What fails in the context leaves the old folder. Without `replace` one that is there by then is a
+    `FileExistsError`. For the other arguments see `save_pretrained` of the model.
+    """
     target = Path(os.path.realpath(save_directory))
     dtype = _check_save(model, target, dtype)
     if state_dict is not None:
@@ -104,7 +117,7 @@ def save_model(
         raise ValueError("What this GenieBlue was loaded from is copied as it is: leave out `variant`.")
     if token is not None:
         model.provenance.access = {**model.provenance.access, "token": token}
-    with NewFolder(target, "saving") as new:
+    with NewFolder(target, "saving", replace=replace) as new:
         try:
             has_processor = _write_files(model, new.staging, target, processor, dtype, facts, state, variant)
         except (OSError, SafetensorError) as error:
@@ -113,7 +126,7 @@ def save_model(
                 f"{target} could not be saved ({error}); {remains}. Check the free space and the permissions there."
             ) from error
         stale = (*_stale_names(variant), *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
-        new.put_in_place(lambda old: _foreign_files(old, stale))
+        yield lambda: new.put_in_place(lambda old: foreign_files(old, stale))
 
 
 def _check_save(model: Any, target: Path, dtype: str | torch.dtype | None) -> torch.dtype:
@@ -155,7 +168,7 @@ def _stale_names(variant: str | None) -> list[str]:
     return [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
 
 
-def _foreign_files(folder: Path, stale: Iterable[str]) -> list[Path]:
+def foreign_files(folder: Path, stale: Iterable[str]) -> list[Path]:
     """What lies in a model's folder, or in its adapter's, and is not ours (notes, checkpoints), as paths in it."""
     return [
         entry.relative_to(folder)
@@ -210,7 +223,7 @@ def _weight_fingerprint(staging: Path, target: Path, variant: str | None) -> dic
     written = {name_of_variant(place, variant): file_sha256(staging / place) for place in own_weight_places(staging)}
     config_file = target / CONFIG_NAME
     recorded = recorded_weights(read_settings(config_file)) if config_file.is_file() else {}
-    staying = {path.as_posix() for path in _foreign_files(target, _stale_names(variant))}
+    staying = {path.as_posix() for path in foreign_files(target, _stale_names(variant))}
     kept = {place: recorded[place] for place in staying & recorded.keys()}
     return dict(sorted((kept | written).items()))
 
