@@ -13,6 +13,7 @@ from conversion.create import not_finite_parameters
 from conversion.quantization.bases import check_source
 from conversion.quantization.error import logits_error, probe_requests
 from conversion.quantization.views import vlm_of
+from conversion.staging import check_can_be_made
 from conversion.unchanged import check_unchanged
 from hub_cards.exports import EXPORT_VERSION
 from hub_cards.model_card import Measurement
@@ -85,9 +86,7 @@ def check_new_folder(out: str | os.PathLike, read: Sequence[str | os.PathLike]) 
     out = Path(os.path.realpath(out))
     if out.exists():
         raise FileExistsError(f"{out} already exists: give a new folder.")
-    there = next(place for place in out.parents if place.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file, so {out} cannot be made: give another folder.")
+    check_can_be_made(out)
     for folder in (Path(os.path.realpath(place)) for place in read if os.path.isdir(place)):
         if folder in out.parents:
             raise ValueError(f"{out} is inside the input {folder}: give a folder outside.")

@@ -16,6 +16,7 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
+from conversion.staging import check_can_be_made
 from hub_cards.code_files import code_files
 from hub_cards.model_card import is_as_generated
 from hub_cards.one_commit import matches
@@ -123,10 +124,7 @@ def check_places(
 def _check_place(folder: Path) -> None:
     if folder.parent == folder:
         raise ValueError(f"{folder} is the root folder: give a new folder inside it.")
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        inside = "" if there == folder else f", so {folder} cannot be made"
-        raise OSError(f"{there} is a file{inside}: give a folder.")
+    check_can_be_made(folder)
 
 
 def _base_of(output: Path) -> Path | None:
