@@ -30,6 +30,7 @@ from .model_files_genieblue import (
     ADAPTER_WEIGHTS_NAME,
     BASE_FINGERPRINT_NAME,
     CARD_NAME,
+    CODE_FILES,
     CONFIG_NAME,
     EVAL_RESULTS,
     EXTRACTION_NAME,
@@ -41,6 +42,7 @@ from .model_files_genieblue import (
     QMAP_NAME,
     QUANTIZED_ADAPTER_NAME,
     QUANTIZED_CODE_FILES,
+    QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
     TOKENIZER_FILES,
     TRADE_OFF_NAME,
@@ -72,6 +74,11 @@ STALE_NAMES = (
     QUANTIZED_ADAPTER_NAME, QMAP_NAME, QUANTIZED_CODE_FILES, VLM_CODE_FILES, VLM_FOLDER,
 )  # fmt: skip
 STALE_PROCESSOR_NAMES = (*PROCESSOR_CONFIGS, *TOKENIZER_FILES)
+# The same of a base in a subfolder.
+STALE_BASE_NAMES = (
+    CONFIG_NAME, GENERATION_CONFIG_NAME, CARD_NAME, WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS, QUANTIZED_WEIGHTS_NAME,
+    QMAP_NAME, CODE_FILES, *STALE_PROCESSOR_NAMES,
+)  # fmt: skip
 
 
 def save_model(model: Any, save_directory: str | os.PathLike, **options: Any) -> None:
@@ -125,8 +132,9 @@ def prepared_save(
             raise OSError(
                 f"{target} could not be saved ({error}); {remains}. Check the free space and the permissions there."
             ) from error
-        stale = (*_stale_names(variant), *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
-        yield lambda: new.put_in_place(lambda old: foreign_files(old, stale))
+        inner = _inner_base(target)
+        stale = (*_stale_names(variant), *(STALE_PROCESSOR_NAMES if has_processor else ()), *inner)
+        yield lambda: new.put_in_place(lambda old: _foreign_files(old, stale, inner))
 
 
 def _check_save(model: Any, target: Path, dtype: str | torch.dtype | None) -> torch.dtype:
@@ -168,13 +176,17 @@ def _stale_names(variant: str | None) -> list[str]:
     return [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
 
 
-def foreign_files(folder: Path, stale: Iterable[str]) -> list[Path]:
-    """What lies in a model's folder, or in its adapter's, and is not ours (notes, checkpoints), as paths in it."""
+def _foreign_files(folder: Path, stale: Iterable[str], inner: Iterable[str] = ()) -> list[Path]:
+    """What lies in a model's folder and is not ours (notes, checkpoints), as paths in it.
+
+    That of its adapter counts, and those of a base in `inner` subfolders.
+    """
+    stale_names = {**dict.fromkeys(inner, STALE_BASE_NAMES), ADAPTER_FOLDER: stale, "": stale}
     return [
         entry.relative_to(folder)
-        for place in (folder / ADAPTER_FOLDER, folder)
-        for entry in (list(place.iterdir()) if place.is_dir() else ())
-        if not any(fnmatchcase(entry.name, pattern) for pattern in stale)
+        for place, names in stale_names.items()
+        for entry in (list((folder / place).iterdir()) if (folder / place).is_dir() else ())
+        if not any(fnmatchcase(entry.name, pattern) for pattern in names)
     ]
 
 
@@ -223,7 +235,7 @@ def _weight_fingerprint(staging: Path, target: Path, variant: str | None) -> dic
     written = {name_of_variant(place, variant): file_sha256(staging / place) for place in own_weight_places(staging)}
     config_file = target / CONFIG_NAME
     recorded = recorded_weights(read_settings(config_file)) if config_file.is_file() else {}
-    staying = {path.as_posix() for path in foreign_files(target, _stale_names(variant))}
+    staying = {path.as_posix() for path in _foreign_files(target, _stale_names(variant))}
     kept = {place: recorded[place] for place in staying & recorded.keys()}
     return dict(sorted((kept | written).items()))
 

@@ -105,6 +105,7 @@ class NewFolder(StagingFolder):
         os.rename(self.staging, self.target)
         for path in foreign(self._old) if foreign is not None and self._old.exists() else ():
             if not (self.target / path).exists():
+                (self.target / path).parent.mkdir(exist_ok=True)
                 os.rename(self._old / path, self.target / path)
                 self._moved.append(path)
 

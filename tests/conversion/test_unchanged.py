@@ -16,6 +16,8 @@ from conversion.quantization import quantize as quantize_module
 from conversion.quantization.healing import put_on_quantized_base
 from conversion.stack import stack_on
 from conversion.unchanged import check_unchanged
+from conversion.verification.saved_model import SavedModel
+from conversion.verification.verify_quantized import check_quantization
 from modeling_genieblue import GenieBlueForConditionalGeneration, model_files_genieblue
 
 FILES = ("genieblue/language_adapter/adapter_model.safetensors", "genieblue/model.safetensors",
@@ -71,6 +73,15 @@ def test_a_damaged_model_is_not_trained(damaged, tmp_path):
     command = "train", "--stage", 2, "--model", folder / "genieblue", "--data", tmp_path / "chats.jsonl"
     assert file in error_of(*command, "--steps", 1, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", FILES)
+def test_a_quantized_model_is_not_measured_against_one_that_was_damaged_since(place, pair, tmp_path):
+    quantize(pair / "genieblue", tmp_path, **W8)
+    flip_a_bit(pair / place)
+    subject = SavedModel(str(tmp_path / "genieblue"), None, None, {}, False, "auto", None)
+    told = check_quantization(subject)
+    assert "as recorded, not measured again" in told and Path(place).name in told
 
 
 def test_another_base_that_is_named_is_told_by_its_values_alone(pair):

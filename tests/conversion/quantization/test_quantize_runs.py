@@ -39,6 +39,20 @@ def test_files_of_users_stay_in_both_folders_that_are_replaced(tmp_path):
     assert same(answers(load(tmp_path / "genieblue")), answers(load(quantized_pair(rounding="rtn") / "genieblue")))
 
 
+@pytest.mark.parametrize(
+    "again", [{"self_contained": True}, {"base_output": "base"}], ids=lambda given: next(iter(given))
+)
+def test_files_of_users_stay_beside_a_base_in_a_subfolder(again, tmp_path):
+    quantize(large_pair(), tmp_path, {"self_contained": True}, **W8)
+    inner = tmp_path / "genieblue/base"
+    (inner / "notes.md").write_text("mine")
+    again = {name: tmp_path / value if name == "base_output" else value for name, value in again.items()}
+    quantize(large_pair(), tmp_path, {**again, "overwrite": True}, rounding="rtn")
+    assert (inner / "notes.md").read_text() == "mine"
+    assert (inner / "config.json").exists() == ("self_contained" in again)
+    assert same(answers(load(tmp_path / "genieblue")), answers(load(quantized_pair(rounding="rtn") / "genieblue")))
+
+
 # At the same time
 
 
