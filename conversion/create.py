@@ -41,7 +41,7 @@ from modeling_genieblue.model_files_genieblue import (
     read_settings,
     weight_files,
 )
-from modeling_genieblue.saving_genieblue import processor_for
+from modeling_genieblue.saving_genieblue import processor_for, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def create_genieblue(
     )
     _report_stop_tokens(processor, model.generation_config)
 
-    model.save_pretrained(output, processor=processor)
+    save_model(model, output, processor=processor, replace=overwrite)
     if foreign := sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != ADAPTER_FOLDER):
         logger.warning("%s still contains %s, which are not part of the new model.", output, ", ".join(foreign))
     return output

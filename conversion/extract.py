@@ -21,7 +21,7 @@ from conversion.language_exports import check_new_folder
 from conversion.low_rank import Spectrum, factor_change
 from conversion.quantization.error import logits_error
 from conversion.quantization.hessians import Hessians, check_runs_by_blocks, walk_blocks
-from conversion.staging import explained_full_disk
+from conversion.staging import CONVERSION, explained_full_disk, lock_output
 from conversion.verification.saved_model import PROMPTS
 from hub_cards.model_card import Measurement
 from modeling_genieblue import GenieBlueForConditionalGeneration, VlmGenieBlueProcessor
@@ -36,6 +36,7 @@ from modeling_genieblue.model_files_genieblue import (
     some,
     weight_files,
 )
+from modeling_genieblue.saving_genieblue import save_model
 from modeling_genieblue.staging_genieblue import StagingFolder
 from modeling_genieblue.vlm_configuration_genieblue import check_family
 from modeling_genieblue.vlm_language_genieblue import LanguagePair, OwnLanguage, decoder_path
@@ -124,7 +125,7 @@ def extract_genieblue(
     requests = None if calibration is None else _encoded(processor, calibration)
     measured = _measured_requests(processor, requests)
     exact = {of: _logits(lambda **request: vlm(**request).logits, each) for of, each in measured.items()}
-    with explained_full_disk(out), StagingFolder(out, "extraction") as folder:
+    with lock_output(out, CONVERSION), explained_full_disk(out), StagingFolder(out, "extraction") as folder:
         wrap = progress or (lambda steps, _title: steps)
         blocks = _factor(pair, vlm, folder, requests, wrap)
         number = base_model.dtype.itemsize
@@ -166,7 +167,7 @@ def extract_genieblue(
             },
             TRADE_OFF_NAME: draw_trade_off(plan, curve, sum(block.bytes for block in blocks)),
         }
-        model.save_pretrained(out, processor=processor, facts=facts)
+        save_model(model, out, processor=processor, facts=facts, replace=False)
     return Extraction(out, plan, difference, own_rows, own_bytes, rows)
 
 

@@ -13,6 +13,8 @@ from conversion.create import not_finite_parameters
 from conversion.quantization.bases import check_source
 from conversion.quantization.error import logits_error, probe_requests
 from conversion.quantization.views import vlm_of
+from conversion.staging import check_can_be_made
+from conversion.unchanged import check_unchanged
 from hub_cards.exports import EXPORT_VERSION
 from hub_cards.model_card import Measurement
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
@@ -34,8 +36,9 @@ def load_source(
     """The GenieBlue to export and the output folder, as an absolute path.
 
     Raises, mostly before any weights are read, `OSError` for an output that exists or cannot be made, and `ValueError`
-    for one inside the input, for a quantized GenieBlue or base, for one whose language side was never trained or has
-    NaN or infinity, and for a VLM whose language model needs more of an image than embeddings.
+    for one inside the input, for a quantized GenieBlue or base, for weights that are not as recorded, for one whose
+    language side was never trained or has NaN or infinity, and for a VLM whose language model needs more of an image
+    than embeddings.
     """
     hub = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
     LoadRequest.from_arguments(source, hub).check_layout()
@@ -49,6 +52,7 @@ def load_source(
     check_source(source, config)
     given = load_kwargs.get("base_model")
     out = check_new_folder(out, [place for place in (source, given, _local_base(source, config)) if place is not None])
+    check_unchanged(source, base_model=given, subfolder=hub.get("subfolder"))
     model = GenieBlueForConditionalGeneration.from_pretrained(source, **load_kwargs)
     quantized = [name for name, weight in model.language_model.named_parameters() if not is_plain_weight(weight)]
     if quantized:
@@ -82,9 +86,7 @@ def check_new_folder(out: str | os.PathLike, read: Sequence[str | os.PathLike]) 
     out = Path(os.path.realpath(out))
     if out.exists():
         raise FileExistsError(f"{out} already exists: give a new folder.")
-    there = next(place for place in out.parents if place.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file, so {out} cannot be made: give another folder.")
+    check_can_be_made(out)
     for folder in (Path(os.path.realpath(place)) for place in read if os.path.isdir(place)):
         if folder in out.parents:
             raise ValueError(f"{out} is inside the input {folder}: give a folder outside.")

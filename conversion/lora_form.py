@@ -25,7 +25,7 @@ from conversion.language_exports import (
 from conversion.low_rank import BYTES_OF_HEADER, Spectrum, check_rank_choice, choose_ranks, factor_change
 from conversion.quantization.hessians import Hessians, walk_blocks
 from conversion.quantization.views import vlm_of
-from conversion.staging import explained_full_disk
+from conversion.staging import CONVERSION, explained_full_disk, lock_output
 from hub_cards.exports import EXPORT_FACTS_NAME, SPECTRUM_NAME, write_export_card
 from hub_cards.model_card import Measurement
 from modeling_genieblue.language_adapter_genieblue import (
@@ -107,7 +107,7 @@ def export_lora(
     """
     check_choice(rank, error, max_bytes)
     model, out = load_source(source, out, **load_kwargs)
-    with explained_full_disk(out), NewFolder(out, "export") as new:
+    with lock_output(out, CONVERSION), explained_full_disk(out), NewFolder(out, "export", replace=False) as new:
         form = write_lora_form(
             model,
             new,

@@ -23,7 +23,7 @@ from conversion.language_exports import (
 )
 from conversion.quantization.bases import COMPANIONS, base_folder
 from conversion.quantization.views import vlm_of
-from conversion.staging import explained_full_disk
+from conversion.staging import CONVERSION, explained_full_disk, lock_output
 from hub_cards.exports import EXPORT_FACTS_NAME, write_export_card
 from hub_cards.model_card import Measurement
 from modeling_genieblue.language_adapter_genieblue import ADAPTER
@@ -64,7 +64,7 @@ def export_merged(
     base, config, vlm = model.language_model, model.config, vlm_of(model)
     gauge = LogitsGauge(model, embed_requests(model, calibration), calibration is not None)
     access = model.provenance.access
-    with explained_full_disk(out), NewFolder(out, "export") as new:
+    with lock_output(out, CONVERSION), explained_full_disk(out), NewFolder(out, "export", replace=False) as new:
         plain, state = _merged_base(model) if vlm is None else _merged_vlm(model)
         settings = (vlm or base).generation_config
         plain.generation_config = GenerationConfig()  # its `save_pretrained` refuses what some bases come with

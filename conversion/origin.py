@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.unchanged import check_unchanged
 from hub_cards.model_folder import read_model_config
 from modeling_genieblue import GenieBlueConfig
 from modeling_genieblue.loading_genieblue import hub_commit
@@ -33,7 +34,7 @@ def find_origin(recorded: Mapping[str, Any], folder: Path, *, is_local: bool = T
     """Folder or Hub id of the GenieBlue that `origin_of` recorded in `folder`, and the commit to load, if any.
 
     `is_local` says whether `folder` is the user's own, or downloaded. Raises `OSError` if it is not recorded, not
-    there, or has other weights by now.
+    there, or has other weights or another base by now: every byte of a folder is read.
     """
     name = recorded.get("name")
     if not isinstance(name, str):
@@ -48,4 +49,8 @@ def find_origin(recorded: Mapping[str, Any], folder: Path, *, is_local: bool = T
     fingerprint = recorded.get("fingerprint")
     if fingerprint and recorded_weights(read_model_config(Path(name))) != fingerprint:
         raise OSError(f"{name} was saved again since, with other weights than it was made from")
+    try:
+        check_unchanged(name)
+    except ValueError as error:
+        raise OSError(str(error)) from error
     return name, {}

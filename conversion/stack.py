@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from conversion.create import check_weight_files, load_base_model, load_part
 from conversion.language_exports import check_new_folder
 from conversion.quantization.bases import check_source
+from conversion.unchanged import check_unchanged
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, VlmGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import different_settings, tensor_samples
 from modeling_genieblue.base_loading_genieblue import check_base_type, load_base, resolve_base
@@ -30,6 +31,7 @@ from modeling_genieblue.model_files_genieblue import (
     some,
     with_siblings,
 )
+from modeling_genieblue.saving_genieblue import save_model
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def stack_on(
 
     base_config = load_part("base", os.fspath(base), AutoConfig.from_pretrained, **location)
     check_base_type(os.fspath(base), base_config)
+    check_unchanged(source, subfolder=hub.get("subfolder"))
     check_weight_files(os.fspath(base), base_config, "so it cannot be compared with the old one: give 16 or 32 bits.")
     old = load_base(config, request, None)
     new = load_base_model(os.fspath(base), dtype=old.dtype, **location)
@@ -115,7 +118,7 @@ def stack_on(
     model.config.base_model_fingerprint = None  # found at the save
     model.config.text_config = copy.deepcopy(new.config.get_text_config(decoder=True))
     model.provenance.base_samples = tensor_samples(new)
-    model.save_pretrained(out, processor=processor)
+    save_model(model, out, processor=processor, replace=False)
     return Stacked(out, str(name), revision, changed)
 
 

@@ -14,8 +14,19 @@ from safetensors import SafetensorError
 
 from modeling_genieblue.staging_genieblue import lock
 
+CONVERSION = "conversion"  # the purpose of all that write a new model's folder at their end: one at a time for each
 UNFINISHED = ".unfinished"  # suffix of files and folders until they are complete
 NOTHING_STAYS = "free some space, or use another disk. No incomplete files are left."
+
+
+def check_can_be_made(folder: Path) -> None:
+    """`OSError` for a folder that is there as a file, is inside one, or is where nothing may be written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        inside = "" if there == folder else f", so {folder} cannot be made"
+        raise NotADirectoryError(f"{there} is a file{inside}: give another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"Nothing may be written in {there}, so {folder} cannot be made: give another folder.")
 
 
 @contextmanager

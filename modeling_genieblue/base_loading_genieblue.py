@@ -96,6 +96,11 @@ def load_base(config: Any, request: LoadRequest, override: str | os.PathLike | N
     except (OSError, ValueError) as error:
         if "Unrecognized configuration class" in str(error):  # followed by all known classes
             check_base_type(location, AutoConfig.from_pretrained(location, **where))
+        if "trust_remote_code" in str(error) and not request.base_kwargs.get("trust_remote_code"):
+            raise ValueError(
+                f"The base {location} of {request.path} needs Python code from its repository. Read that code and, if "
+                "you trust it, pass `trust_remote_code=True`."
+            ) from error
         kind = WrongBaseError if isinstance(error, ValueError) else BaseNotFoundError
         raise kind(f"The base {location} of {request.path} could not be loaded: {error}\n", GIVE_BASE) from error
     check_complete(location, info)

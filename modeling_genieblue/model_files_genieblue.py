@@ -60,6 +60,7 @@ QUANT_METHOD = "genieblue_quanto"  # of a base that GenieBlue quantized, among t
 SHARED_HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 HUB_KEYS = (*SHARED_HUB_KEYS, "revision", "subfolder")
 ACCESS_KEYS = ("token", "cache_dir", "local_files_only")  # with which a base that was loaded is found again
+BYTES_AT_A_TIME = 2**20  # of a file whose sha256 is computed
 SHA256, COMMIT_SHA = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
@@ -277,16 +278,22 @@ def recorded_weights(config: dict[str, Any]) -> dict[str, str]:
     return recorded or {}
 
 
-def changed_weights(folder: Path, config: dict[str, Any], remedy: str = CHANGED_WEIGHTS) -> list[str]:
+def changed_weights(
+    folder: Path,
+    config: dict[str, Any],
+    remedy: str = CHANGED_WEIGHTS,
+    on_read: Callable[[int], Any] | None = None,
+) -> list[str]:
     """Own weight files with another sha256 than `config` (as for `recorded_weights`) records, one sentence each.
 
-    Every byte is read. A file that is not recorded is none of them, nor is a recorded one that is not there.
+    Every byte is read, and `on_read` is told how many at a time. A file that is not recorded is none of them, nor is a
+    recorded one that is not there.
     """
     recorded = recorded_weights(config)
     return [
         f"sha256 of {place} is {found}, recorded is {recorded[place]}: {remedy}"
         for place in own_weight_places(folder)
-        if place in recorded and (found := file_sha256(folder / place)) != recorded[place]
+        if place in recorded and (found := file_sha256(folder / place, on_read)) != recorded[place]
     ]
 
 
@@ -300,10 +307,15 @@ def check_cached_sha256(owner: str, place: str, path: str | None, recorded: str 
         raise ValueError(f"{place} of {owner} has sha256 {found}, its config.json records {recorded}: {remedy}.")
 
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: str | os.PathLike, on_read: Callable[[int], Any] | None = None) -> str:
+    """sha256 of a file, read in pieces; `on_read` is told the bytes of each."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(BYTES_AT_A_TIME))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            if on_read is not None:
+                on_read(count)
+    return digest.hexdigest()
 
 
 def cached_sha256(path: str | os.PathLike) -> str | None:

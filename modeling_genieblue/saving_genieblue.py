@@ -1,5 +1,6 @@
 """Saving and publishing: writes everything GenieBlue adds as a complete folder, atomically."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .model_files_genieblue import (
     ADAPTER_WEIGHTS_NAME,
     BASE_FINGERPRINT_NAME,
     CARD_NAME,
+    CODE_FILES,
     CONFIG_NAME,
     EVAL_RESULTS,
     EXTRACTION_NAME,
@@ -40,6 +42,7 @@ from .model_files_genieblue import (
     QMAP_NAME,
     QUANTIZED_ADAPTER_NAME,
     QUANTIZED_CODE_FILES,
+    QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
     TOKENIZER_FILES,
     TRADE_OFF_NAME,
@@ -71,9 +74,21 @@ STALE_NAMES = (
     QUANTIZED_ADAPTER_NAME, QMAP_NAME, QUANTIZED_CODE_FILES, VLM_CODE_FILES, VLM_FOLDER,
 )  # fmt: skip
 STALE_PROCESSOR_NAMES = (*PROCESSOR_CONFIGS, *TOKENIZER_FILES)
+# The same of a base in a subfolder.
+STALE_BASE_NAMES = (
+    CONFIG_NAME, GENERATION_CONFIG_NAME, CARD_NAME, WEIGHTS_NAME, INDEX_NAME, WEIGHT_SHARDS, QUANTIZED_WEIGHTS_NAME,
+    QMAP_NAME, CODE_FILES, *STALE_PROCESSOR_NAMES,
+)  # fmt: skip
 
 
-def save_model(
+def save_model(model: Any, save_directory: str | os.PathLike, **options: Any) -> None:
+    """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
+    with prepared_save(model, save_directory, **options) as put_in_place:
+        put_in_place()
+
+
+@contextlib.contextmanager
+def prepared_save(
     model: Any,
     save_directory: str | os.PathLike,
     *,
@@ -84,8 +99,13 @@ def save_model(
     variant: str | None = None,
     max_shard_size: int | str | None = None,
     token: str | bool | None = None,
-) -> None:
-    """Builds the folder beside `save_directory`, then puts it in its place; see `save_pretrained` of the model."""
+    replace: bool = True,
+) -> Iterator[Callable[[], None]]:
+    """A context with the folder built beside `save_directory`, and a function that puts it in its place.
+
+    What fails in the context leaves the old folder. Without `replace` one that is there by then is a
+    `FileExistsError`. For the other arguments see `save_pretrained` of the model.
+    """
     target = Path(os.path.realpath(save_directory))
     dtype = _check_save(model, target, dtype)
     if state_dict is not None:
@@ -104,7 +124,7 @@ def save_model(
         raise ValueError("What this GenieBlue was loaded from is copied as it is: leave out `variant`.")
     if token is not None:
         model.provenance.access = {**model.provenance.access, "token": token}
-    with NewFolder(target, "saving") as new:
+    with NewFolder(target, "saving", replace=replace) as new:
         try:
             has_processor = _write_files(model, new.staging, target, processor, dtype, facts, state, variant)
         except (OSError, SafetensorError) as error:
@@ -112,8 +132,9 @@ def save_model(
             raise OSError(
                 f"{target} could not be saved ({error}); {remains}. Check the free space and the permissions there."
             ) from error
-        stale = (*_stale_names(variant), *(STALE_PROCESSOR_NAMES if has_processor else ()), *_inner_base(target))
-        new.put_in_place(lambda old: _foreign_files(old, stale))
+        inner = _inner_base(target)
+        stale = (*_stale_names(variant), *(STALE_PROCESSOR_NAMES if has_processor else ()), *inner)
+        yield lambda: new.put_in_place(lambda old: _foreign_files(old, stale, inner))
 
 
 def _check_save(model: Any, target: Path, dtype: str | torch.dtype | None) -> torch.dtype:
@@ -155,13 +176,17 @@ def _stale_names(variant: str | None) -> list[str]:
     return [name for name in STALE_NAMES if variant is None or name not in STALE_WEIGHTS]
 
 
-def _foreign_files(folder: Path, stale: Iterable[str]) -> list[Path]:
-    """What lies in a model's folder, or in its adapter's, and is not ours (notes, checkpoints), as paths in it."""
+def _foreign_files(folder: Path, stale: Iterable[str], inner: Iterable[str] = ()) -> list[Path]:
+    """What lies in a model's folder and is not ours (notes, checkpoints), as paths in it.
+
+    That of its adapter counts, and those of a base in `inner` subfolders.
+    """
+    stale_names = {**dict.fromkeys(inner, STALE_BASE_NAMES), ADAPTER_FOLDER: stale, "": stale}
     return [
         entry.relative_to(folder)
-        for place in (folder / ADAPTER_FOLDER, folder)
-        for entry in (list(place.iterdir()) if place.is_dir() else ())
-        if not any(fnmatchcase(entry.name, pattern) for pattern in stale)
+        for place, names in stale_names.items()
+        for entry in (list((folder / place).iterdir()) if (folder / place).is_dir() else ())
+        if not any(fnmatchcase(entry.name, pattern) for pattern in names)
     ]
 
 

@@ -1,6 +1,7 @@
 """Writes folders atomically: filled next to their target, then swapped in."""
 
 import contextlib
+import glob
 import logging
 import os
 import shutil
@@ -29,12 +30,12 @@ class StagingFolder:
 
     def __init__(self, target: Path, purpose: str):
         self.target = target
-        prefix = f".{target.name[:SHORT_NAME]}.{purpose}-"
+        prefix = _prefix(target, purpose)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(target)  # refuses a name that is too long, which only the last rename would otherwise
-            _remove_leftovers([path for path in target.parent.iterdir() if path.name.startswith(prefix)])
+            _remove_leftovers(target, [path for path in target.parent.iterdir() if path.name.startswith(prefix)])
             while True:
                 self.folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
                 with contextlib.suppress(BlockingIOError):  # another run took it, not yet locked, for a leftover
@@ -64,10 +65,14 @@ class NewFolder(StagingFolder):
 
     A context: what fails within it, before or after that call, leaves `target` as it was, unless `keep` was called.
     The old folder lies beside it until then. Raises `OSError` that says where it lies if it cannot be moved back.
+
+    Args:
+        replace: whether `target` may be there, and not empty; it is looked at when the new one is put in its place.
     """
 
-    def __init__(self, target: Path, purpose: str = "writing"):
+    def __init__(self, target: Path, purpose: str = "writing", *, replace: bool = True):
         super().__init__(target, purpose)
+        self._may_replace = replace
         self.staging, self._old = self.folder / target.name, self.folder / f"{target.name[:SHORT_NAME]}.old"
         self.staging.mkdir()
         self._moved: list[Path] = []  # from the old folder, as paths in it
@@ -80,7 +85,12 @@ class NewFolder(StagingFolder):
         """Swaps the filled folder in; what `foreign` finds in the old one, as paths in it, moves over.
 
         A process that is killed between the two renames leaves the old folder, whole, as `*.old` in a hidden one.
+        Raises `FileExistsError` if there is one that may not be replaced.
         """
+        if not self._may_replace and self.target.exists() and any(self.target.iterdir()):
+            raise FileExistsError(
+                f"{self.target} was made by something else in the meantime, and is not replaced: give a new folder."
+            )
         mode = self.staging.stat().st_mode  # what new folders get
         for path in self.staging.rglob("*"):
             path.chmod(mode if path.is_dir() else mode & 0o666)  # safetensors writes files for their owner alone
@@ -95,6 +105,7 @@ class NewFolder(StagingFolder):
         os.rename(self.staging, self.target)
         for path in foreign(self._old) if foreign is not None and self._old.exists() else ():
             if not (self.target / path).exists():
+                (self.target / path).parent.mkdir(exist_ok=True)
                 os.rename(self._old / path, self.target / path)
                 self._moved.append(path)
 
@@ -126,6 +137,21 @@ class NewFolder(StagingFolder):
             raise OSError(f"{self.target} cannot be put back as it was ({error}): {where} by hand.") from error
 
 
+def replaced_folders(target: Path, purpose: str = "writing") -> list[Path]:
+    """What `NewFolder`s of runs that were ended had moved out of the place of `target`, if they left it."""
+    found = []
+    for folder in sorted(target.parent.glob(f"{glob.escape(_prefix(target, purpose))}*")):
+        with contextlib.suppress(BlockingIOError):  # of a run that goes on
+            if (held := lock(folder)) is not None:
+                os.close(held)
+            found += sorted(folder.glob("*.old"))
+    return found
+
+
+def _prefix(target: Path, purpose: str) -> str:
+    return f".{target.name[:SHORT_NAME]}.{purpose}-"
+
+
 def lock(path: Path) -> int | None:
     """A descriptor that holds the lock of a file or folder until it is closed; `None` where there are no locks.
 
@@ -149,7 +175,7 @@ def lock(path: Path) -> int | None:
         return None
 
 
-def _remove_leftovers(folders: list[Path]) -> None:
+def _remove_leftovers(target: Path, folders: list[Path]) -> None:
     for folder in folders:
         try:
             held = lock(folder)
@@ -158,7 +184,9 @@ def _remove_leftovers(folders: list[Path]) -> None:
         if held is None:
             continue
         if kept := sorted(folder.glob("*.old")):
-            logger.warning("%s was there before a run that was ended: move it back, or remove it.", kept[0])
+            # Moved back to where another is by now, it might not fit what stands beside that one.
+            remedy = "remove it, if what is there now is as it should be" if target.exists() else "move it back there"
+            logger.warning("%s was %s before a run that was ended: %s.", kept[0], target, remedy)
         else:
             shutil.rmtree(folder, ignore_errors=True)
         os.close(held)

@@ -10,7 +10,7 @@ from typing import Any
 from conversion.language_exports import load_source
 from conversion.lora_form import Matrix, Progress, check_choice, write_lora_form
 from conversion.quantization.bases import check_source
-from conversion.staging import explained_full_disk
+from conversion.staging import CONVERSION, explained_full_disk, lock_output
 from hub_cards.exports import EXPORT_FACTS_NAME, LORA_GGUF_NAME, MMPROJ_NAME, SPECTRUM_NAME, write_export_card
 from hub_cards.model_card import Measurement
 from modeling_genieblue import GenieBlueConfig, GenieBlueProcessor, VlmGenieBlueConfig
@@ -82,7 +82,7 @@ def export_llamacpp(
     base, config = model.language_model, model.config
     if base_gguf is not None:
         check_base_file(Path(base_gguf).expanduser(), base)
-    with explained_full_disk(out), NewFolder(out, "export") as new:
+    with lock_output(out, CONVERSION), explained_full_disk(out), NewFolder(out, "export", replace=False) as new:
         lora_form = new.folder / "lora"
         lora_form.mkdir()
         form = write_lora_form(

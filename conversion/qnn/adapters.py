@@ -21,6 +21,7 @@ from conversion.qnn.graphs.rotation import Rotation
 from conversion.qnn.qdq.block_rounding import LORA_BITS
 from conversion.qnn.qdq.encoding import WeightCodes, round_with_scales
 from conversion.staging import UNFINISHED
+from conversion.unchanged import check_unchanged
 from modeling_genieblue import GenieBlueConfig, GenieBlueForConditionalGeneration, QuantizedGenieBlueConfig
 from modeling_genieblue.model_files_genieblue import HUB_KEYS
 
@@ -66,6 +67,7 @@ def export_adapter(
         raise ValueError(f"{model_folder} is quantized: give the GenieBlue in 16 bits that it was made from.")
     if config.base_model_fingerprint != facts["base"]["fingerprint"]:
         raise ValueError(f"{model_folder} and {bundle_folder} were made from different bases: the LoRA would not fit.")
+    check_unchanged(model_folder, base_model=load_options.get("base_model"), subfolder=hub.get("subfolder"))
     model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
     _check_binaries(facts["adapter"], trained_digests(model), str(model_folder))
     rotation = Rotation(bundle.decoder.hidden_size)
@@ -131,6 +133,8 @@ def _write(out: Path, entries: Mapping[str, np.ndarray]) -> None:
     try:
         with unfinished.open("wb") as file:
             np.savez(file, **entries)
+        if out.exists():  # another run may have made it since
+            raise FileExistsError(f"The output {out} already exists: give the name of a new file.")
         os.replace(unfinished, out)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -45,6 +45,7 @@ from conversion.qnn.stored_size import matrix_budget
 from conversion.qnn.verdict import Answers, judge
 from conversion.quantization.healing import warn_of_other_base
 from conversion.staging import explained_full_disk, lock_output, write_json_whole
+from conversion.unchanged import check_unchanged
 from modeling_genieblue import (
     GenieBlueConfig,
     GenieBlueForConditionalGeneration,
@@ -151,6 +152,7 @@ def export_bundle(
     work = UnfinishedExport(out)
     with lock_output(out, "export"), explained_full_disk(out, remedy=work.remedy):
         work.check_same_export(wanted)
+        check_unchanged(model_folder, base_model=load_options.get("base_model"), subfolder=hub.get("subfolder"))
         model = GenieBlueForConditionalGeneration.from_pretrained(model_folder, **load_options)
         trust = {"trust_remote_code": bool(load_options.get("trust_remote_code"))}
         processor = GenieBlueProcessor.from_pretrained(model_folder, **trust, **hub)

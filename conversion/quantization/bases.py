@@ -16,20 +16,29 @@ from torch import nn
 
 import modeling_genieblue
 from conversion.quantization.precision import QuantizationRecipe
+from conversion.staging import check_can_be_made
 from conversion.verdict import warn_of_loss
-from hub_cards.publish_base import BASE_COMPANIONS
+from hub_cards.code_files import code_files
+from hub_cards.model_card import is_as_generated
+from hub_cards.one_commit import matches
+from hub_cards.publish_base import BASE_COMPANIONS, FOREIGN_WEIGHTS, PUBLISHED_NAMES
 from hub_cards.quantized_base_card import write_quantized_base_card
 from modeling_genieblue import GenieBlueConfig, QuantizedGenieBlueConfig
 from modeling_genieblue.base_identity_genieblue import tensor_samples, weight_file_hashes
 from modeling_genieblue.loading_genieblue import hub_commit
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
+    CARD_NAME,
+    CHANGED_BASE,
     CONFIG_NAME,
+    LICENSE_FILES,
     QMAP_NAME,
     QUANTIZED_WEIGHTS_NAME,
+    changed_weights,
     file_sha256,
     is_path,
     read_settings,
+    recorded_weights,
     with_siblings,
     write_json,
 )
@@ -39,6 +48,7 @@ from modeling_genieblue.quantized_linears_genieblue import CODE_ALIGNMENT, scale
 from modeling_genieblue.quantized_parts_genieblue import quantized_values
 from modeling_genieblue.quantized_settings_genieblue import BASE_PARTS, QUANT_METHOD
 from modeling_genieblue.saving_genieblue import check_replaceable
+from modeling_genieblue.staging_genieblue import replaced_folders
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +125,7 @@ def check_places(
 def _check_place(folder: Path) -> None:
     if folder.parent == folder:
         raise ValueError(f"{folder} is the root folder: give a new folder inside it.")
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        inside = "" if there == folder else f", so {folder} cannot be made"
-        raise OSError(f"{there} is a file{inside}: give a folder.")
+    check_can_be_made(folder)
 
 
 def _base_of(output: Path) -> Path | None:
@@ -126,6 +133,50 @@ def _base_of(output: Path) -> Path | None:
     path = output / CONFIG_NAME
     name = read_settings(path).get("base_model_name_or_path") if path.is_file() else None
     return Path(os.path.realpath(output / name)) if isinstance(name, str) and is_path(name) else None
+
+
+def warn_of_parted_base(output: Path, base: Path | None) -> None:
+    """Warns if a run that was killed between its last two renames left the GenieBlue in `output` without its base.
+
+    The base that it fits lies in a hidden folder then, and that of the run in its place.
+    """
+    config_file = output / CONFIG_NAME
+    fits = read_settings(config_file).get("base_model_fingerprint") if config_file.is_file() else None
+    if base is None or not fits or _recorded_sha256(base) == fits:
+        return
+    for old in replaced_folders(base):
+        if _recorded_sha256(old) == fits:
+            logger.warning(
+                "%s was made on the base in %s; the one in %s is of a run that was ended before its GenieBlue was in "
+                "place. To have both as they were, remove %s and move %s there.",
+                output,
+                old,
+                base,
+                base,
+                old,
+            )
+
+
+def _recorded_sha256(base: Path) -> dict[str, str]:
+    """sha256 by file as a quantized base records them; none for another folder."""
+    return recorded_weights((read_base_quantization(base) if (base / CONFIG_NAME).is_file() else None) or {})
+
+
+def files_of_others(base: Path) -> list[Path]:
+    """What lies in the folder of a quantized base and was not written with it (notes, licences), as paths in it."""
+    try:
+        code = code_files(base)
+    except (OSError, SyntaxError):  # damaged, or somebody's own
+        code = []
+    ours = tuple({*PUBLISHED_NAMES, *FOREIGN_WEIGHTS, *code} - set(LICENSE_FILES))
+    return [Path(entry.name) for entry in base.iterdir() if not matches(entry.name, ours)]
+
+
+def keep_edited_card(old: Path, new: Path) -> None:
+    """Copies the card of the quantized base `old` to `new`, if somebody wrote or edited it."""
+    card = old / CARD_NAME
+    if card.is_file() and not is_as_generated(card.read_text(encoding="utf-8")):
+        shutil.copyfile(card, new / CARD_NAME)
 
 
 def base_folder(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> Path:
@@ -153,8 +204,9 @@ def check_existing_base(
 def read_matching_base(name: str | os.PathLike, config: GenieBlueConfig, access: dict[str, Any]) -> dict[str, Any]:
     """The recorded settings of a quantized copy of the base in `config`.
 
-    Raises `ValueError` if it is not quantized, or was made from another base; `OSError` if it does not exist. No
-    weights are read. Warns if its verdict is that it lost too much.
+    Raises `ValueError` if it is not quantized, was made from another base, or is a folder whose weights are not those
+    that it records (every byte is read); `OSError` if it does not exist. Warns if its verdict is that it lost too
+    much.
     """
     is_folder = os.path.isdir(name)
     if not is_folder and (is_path(name) or "/" not in os.fspath(name)):
@@ -172,6 +224,8 @@ def read_matching_base(name: str | os.PathLike, config: GenieBlueConfig, access:
             f"files with sha256 {_short(made_from)}, those of this base have {_short(own)}. Give a copy of this base, "
             "which `genieblue quantize` makes."
         )
+    if is_folder and (problems := changed_weights(Path(name), settings, CHANGED_BASE)):
+        raise ValueError(f"{name} is not what was quantized: {'; '.join(problems)}.")
     warn_of_loss(
         f"The quantized base {name}", settings, "Text answers of what is made on it lose as much, and `verify` fails: "
         "quantize it anew with more bits, or accept the loss (`push --accept-loss` of the base).", tell_accepted=True,

@@ -12,7 +12,16 @@ from transformers.utils.hub import cached_file
 
 from conversion.cpu_threads import warn_of_threads
 from conversion.origin import origin_of
-from conversion.quantization.bases import check_existing_base, check_places, check_source, record_verdict, rounding_of
+from conversion.quantization.bases import (
+    check_existing_base,
+    check_places,
+    check_source,
+    files_of_others,
+    keep_edited_card,
+    record_verdict,
+    rounding_of,
+    warn_of_parted_base,
+)
 from conversion.quantization.error import errors_by_part, measured_errors, unrelated_views, view_logits
 from conversion.quantization.healing import base_digest, warn_of_other_base
 from conversion.quantization.hessians import check_runs_by_blocks
@@ -22,7 +31,8 @@ from conversion.quantization.parts import round_parts
 from conversion.quantization.precision import QuantizationRecipe, plan_adapter, plan_base, plan_own_parts
 from conversion.quantization.rounder import Progress, Rounder
 from conversion.quantization.views import CalibrationSamples
-from conversion.staging import explained_full_disk, uninterrupted
+from conversion.staging import CONVERSION, explained_full_disk, lock_output, uninterrupted
+from conversion.unchanged import check_unchanged
 from conversion.verdict import HeldOut, nothing_measured, of_text_view, with_problems
 from hub_cards.model_folder import parameter_sizes
 from hub_cards.verdicts import measurement_rows
@@ -36,6 +46,7 @@ from modeling_genieblue.model_files_genieblue import (
     QUANTIZED_WEIGHTS_NAME,
     RECIPE_NAME,
 )
+from modeling_genieblue.saving_genieblue import prepared_save
 from modeling_genieblue.staging_genieblue import NewFolder, StagingFolder
 
 
@@ -96,14 +107,41 @@ def quantize_genieblue(
     config = _checked_config(source, samples, where)
     recipe = recipe or QuantizationRecipe.for_config(config)
     recipe.check(config)
-    access = {key: where[key] for key in ACCESS_KEYS if key in where}
-    reload = {**access, "trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     _check_options(recipe, samples, base_output, quantized_base, self_contained, budget)
     places = _places(recipe, config, output, base_output, quantized_base, self_contained)
-    check_places(
-        source, config, places.output, places.new_base, overwrite,
+    warn_of_parted_base(places.output, places.new_base)
+    check = partial(
+        check_places, source, config, places.output, places.new_base, overwrite,
         is_base_named=base_output is not None, existing_base=quantized_base,
     )  # fmt: skip
+    check()
+    of_base = nullcontext() if places.new_base is None else lock_output(places.new_base, CONVERSION)
+    with lock_output(places.output, CONVERSION), of_base:
+        check()  # another run may just have ended
+        return _quantize(
+            source, config, recipe, places, samples, budget, held_out, accept_loss, overwrite, progress, load_kwargs
+        )
+
+
+def _quantize(
+    source: str | os.PathLike,
+    config: GenieBlueConfig,
+    recipe: QuantizationRecipe,
+    places: "_Places",
+    samples: CalibrationSamples,
+    budget: Budget | None,
+    held_out: HeldOut | None,
+    accept_loss: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    load_kwargs: dict[str, Any],
+) -> QuantizationReport:
+    """The work of `quantize_genieblue`, once its arguments and places are checked, and the places are its own."""
+    where = {key: load_kwargs[key] for key in HUB_KEYS if load_kwargs.get(key) is not None}
+    access = {key: where[key] for key in ACCESS_KEYS if key in where}
+    reload = {**access, "trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
+    quantized_base = places.existing_base
+    check_unchanged(source, base_model=load_kwargs.get("base_model"), subfolder=where.get("subfolder"))
     existing = None if quantized_base is None else check_existing_base(quantized_base, recipe, config, access)
 
     load = partial(GenieBlueForConditionalGeneration.from_pretrained, source, dtype=recipe.dtype, **load_kwargs)
@@ -138,7 +176,7 @@ def quantize_genieblue(
     with (
         explained_full_disk(places.output, places.new_base),
         StagingFolder(places.output, "quantizing") as staging,
-        NewFolder(places.new_base) if places.new_base is not None else nullcontext() as new_base,
+        NewFolder(places.new_base, replace=overwrite) if places.new_base is not None else nullcontext() as new_base,
     ):
         inner_base = new_base.staging if new_base is not None else staging / INNER_BASE
         rounded = round_parts(
@@ -161,13 +199,17 @@ def quantize_genieblue(
         quantized.config.quantization["verdict"] = verdict
         if existing is None and recipe.changes_base:
             record_verdict(inner_base if new_base is not None else staging / "trial" / INNER_BASE, of_base)
-        with uninterrupted():
+        if new_base is not None:
+            quantized.config.base_model_name_or_path = str(places.new_base)
+        facts = {MEASUREMENTS_NAME: [*facts, *measurement_rows(verdict)]}
+        with uninterrupted(), prepared_save(quantized, places.output, facts=facts, replace=overwrite) as put_in_place:
+            # Both are whole by now, so that a run that is killed parts them only between a few renames.
             if new_base is not None:
-                # Before the GenieBlue, which must never point at a missing base, and whose card reads the base's. If
-                # the save fails, the context puts the old base back.
-                new_base.put_in_place()
-                quantized.config.base_model_name_or_path = str(places.new_base)
-            quantized.save_pretrained(places.output, facts={MEASUREMENTS_NAME: [*facts, *measurement_rows(verdict)]})
+                # Before the GenieBlue, which must never point at a missing base. If that one cannot be put in its
+                # place, the context puts the old base back.
+                keep_edited_card(new_base.target, new_base.staging)
+                new_base.put_in_place(files_of_others)
+            put_in_place()
             if new_base is not None:
                 new_base.keep()
     other = quantized.config.quantization["other_precision"]

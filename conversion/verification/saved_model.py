@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modeling_genieblue
+from conversion.origin import find_origin
 from conversion.verdict import HeldOut
 from conversion.verification.checks import CheckFailed
 from hub_cards.model_folder import read_model_config
@@ -144,6 +145,12 @@ class SavedModel:
         """Quantization settings in the plain base's config.json; `None` unless GenieBlue quantized it."""
         name, options = self.base
         return read_base_quantization(name, **{key: options[key] for key in HUB_KEYS if key in options})
+
+    @cached_property
+    def origin(self) -> tuple[str, dict[str, Any]]:
+        """Of a quantized model: folder or Hub id, and commit, of the 16-bit one; see `find_origin`."""
+        recorded = self.config.quantization.get("source") or {}  # pyright: ignore[reportAttributeAccessIssue]
+        return find_origin(recorded, self.folder, is_local=self.is_local)
 
     @cached_property
     def plain(self) -> PreTrainedModel:

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from conversion.unchanged import other_base_files
 from conversion.verdict import HeldOut
 from conversion.verification import clean_process
 from conversion.verification.answer_boundaries import check_answer_boundaries
@@ -40,7 +41,6 @@ from modeling_genieblue.model_files_genieblue import (
     HUB_KEYS,
     ModelFiles,
     changed_weights,
-    file_sha256,
     is_inner_folder,
     own_modules,
     own_weight_places,
@@ -172,13 +172,7 @@ def check_base_files(subject: SavedModel) -> str:
             "config.json records no sha256 of the base's files: load the base from files and save the model again."
         )
     files = ModelFiles(name, **{key: options[key] for key in HUB_KEYS if key in options})
-    found = {file: file_sha256(path) for file, path in weight_files(files.find).items()}
-    problems = [
-        f"{file} is missing" if file not in found else f"{file} is not recorded" if file not in recorded
-        else f"sha256 of {file} is {found[file]}, expected {recorded[file]}"
-        for file in sorted(recorded.keys() | found.keys())
-        if found.get(file) != recorded.get(file)
-    ]  # fmt: skip
+    problems, found = other_base_files(files, recorded)
     problems += [
         f"sha256 of {file} is {found[file]}, the base's own config.json records {sha256}: {CHANGED_BASE}"
         for file, sha256 in recorded_weights(subject.base_quantization or {}).items()

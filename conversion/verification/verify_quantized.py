@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from conversion.origin import find_origin
 from conversion.quantization.error import measured_errors, unrelated_views, view_logits
 from conversion.quantization.precision import (
     FORMATS,
@@ -224,10 +223,9 @@ def check_verdict_on_data(subject: SavedModel) -> str:
 
 def _source(subject: SavedModel) -> tuple[str, Callable[[], GenieBlueForConditionalGeneration]]:
     """Name of the 16-bit GenieBlue, and what loads it; `OSError` if it is not available, or another one by now."""
-    recorded = subject.config.quantization.get("source") or {}
-    name, where = find_origin(recorded, subject.folder, is_local=subject.is_local)
+    name, where = subject.origin
     if where:
-        where |= subject.hub
+        where = where | subject.hub
 
     def load() -> GenieBlueForConditionalGeneration:
         model = GenieBlueForConditionalGeneration.from_pretrained(

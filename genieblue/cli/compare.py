@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from genieblue.cli.options import BaseCode, Json, Revision, UnquantizedModel
-from genieblue.cli.terminal import looking_for, note, print_json, print_table, quiet_transformers, stdout_for_json
+from genieblue.cli.terminal import (
+    ended_by_sigterm,
+    looking_for,
+    note,
+    print_json,
+    print_table,
+    quiet_transformers,
+    stdout_for_json,
+)
 
 SHOWN_LENGTH = 60  # of a value in a file: a chat template may be one
 SHOWN = 10  # tensors with the largest differences; --json has all
@@ -73,7 +81,7 @@ def stack(
 
     Only blocks that the GenieBlue has copies of may differ; everything else its multimodal view shares with the base.
     """
-    with looking_for(model):
+    with looking_for(model), ended_by_sigterm():
         quiet_transformers()
         from conversion.stack import stack_on
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from genieblue.cli.options import BaseCode, FollowLinks, ImageFolder, ImageRoots, Json, Revision
+from genieblue.cli.options import BaseCode, FollowLinks, ImageFolder, ImageRoots, Json, Revision, check_picture
 from genieblue.cli.terminal import looking_for, note, print_json, print_table, quiet_transformers, stdout_for_json
 from hub_cards.short_numbers import counted
 
@@ -41,10 +41,7 @@ def check(
     Finds duplicates and images that cannot be opened, too. Reads everything once. Ends with exit code 1 if a sample
     is bad.
     """
-    if out is not None and (out.suffix.lower() != ".png" or not out.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{out} is not a PNG file in an existing folder.", param_hint="--out")
-    if out is not None:
-        import matplotlib  # noqa: F401 - a missing package is noticed before all data is read
+    check_picture(out, "--out")
     with stdout_for_json(json_output):
         quiet_transformers()
         from genieblue.data.chats import ChatDataset
@@ -61,13 +58,12 @@ def check(
         groups = {part.name: ChatDataset(part.location, **options) for part in parts}
         report = check_data(groups, processor, stop_ids=stop_ids)
         longer = sum(length > max_length for length in report.lengths) if model is not None else None
-        if out is not None:
-            draw_histograms(report, out)
     if json_output:
         print_json({**report.as_dict(), **({} if longer is None else {f"longer_than_{max_length}": longer})})
     else:
         _print_report(report, longer, max_length)
     if out is not None:
+        draw_histograms(report, out)
         note(f"Histograms: {out}")
     if report.num_bad:
         raise typer.Exit(1)

@@ -38,8 +38,15 @@ ERROR_NUMBER = re.compile(r"^\[Errno \d+\] ")
 MAY_HOLD_SECRETS = re.compile(r":/|data:|\bhf_|bearer", re.IGNORECASE)
 # transformers' list of all the model types it knows.
 ALL_KINDS = re.compile(r"\s*Model type should be one of [\w, ]*\.?")
+# What transformers adds to a refusal of code: an address on the Hub, even where the code is in a folder.
+PLACE_OF_FOLDER = re.compile(r"You can inspect the repository content at https://hf\.co/[/.]\S*[.\s]*")
 # The command line's wording for the hints of our errors (`modeling_genieblue.hints_genieblue`).
-HINTS = {"give_base": "Give the folder or Hub id of the right base with --base."}
+GIVE_BASE = "give_base"
+BASE_WORDS = {
+    True: "Give the folder or Hub id of the right base with --base.",
+    False: "This command takes no base but the recorded one.",
+}
+_takes_base = False
 
 
 def message_for_user(error: Exception) -> str | None:
@@ -75,6 +82,12 @@ def message_for_user(error: Exception) -> str | None:
     return message
 
 
+def set_takes_base(takes_base: bool) -> None:
+    """Notes whether the command that runs has an option for another base than the recorded one, which hints name."""
+    global _takes_base
+    _takes_base = takes_base
+
+
 def text_of(error: BaseException) -> str:
     """The message of an error, with its hints in the command line's wording."""
     hints = with_hints(getattr(error, "what", ""), getattr(error, "hints", ()))
@@ -82,15 +95,15 @@ def text_of(error: BaseException) -> str:
 
 
 def with_hints(what: str, hints: Iterable[str]) -> str:
-    """A text with its hints in the command line's wording; hints without an option are left out."""
-    return " ".join([what, *(HINTS[hint] for hint in hints if hint in HINTS)])
+    """A text with its hints in the command line's wording; what only Python can do is left out."""
+    return " ".join([what, *(BASE_WORDS[_takes_base] for hint in hints if hint == GIVE_BASE)])
 
 
 def command_line_message(message: str) -> str:
     """A library's message, with long network errors shortened and secrets removed."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in YES
     message = NO_ANSWER.sub(". " + (OFFLINE if offline else UNREACHABLE), message).removeprefix(". ")
-    message = ALL_KINDS.sub("", message)
+    message = PLACE_OF_FOLDER.sub("", ALL_KINDS.sub("", message))
     return without_secrets(message)
 
 

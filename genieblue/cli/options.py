@@ -1,5 +1,6 @@
 """Options shared by several commands, and their values."""
 
+import os
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from genieblue.cli.errors import set_takes_base
 
 Placement = Literal["skip", "pre", "post"]  # which quarter of the base's blocks is copied
 Structure = Literal["full", "lora", "cogvlm", "genieblue"]  # of the paper: what is trained in the language model
@@ -29,6 +32,12 @@ def check_not_empty(name: str | None) -> str | None:
     if name is not None and not name.strip():
         raise typer.BadParameter("The name is empty: give a folder or a Hub id.")
     return name
+
+
+def _other_base(name: str | None) -> str | None:
+    """As `check_not_empty`; errors about the base name the option from here on."""
+    set_takes_base(True)
+    return check_not_empty(name)
 
 
 def read_bytes(size: str) -> int:
@@ -54,7 +63,7 @@ FollowLinks = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print a single JSON document.")]
 Base = Annotated[
-    str | None, typer.Option(help="Folder or Hub id of the base, if not the recorded one.", callback=check_not_empty)
+    str | None, typer.Option(help="Folder or Hub id of the base, if not the recorded one.", callback=_other_base)
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Dtype = Annotated[Precision, typer.Option(help="Dtype to load the weights in.")]
@@ -65,6 +74,18 @@ PlacementOption = Annotated[Placement, typer.Option(help="Which quarter of the b
 ImageFolder = Annotated[
     Path | None, typer.Option(help="Folder that image paths are relative to; default: the data file's folder.")
 ]
+
+
+def check_picture(path: Path | None, option: str) -> None:
+    """`BadParameter` unless a picture can be drawn into the file `path`: before what takes long, and not after it."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.suffix.lower() != ".png" or path.is_dir() or not folder.is_dir():
+        raise typer.BadParameter(f"{path} is not a PNG file in an existing folder.", param_hint=option)
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written: give another file.", param_hint=option)
+    import matplotlib  # noqa: F401 - a missing package is noticed too
 
 
 def was_given(ctx: typer.Context, name: str) -> bool:

@@ -21,7 +21,14 @@ from genieblue.cli.options import (
     loading_options,
     read_bytes,
 )
-from genieblue.cli.terminal import looking_for, note, print_json, quiet_transformers, stdout_for_json
+from genieblue.cli.terminal import (
+    ended_by_sigterm,
+    looking_for,
+    note,
+    print_json,
+    quiet_transformers,
+    stdout_for_json,
+)
 from genieblue.cli.verdict import warn_of_failure
 from hub_cards.short_numbers import short_bytes
 
@@ -104,7 +111,7 @@ def qnn(
     check_platform()
     check_libraries_installed()
     options = loading_options(revision, trust_remote_code)
-    with stdout_for_json(json_output):
+    with stdout_for_json(json_output), ended_by_sigterm():
         quiet_transformers()
         from conversion.qnn.export import export_bundle
         from conversion.qnn.export_settings import check_vision_side

@@ -1,9 +1,5 @@
 """`genieblue quantize`: the recipe from options, the result as a table or JSON."""
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +17,13 @@ from genieblue.cli.options import (
     UnquantizedModel,
     Weights,
     check_not_empty,
+    check_picture,
     load_processor,
     loading_options,
     read_bytes,
 )
 from genieblue.cli.terminal import (
+    ended_by_sigterm,
     looking_for,
     note,
     print_json,
@@ -132,11 +130,12 @@ def quantize(
         raise typer.BadParameter("Mixed precision is chosen by measured damage: give --calibration.")
     if not calibration or group_size is not None:
         budget = None
-    if chart is not None:
-        chart = chart.expanduser()
-        _check_chart(chart, budget)
+    if chart is not None and budget is None:
+        raise typer.BadParameter("Without --calibration, or with --group-size, no formats are chosen to be drawn.")
+    chart = None if chart is None else chart.expanduser()
+    check_picture(chart, "--chart")
     options = loading_options(revision, trust_remote_code)
-    with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
+    with stdout_for_json(json_output), looking_for(model), ended_by_sigterm():
         quiet_transformers()
         recipe = QuantizationRecipe.for_config(
             GenieBlueConfig.from_pretrained(model, **options),
@@ -175,10 +174,6 @@ def quantize(
             progress=progress_bar,
             **options,
         )
-        if chart is not None and report.mixed:
-            draw(report.mixed, chart)
-        elif chart is not None:
-            note(f"No linear of the blocks has 4 bits, so no formats were chosen, and {chart} was not drawn.")
         info = model_info(report.output)
     sizes = {name: size for name, size in info.parts.items() if size is not None}
     precisions = info.precisions
@@ -186,6 +181,10 @@ def quantize(
         _print_json_report(report, sizes, precisions)
     else:
         _print_report(report, sizes, precisions, recipe.activations)
+    if chart is not None and report.mixed:
+        draw(report.mixed, chart)
+    elif chart is not None:
+        note(f"No linear of the blocks has 4 bits, so no formats were chosen, and {chart} was not drawn.")
     if not report.verdict["accepted"]:
         from conversion.quantization.remedy import what_loses_less
 
@@ -255,31 +254,6 @@ def _print_mixed(linears: list[Any]) -> None:
         for title, own in {**by_kind, "all": linears}.items()
     ]
     print_table(("linears", *FORMATS, "bits per weight", "damage at the smallest", "damage left"), rows)
-
-
-def _check_chart(chart: Path, budget: Any) -> None:
-    if budget is None:
-        raise typer.BadParameter("Without --calibration, or with --group-size, no formats are chosen to be drawn.")
-    if chart.suffix.lower() != ".png" or not chart.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{chart} is not a PNG file in an existing folder.", param_hint="--chart")
-    import matplotlib  # noqa: F401 - a missing package is noticed before everything is rounded
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Treats SIGTERM like Ctrl-C, so that hidden folders are removed on exit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signal handlers need the main thread
-        return
-
-    def end(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bits(size: Any) -> float:

@@ -7,7 +7,9 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +26,7 @@ from genieblue.cli.errors import (
     command_line_message,
     is_for_users,
     message_for_user,
+    set_takes_base,
     text_of,
     without_secrets,
 )
@@ -40,6 +43,7 @@ class ReportingGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Expands `~` for all commands: shells leave it as it is in `--out=~/x`."""
+        set_takes_base(False)  # until an option for it is read
         return super().parse_args(ctx, with_home(args))
 
     def invoke(self, ctx: Any) -> Any:
@@ -196,6 +200,23 @@ def check_name(name: str, what: str = "The model") -> None:
 def stdout_for_json(active: bool) -> contextlib.AbstractContextManager[None]:
     """If `active`, reserves stdout for one JSON document."""
     return stdout_to_stderr() if active else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Treats SIGTERM like Ctrl-C, so that hidden files and folders are removed on exit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signal handlers need the main thread
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:

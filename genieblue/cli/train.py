@@ -143,6 +143,7 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     """Trains, or plans; returns what is printed."""
     from dataclasses import asdict
 
+    from conversion.unchanged import check_unchanged
     from genieblue.data.image_folders import read_image_roots
     from genieblue.data.mixture import open_mixture
     from genieblue.evaluation.samples import EvaluationDataset
@@ -166,6 +167,9 @@ def _run(values: dict[str, Any], *, resume: bool, plan_only: bool) -> dict[str, 
     held_out = values.get("eval_data")
     validation = None if held_out is None else EvaluationDataset(held_out, **options)
     trust_remote_code = values.get("trust_remote_code", False)
+    if not plan_only:
+        with looking_for(values["model"]):
+            check_unchanged(values["model"], base_model=values.get("base"))
     chat = load_chat(
         values["model"], values.get("base"), None, values.get("dtype", "auto"), "cpu", trust_remote_code
     )  # Trainer moves it to the GPU

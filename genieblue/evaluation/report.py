@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+from conversion.staging import check_can_be_made
 from genieblue.evaluation.answer_sheet import SheetEntry, draw_answer_sheet
 from genieblue.evaluation.evaluate import Difference, Evaluation, Score
 from genieblue.evaluation.samples import NO_TASK, EvaluationDataset
@@ -59,9 +60,8 @@ def write_report(
 
 
 def check_report_folder(out: Path) -> None:
-    """`ValueError` for a folder of something else, such as a model."""
-    if out.is_file():
-        raise ValueError(f"{out} is a file: give a folder for the results.")
+    """`ValueError` for a folder of something else, such as a model; `OSError` where none can be."""
+    check_can_be_made(out)
     if out.is_dir() and any(out.iterdir()) and not (out / SUMMARY).is_file():
         raise ValueError(f"{out} contains something other than an evaluation: give a new or empty folder.")
 

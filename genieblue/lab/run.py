@@ -163,7 +163,7 @@ def make_base(name: str, out: Path) -> None:
         raise ValueError(f"Unknown base {name!r}: choose one of {', '.join(BASES)}, or give a folder or Hub id.")
     if out.exists():
         raise OSError(f"{out} is there already: give a new folder.")
-    with NewFolder(out, "base") as new:
+    with NewFolder(out, "base", replace=False) as new:
         if name == "smollm2":
             from genieblue.lab.smollm2_base import make_smollm2
 

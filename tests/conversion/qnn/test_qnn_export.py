@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -413,6 +414,14 @@ def test_the_command_hands_on_that_it_was_calibrated_on_the_held_out_chats(pair,
     command = (pair, "--soc", "sm8750", "--calibration", chats, "--out", tmp_path / "out", "--eval-data", chats)
     assert "noted" in invoke(*command).stderr
     assert given["remarks"] == ["20 held-out samples or paragraphs are in the calibration data too, so it is too kind"]
+
+
+def test_an_export_that_is_ended_leaves_no_lock(pair, chats, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(export_module, "check_unchanged", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    result = invoke(pair, "--soc", "sm8750", "--calibration", chats, "--out", tmp_path / "ended/out")
+    assert result.exit_code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert not list((tmp_path / "ended").iterdir())
 
 
 def test_a_bug_is_not_taken_for_the_compiler_s(pair, chats, tmp_path, monkeypatch):

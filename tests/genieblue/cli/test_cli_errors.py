@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import REPOSITORY, error_of, run_process
 from PIL import Image
+from tiny_genieblue import save_tiny_pair
 from tiny_models import save_tiny_base
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
@@ -67,6 +68,30 @@ def test_a_wrong_base_is_told_in_words_of_the_command_line(work, base, message):
     error = error_of("chat", "genieblue", "-p", "hi", "--base", f"./{base}")
     assert message in error.replace("./", "")
     assert "base_model=" not in error and "check_base" not in error and len(error) < 500
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (["chat", "genieblue", "-p", "hi"], "Give the folder or Hub id of the right base with --base."),
+        (["export", "lora", "genieblue", "--out", "o"], "Give the folder or Hub id of the right base with --base."),
+        (["quantize", "genieblue", "--out", "o"], "This command takes no base but the recorded one."),
+        (["stack", "genieblue", "--base", "vision/../base-2", "--out", "o"], "takes no base but the recorded one."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_missing_base_is_told_with_what_the_command_has(work, command, remedy):
+    (work / "base").rename(work / "base-2")
+    error = error_of(*command)
+    assert "that folder does not exist: put it there." in error and error.rstrip().endswith(remedy)
+
+
+@pytest.mark.parametrize("command", [["chat", "-p", "hi"], ["quantize", "--out", "o"]], ids=lambda given: given[0])
+def test_code_of_a_local_base_is_refused_with_the_option_that_allows_it(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(save_tiny_pair(tmp_path, "bluelm").parent)
+    error = error_of(command[0], "genieblue", *command[1:])
+    assert "needs Python code from its repository" in error and "the option is --trust-remote-code" in error
+    assert "hf.co" not in error and "right base" not in error
 
 
 ADDRESS = "http://us3r:passw0rd@127.0.0.1:1/x.png?key=t0ken#fr4gment"

@@ -70,6 +70,13 @@ def test_a_model_is_not_taken_for_an_output_folder(model, data):
     assert "something other than an evaluation" in error_of("eval", model, "--data", data, "--out", model)
 
 
+def test_a_report_that_could_not_be_written_is_refused_before_the_answers(data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file, so" in error_of("eval", "nowhere/m", "--data", data, "--out", tmp_path / "file/x")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "Nothing may be written in" in error_of("eval", "nowhere/m", "--data", data, "--out", tmp_path / "x")
+
+
 @pytest.mark.parametrize("content", ["", "[]", "\n\n"], ids=["nothing", "a list", "empty lines"])
 def test_data_without_samples_is_refused(model, tmp_path, content):
     (tmp_path / "data.jsonl").write_text(content)

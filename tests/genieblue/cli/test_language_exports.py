@@ -81,7 +81,7 @@ def test_an_export_that_is_killed_leaves_nothing_half_and_the_next_one_is_whole(
     killed = subprocess.run([sys.executable, "-c", KILLED, module, *command], cwd=REPOSITORY, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists()
-    assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]  # hidden, and removed by the next run
+    assert {path.name[:5] for path in tmp_path.iterdir()} == {".out."}  # hidden, and removed by the next run
     run(*command)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out/README.md").exists()

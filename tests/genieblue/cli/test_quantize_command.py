@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from command_line import error_of, run, run_json
@@ -86,6 +87,34 @@ def test_a_chart_of_no_formats_is_not_drawn(model, quantized, tmp_path, monkeypa
     options = "--llm", "w8a16", "--calibration", tmp_path / "text.txt", "--sample-length", "8"
     result = run("quantize", model, "--out", tmp_path / "new", *options, "--chart", tmp_path / "formats.png")
     assert "formats.png was not drawn" in result.stderr and not (tmp_path / "formats.png").exists()
+
+
+@pytest.mark.parametrize("place", ["dir.png", "nowhere/chart.png", "chart.pdf", "locked/chart.png"])
+@pytest.mark.parametrize("command", ["quantize", "data"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(model, data, tmp_path, place, command, monkeypatch):
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, *_mode: Path(path).name != "locked")  # root may write anywhere
+    arguments = {
+        "quantize": ["quantize", model, "--out", tmp_path / "new", "--calibration", data, "--chart"],
+        "data": ["data", "check", data, "--out"],
+    }
+    message = error_of(*arguments[command], tmp_path / place, code=2)
+    assert arguments[command][-1] in message and Path(place).name in message and not (tmp_path / "new").exists()
+
+
+def test_a_report_is_printed_before_its_picture(model, tmp_path, monkeypatch):
+    report = QuantizationReport(model, "base", {}, {}, nothing_measured(), ["a linear"])
+    monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
+    monkeypatch.setattr("genieblue.cli.quantize._print_mixed", lambda _linears: None)
+    (tmp_path / "text.txt").write_text("The answer is in the question. " * 9)
+
+    def disk_full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("conversion.quantization.mixed.draw", disk_full)
+    options = "--calibration", tmp_path / "text.txt", "--sample-length", "8", "--chart", tmp_path / "formats.png"
+    assert "Verdict: not measured" in run("quantize", model, "--out", tmp_path / "new", *options, code=1).stdout
 
 
 def test_the_json_document_has_the_whole_verdict(model, data, tmp_path):
