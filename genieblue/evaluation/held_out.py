@@ -68,7 +68,7 @@ class HeldOutData:
         for source in sources:
             of = PLAIN_TEXT if is_plain_text(source) else REFERENCES
             if of == PLAIN_TEXT:
-                paragraphs = read_paragraphs(source)
+                paragraphs = read_paragraphs(source, "held-out text")
                 self._paragraphs += paragraphs
                 self._windows += self._windows_of("\n\n".join(paragraphs))
                 sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest()

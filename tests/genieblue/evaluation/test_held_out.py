@@ -118,8 +118,10 @@ def test_data_that_is_given_twice_is_refused(pair, write):
 
 
 def test_an_empty_text_is_refused(pair, write):
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="contains no text: give a file with held-out text, such as plain prose"):
         HeldOutData([write("\n", name="text.txt")], pair[1])
+    with pytest.raises(OSError, match="cannot be read .*: give a file with held-out text"):
+        HeldOutData(["missing.txt"], pair[1])
 
 
 def test_data_that_is_calibrated_on_is_remarked_on(pair, write, caplog):
