@@ -169,11 +169,11 @@ def qnn(
 def divide_chats(chats: list[Any]) -> tuple[list[Any], list[Any]]:
     """Chats to calibrate on and chats to hold back: up to `HELD_OUT`, at most a quarter, half of them with images.
 
-    Of equal chats only the first counts, so that none is on both sides.
+    Of chats that ask the same only the first counts, so that no question is on both sides.
     """
-    from genieblue.data.chats import texts_and_paths
+    from genieblue.data.same_prompts import prompt_of
 
-    chats = list({texts_and_paths(chat): chat for chat in reversed(chats)}.values())[::-1]
+    chats = list({prompt_of(chat): chat for chat in reversed(chats)}.values())[::-1]
     count = min(HELD_OUT, len(chats) // 4)
     images = [place for place, chat in enumerate(chats) if chat.images]
     texts = [place for place, chat in enumerate(chats) if not chat.images]

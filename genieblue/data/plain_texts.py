@@ -59,7 +59,7 @@ def read_paragraphs(path: str | os.PathLike, wanted: str = "calibration samples"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, or give another file with {wanted}.") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, or give another file.") from error
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error}): give a file with {wanted}.") from error
     paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
