@@ -118,12 +118,12 @@ def qnn(
             check_vision_side(GenieBlueConfig.from_pretrained(model, revision=revision), model)
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
-        answers, remarks = None, []
+        data, remarks = None, []
         if eval_data is not None:
             from genieblue.evaluation.qnn_held_out import BundleHeldOut
 
             data = BundleHeldOut([eval_data])
-            answers, remarks = data.answers, data.compare_with_calibration(calibration, image_folder)
+            remarks = data.compare_with_calibration(calibration, image_folder)
         bundle = export_bundle(
             model,
             out,
@@ -144,7 +144,7 @@ def qnn(
             embedding_bits=embedding_bits,
             encodings=encodings,
             held_out=map(encode, held_out),
-            answers=answers,
+            eval_data=data,
             accept_loss=accept_loss,
             remarks=remarks,
             on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
@@ -265,14 +265,18 @@ def verify_qnn_bundle(
 
 def _repeated_verdict(data: Any, base: str | None, trust_remote_code: bool) -> Callable[..., dict[str, Any]]:
     """What judges a bundle on held-out `data`, given the model that it was made from."""
+    from conversion.qnn.bundle.metadata import Bundle
     from conversion.qnn.verdict import judge
     from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
     def judge_again(folder: Path, model: str, **where: Any) -> dict[str, Any]:
+        facts = Bundle(folder).metadata
+        processor = GenieBlueProcessor.from_pretrained(folder / "processor")
+        data.check(processor, facts["context_length"], facts["generation"]["eos_token_ids"])
         loaded = GenieBlueForConditionalGeneration.from_pretrained(
             model, base_model=base, trust_remote_code=trust_remote_code, **where
         )
-        requests = data.requests(GenieBlueProcessor.from_pretrained(folder / "processor"), HELD_OUT)
+        requests = data.requests(processor, HELD_OUT)
         return judge(loaded, folder, requests, data.answers, accept_loss=False)
 
     return judge_again
