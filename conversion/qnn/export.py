@@ -15,7 +15,7 @@ from conversion.chat_ids import stop_token_ids
 from conversion.origin import origin_of
 from conversion.qnn.adapters import adapter_entries
 from conversion.qnn.bundle.digests import tensors_digest, trained_digests
-from conversion.qnn.bundle.export_state import UnfinishedExport
+from conversion.qnn.bundle.export_state import UnfinishedExport, flatten
 from conversion.qnn.bundle.metadata import ADAPTER, FORMAT_VERSION, METADATA, PROBE, Bundle, list_files, signed
 from conversion.qnn.bundle.runtime_files import terms_of_base, write_runtime_files
 from conversion.qnn.bundle_base import BundleBase
@@ -42,7 +42,7 @@ from conversion.qnn.qdq.language import LanguageSettings, Part, PartResult, code
 from conversion.qnn.qdq.precision_plan import PrecisionPlan, choose_eight_bits, measure_damage
 from conversion.qnn.qdq.vision import quantize_vision
 from conversion.qnn.stored_size import matrix_budget
-from conversion.qnn.verdict import Answers, judge
+from conversion.qnn.verdict import HeldOutChats, judge, judged_on
 from conversion.quantization.healing import warn_of_other_base
 from conversion.staging import explained_full_disk, lock_output, write_json_whole
 from conversion.unchanged import check_unchanged
@@ -54,7 +54,6 @@ from modeling_genieblue import (
 from modeling_genieblue.model_files_genieblue import HUB_KEYS, RECIPE_NAME
 
 logger = logging.getLogger(__name__)
-STREAMS = "streams.npz"
 
 
 def export_bundle(
@@ -78,7 +77,7 @@ def export_bundle(
     quantized_base: str | os.PathLike | None = None,
     encodings: bool = False,
     held_out: Iterable[Mapping[str, Any]] = (),
-    answers: Answers | None = None,
+    eval_data: HeldOutChats | None = None,
     accept_loss: bool = False,
     remarks: Sequence[str] = (),
     on_step: Callable[[str, int, int], None] | None = None,
@@ -88,7 +87,8 @@ def export_bundle(
 
     Its metadata have the verdict (see `conversion.qnn.verdict`); a bundle beyond the limits is written all the same.
     A stopped export continues if it is started again with the same arguments: its finished parts are in
-    `<out>.unfinished`. With other arguments, or after an update, it is refused until that folder is removed.
+    `<out>.unfinished`. With other arguments, or after an update, it is refused until that folder is removed. Only what
+    is for the verdict may be other: then it is given anew.
 
     Args:
         soc: chip, such as `sm8750`.
@@ -110,7 +110,7 @@ def export_bundle(
             formats and rounding. A GenieBlue that was trained on them (`train --on-quantized`) belongs on them.
         encodings: also writes `qairt/`: the float graphs with AIMET `.encodings`, for Qualcomm's own converter.
         held_out: requests like `calibration`, but others, on which the bundle is compared with the model.
-        answers: also measures answers, for the verdict.
+        eval_data: chats whose answers are compared too, for the verdict.
         accept_loss: records that a bundle beyond the limits of the verdict is accepted nevertheless.
         remarks: sentences about the held-out data, for the verdict.
         on_step: called with the next step's title, the number of finished steps, and the number of all steps.
@@ -118,8 +118,8 @@ def export_bundle(
 
     Raises, before any weights are read, `ValueError` for impossible settings or a quantized GenieBlue, `OSError` for
     an output in use or a computer without the compiler, and `ModuleNotFoundError` for another library; later
-    `ValueError` for a model that the graphs do not reproduce or requests that cannot calibrate them, and
-    `CompileError` (an `OSError`) if the compiler refuses a graph.
+    `ValueError` for a model that the graphs do not reproduce, requests that cannot calibrate them or held-out chats
+    that they cannot answer, and `CompileError` (an `OSError`) if the compiler refuses a graph.
     """
     out = Path(os.path.realpath(out))
     chip = find_soc(soc)
@@ -159,10 +159,17 @@ def export_bundle(
         recipe = model.provenance.facts([RECIPE_NAME]).get(RECIPE_NAME, {})
         warn_of_other_base(recipe, lambda: None if base is None else base.digest)
         export = _Export(model, processor, chip, settings, vision_tiles, base, on_step)
+        # All that the verdict reads is read now: what is bad in it must not be found after hours.
+        requests = list(held_out)
+        if eval_data is not None:
+            eval_data.check(processor, settings.context_length, export.generation()["eos_token_ids"])
         export.run(work, calibration, divide_blocks(export.shape.num_blocks, parts), wanted)
-        if not work.is_judged:
+        asked = judged_on(requests, eval_data, accept_loss, remarks)
+        if not work.is_judged_on(asked):
             origin = origin_of(model_folder, config, out, load_options.get("revision"), hub)
-            export.judge(work, origin, lambda folder: judge(model, folder, held_out, answers, accept_loss, remarks))
+            measured = (requests, None if eval_data is None else eval_data.answers)
+            with work.judged_on(asked):
+                export.judge(work, origin, lambda folder: judge(model, folder, *measured, accept_loss, remarks))
         work.hand_over()
     return out
 
@@ -243,7 +250,7 @@ class _Export:
         with (work.bundle / "embeddings.raw").open("wb") as file:
             for rows in embedding_rows(self.model, self.rotation):
                 file.write(embeddings.encode(rows).tobytes())
-        _gather(work, [f"language_{number}" for number in range(len(parts))], calibration)
+        work.gather([f"language_{number}" for number in range(len(parts))], calibration.requests)
         sdk = read_context(work.bundle / vision["graph"]["context"])[1]
         # Written last: a bundle with metadata is complete, but for the verdict.
         metadata = {**self._metadata(records, vision, embeddings, plan), "qairt": sdk, "verdict": None}
@@ -257,7 +264,7 @@ class _Export:
     def _model_settings(self, calibration: Calibration) -> dict[str, Any]:
         """The model and calibration of an export, which must equal those of the one that it continues."""
         model = self.model
-        samples = _flatten({**calibration.requests, "tiles": calibration.tiles})
+        samples = flatten({**calibration.requests, "tiles": calibration.tiles})
         return {
             "configuration": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
             "dtype": str(model.dtype),
@@ -328,13 +335,12 @@ class _Export:
             compile_graphs(result.graphs, self.soc, folder, f"{name}.bin")
             step = work.step(name)
             np.savez(step / PROBE, **result.probe)
-            np.savez(step / STREAMS, **_flatten(result.streams))
+            work.save_streams(name, result.streams)
             if self.settings.lora == "inputs":
                 np.savez(step / ADAPTER, **adapter_entries(number, result.codes["multimodal"]))
             record = self._part_record(folder, part.blocks, result)
             work.finish(name, record)
-        with np.load(work.step(name) / STREAMS) as file:
-            streams = _unflatten(file)
+        streams = work.streams(name)
         output = part.output_name
         next_ranges = {}
         for view in VIEWS:
@@ -410,40 +416,14 @@ class _Export:
                 "scale": embeddings.scale,
                 "offset": -embeddings.zero_point,
             },
-            "generation": self._generation(),
+            "generation": self.generation(),
             "vision": vision,
             "parts": records,
         }
 
-    def _generation(self) -> dict[str, Any]:
+    def generation(self) -> dict[str, Any]:
         """The token at the start of a text, and those that end an answer."""
         config, tokenizer = self.model.generation_config, self.processor.tokenizer
         begin = tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id
         ends = stop_token_ids(tokenizer if config.eos_token_id is None else config)
         return {"bos_token_id": begin, "eos_token_ids": list(ends)}
-
-
-def _gather(work: UnfinishedExport, parts: Sequence[str], calibration: Calibration) -> None:
-    """Gathers the probes of all steps, with their requests, in one file, and their adapters in another."""
-    values = {f"request/{view}": calibration.requests[view][0] for view in VIEWS}
-    adapter: dict[str, np.ndarray] = {}
-    for name in ("vision", *parts):
-        with np.load(work.step(name) / PROBE) as file:
-            values.update({f"{name}/{key}": file[key] for key in file})
-        if (work.step(name) / ADAPTER).exists():
-            with np.load(work.step(name) / ADAPTER) as file:
-                adapter.update(file)
-    np.savez(work.bundle / PROBE, **values)
-    if adapter:
-        np.savez(work.bundle / ADAPTER, **adapter)
-
-
-def _flatten(streams: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    return {f"{view}/{number}": array for view, arrays in streams.items() for number, array in enumerate(arrays)}
-
-
-def _unflatten(file: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
-    streams: dict[str, list[np.ndarray]] = {view: [] for view in VIEWS}
-    for key in sorted(file, key=lambda key: int(key.rpartition("/")[2])):
-        streams.setdefault(key.rpartition("/")[0], []).append(file[key])
-    return streams

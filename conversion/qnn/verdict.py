@@ -8,12 +8,13 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from conversion.qnn.agreement import agreement
+from conversion.qnn.bundle.digests import tensors_digest
 from conversion.qnn.bundle.metadata import Bundle
 from conversion.qnn.bundle.runner import QnnRunner, ViewGraphs
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
@@ -40,6 +41,20 @@ LIMITS = Limits()
 Answers = Callable[[Any, QnnRunner], Mapping[str, list[dict[str, Any]]]]
 IGNORED = -100  # label of a token that no answer has
 HUGE = 1e9  # in place of infinity, which JSON does not have
+
+
+class HeldOutChats(Protocol):
+    """Chats whose answers are compared."""
+
+    digests: Sequence[str]  # one of each file and of what else its scores depend on
+
+    def check(self, processor: Any, context_length: int, stop_ids: Sequence[int]) -> None:
+        """`ValueError` that names a chat which no bundle with this context can answer, or whose image is bad."""
+        ...
+
+    def answers(self, model: Any, runner: QnnRunner) -> Mapping[str, list[dict[str, Any]]]:
+        """See `Answers`."""
+        ...
 
 
 def judge(
@@ -81,8 +96,31 @@ def judge(
         "remarks": [*said, *remarks],
         "logits": logits,
         "answers": None if scores is None else [{"view": view, **each} for view in scores for each in scores[view]],
-        "limits": {"cosine": SMALLEST_COSINE, "largest_error": LARGEST_ERROR, **asdict(LIMITS)},
+        "limits": _limits(),
     }
+
+
+def judged_on(
+    held_out: Sequence[Mapping[str, Any]], eval_data: HeldOutChats | None, accept_loss: bool, remarks: Sequence[str]
+) -> dict[str, Any]:
+    """All that the verdict on one bundle depends on, as JSON has it: with the same, it need not be given again."""
+    tensors = [
+        (name, torch.as_tensor(request[name]))
+        for request in held_out
+        for name in ("input_ids", "labels", "pixel_values")
+        if request.get(name) is not None
+    ]
+    return {
+        "held_out": tensors_digest(tensors),
+        "eval_data": None if eval_data is None else list(eval_data.digests),
+        "accept_loss": accept_loss,
+        "remarks": list(remarks),
+        "limits": _limits(),
+    }
+
+
+def _limits() -> dict[str, float]:
+    return {"cosine": SMALLEST_COSINE, "largest_error": LARGEST_ERROR, **asdict(LIMITS)}
 
 
 def _compare_logits(

@@ -13,7 +13,7 @@ import numpy as np
 
 from conversion.origin import find_origin
 from conversion.qnn.agreement import Agreement, agreement, worst
-from conversion.qnn.bundle.metadata import PROBE, Bundle, encoding_of
+from conversion.qnn.bundle.metadata import PROBE, README, Bundle, encoding_of
 from conversion.qnn.bundle.runner import CodedGraph, ViewGraphs
 from conversion.qnn.bundle.verdict_text import describe
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, boundary_names
@@ -71,7 +71,7 @@ def verify_bundle(
             on_check(check)
 
     problems = bundle.changed_files()
-    detail = "; ".join(problems) or f"{len(bundle.metadata['files'])} files are as exported"
+    detail = "; ".join(problems) or f"{len(bundle.metadata['files'].keys() - {README})} files are as exported"
     done(Check("files", not problems, detail))
     verdict = bundle.metadata["verdict"]
     done(Check("verdict of the export", verdict["accepted"], "; ".join(describe(verdict))))

@@ -126,12 +126,12 @@ def qnn(
             check_vision_side(GenieBlueConfig.from_pretrained(model, revision=revision), model)
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
         chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
-        answers, remarks = None, []
+        data, remarks = None, []
         if eval_data is not None:
             from genieblue.evaluation.qnn_held_out import BundleHeldOut
 
             data = BundleHeldOut([eval_data])
-            answers, remarks = data.answers, data.compare_with_calibration(calibration, image_folder)
+            remarks = data.compare_with_calibration(calibration, image_folder)
         bundle = export_bundle(
             model,
             out,
@@ -152,7 +152,7 @@ def qnn(
             embedding_bits=embedding_bits,
             encodings=encodings,
             held_out=map(encode, held_out),
-            answers=answers,
+            eval_data=data,
             accept_loss=accept_loss,
             remarks=remarks,
             on_step=lambda title, done, steps: note(f"[{done + 1}/{steps}] {title}"),
@@ -177,11 +177,11 @@ def qnn(
 def divide_chats(chats: list[Any]) -> tuple[list[Any], list[Any]]:
     """Chats to calibrate on and chats to hold back: up to `HELD_OUT`, at most a quarter, half of them with images.
 
-    Of equal chats only the first counts, so that none is on both sides.
+    Of chats that ask the same only the first counts, so that no question is on both sides.
     """
-    from genieblue.data.chats import texts_and_paths
+    from genieblue.data.same_prompts import prompt_of
 
-    chats = list({texts_and_paths(chat): chat for chat in reversed(chats)}.values())[::-1]
+    chats = list({prompt_of(chat): chat for chat in reversed(chats)}.values())[::-1]
     count = min(HELD_OUT, len(chats) // 4)
     images = [place for place, chat in enumerate(chats) if chat.images]
     texts = [place for place, chat in enumerate(chats) if not chat.images]
@@ -273,14 +273,18 @@ def verify_qnn_bundle(
 
 def _repeated_verdict(data: Any, base: str | None, trust_remote_code: bool) -> Callable[..., dict[str, Any]]:
     """What judges a bundle on held-out `data`, given the model that it was made from."""
+    from conversion.qnn.bundle.metadata import Bundle
     from conversion.qnn.verdict import judge
     from modeling_genieblue import GenieBlueForConditionalGeneration, GenieBlueProcessor
 
     def judge_again(folder: Path, model: str, **where: Any) -> dict[str, Any]:
+        facts = Bundle(folder).metadata
+        processor = GenieBlueProcessor.from_pretrained(folder / "processor")
+        data.check(processor, facts["context_length"], facts["generation"]["eos_token_ids"])
         loaded = GenieBlueForConditionalGeneration.from_pretrained(
             model, base_model=base, trust_remote_code=trust_remote_code, **where
         )
-        requests = data.requests(GenieBlueProcessor.from_pretrained(folder / "processor"), HELD_OUT)
+        requests = data.requests(processor, HELD_OUT)
         return judge(loaded, folder, requests, data.answers, accept_loss=False)
 
     return judge_again

@@ -1,11 +1,12 @@
 """A chat sample: parses `messages`, LLaVA's and ShareGPT's `conversations`, and refuses what would lose meaning."""
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from genieblue.data.image_folders import ImageFolders
 from genieblue.data.sample_keys import check_unread_keys, is_missing, shortened
-from modeling_genieblue.chat_messages_genieblue import IMAGE_SOURCES, image_sources
+from modeling_genieblue.chat_messages_genieblue import IMAGE_SOURCES, image_sources, with_string_contents
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 IMAGE_KEYS = ("images", "image")
@@ -15,6 +16,7 @@ TURN_KEYS = frozenset(("role", "from", "content", "value"))
 IMAGE_PART_KEYS = ("type", "image_url", "index", *IMAGE_SOURCES)
 # Other names for keys of images that are read already.
 IMAGE_NAMES = frozenset(("image_url", "image_urls", "image_path", "image_name", "image_file", "file_name"))
+IMAGE_MARK = "\0"  # in place of an image where texts are compared; a placeholder may be text
 PLACEHOLDER = "<image>"  # in data files, whatever the processor's placeholder is
 BAD_SAMPLE = (ValueError, OSError)
 
@@ -119,6 +121,12 @@ def texts_of(messages: list[dict[str, Any]]) -> list[str]:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         texts += [part["text"] for part in parts if part["type"] == "text"]
     return texts
+
+
+def written_alike(messages: list[dict[str, Any]]) -> list[list[str]]:
+    """Role and text of each message, the same for a string and for parts that say it, whatever the white space."""
+    strings = with_string_contents(messages, repeat(IMAGE_MARK))
+    return [[message["role"], " ".join(message["content"].split())] for message in strings]
 
 
 def _parse_turn(turn: Any, has_placeholders: bool, where: str) -> dict[str, Any]:

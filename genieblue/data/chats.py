@@ -5,14 +5,14 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from tqdm.auto import tqdm
 
-from genieblue.data.chat_samples import BAD_SAMPLE, ChatSample, parse_chat
+from genieblue.data.chat_samples import BAD_SAMPLE, ChatSample, parse_chat, written_alike
 from genieblue.data.image_folders import ImageFolders, check_exists
 from genieblue.data.jsonl_files import SECONDS_WITHOUT_BAR
 from genieblue.data.sources import Location, open_source
@@ -66,7 +66,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self._roots = ImageFolders(folder, image_roots or {}, follow_links)
         self._folders: dict[Path | None, ImageFolders] = {}
         self._image_counts: array | None = None  # per sample, after all are checked
-        self._hashes = array("Q")  # per sample that was checked
+        self._hashes, self._prompts = array("Q"), array("Q")  # per sample that was checked, 0 if there is none
         self._source = open_source(source)
         self.sha256 = self._source.sha256
         self._numbers: Any = range(len(self._source))
@@ -112,9 +112,16 @@ class ChatDataset(torch.utils.data.Dataset):
     def sample_hashes(self) -> set[int]:
         """Hashes of the samples that were checked, to find the same ones in other data.
 
-        They are of the texts and image paths; samples whose images are in memory are left out.
+        They are of the texts, however they are written, and image paths; samples whose images are in memory are left
+        out.
         """
         return {self._hashes[number] for number in self._numbers if number < len(self._hashes)} - {0}
+
+    def prompt_hashes(self) -> Iterator[tuple[int, int]]:
+        """Of the samples that were checked, the index and a hash of all texts but the last answer."""
+        for index, number in enumerate(self._numbers):
+            if number < len(self._prompts):
+                yield index, self._prompts[number]
 
     def first(self, count: int | None) -> Self:
         """The first `count` samples; `self` for `None`."""
@@ -159,7 +166,7 @@ class ChatDataset(torch.utils.data.Dataset):
         if outlines is None:
             return
         good, digest = array("q"), hashlib.sha256()
-        self._image_counts, self._hashes = array("I"), array("Q")
+        self._image_counts, self._hashes, self._prompts = array("I"), array("Q"), array("Q")
         bar = tqdm(outlines, "Checking the data", len(self._source), delay=SECONDS_WITHOUT_BAR)
         for number, outline in enumerate(bar):
             where = self._where(number)
@@ -175,12 +182,14 @@ class ChatDataset(torch.utils.data.Dataset):
                 logger.warning("Left out %s", message)
                 self._image_counts.append(0)
                 self._hashes.append(0)
+                self._prompts.append(0)
             else:
                 good.append(number)
-                content = texts_and_paths(sample)
-                digest.update(content)
-                is_known = all(isinstance(image, (str, os.PathLike)) for image in sample.images)
-                self._hashes.append(int.from_bytes(hashlib.sha256(content).digest()[:8]) if is_known else 0)
+                paths = [os.fspath(image) for image in sample.images if isinstance(image, (str, os.PathLike))]
+                digest.update(json.dumps([sample.messages, paths]).encode())
+                texts = written_alike(sample.messages)
+                self._hashes.append(short_hash([texts, paths]) if len(paths) == len(sample.images) else 0)
+                self._prompts.append(short_hash(texts[:-1]))
                 self._image_counts.append(len(sample.images))
         self._numbers = good
         self.sha256 = self.sha256 or digest.hexdigest()
@@ -189,10 +198,9 @@ class ChatDataset(torch.utils.data.Dataset):
             logger.warning("Skipping %d of %d samples, which are bad.", self.num_skipped, len(self._image_counts))
 
 
-def texts_and_paths(sample: ChatSample) -> bytes:
-    """What tells a sample from others: its texts and image paths; images in memory are left out."""
-    paths = [os.fspath(image) for image in sample.images if isinstance(image, (str, os.PathLike))]
-    return json.dumps([sample.messages, paths]).encode()
+def short_hash(value: Any) -> int:
+    """64 bits, not all 0, of the hash of what JSON can write."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8]) or 1
 
 
 def without_prefix(error: Exception, where: str) -> str:

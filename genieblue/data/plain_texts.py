@@ -51,17 +51,20 @@ def is_plain_text(path: str | os.PathLike) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def read_paragraphs(path: str | os.PathLike) -> list[str]:
-    """The paragraphs of a UTF-8 text file, separated by empty lines; `OSError` or `ValueError` if there are none."""
+def read_paragraphs(path: str | os.PathLike, wanted: str = "calibration samples") -> list[str]:
+    """The paragraphs of a UTF-8 text file, separated by empty lines.
+
+    `OSError` or `ValueError` if there are none; it says what is `wanted` of the file.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, or give another file.") from error
     except OSError as error:
-        raise OSError(f"{path} cannot be read ({error}): give a text file with calibration samples.") from error
+        raise OSError(f"{path} cannot be read ({error}): give a file with {wanted}.") from error
     paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     if not paragraphs:
-        raise ValueError(f"{path} contains no text: give a file with calibration samples, such as plain prose.")
+        raise ValueError(f"{path} contains no text: give a file with {wanted}, such as plain prose.")
     return paragraphs
 
 

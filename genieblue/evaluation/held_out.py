@@ -16,6 +16,7 @@ from conversion.verdict import Limits, judge, perplexity_change
 from genieblue.data.chat_samples import BAD_SAMPLE, texts_of
 from genieblue.data.chats import ChatDataset
 from genieblue.data.plain_texts import is_plain_text, read_paragraphs
+from genieblue.data.same_prompts import shared_prompts
 from genieblue.evaluation.answering import ModelAnswerer, answerer_of
 from genieblue.evaluation.evaluate import Evaluation, ScoredAnswer, compare, evaluate
 from genieblue.evaluation.samples import EvaluationDataset
@@ -68,7 +69,7 @@ class HeldOutData:
         for source in sources:
             of = PLAIN_TEXT if is_plain_text(source) else REFERENCES
             if of == PLAIN_TEXT:
-                paragraphs = read_paragraphs(source)
+                paragraphs = read_paragraphs(source, "held-out text")
                 self._paragraphs += paragraphs
                 self._windows += self._windows_of("\n\n".join(paragraphs))
                 sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest()
@@ -162,17 +163,16 @@ def compare_with_calibration(
     image_folder: Path | None = None,
 ) -> list[str]:
     """Warns of, and returns, what makes a verdict worth less: held-out chats or paragraphs that are also calibrated on
-    from `files`, or that are in another script. Languages of one script cannot be told apart."""
-    held_out, shared, texts, remarks = list(held_out), 0, [], []
-    own = {number for dataset in held_out for number in dataset.sample_hashes()}
+    from `files`, whatever their answers (see `shared_prompts`), or that are in another script. Languages of one script
+    cannot be told apart."""
+    held_out, calibration, texts, remarks = list(held_out), [], [], []
     for path in files:
         if is_plain_text(path):
             texts += read_paragraphs(path)
             continue
-        chats = ChatDataset(path, image_folder=image_folder, skip_bad=None)
-        shared += len(own & chats.sample_hashes())
-        texts += _texts(chats)
-    shared += len(set(paragraphs) & set(texts))
+        calibration.append(ChatDataset(path, image_folder=image_folder, skip_bad=None))
+        texts += _texts(calibration[-1])
+    shared = shared_prompts(held_out, calibration) + len(set(paragraphs) & set(texts))
     if shared:
         remarks.append(f"{shared} held-out samples or paragraphs are in the calibration data too, so it is too kind")
     texts_of_held_out = [*paragraphs, *(text for chats in held_out for text in _texts(chats))]

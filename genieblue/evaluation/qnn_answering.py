@@ -8,6 +8,7 @@ import numpy as np
 from conversion.chat_ids import answer_text
 from conversion.stdout import stdout_to_stderr
 from genieblue.evaluation.answering import choice_rows, image_tiles
+from genieblue.evaluation.metrics import CHOICE
 from genieblue.evaluation.samples import EvaluationSample
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
 
@@ -34,16 +35,8 @@ class BundleAnswerer:
             return [self._answer(sample, max_new_tokens) for sample in samples]
 
     def _answer(self, sample: EvaluationSample, max_new_tokens: int) -> str:
-        inputs = self.processor.apply_chat_template(
-            sample.prompt,
-            images=sample.images or None,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="np",
-        )
-        ids = np.asarray(inputs["input_ids"]).reshape(-1)
-        answer = list(self.runner.generate(ids, inputs.get("pixel_values"), max_new_tokens=max_new_tokens))
+        ids, tiles = _prompt(self.processor, sample)
+        answer = list(self.runner.generate(ids, tiles, max_new_tokens=max_new_tokens))
         return answer_text(self.processor, sample.prompt, answer)
 
     def log_likelihoods(self, sample: EvaluationSample) -> list[float]:
@@ -59,3 +52,24 @@ class BundleAnswerer:
             log_likelihoods = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
             found.append(float(log_likelihoods[np.arange(len(answer)), answer].sum()))
         return found
+
+
+def tokens_read(processor: Any, sample: EvaluationSample, stop_ids: Sequence[int]) -> int:
+    """How many tokens the graphs read of a sample, for which its images are read: all but an answer's last one."""
+    if sample.metric == CHOICE:
+        rows = choice_rows(processor, sample, image_tiles(processor, sample)[1], stop_ids)
+        return max(len(prompt) + len(answer) - 1 for prompt, answer in rows)
+    return len(_prompt(processor, sample)[0])
+
+
+def _prompt(processor: Any, sample: EvaluationSample) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ids (length,) of a sample's prompt, and its tiles."""
+    inputs = processor.apply_chat_template(
+        sample.prompt,
+        images=sample.images or None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="np",
+    )
+    return np.asarray(inputs["input_ids"]).reshape(-1), inputs.get("pixel_values")

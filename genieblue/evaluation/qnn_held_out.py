@@ -5,14 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from genieblue.data.chat_samples import BAD_SAMPLE
 from genieblue.data.collation import ChatCollator
 from genieblue.data.plain_texts import is_plain_text
 from genieblue.evaluation.answering import ModelAnswerer
 from genieblue.evaluation.evaluate import Evaluation, compare, evaluate
 from genieblue.evaluation.held_out import compare_with_calibration
-from genieblue.evaluation.qnn_answering import BundleAnswerer
+from genieblue.evaluation.qnn_answering import BundleAnswerer, tokens_read
 from genieblue.evaluation.samples import EvaluationDataset
 from modeling_genieblue.view_routing_genieblue import MULTIMODAL, TEXT
+
+MOST_NAMED = 5  # chats that are too long, in a message
 
 
 class BundleHeldOut:
@@ -23,6 +26,27 @@ class BundleHeldOut:
         for source in filter(is_plain_text, sources):
             raise ValueError(f"{source} is a text, but a bundle is compared on chats: give JSONL, or leave it out.")
         self.chats = [EvaluationDataset(source, metric=metric, skip_bad=None) for source in sources]
+        self.digests = [f"{chats.sha256} {metric}" for chats in self.chats]
+
+    def check(self, processor: Any, context_length: int, stop_ids: Sequence[int]) -> None:
+        """Encodes each chat once; `ValueError` that names those which a bundle with this context cannot answer."""
+        too_long = []
+        for chats in self.chats:
+            for place in range(len(chats)):
+                sample = chats[place]
+                try:
+                    tokens = tokens_read(processor, sample, stop_ids)
+                except BAD_SAMPLE as error:
+                    raise ValueError(f"{sample.where}: {error}") from error
+                if tokens > context_length:
+                    too_long.append(f"{sample.where} ({tokens} tokens)")
+        if too_long:
+            more = f" and {len(too_long) - MOST_NAMED} more" if len(too_long) > MOST_NAMED else ""
+            raise ValueError(
+                f"These held-out chats are longer than the context of {context_length} tokens, so a bundle cannot "
+                f"answer them: {', '.join(too_long[:MOST_NAMED])}{more}. Shorten them or leave them out, or export "
+                "with a longer context (--context-length)."
+            )
 
     def answers(self, model: Any, runner: Any) -> dict[str, list[dict[str, Any]]]:
         """By view, paired differences of the answers of a model and of its bundle, as `conversion.qnn.verdict` takes.

@@ -5,15 +5,20 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conversion.qnn.bundle.metadata import METADATA, Bundle
+import numpy as np
+
+from conversion.qnn.bundle.metadata import ADAPTER, METADATA, PROBE
+from conversion.qnn.graphs.names import VIEWS
 from conversion.staging import UNFINISHED, write_json_whole
 
 logger = logging.getLogger(__name__)
-STATE, DONE = "export.json", "done.json"
+STATE, DONE, STREAMS = "export.json", "done.json", "streams.npz"
+VERDICT = "verdict"
 LONGEST_SHOWN = 40  # characters of a setting in a message; digests are longer
 
 
@@ -69,10 +74,24 @@ class UnfinishedExport:
         """Whether only the verdict and handing over are left."""
         return (self.bundle / METADATA).is_file()
 
-    @property
-    def is_judged(self) -> bool:
-        """Whether only handing over is left."""
-        return Bundle(self.bundle).metadata["verdict"] is not None
+    def is_judged_on(self, asked: Mapping[str, Any]) -> bool:
+        """Whether the verdict in the metadata is the one on `asked`, so that only handing over is left."""
+        return self.finished(VERDICT) == asked
+
+    @contextmanager
+    def judged_on(self, asked: dict[str, Any]) -> Iterator[None]:
+        """In the block the verdict on `asked` is given; an error is followed by what is kept and how to go on."""
+        self.finish(VERDICT, {})  # until the end of the block the metadata may have either verdict
+        try:
+            yield
+        except Exception:
+            logger.warning(
+                "The bundle is finished, but for its verdict, and kept in %s: the same command goes on with the "
+                "verdict, also with other held-out data.",
+                self.folder,
+            )
+            raise
+        self.finish(VERDICT, asked)
 
     def step(self, name: str) -> Path:
         """The folder for what the step `name` leaves for later steps."""
@@ -89,10 +108,49 @@ class UnfinishedExport:
         """Records that all files of a step are written."""
         write_json_whole(self.step(name) / DONE, record)
 
+    def save_streams(self, name: str, streams: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Keeps what a step hands on: by view, an array for each request."""
+        np.savez(self.step(name) / STREAMS, **flatten(streams))
+
+    def streams(self, name: str) -> dict[str, list[np.ndarray]]:
+        """What a finished step hands on, as it was saved."""
+        streams: dict[str, list[np.ndarray]] = {view: [] for view in VIEWS}
+        with np.load(self.step(name) / STREAMS) as file:
+            for key in sorted(file, key=lambda key: int(key.rpartition("/")[2])):
+                streams.setdefault(key.rpartition("/")[0], []).append(file[key])
+        return streams
+
+    def gather(self, parts: Sequence[str], requests: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Gathers the probes of all steps, with their `requests`, in one file, and their adapters in another."""
+        values = {f"request/{view}": requests[view][0] for view in VIEWS}
+        adapter: dict[str, np.ndarray] = {}
+        for name in ("vision", *parts):
+            with np.load(self.step(name) / PROBE) as file:
+                values.update({f"{name}/{key}": file[key] for key in file})
+            if (self.step(name) / ADAPTER).exists():
+                with np.load(self.step(name) / ADAPTER) as file:
+                    adapter.update(file)
+        np.savez(self.bundle / PROBE, **values)
+        if adapter:
+            np.savez(self.bundle / ADAPTER, **adapter)
+
     def hand_over(self) -> None:
-        """Moves the bundle to `out` and removes the rest."""
-        os.rename(self.bundle, self.out)
+        """Moves the bundle to `out` and removes the rest; `FileExistsError` if something else is there by now."""
+        try:
+            os.rename(self.bundle, self.out)
+        except OSError as error:
+            if not os.path.lexists(self.out):
+                raise
+            raise FileExistsError(
+                f"{self.out} appeared while the bundle was made: move it away, then give the same command again. The "
+                f"finished bundle is kept in {self.folder}."
+            ) from error
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def flatten(streams: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays by `<view>/<number of the request>`, as one file has them."""
+    return {f"{view}/{number}": array for view, arrays in streams.items() for number, array in enumerate(arrays)}
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from conversion.qnn.graphs.names import is_lora
 from conversion.qnn.qdq.encoding import Encoding
 
 METADATA = "metadata.json"
+README = "README.md"
 ADAPTER, PROBE = "adapter.npz", "probe.npz"
 FORMAT_VERSION = 3
 OWN_DIGEST = "sha256"  # key in the metadata
@@ -87,12 +88,17 @@ class Bundle:
         return self.folder / relative
 
     def changed_files(self) -> list[str]:
-        """A sentence for each file that is missing, unknown, or has other contents than were exported."""
+        """A sentence for each file that is missing, unknown, or has other contents than were exported.
+
+        The README may have any contents: nothing runs it, and whoever publishes a bundle describes it there.
+        """
         problems = []
         for name, facts in self.metadata["files"].items():
             path = self.path(name)
             if not path.is_file():
                 problems.append(f"{name} is missing")
+            elif name == README:
+                continue
             elif path.stat().st_size != facts["bytes"]:
                 problems.append(f"{name} has {path.stat().st_size} bytes, {facts['bytes']} were exported")
             elif _sha256(path) != facts["sha256"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import StrictUndefined, Template
 
+from conversion.qnn.bundle.metadata import README
 from conversion.qnn.bundle.verdict_text import describe
 from hub_cards.model_card import License, base_facts, card_metadata, folder_facts
 
@@ -22,7 +23,7 @@ def write_runtime_files(folder: Path, metadata: Mapping[str, Any], processor: An
     backend, genie = _backend_settings(metadata["soc"]), _genie_settings(metadata)
     for name, value in ((BACKEND_FILE, backend), ("genie_config.json", genie)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(render_readme(metadata, (folder / "qairt").is_dir()), encoding="utf-8")
+    (folder / README).write_text(render_readme(metadata, (folder / "qairt").is_dir()), encoding="utf-8")
 
 
 def render_readme(metadata: Mapping[str, Any], has_float_graphs: bool) -> str:

@@ -99,6 +99,34 @@ def test_a_failed_bundle_is_refused_and_says_so_itself_once_accepted(hub, tmp_pa
     assert "accepted by whoever exported it" in (tmp_path / "again/README.md").read_text()
 
 
+def edit(folder: Path, *removed: str) -> str:
+    """Adds a sentence to the README of a bundle, without lines that have one of the words; the new text."""
+    path = folder / "README.md"
+    kept = [line for line in path.read_text().splitlines() if not any(word in line for word in removed)]
+    path.write_text("\n".join([*kept, "Made for Zürich's trams."]) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def test_an_edited_readme_is_published(hub, bundle, tmp_path):
+    edited = edit(bundle)
+    result = push(bundle, REPO)
+    assert result.exit_code == 0, result.output
+    again = Path(snapshot_download(REPO, local_dir=tmp_path / "again"))
+    assert (again / "README.md").read_text(encoding="utf-8") == edited
+    assert Bundle(again).metadata["files"] == list_files(again)
+
+
+@pytest.mark.parametrize("removed", [(), ("do not ship it",)], ids=["kept", "mark removed"])
+def test_an_edited_readme_says_that_the_loss_was_accepted(hub, tmp_path, removed):
+    failed = make_bundle(tmp_path / "bundle", verdict("failed", accepted=False))
+    edit(failed, *removed)
+    assert push(failed, REPO).exit_code == 1
+    assert push(failed, REPO, "--accept-loss").exit_code == 0
+    published = (Path(snapshot_download(REPO, local_dir=tmp_path / "again")) / "README.md").read_text(encoding="utf-8")
+    assert published.count("accepted by whoever exported it") == 1 and "trams" in published
+    assert "do not ship it" not in published and "verdict: failed, accepted" in published
+
+
 def test_a_local_path_is_not_published(hub, bundle, tmp_path):
     metadata = json.loads((bundle / "metadata.json").read_text())
     for name, published in (("../../private/reader-2", "../reader-2"), ("you/reader-2", "you/reader-2")):

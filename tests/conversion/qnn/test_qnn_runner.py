@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime", reason="needs an extra with ONNX Runtime")
 
-from conversion.qnn.bundle.metadata import Bundle, read_adapter, signed
+from conversion.qnn.bundle.metadata import Bundle, list_files, read_adapter, signed
 from conversion.qnn.bundle.runner import QnnRunner
 from conversion.qnn.graphs.chunked_decoder import ChunkedDecoder, DecoderShape
 from genieblue.cli.app import app
@@ -101,6 +101,13 @@ def test_files_of_others_are_named(tmp_path):
     problems = Bundle(save(tmp_path, signed(metadata()))).changed_files()
     assert problems[-1] == "mine.txt is not a file of the bundle (remove it)"
     assert not any(".gitattributes" in problem for problem in problems)
+
+
+def test_a_readme_may_be_edited(tmp_path):
+    (tmp_path / "README.md").write_text("as exported")
+    Bundle(save(tmp_path, signed({**metadata(), "files": list_files(tmp_path)})))
+    (tmp_path / "README.md").write_text("with notes of mine")
+    assert Bundle(tmp_path).changed_files() == []
 
 
 def test_an_adapter_file_is_taken_by_its_own_bundle_only(tmp_path):

@@ -68,7 +68,9 @@ def test_4_bits_of_a_random_model_fail_and_the_bundle_says_so(model, tmp_path, m
 
 def test_chats_are_held_back_of_both_kinds_and_never_the_only_one():
     def chats(texts, images):
-        return [SimpleNamespace(images=[1] * (place >= texts), messages=place) for place in range(texts + images)]
+        messages = [[{"role": "user", "content": f"{place}?"}, {"role": "assistant", "content": "x"}]
+                    for place in range(texts + images)]  # fmt: skip
+        return [SimpleNamespace(images=[1] * (place >= texts), messages=each) for place, each in enumerate(messages)]
 
     kept, held = divide_chats(chats(36, 36))
     assert len(kept) == 72 - HELD_OUT and [bool(chat.images) for chat in held] == [False] * 4 + [True] * 4

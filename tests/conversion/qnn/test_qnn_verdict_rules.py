@@ -183,16 +183,21 @@ def test_verify_gates_cosine_and_error_of_an_output_against_float(found, ok):
     assert [check.ok for check in _report(measured, gates_float=False)] == [True]
 
 
-def test_a_chat_that_is_there_twice_is_not_held_back_from_itself():
+def test_a_question_that_is_there_twice_is_not_held_back_from_itself(tmp_path):
     from genieblue.cli.qnn import divide_chats
 
-    def chat(number):
-        messages = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "x"}]
-        return ChatSample(messages, ["a.png"] * (number % 2), f"chats:{number}")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(b"the same image")
 
-    kept, held = divide_chats([chat(number % 20) for number in range(40)])
+    def chat(number, name, answer, is_in_parts):
+        content = [{"type": "text", "text": f"{number}?"}] if is_in_parts else f"{number}?"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        return ChatSample(messages, [tmp_path / f"{name}.png"] * (number % 2), f"chats:{number}")
+
+    chats = [chat(number, "a", "x", False) for number in range(20)]
+    kept, held = divide_chats([*chats, *(chat(number, "b", "y", True) for number in range(20))])
     assert len(kept) + len(held) == 20 and len(held) == 5
-    assert not [one for one in held if one.messages in [other.messages for other in kept]]
+    assert {chat.messages[-1]["content"] for chat in (*kept, *held)} == {"x"}
 
 
 @pytest.mark.parametrize(

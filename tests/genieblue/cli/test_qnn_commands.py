@@ -92,6 +92,8 @@ def run(*command) -> tuple[int, str]:
 def test_verify_hands_held_out_chats_to_the_verdict_on_a_bundle(bundle, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="needs the extra `qnn`")
     from conversion.qnn import verdict, verify
+    from conversion.qnn.bundle.metadata import FORMAT_VERSION, signed
+    from genieblue.evaluation.qnn_held_out import BundleHeldOut
 
     chats, given = tmp_path / "chats.jsonl", {}
     chat = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
@@ -101,6 +103,9 @@ def test_verify_hands_held_out_chats_to_the_verdict_on_a_bundle(bundle, tmp_path
         given.update(verdict_on(bundle, "reader", revision="abc"))
         return []
 
+    facts = {"format_version": FORMAT_VERSION, "context_length": 64, "generation": {"eos_token_ids": [2]}}
+    (bundle / "metadata.json").write_text(json.dumps(signed(facts)))
+    monkeypatch.setattr(BundleHeldOut, "check", lambda _self, *asked: given.update(checked=asked))
     monkeypatch.setattr(verify, "verify_bundle", verify_bundle)
     monkeypatch.setattr(verdict, "judge", lambda *given, **options: {"judged": given, **options})
     monkeypatch.setattr(
@@ -109,6 +114,7 @@ def test_verify_hands_held_out_chats_to_the_verdict_on_a_bundle(bundle, tmp_path
     monkeypatch.setattr("modeling_genieblue.GenieBlueProcessor.from_pretrained", lambda folder: folder)
     code, output = run("verify", bundle, "--eval-data", chats, "--metric", "anls", "--trust-remote-code")
     assert code == 0, output
+    assert given["checked"] == (bundle / "processor", 64, [2])
     model, folder, requests, answers = given["judged"]
     assert model == (("reader",), {"base_model": None, "trust_remote_code": True, "revision": "abc"})
     assert folder == bundle and answers.__self__.chats[0][0].metric == "anls" and not given["accept_loss"]

@@ -10,8 +10,7 @@ from PIL import Image
 from tiny_quantized import save_large_pair, with_processor
 
 from conversion.quantization import quantize as quantize_module
-from conversion.quantization.precision import QuantizationRecipe
-from conversion.quantization.quantize import QuantizationReport, quantize_genieblue
+from conversion.quantization.quantize import QuantizationReport
 from conversion.verdict import Limits, nothing_measured
 from genieblue.cli.verdict import open_held_out
 from modeling_genieblue.quantized_settings_genieblue import QUANTIZED_PARTS
@@ -26,7 +25,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized(model, tmp_path_factory):
-    return quantize_genieblue(model, tmp_path_factory.mktemp("quantized") / "model", QuantizationRecipe()).output
+    folder = tmp_path_factory.mktemp("quantized") / "whole"
+    quantize_module.quantize_genieblue(model, folder, self_contained=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +158,6 @@ def test_options_about_answers_need_chats(model, data, tmp_path, option):
 
 LOST = {"result": "failed", "accepted": False, "reasons": ["it lost 9 points"]}
 TOLD = "lost too much by its verdict: it lost 9 points. Expect worse answers"
-
-
-@pytest.fixture(scope="module")
-def quantized(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantized") / "whole"
-    quantize_module.quantize_genieblue(model, folder, self_contained=True)
-    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from tiny_genieblue import change_adapter
 from training_setup import make_base, make_model
 
 from conversion.verdict import Limits
-from genieblue.evaluation.held_out import HeldOutData
+from genieblue.evaluation.held_out import HeldOutData, compare_with_calibration
+from genieblue.evaluation.samples import EvaluationDataset
 from hub_cards.verdicts import FAILED, PLAIN_TEXT, REFERENCES, UNDECIDED
 
 WORDS = "The answer is in the question, and the question is in the other answer.\n\n"
@@ -118,8 +119,10 @@ def test_data_that_is_given_twice_is_refused(pair, write):
 
 
 def test_an_empty_text_is_refused(pair, write):
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="contains no text: give a file with held-out text, such as plain prose"):
         HeldOutData([write("\n", name="text.txt")], pair[1])
+    with pytest.raises(OSError, match="cannot be read .*: give a file with held-out text"):
+        HeldOutData(["missing.txt"], pair[1])
 
 
 def test_data_that_is_calibrated_on_is_remarked_on(pair, write, caplog):
@@ -129,6 +132,42 @@ def test_data_that_is_calibrated_on_is_remarked_on(pair, write, caplog):
         data.compare_with_calibration([write(chats[1], name="calibration.jsonl"), write(WORDS, name="more.txt")])
     assert "2 held-out samples or paragraphs are in the calibration data too" in data.remarks[0]
     assert "too kind" in caplog.text
+
+
+ASKED = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "Which?"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "answer", "shared"),
+    [
+        (ASKED, "4", True),
+        (ASKED, [{"type": "text", "text": "4"}], True),
+        (ASKED, "four", True),
+        ([ASKED[0], {"type": "text", "text": " Which? "}], "4", True),
+        ([{"type": "image", "image": "copy.png"}, ASKED[1]], "4", True),
+        ([{"type": "image", "image": "blue.png"}, ASKED[1]], "4", False),
+        ([ASKED[1], ASKED[0]], "4", False),
+        (ASKED[1:], "4", False),
+        ([ASKED[0], {"type": "text", "text": "Who?"}], "4", False),
+    ],
+    ids=["same", "answer in parts", "another answer", "spaces", "another path", "another image", "image behind",
+         "no image", "another question"],
+)  # fmt: skip
+def test_a_question_is_recognized_however_it_is_written_and_answered(write, tmp_path, content, answer, shared):
+    (tmp_path / "copy.png").write_bytes((tmp_path / "red.png").read_bytes())
+    Image.new("RGB", (48, 24), "blue").save(tmp_path / "blue.png")
+    held_out = [EvaluationDataset(write(question("Which?", image=True), question("How many?")), skip_bad=None)]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    calibration = write({"messages": turns}, {"messages": turns}, name="calibration.jsonl")
+    remarks = compare_with_calibration(held_out, (), [calibration, calibration])
+    assert [remark[:19] for remark in remarks] == ["1 held-out samples "] * shared
+
+
+def test_a_text_in_parts_is_the_text(write):
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Some."}]
+    held_out = [EvaluationDataset(write(question("How many?")), skip_bad=None)]
+    assert compare_with_calibration(held_out, (), [write({"messages": turns}, name="calibration.jsonl")])
 
 
 def test_calibration_in_another_script_is_remarked_on(pair, write):

@@ -56,6 +56,38 @@ def test_logits_are_read_of_the_first_chats_of_each_view_in_all_files(tmp_path):
     assert all(set(each["labels"]) != {-100} for each in found)
 
 
+@pytest.fixture(scope="module")
+def processor():
+    return GenieBlueProcessor.from_pretrained(with_processor(large_pair()))
+
+
+def test_chats_that_are_longer_than_the_context_are_named(tmp_path, processor):
+    path = write_chats(tmp_path / "a.jsonl", "Why?", *["Why is it what it is? " * 20] * 7)
+    data, stops = BundleHeldOut([path]), [processor.tokenizer.eos_token_id]
+    data.check(processor, 1000, stops)
+    told = r"longer than the context of 64 .*a\.jsonl:2 \(\d+ tokens\), .* and 2 more\. Shorten.*--context-length"
+    with pytest.raises(ValueError, match=told) as error:
+        data.check(processor, 64, stops)
+    assert "jsonl:1 " not in str(error.value)
+
+
+def test_a_choice_is_read_with_its_prompt(tmp_path, processor):
+    chat = {"messages": [{"role": "user", "content": "Why?"}], "answers": "so", "choices": ["so", "and so on " * 30]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(chat) + "\n")
+    data, stops = BundleHeldOut([tmp_path / "a.jsonl"]), [processor.tokenizer.eos_token_id]
+    data.check(processor, 1000, stops)
+    with pytest.raises(ValueError, match=r"a\.jsonl:1 \(\d+ tokens\)"):
+        data.check(processor, 64, stops)
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_chat(tmp_path, processor):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-40])  # its size can be read
+    data = BundleHeldOut([write_chats(tmp_path / "a.jsonl", "<image>What?", image="a.png")])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: .*image"):
+        data.check(processor, 1000, [processor.tokenizer.eos_token_id])
+
+
 def test_answers_of_all_files_are_paired_by_view(tmp_path, monkeypatch):
     files = [write_chats(tmp_path / f"{name}.jsonl", "One?", "Two?") for name in "ab"]
 
