@@ -100,7 +100,7 @@ def main() -> None:
     data = EvaluationDataset(arguments.held_out).first(arguments.images)
     windows = read_windows(arguments.text, processor.tokenizer, arguments.text_tokens)
     encode = ChatCollator(processor).encode
-    chats, held_back = divide_chats(read_chats(arguments.calibration, arguments.samples + HELD_OUT))
+    chats, held_back = divide_chats(read_chats(arguments.calibration, arguments.samples + HELD_OUT), arguments.samples)
 
     own = measure_model(arguments.model, windows, data, arguments.new_tokens)
     rows: dict[str, dict[str, Any]] = {"PyTorch": own}

@@ -55,7 +55,7 @@ def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
                     "value": f"{100 * each['second']:.1f} %, in 16 bits {100 * each['first']:.1f} % "
                     f"({100 * each['difference']:+.1f} ± {answer_error(each):.1f} points)",
                     "how": f"{each['count']} samples of {names[REFERENCES]}, greedy; ± one standard error of the "
-                    "difference",
+                    "difference, at least the weight of one sample",
                 }
             )
         for each in found["perplexity"]:
@@ -66,4 +66,13 @@ def measurement_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
                     "how": f"{each['tokens']} tokens in {each['samples']} samples of {names[each['of']]}",
                 }
             )
+    for part, errors in (verdict.get("error_by_part") or {}).items():
+        value = ", ".join(f"{view} {error:.3f}" for view, error in sorted(errors.items(), reverse=True))
+        rows.append(
+            {
+                "name": f"Error of each view's logits with only `{part}` rounded",
+                "value": value,
+                "how": f"relative L2, at the first tokens of references of {names[REFERENCES]}",
+            }
+        )
     return rows

@@ -78,6 +78,8 @@ def judge(
     logits, left_out = _compare_logits(model, runner, list(held_out))
     scores = None if answers is None else answers(model, runner)
     findings = [finding for view, found in logits.items() for finding in _logit_findings(view, found)]
+    if scores is None:  # near logits do not show that answers are kept
+        findings.append((UNKNOWN, "answers were not compared: give held-out chats (--eval-data)"))
     for view, found in (scores or {}).items():
         findings.append(answers_finding(f"the {view} view's answers", found[0], LIMITS.answer_loss))
     context = runner.bundle.metadata["context_length"]

@@ -24,7 +24,7 @@ from conversion.quantization.rounding import TOP_CODE
 from conversion.verdict import nothing_measured
 from conversion.verification.checks import CheckFailed, fail_on
 from conversion.verification.saved_model import SavedModel, foreign_code
-from hub_cards.verdicts import FAILED, summary
+from hub_cards.verdicts import FAILED, measurement_rows, summary
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
@@ -215,7 +215,8 @@ def check_verdict_on_data(subject: SavedModel) -> str:
     subject.release()  # the 16-bit model needs the memory
     verdict = subject.held_out.verdict(subject.held_out.measure(load()), after)
     verdict["accepted"] |= _is_accepted(subject.config.quantization.get("verdict") or {})
-    found = f"against {source}: {summary(verdict)}"
+    figures = [f"{row['name']}: {row['value']}" for row in measurement_rows(verdict)]
+    found = "; ".join([f"against {source}: {summary(verdict)}", *figures])
     if not verdict["accepted"]:
         raise CheckFailed(found)
     return found

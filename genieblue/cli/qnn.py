@@ -125,7 +125,7 @@ def qnn(
             # Has the clearest error for another kind of model.
             check_vision_side(GenieBlueConfig.from_pretrained(model, revision=revision), model)
             encode = ChatCollator(GenieBlueProcessor.from_pretrained(model, **options)).encode
-        chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder))
+        chats, held_out = divide_chats(read_chats(calibration, samples + HELD_OUT, image_folder=image_folder), samples)
         data, remarks = None, []
         if eval_data is not None:
             from genieblue.evaluation.qnn_held_out import BundleHeldOut
@@ -174,15 +174,16 @@ def qnn(
         raise typer.Exit(1)
 
 
-def divide_chats(chats: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Chats to calibrate on and chats to hold back: up to `HELD_OUT`, at most a quarter, half of them with images.
+def divide_chats(chats: list[Any], samples: int) -> tuple[list[Any], list[Any]]:
+    """Chats to calibrate on, up to `samples`, and up to `HELD_OUT` to hold back, half of them with images.
 
-    Of chats that ask the same only the first counts, so that no question is on both sides.
+    If there are not enough for both, a quarter is held back. Of chats that ask the same only the first counts, so that
+    no question is on both sides.
     """
     from genieblue.data.same_prompts import prompt_of
 
     chats = list({prompt_of(chat): chat for chat in reversed(chats)}.values())[::-1]
-    count = min(HELD_OUT, len(chats) // 4)
+    count = min(HELD_OUT, max(len(chats) // 4, len(chats) - samples))
     images = [place for place, chat in enumerate(chats) if chat.images]
     texts = [place for place, chat in enumerate(chats) if not chat.images]
     # Never the only one of its kind: without an image, nothing can be calibrated.
@@ -205,7 +206,8 @@ def _print_bundle(bundle: Path, soc: str, verdict: dict[str, Any], as_json: bool
     for line in describe(verdict):
         typer.echo(line)
     typer.echo(f"{bundle}: {short_bytes(sum(files.values()))} in {len(files)} files, for {soc}.")
-    note(f"Next: genieblue verify {bundle}; genieblue chat --qnn {bundle} --image photo.jpg --prompt …")
+    if verdict["accepted"]:
+        note(f"Next: genieblue verify {bundle}; genieblue chat --qnn {bundle} --image photo.jpg --prompt …")
 
 
 @export_app.command()

@@ -72,11 +72,13 @@ def test_chats_are_held_back_of_both_kinds_and_never_the_only_one():
                     for place in range(texts + images)]  # fmt: skip
         return [SimpleNamespace(images=[1] * (place >= texts), messages=each) for place, each in enumerate(messages)]
 
-    kept, held = divide_chats(chats(36, 36))
+    kept, held = divide_chats(chats(36, 36), 64)
     assert len(kept) == 72 - HELD_OUT and [bool(chat.images) for chat in held] == [False] * 4 + [True] * 4
-    kept, held = divide_chats(chats(15, 1))
+    kept, held = divide_chats(chats(15, 1), 64)
     assert not [chat for chat in held if chat.images] and len(kept) + len(held) == 16
-    assert divide_chats(chats(1, 2))[1] == []
+    assert divide_chats(chats(1, 2), 64)[1] == []
+    kept, held = divide_chats(chats(8, 8), 8)  # as many to calibrate on as were asked for
+    assert len(kept) == 8 and len(held) == HELD_OUT
 
 
 # The verdict repeated

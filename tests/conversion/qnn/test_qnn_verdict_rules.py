@@ -195,7 +195,7 @@ def test_a_question_that_is_there_twice_is_not_held_back_from_itself(tmp_path):
         return ChatSample(messages, [tmp_path / f"{name}.png"] * (number % 2), f"chats:{number}")
 
     chats = [chat(number, "a", "x", False) for number in range(20)]
-    kept, held = divide_chats([*chats, *(chat(number, "b", "y", True) for number in range(20))])
+    kept, held = divide_chats([*chats, *(chat(number, "b", "y", True) for number in range(20))], 64)
     assert len(kept) + len(held) == 20 and len(held) == 5
     assert {chat.messages[-1]["content"] for chat in (*kept, *held)} == {"x"}
 
