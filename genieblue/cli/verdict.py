@@ -19,11 +19,16 @@ EvalMetric = Annotated[
     typer.Option(help="For held-out chats that name none; default: choice with `choices`, else exact."),
 ]
 MaxAnswerLoss = Annotated[
-    float | None, typer.Option(help=f"Points that the answers of a view may lose; default: {Limits.answer_loss:g}.")
+    float | None,
+    typer.Option(
+        help=f"Points that the answers of a view may lose; default: {Limits.answer_loss:g}, or as recorded (`verify`)."
+    ),
 ]
 MaxPerplexityRatio = Annotated[
     float | None,
-    typer.Option(help=f"Largest perplexity over that in 16 bits; default: {Limits.perplexity_ratio:g}."),
+    typer.Option(
+        help=f"Most times the perplexity in 16 bits; default: {Limits.perplexity_ratio:g}, or as recorded (`verify`)."
+    ),
 ]
 AcceptLoss = Annotated[
     bool, typer.Option("--accept-loss", help="Exit with 0, and allow `push`, even if the verdict is that it failed.")

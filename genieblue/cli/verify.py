@@ -43,6 +43,7 @@ def verify(
     model's repository, in a separate process. For a bundle, --base is the model to compare its text graphs with.
 
     --eval-data repeats the verdict on a quantized GenieBlue or a bundle, against the 16-bit one that it was made from.
+    A bundle is compared on chats, by the limits of its export.
     """
     bundled, limits = is_bundle(model), ("max_answer_loss", "max_perplexity_ratio")
     if bundled:

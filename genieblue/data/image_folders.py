@@ -75,10 +75,10 @@ class ImageFolders:
         if Path(path).is_relative_to(folder):
             return path
         leaves_by_link = Path(os.path.abspath(folder / rest)).is_relative_to(folder)
-        remedy = "follow links with `follow_links` (--follow-links)" if leaves_by_link else "move it inside"
+        links = "follow links with `follow_links` (--follow-links) or " if leaves_by_link else ""
         raise ValueError(
-            f"{where}: the image {shown(name)} is outside {folder} (at {shown(path)}); {remedy}, or give another "
-            "`image_folder` (--image-folder)."
+            f"{where}: the image {shown(name)} is outside {folder} (at {shown(path)}); move it inside. Commands with "
+            f"these options can {links}read another `image_folder` (--image-folder)."
         )
 
 
