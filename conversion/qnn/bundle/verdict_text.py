@@ -24,8 +24,6 @@ def describe(verdict: Mapping[str, Any]) -> list[str]:
         f"bundle, of {score['count']}"
         for score in verdict["answers"] or []
     ]
-    if verdict["answers"] is None:
-        lines.append("answers were not measured")
     return [*lines, f"verdict: {summary(verdict)}"]
 
 

@@ -36,10 +36,11 @@ def bundle(model, tmp_path_factory):
 
 def test_8_bits_pass_on_requests_that_were_held_back(bundle):
     verdict = Bundle(bundle).metadata["verdict"]
-    assert (verdict["result"], verdict["accepted"], verdict["reasons"]) == ("passed", True, [])
+    assert (verdict["result"], verdict["accepted"]) == ("not measured", True)
+    assert verdict["reasons"] == ["answers were not compared: give held-out chats (--eval-data)"]
     assert {view: found["requests"] for view, found in verdict["logits"].items()} == {"text": 4, "multimodal": 4}
     readme = (bundle / "README.md").read_text()
-    assert all(line in readme for line in describe(verdict)) and "answers were not measured" in readme
+    assert all(line in readme for line in describe(verdict)) and "answers were not compared" in readme
 
 
 def test_labels_choose_the_logits_that_count(model, bundle):
@@ -102,7 +103,7 @@ def test_the_verdict_is_repeated_against_the_model_that_the_bundle_was_made_from
         return judge(loaded, folder, requests(6)[4:], None, False)
 
     ok, detail = repeated(bundle, judge_again)
-    assert ok and detail.startswith(f"against {model.name_or_path}; text view, logits of") and "passed" in detail
+    assert ok and detail.startswith(f"against {model.name_or_path}; text view, logits of") and "verdict: not measured" in detail
     monkeypatch.setattr(verdict_module, "SMALLEST_COSINE", 1.1)
     ok, detail = repeated(bundle, judge_again)
     assert not ok and "verdict: failed" in detail

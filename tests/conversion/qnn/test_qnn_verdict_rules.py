@@ -41,11 +41,22 @@ def own_logits(ids: np.ndarray) -> np.ndarray:
     return logits
 
 
+def answering(**differences):
+    def score(difference):
+        return {"task": "all", "first": 0.8, "second": 0.8 + difference, "difference": difference,
+                "standard_error": 0.01, "count": 400}  # fmt: skip
+
+    return lambda _model, _runner: {view: [score(difference)] for view, difference in differences.items()}
+
+
+EQUAL = answering(text=0.0, multimodal=0.0)
+
+
 @pytest.fixture
 def judge(monkeypatch):
     """Judges a bundle whose logits are the model's after `change`, a function of logits and the request's number."""
 
-    def judged(held_out, change=lambda logits, _number: logits, answers=None, **options):
+    def judged(held_out, change=lambda logits, _number: logits, answers=EQUAL, **options):
         runner = SimpleNamespace(
             bundle=SimpleNamespace(metadata={"context_length": CONTEXT}), embed=lambda ids, _tiles: np.asarray(ids)
         )
@@ -68,6 +79,13 @@ def test_equal_logits_pass(judge):
     found = judge(requests())
     assert (found["result"], found["reasons"], found["remarks"]) == ("passed", [], [])
     assert {view: each["requests"] for view, each in found["logits"].items()} == {"text": 4, "multimodal": 4}
+
+
+def test_equal_logits_do_not_show_that_answers_are_kept(judge):
+    found = judge(requests(), answers=None)
+    assert (found["result"], found["accepted"]) == ("not measured", True)
+    assert found["reasons"] == ["answers were not compared: give held-out chats (--eval-data)"]
+    assert judge(requests(), lambda logits, _: logits[:, ::-1], answers=None)["result"] == "failed"
 
 
 def test_answers_beyond_the_context_are_not_measured(judge):
@@ -138,14 +156,6 @@ def test_a_perplexity_counts_only_beyond_its_standard_error(judge):
 
     spread = judge(requests(), unsure_once)
     assert spread["result"] == "too few samples to tell" and "too near to 1.15" in spread["reasons"][0]
-
-
-def answering(**differences):
-    def score(difference):
-        return {"task": "all", "first": 0.8, "second": 0.8 + difference, "difference": difference,
-                "standard_error": 0.01, "count": 400}  # fmt: skip
-
-    return lambda _model, _runner: {view: [score(difference)] for view, difference in differences.items()}
 
 
 def test_answers_are_judged_by_view(judge):
