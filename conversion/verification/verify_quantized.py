@@ -24,7 +24,7 @@ from conversion.quantization.rounding import TOP_CODE
 from conversion.verdict import nothing_measured
 from conversion.verification.checks import CheckFailed, fail_on
 from conversion.verification.saved_model import SavedModel, foreign_code
-from hub_cards.verdicts import FAILED, measurement_rows, summary
+from hub_cards.verdicts import FAILED, failures, measurement_rows, summary
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.model_files_genieblue import (
     ADAPTER_FOLDER,
@@ -200,7 +200,8 @@ def check_verdict(subject: SavedModel) -> str:
     of_base = (subject.base_quantization or {}).get("verdict") or nothing_measured()
     is_known = set(of_base["reasons"]) <= set(verdict["reasons"])  # unless the base was reused
     if of_base["result"] == FAILED and not (of_base["accepted"] and is_known):
-        found += f"; its base {subject.base[0]}: {summary(of_base)}"
+        accepted = ", accepted" if of_base["accepted"] else ""
+        found += f"; its base {subject.base[0]}: {FAILED}{accepted}; {failures(of_base)}"
     if not of_base["accepted"]:
         raise CheckFailed(f"{found}; quantize the base anew, or accept its loss (`push --accept-loss` of the base)")
     return found
