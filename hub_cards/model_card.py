@@ -16,7 +16,7 @@ from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hub_cards.model_folder import BASE_PARTS, PartSize, count_formats, count_parts, read_model_config
-from hub_cards.short_numbers import short_bytes, short_count
+from hub_cards.short_numbers import bits_each, short_bytes, short_count
 from hub_cards.verdicts import summary
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
@@ -138,7 +138,7 @@ def card_environment() -> Environment:
     environment.filters |= {
         "cell": _cell,
         "quoted": _python_string,
-        "bits_each": _bits_each,
+        "bits_each": lambda size: bits_each(size.parameters, size.bytes),
         "license_link": _license_link,
         "short_count": short_count,
         "short_bytes": short_bytes,
@@ -387,8 +387,3 @@ def _license_link(licence: License) -> str:
     """A licence's name, as a link if it has one."""
     name = licence.name or licence.id
     return f"[{name}]({licence.link})" if licence.link else name
-
-
-def _bits_each(size: PartSize) -> str:
-    """Bits per parameter on disk, including scales."""
-    return f"{8 * size.bytes / size.parameters:.2f}" if size.parameters else ""

@@ -1,9 +1,5 @@
 """`genieblue quantize`: the recipe from options, the result as a table or JSON."""
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +22,7 @@ from genieblue.cli.options import (
     read_bytes,
 )
 from genieblue.cli.terminal import (
+    ended_by_sigterm,
     looking_for,
     note,
     print_json,
@@ -43,7 +40,7 @@ from genieblue.cli.verdict import (
     open_held_out,
     show_verdict,
 )
-from hub_cards.short_numbers import short_bytes
+from hub_cards.short_numbers import bits_each, short_bytes
 
 
 def quantize(
@@ -136,7 +133,7 @@ def quantize(
         chart = chart.expanduser()
         _check_chart(chart, budget)
     options = loading_options(revision, trust_remote_code)
-    with stdout_for_json(json_output), looking_for(model), _ended_by_sigterm():
+    with stdout_for_json(json_output), looking_for(model), ended_by_sigterm():
         quiet_transformers()
         recipe = QuantizationRecipe.for_config(
             GenieBlueConfig.from_pretrained(model, **options),
@@ -218,7 +215,13 @@ def _print_json_report(report: Any, sizes: dict[str, Any], precisions: dict[str,
 
 def _print_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str], activations: str) -> None:
     rows = [
-        (name, precisions[name], f"{size.parameters:,}", short_bytes(size.bytes), f"{_bits(size):.2f}")
+        (
+            name,
+            precisions[name],
+            f"{size.parameters:,}",
+            short_bytes(size.bytes),
+            bits_each(size.parameters, size.bytes),
+        )
         for name, size in sizes.items()
     ]
     print_table(("part", "precision", "parameters", "on disk", "bits per parameter"), rows)
@@ -262,25 +265,3 @@ def _check_chart(chart: Path, budget: Any) -> None:
     if chart.suffix.lower() != ".png" or not chart.absolute().parent.is_dir():
         raise typer.BadParameter(f"{chart} is not a PNG file in an existing folder.", param_hint="--chart")
     import matplotlib  # noqa: F401 - a missing package is noticed before everything is rounded
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Treats SIGTERM like Ctrl-C, so that hidden folders are removed on exit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signal handlers need the main thread
-        return
-
-    def end(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _bits(size: Any) -> float:
-    """Bits per parameter on disk, including scales and weights kept at 16 bits."""
-    return 8 * size.bytes / size.parameters

@@ -7,7 +7,9 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -179,6 +181,23 @@ def looking_for(name: str) -> Iterator[None]:
         if UNREACHABLE in message:
             raise OSError(f"{name} is not a local folder. {UNREACHABLE}") from error
         raise OSError(f"{name} is not a local folder, so it was looked up on the Hub: {message}") from error
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Treats SIGTERM like Ctrl-C, so that hidden folders are removed on exit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signal handlers need the main thread
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_name(name: str, what: str = "The model") -> None:
