@@ -159,7 +159,6 @@ def write_lora_form(
         form.measurements,
         choice={"rank": rank, "error": error, "max_bytes": max_bytes},
         calibrated=export.is_calibrated,
-        replicated_layers=model.config.replicated_layers,
         matrices=[asdict(matrix) for matrix in form.matrices],
         left_behind=form.left_behind,
     )

@@ -83,7 +83,7 @@ def export_merged(
                 f"The merged model's logits differ from the multimodal view's by {error:.2g} of their size, more than "
                 f"{LARGEST_ERROR[base.dtype]:g}: {type(base).__name__} cannot be merged. Use `genieblue export lora`."
             )
-        facts = export_facts("merged", model, out, [row], replicated_layers=config.replicated_layers)
+        facts = export_facts("merged", model, out, [row])
         write_json(new.staging / EXPORT_FACTS_NAME, facts)
         write_export_card(new.staging, out.name, base_folder=origin)
         size = sum(path.stat().st_size for path in new.staging.glob("*.safetensors"))

@@ -70,6 +70,20 @@ def test_the_merged_model_gives_the_vlms_logits_with_images(family, tied, tmp_pa
     assert merged.generation_config.eos_token_id == model.vlm.generation_config.eos_token_id
 
 
+MERGED_BLOCKS = {(): "LoRA merged into all blocks.", (0, 1, 2, 3): "all blocks whole.",
+                 (1, 3): "blocks 1, 3 whole and LoRA merged into all others."}  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", MERGED_BLOCKS)
+def test_the_card_of_the_merged_model_tells_which_blocks_are_whole(copied, tmp_path):
+    model, processor = tiny_genieblue_of("idefics3", tmp_path / "base", replicated_layers=list(copied))
+    model.save_pretrained(tmp_path / "mine", processor=processor)
+    export_merged(tmp_path / "mine", tmp_path / "merged")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert MERGED_BLOCKS[copied] in card
+    assert ("LoRA was merged in float32" in card) == (len(copied) < 4)
+
+
 def test_the_merged_model_of_an_extraction_has_the_vlms_template(tmp_path):
     export_merged(extract_tiny(tmp_path), tmp_path / "merged")
     model, processor = load(tmp_path / "mine")
@@ -101,6 +115,9 @@ def test_an_adapter_of_a_view_without_copied_blocks_is_its_lora(choice, tmp_path
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert error(model, encoded_chat(processor), PeftModel.from_pretrained(base, tmp_path / "lora")) < 1e-5
     assert not (tmp_path / "lora/spectrum.png").exists()
+    card = (tmp_path / "lora/README.md").read_text()
+    assert "LoRA adapts all blocks" in card
+    assert not [word for word in ("take the place", "higher rank", "copied blocks", "| matrix |") if word in card]
 
 
 @pytest.mark.parametrize("family", ["idefics3", "internvl"])
@@ -114,6 +131,8 @@ def test_an_adapter_of_a_view_with_all_blocks_copied_gives_the_vlms_logits_with_
     assert form.left_behind == {} and len(form.matrices) == 4 * 7
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert error(model, encoded_chat(processor), PeftModel.from_pretrained(base, tmp_path / "lora")) < 1e-4
+    card = (tmp_path / "lora/README.md").read_text()
+    assert "take the place of all blocks; here" in card and "all other blocks" not in card
     names = json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"]
     assert names == sorted({matrix.name.rpartition(".")[2] for matrix in form.matrices})
 
