@@ -123,7 +123,8 @@ def _with_rows(weight: torch.Tensor, own: OwnRows | None, count: int) -> torch.T
 def _save_tokenizer(model: Any, folder: Path) -> None:
     """The VLM's, whose language model this is, with its chat template."""
     source = model.provenance.source
-    tokenizer = AutoTokenizer.from_pretrained(source.path, subfolder=VLM_FOLDER, **source.hub_kwargs)
+    where = {"subfolder": VLM_FOLDER, "trust_remote_code": False, **source.hub_kwargs}
+    tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
     tokenizer.save_pretrained(folder)
 
 

@@ -11,6 +11,7 @@ from genieblue.cli.language_exports import Calibration, Error, Samples, check_im
 from genieblue.cli.options import BaseCode, CalibrationImages, Dtype, Json, PlacementOption, Revision, read_bytes
 from genieblue.cli.terminal import (
     check_name,
+    ended_by_sigterm,
     note,
     print_table,
     progress_bar,
@@ -55,7 +56,7 @@ def extract(
     check_name(mllm, "The VLM")
     check_name(base, "The base")
     check_image_folder(calibration, image_folder)
-    with stdout_for_json(json_output):
+    with stdout_for_json(json_output), ended_by_sigterm():
         quiet_transformers()
         from conversion.extract import extract_genieblue
         from conversion.extraction_plan import Choice
@@ -116,7 +117,7 @@ def from_peft(
     check_name(adapter, "The adapter")
     check_name(vision, "The vision model")
     template = None if chat_template is None else read_template(chat_template)
-    with stdout_for_json(json_output):
+    with stdout_for_json(json_output), ended_by_sigterm():
         quiet_transformers()
         from conversion.from_peft import create_from_peft
 

@@ -21,6 +21,7 @@ from genieblue.cli.options import (
 from genieblue.cli.options import loading_options as hub_options
 from genieblue.cli.qnn import export_app
 from genieblue.cli.terminal import (
+    ended_by_sigterm,
     looking_for,
     note,
     print_json,
@@ -66,7 +67,7 @@ def lora(
     run the multimodal view. At full rank the logits are the same.
     """
     options = hub_options(revision, trust_remote_code) | {"base_model": base, "dtype": dtype}
-    with stdout_for_json(json_output), looking_for(model):
+    with stdout_for_json(json_output), looking_for(model), ended_by_sigterm():
         quiet_transformers()
         from conversion.lora_form import export_lora
 
@@ -115,7 +116,7 @@ def gguf(
     answers text with the base and images with the adapter, as each request says.
     """
     options = hub_options(revision, trust_remote_code) | {"base_model": base, "dtype": dtype}
-    with stdout_for_json(json_output), looking_for(model):
+    with stdout_for_json(json_output), looking_for(model), ended_by_sigterm():
         quiet_transformers()
         from conversion.llamacpp.export import export_llamacpp
 
@@ -160,7 +161,7 @@ def merged(
     It has the architecture and tokenizer of the base, or of the VLM; copied blocks are in place and LoRA is merged.
     """
     options = hub_options(revision, trust_remote_code) | {"base_model": base, "dtype": dtype}
-    with stdout_for_json(json_output), looking_for(model):
+    with stdout_for_json(json_output), looking_for(model), ended_by_sigterm():
         quiet_transformers()
         from conversion.merge import export_merged
 
