@@ -36,7 +36,8 @@ OTHER_FILES = (
 )  # fmt: skip
 # Those of them, in any folder, that are compared setting by setting.
 SETTINGS_FILES = (GENERATION_CONFIG_NAME, *PROCESSOR_CONFIGS, TOKENIZER_CONFIG_NAME)
-CHANGED, ONLY_FIRST, ONLY_SECOND, OTHER_KIND = "changed", "only in the first", "only in the second", "other shape"
+CHANGED, ONLY_FIRST, ONLY_SECOND = "changed", "only in the first", "only in the second"
+OTHER_SHAPE, OTHER_DTYPE = "other shape", "other dtype"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class TensorDifference:
     """A tensor in which two GenieBlues differ.
 
     Attributes:
-        how: `changed`, `other shape` (or dtype), `only in the first` or `only in the second`.
-        difference: L2 norm of the difference, relative to the first one's; for `changed` only.
+        how: `changed`, `other shape`, `other dtype`, `only in the first` or `only in the second`.
+        difference: L2 norm of the difference, relative to the first one's; for `changed`, and for `other dtype` if
+            both are of floating-point numbers.
     """
 
     part: str
@@ -174,12 +176,19 @@ def _compare(name: str, first: _SavedTensors, second: _SavedTensors) -> TensorDi
     one, other = first.read(name), second.read(name)
     if one is None or other is None:
         return TensorDifference(_part(name), name, ONLY_SECOND if one is None else ONLY_FIRST, None)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return TensorDifference(_part(name), name, OTHER_KIND, None)
+    if one.shape != other.shape:
+        return TensorDifference(_part(name), name, OTHER_SHAPE, None)
+    if one.dtype != other.dtype:
+        are_floats = one.is_floating_point() and other.is_floating_point()
+        return TensorDifference(_part(name), name, OTHER_DTYPE, _relative(one, other) if are_floats else None)
     if torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):  # NaN equals itself, too
         return None
+    return TensorDifference(_part(name), name, CHANGED, _relative(one, other))
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     one, other = one.double(), other.double()
-    return TensorDifference(_part(name), name, CHANGED, float((other - one).norm() / one.norm().clamp(min=1e-30)))
+    return float((other - one).norm() / one.norm().clamp(min=1e-30))
 
 
 def _part(name: str) -> str:

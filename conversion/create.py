@@ -197,10 +197,15 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, chat_tem
         )
 
 
-def load_part(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
-    """`from_pretrained(name, …)`, with errors that name what was being loaded."""
+def load_part(what: str, name: str, from_pretrained: Any, *, never_runs_code: bool = False, **kwargs: Any) -> Any:
+    """`from_pretrained(name, …)`, with errors that name what was being loaded.
+
+    With `never_runs_code` nobody can allow code from its repository.
+    """
     refuse_address(name, f"The {what}")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if never_runs_code:
+        kwargs["trust_remote_code"] = False  # without a value transformers asks at the terminal
     try:
         return from_pretrained(name, **kwargs)
     except SafetensorError as error:
@@ -211,6 +216,11 @@ def load_part(what: str, name: str, from_pretrained: Any, **kwargs: Any) -> Any:
         raise OSError(f"The {what} {name} needs a package that is not installed: {error}") from error
     except (OSError, ValueError, HFValidationError) as error:
         check_folder_or_id(name, f"The {what} ")
+        if "trust_remote_code" in str(error) and never_runs_code:
+            raise ValueError(
+                f"The {what} {name} needs Python code from its repository, which GenieBlue never runs: take the "
+                "repository that transformers itself loads (of a VLM it is often named -hf)."
+            ) from error
         if "trust_remote_code" in str(error) and not kwargs.get("trust_remote_code"):
             raise ValueError(
                 f"The {what} {name} needs Python code from its repository. Read that code and, if you trust it, "
@@ -297,7 +307,7 @@ def load_base_model(base: str, *, dtype: str | torch.dtype, trust_remote_code: b
 
 def load_vision_config(vision: str, **kwargs: Any) -> PreTrainedConfig:
     """The configuration of a SigLIP's vision half; `ValueError` or `OSError` for another model, or none."""
-    config = load_part("vision model", vision, AutoConfig.from_pretrained, trust_remote_code=False, **kwargs)
+    config = load_part("vision model", vision, AutoConfig.from_pretrained, never_runs_code=True, **kwargs)
     if config.model_type not in SIGLIP_TYPES:
         raise ValueError(
             f"{vision} has model_type {config.model_type!r}: expected a SigLIP ({' or '.join(SIGLIP_TYPES)}), such as "

@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from conversion.create import WEIGHT_OPTIONS, check_numbers, check_weight_files, load_base_model, load_part
 from conversion.extraction_plan import BlockChange, Choice, Plan, plan_extraction, trade_off
@@ -114,7 +121,7 @@ def extract_genieblue(
     _check_configs(mllm, base, from_vlm, from_base, is_calibrated=calibration is not None)
     processor = VlmGenieBlueProcessor(
         load_part("base's tokenizer", base, AutoTokenizer.from_pretrained, **from_base),
-        load_part("VLM's processor", mllm, AutoProcessor.from_pretrained, **from_vlm),
+        load_part("VLM's processor", mllm, AutoProcessor.from_pretrained, never_runs_code=True, **from_vlm),
     )
     _check_vocabulary(processor, mllm, base)
     base_model = load_base_model(base, dtype=dtype, **from_base)
@@ -175,8 +182,10 @@ def _check_configs(
     mllm: str, base: str, from_vlm: dict[str, Any], from_base: dict[str, Any], is_calibrated: bool
 ) -> None:
     """`ValueError` or `OSError` for unsuitable sources, after reading only configurations and indices."""
-    config = load_part("VLM", mllm, AutoConfig.from_pretrained, **from_vlm)
-    check_family(config, mllm)
+    # The type first: another one may need code from the VLM's repository already for its configuration.
+    settings, _ = load_part("VLM", mllm, PreTrainedConfig.get_config_dict, never_runs_code=True, **from_vlm)
+    check_family(settings.get("model_type"), mllm)
+    config = load_part("VLM", mllm, AutoConfig.from_pretrained, never_runs_code=True, **from_vlm)
     if is_calibrated:
         check_runs_by_blocks(config.model_type, "leave out the calibration (--calibration)")
     base_config = load_part("base", base, AutoConfig.from_pretrained, **from_base)
@@ -198,9 +207,8 @@ def _check_vocabulary(processor: VlmGenieBlueProcessor, mllm: str, base: str) ->
 
 def _load_vlm(mllm: str, dtype: torch.dtype, from_vlm: dict[str, Any]) -> tuple[PreTrainedModel, str]:
     """The VLM in a precision, and what a measurement is to say of that: nothing if it is the one it is stored in."""
-    vlm, info = load_part(
-        "VLM", mllm, AutoModelForImageTextToText.from_pretrained, dtype=dtype, **WEIGHT_OPTIONS, **from_vlm
-    )
+    options = {"dtype": dtype, "never_runs_code": True, **WEIGHT_OPTIONS, **from_vlm}
+    vlm, info = load_part("VLM", mllm, AutoModelForImageTextToText.from_pretrained, **options)
     check_complete(mllm, info, "VLM")
     if unread := sorted(map(str, info["unexpected_keys"])):
         logger.warning("%s has %d tensors that its class does not read: %s.", mllm, len(unread), some(unread))

@@ -1,7 +1,9 @@
 """Makes a GenieBlue of an existing PEFT adapter (LoRA, whole blocks, or both) and a SigLIP."""
 
 import copy
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from modeling_genieblue.language_adapter_genieblue import (
     load_adapter,
     set_parameter,
 )
+from modeling_genieblue.loading_genieblue import hub_commit
 from modeling_genieblue.model_files_genieblue import (
     ACCESS_KEYS,
     ADAPTER_CONFIG_NAME,
@@ -39,6 +42,7 @@ from modeling_genieblue.model_files_genieblue import (
     some,
 )
 
+logger = logging.getLogger(__name__)
 # What of PEFT's LoRA has no place in a GenieBlue's adapter, and the value without effect.
 NOT_CARRIED = {
     "use_dora": (False, None), "lora_bias": (False, None), "bias": ("none", None), "layer_replication": (None,),
@@ -95,6 +99,8 @@ def create_from_peft(
         base = source.base()
         if options.get("base_revision") is None and not os.path.isdir(base):
             options["base_revision"] = source.settings.get("revision")
+    else:
+        source.warn_of_other(os.fspath(base), options.get("base_revision"), hub)
     out = check_new_folder(output, [folder, base])
     create_genieblue(base, vision, out, placement=placement, structure=source.structure, adapt=source.fill, **options)
     return FromPeft(out, source.replicated, source.settings["r"], source.error)
@@ -148,13 +154,36 @@ class _PeftAdapter:
             raise ValueError(f"{self.name} does not name its base: give it (--base).")
         if not is_path(name) and not (self.folder / name).is_dir():
             return name
-        path = os.path.normpath(os.path.join(os.path.realpath(self.folder), os.path.expanduser(name)))
+        path = self._beside(name)
         if not os.path.isdir(path):
             raise FileNotFoundError(
                 f"{self.name} names its base as {name!r}, that is {path}, and there is no such folder: give the base "
                 "(--base)."
             )
         return path
+
+    def warn_of_other(self, base: str, revision: str | None, access: Mapping[str, Any]) -> None:
+        """Warns if the base that it is put on is not the one that it names, as far as names and commits tell."""
+        name, recorded = self.settings.get("base_model_name_or_path"), self.settings.get("revision")
+        if not name:
+            return
+        named, given = name, base
+        if os.path.isdir(base):
+            is_same = os.path.realpath(base) == os.path.realpath(self._beside(name))
+        elif is_same := base == name and not os.path.isdir(self._beside(name)):
+            commits = [hub_commit(base, each, newest=True, **access) or each for each in (recorded, revision)]
+            is_same = recorded is None or commits[0] == commits[1]
+            named, given = f"{name} at {recorded}", f"{base} at {revision or 'its newest revision'}"
+        if not is_same:
+            logger.warning(
+                "%s names %s as its base and is put on %s: unless both have the same weights, images get other "
+                "answers than it was trained for.",
+                self.name, named, given,
+            )  # fmt: skip
+
+    def _beside(self, path: str) -> str:
+        """A path that it names, from its folder."""
+        return os.path.normpath(os.path.join(os.path.realpath(self.folder), os.path.expanduser(path)))
 
     def structure(self, base: PreTrainedModel) -> dict[str, Any]:
         """Loads the adapter over the base; returns what of a GenieBlue must be as in it.

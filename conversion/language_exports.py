@@ -179,6 +179,8 @@ def export_facts(
         "base": asdict(Origin(_name_from(out, base), config.base_model_revision, config.base_model_fingerprint)),
         "base_needs_remote_code": bool(config.base_model_runs_remote_code),
         "vlm": vlm_facts(config, out),
+        "replicated_layers": config.replicated_layers,
+        "num_blocks": config.text_config.num_hidden_layers,
         "dtype": str(model.language_model.dtype).removeprefix("torch."),
         "measurements": [asdict(row) for row in measurements],
         **others,

@@ -33,6 +33,7 @@ from modeling_genieblue.language_adapter_genieblue import (
     PEFT_PREFIX,
     adapter_parameters,
     find_blocks,
+    make_lora_config,
     save_adapter_config,
 )
 from modeling_genieblue.model_files_genieblue import (
@@ -134,7 +135,7 @@ def write_lora_form(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> LoraForm:
-    """Writes the adapter of a loaded model, its facts and the spectrum into `folder`, on the way to `new`.
+    """Writes the adapter of a loaded model, its facts and the spectrum (of copied blocks) into `folder`, for `new`.
 
     For the other arguments see `export_lora`; they were checked.
     """
@@ -158,12 +159,12 @@ def write_lora_form(
         form.measurements,
         choice={"rank": rank, "error": error, "max_bytes": max_bytes},
         calibrated=export.is_calibrated,
-        replicated_layers=model.config.replicated_layers,
         matrices=[asdict(matrix) for matrix in form.matrices],
         left_behind=form.left_behind,
     )
     write_json(folder / EXPORT_FACTS_NAME, facts)
-    draw_spectra(form.matrices, spectra.values(), folder / SPECTRUM_NAME, export.is_calibrated)
+    if spectra:
+        draw_spectra(form.matrices, spectra.values(), folder / SPECTRUM_NAME, export.is_calibrated)
     export.name_base(folder, facts["base"]["name"])
     return form
 
@@ -182,8 +183,12 @@ class _LoraExport:
         self.model, self.requests, self.is_calibrated = model, requests, is_calibrated
         self.base, self.view = model.language_model, model.multimodal_language_model
         self.dtype = self.base.dtype
-        self.path, _ = find_blocks(self.base)
+        self.path, blocks = find_blocks(self.base)
         self.lora_config = copy.deepcopy(model._lora_config)
+        if len(model.config.replicated_layers) == len(blocks):  # it names no layers, and here all get LoRA
+            settings = copy.copy(model.config)
+            settings.replicated_layers = []
+            self.lora_config = make_lora_config(self.base, settings)
         self.blocks = find_copied_blocks(
             self.view, self.path, model.config.replicated_layers, set(self.lora_config.target_modules), requests[0]
         )

@@ -105,7 +105,7 @@ def choose_ranks(
         return {name: min(rank, spectrum.full_rank) for name, spectrum in spectra.items()}
     if error is not None:
         return {name: spectrum.rank_for(error) for name, spectrum in spectra.items()}
-    if max_bytes is None:
+    if max_bytes is None or not spectra:
         return {name: spectrum.full_rank for name, spectrum in spectra.items()}
     ranks = dict.fromkeys(spectra, 1)
     cost = {name: spectrum.numbers(1) * bytes_per_number for name, spectrum in spectra.items()}

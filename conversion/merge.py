@@ -83,7 +83,7 @@ def export_merged(
                 f"The merged model's logits differ from the multimodal view's by {error:.2g} of their size, more than "
                 f"{LARGEST_ERROR[base.dtype]:g}: {type(base).__name__} cannot be merged. Use `genieblue export lora`."
             )
-        facts = export_facts("merged", model, out, [row], replicated_layers=config.replicated_layers)
+        facts = export_facts("merged", model, out, [row])
         write_json(new.staging / EXPORT_FACTS_NAME, facts)
         write_export_card(new.staging, out.name, base_folder=origin)
         size = sum(path.stat().st_size for path in new.staging.glob("*.safetensors"))
@@ -123,7 +123,8 @@ def _with_rows(weight: torch.Tensor, own: OwnRows | None, count: int) -> torch.T
 def _save_tokenizer(model: Any, folder: Path) -> None:
     """The VLM's, whose language model this is, with its chat template."""
     source = model.provenance.source
-    tokenizer = AutoTokenizer.from_pretrained(source.path, subfolder=VLM_FOLDER, **source.hub_kwargs)
+    where = {"subfolder": VLM_FOLDER, "trust_remote_code": False, **source.hub_kwargs}
+    tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
     tokenizer.save_pretrained(folder)
 
 

@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def lock_output(out: Path, purpose: str) -> Iterator[None]:
     `purpose` names the activity (`export`, `training`). Raises `OSError` at once if another run holds the lock.
     """
     path = out.with_name(f".{out.name}.{purpose}")
+    missing = list(takewhile(lambda folder: not folder.exists(), (out.parent, *out.parent.parents)))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -53,6 +55,9 @@ def lock_output(out: Path, purpose: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
         if descriptor is not None:
             os.close(descriptor)
+        for folder in missing:
+            with suppress(OSError):  # it holds what was written
+                folder.rmdir()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

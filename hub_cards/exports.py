@@ -18,8 +18,9 @@ from hub_cards.model_card import (
     folder_facts,
     hub_license,
     path_beside,
+    with_vlm,
 )
-from hub_cards.model_folder import PartSize, not_finite, own_weight_files, read_tensor_sizes
+from hub_cards.model_folder import PartSize, copied_share, not_finite, own_weight_files, read_tensor_sizes
 from hub_cards.one_commit import Upload, check_no_problems, matches, read_card, send
 from hub_cards.publish_base import published_base
 from modeling_genieblue.model_files_genieblue import (
@@ -127,6 +128,7 @@ def render_export_card(
         "base_link": _link(base, on_hub),
         "base_revision": base["revision"] if on_hub else None,
         "vlm": vlm,
+        "copied": copied_share(facts["replicated_layers"], facts.get("num_blocks"), vlm is not None),
         "vlm_link": _link({"name": vlm_name, "revision": vlm_revision}, True) if vlm_name else None,
         "vlm_licence": vlm_licence,
         "source_link": _link(source, is_hub_id(source["name"], folder) and "/" in source["name"]),
@@ -135,7 +137,7 @@ def render_export_card(
         "has_spectrum": (folder / SPECTRUM_NAME).is_file(),
     }
     metadata = card_metadata(
-        base["name"] if on_hub else None,
+        with_vlm(base["name"] if on_hub else None, vlm_name),
         kind.relation,
         licence if vlm is None else vlm_licence,  # its weights are the VLM's, or its difference from the base
         languages,

@@ -18,13 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hub_cards.model_folder import (
     BASE_PARTS,
     PartSize,
+    copied_share,
     count_formats,
     count_parts,
+    lora_ranks,
     precision_tags,
     read_model_config,
     shown_precisions,
 )
-from hub_cards.short_numbers import short_bytes, short_count
+from hub_cards.short_numbers import bits_each, short_bytes, short_count
 from hub_cards.verdicts import summary
 from modeling_genieblue.model_files_genieblue import (
     CARD_NAME,
@@ -39,7 +41,7 @@ from modeling_genieblue.model_files_genieblue import (
 
 logger = logging.getLogger(__name__)
 
-TAGS = ("genieblue", "multimodal", "vision-language-model", "siglip", "peft", "lora")
+TAGS = ("genieblue", "multimodal", "vision-language-model")
 PLACEMENT_WORDS = {"skip": "every fourth block", "pre": "the first quarter", "post": "the last quarter"}
 HUB = "https://huggingface.co"
 HUB_TIMEOUT_SECONDS = 10
@@ -101,13 +103,14 @@ class ModelCardInfo:
     parts: dict[str, PartSize] = field(default_factory=dict)
     placement: str | None = None
     replicated_layers: list[int] = field(default_factory=list)
-    lora_rank: int | None = None
-    largest_rank: int | None = None  # of LoRA, where ranks differ by layer
+    lora_rank: int | None = None  # the least, where ranks differ by layer
+    largest_rank: int | None = None
     lora_alpha: int | None = None
     tile_size: int | None = None
     max_tiles: int | None = None
     image_seq_length: int | None = None
     vlm_type: str | None = None  # model type of the VLM that it sees with, in the place of a vision tower
+    vlm_vision_type: str | None = None  # model type of that VLM's vision side
     vlm: str | None = None  # Hub id of that VLM
     vlm_revision: str | None = None
     vlm_license: License | None = None
@@ -116,6 +119,11 @@ class ModelCardInfo:
     measurements: list[Measurement] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     quantization: Quantization | None = None
+
+    @property
+    def copied(self) -> str:
+        """Whether `no`, `some` or `all` blocks are copies."""
+        return copied_share(self.replicated_layers, self.num_blocks, self.vlm_type is not None)
 
 
 def render_model_card(info: ModelCardInfo) -> str:
@@ -146,7 +154,7 @@ def card_environment() -> Environment:
     environment.filters |= {
         "cell": _cell,
         "quoted": _python_string,
-        "bits_each": _bits_each,
+        "bits_each": lambda size: bits_each(size.parameters, size.bytes),
         "license_link": _license_link,
         "short_count": short_count,
         "short_bytes": short_bytes,
@@ -213,14 +221,15 @@ def card_info_from_folder(
     config = config or read_model_config(folder)
     base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
     text_config = config.get("text_config") or {}
-    vlm = (config.get("vlm_config") or {}).get("_name_or_path")
+    vlm_config = config.get("vlm_config") or {}
+    vlm = vlm_config.get("_name_or_path")
     vlm = vlm if "/" in str(vlm) and is_hub_id(vlm, folder) else None
     vlm_revision = config.get("vlm_revision")
     vision_name = (config.get("vision_config") or {}).get("_name_or_path")
     on_hub = is_hub_id(base, folder)
     local_base = None if on_hub else base
     base_card = _hub_metadata(base, revision) if on_hub else _local_metadata(folder / base) if base else {}
-    images = _image_settings(folder)
+    images, ranks = _image_settings(folder), lora_ranks(config)
     return ModelCardInfo(
         repo_name=repo_name or folder.name,
         base_model=path_beside(folder, local_base) if local_base else base,
@@ -235,13 +244,14 @@ def card_info_from_folder(
         parts=count_parts(folder),
         placement=config.get("placement"),
         replicated_layers=config.get("replicated_layers") or [],
-        lora_rank=config.get("lora_rank"),
-        largest_rank=max((config.get("rank_pattern") or {}).values(), default=None),
+        lora_rank=ranks[0] if ranks else None,
+        largest_rank=ranks[1] if ranks and ranks[1] > ranks[0] else None,
         lora_alpha=config.get("lora_alpha"),
         tile_size=images.get("tile_size"),
         max_tiles=images.get("max_tiles"),
         image_seq_length=config.get("image_seq_length"),
-        vlm_type=(config.get("vlm_config") or {}).get("model_type"),
+        vlm_type=vlm_config.get("model_type"),
+        vlm_vision_type=(vlm_config.get("vision_config") or {}).get("model_type"),
         vlm=vlm,
         vlm_revision=vlm_revision,
         vlm_license=None if vlm is None else hub_license(vlm, vlm_revision),
@@ -272,7 +282,9 @@ def _quantization(recorded: dict[str, Any] | None, folder: Path) -> Quantization
 
 def _metadata(info: ModelCardInfo) -> ModelCardData:
     quantization = info.quantization
-    made_from, relation, tags = info.base_model if info.base_is_on_hub else None, "adapter", list(TAGS)
+    made_from, relation = with_vlm(info.base_model if info.base_is_on_hub else None, info.vlm), "adapter"
+    sees_by_siglip = info.vlm_type is None or "siglip" in (info.vlm_vision_type or "")
+    tags = [*TAGS, *["siglip"] * sees_by_siglip, "peft", *["lora"] * (info.copied != "all")]
     if quantization is not None:
         made_from, relation = quantization.source or made_from, "quantized"
         # Stock PEFT does not load it.
@@ -282,8 +294,13 @@ def _metadata(info: ModelCardInfo) -> ModelCardData:
     return card_metadata(made_from, relation, licence, info.languages, pipeline_tag="image-text-to-text", tags=tags)
 
 
+def with_vlm(base: str | None, vlm: str | None) -> str | list[str] | None:
+    """What the front matter names as the models that one was made from: the base, with the VLM if there is one."""
+    return [base, vlm] if base and vlm else base
+
+
 def card_metadata(
-    base_model: str | None,
+    base_model: str | list[str] | None,
     relation: str,
     licence: License | None,
     languages: list[str],
@@ -291,7 +308,7 @@ def card_metadata(
     pipeline_tag: str,
     tags: Sequence[str],
 ) -> ModelCardData:
-    """Front matter of a card; `base_model` must be a Hub id, since the Hub accepts nothing else."""
+    """Front matter of a card; `base_model` must be Hub ids, since the Hub accepts nothing else."""
     return ModelCardData(
         base_model=base_model,
         base_model_relation=relation if base_model else None,
@@ -395,8 +412,3 @@ def _license_link(licence: License) -> str:
     """A licence's name, as a link if it has one."""
     name = licence.name or licence.id
     return f"[{name}]({licence.link})" if licence.link else name
-
-
-def _bits_each(size: PartSize) -> str:
-    """Bits per parameter on disk, including scales."""
-    return f"{8 * size.bytes / size.parameters:.2f}" if size.parameters else ""

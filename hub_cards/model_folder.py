@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,28 @@ def check_is_genieblue(config: dict[str, Any], where: str | os.PathLike) -> dict
             f"{where} has model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}: give a GenieBlue."
         )
     return config
+
+
+def copied_share(copied: Sequence[int], num_blocks: int | None, has_vlm: bool) -> str:
+    """Whether `no`, `some` or `all` blocks are copies; only a GenieBlue of a VLM can have others than `some`."""
+    if not has_vlm or 0 < len(copied) != num_blocks:
+        return "some"
+    return "all" if copied else "no"
+
+
+def lora_ranks(config: dict[str, Any]) -> tuple[int, int] | None:
+    """The least and the largest rank of LoRA; `None` if there is none, since all blocks are copied."""
+    num_blocks = (config.get("text_config") or {}).get("num_hidden_layers")
+    if len(config.get("replicated_layers") or []) == num_blocks:
+        return None
+    ranks = {config.get("lora_rank"), *(config.get("rank_pattern") or {}).values()} - {None}
+    return (min(ranks), max(ranks)) if ranks else None
+
+
+def lora_in_words(config: dict[str, Any]) -> str:
+    """`LoRA of rank 8`, `LoRA of rank 8 to 13`, or `no LoRA`."""
+    ranks = lora_ranks(config)
+    return "no LoRA" if ranks is None else f"LoRA of rank {' to '.join(map(str, dict.fromkeys(ranks)))}"
 
 
 def read_base_quantization(folder: Path) -> dict[str, Any] | None:

@@ -11,6 +11,11 @@ def short_bytes(number: int) -> str:
     return _scaled(number, ((10**9, " GB"), (10**6, " MB"), (10**3, " kB")), smallest=" bytes")
 
 
+def bits_each(parameters: int, number_of_bytes: int) -> str:
+    """Bits per parameter on disk, including scales and weights kept at 16 bits; a dash without parameters."""
+    return f"{8 * number_of_bytes / parameters:.2f}" if parameters else "–"
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun: `1 step`, `2 steps`."""
     return f"{number:,} {noun}" + "s" * (number != 1)

@@ -47,7 +47,7 @@ class VlmGenieBlueConfig(GenieBlueConfig):
 
     def _check_vision_side(self) -> None:
         if self.vlm_config is not None:
-            check_family(self.vlm_config)
+            check_family(self.vlm_config.model_type)
 
     @classmethod
     def describes(cls, settings: dict[str, Any]) -> bool:
@@ -55,12 +55,12 @@ class VlmGenieBlueConfig(GenieBlueConfig):
         return settings.get("vlm_config") is not None
 
 
-def check_family(vlm_config: Any, where: str = "The VLM") -> None:
+def check_family(model_type: str | None, where: str = "The VLM") -> None:
     """`ValueError` for a VLM of a family that is not known to work, with what it would need."""
-    if vlm_config.model_type not in FAMILIES:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"{where} is of type {vlm_config.model_type!r}: expected one of {', '.join(FAMILIES)}; "
-            f"{WHAT_A_FAMILY_NEEDS}."
+            f"{where} is of type {model_type!r}: expected one of {', '.join(FAMILIES)}. Take the repository that "
+            f"transformers itself loads (often named -hf); {WHAT_A_FAMILY_NEEDS}."
         )
 
 

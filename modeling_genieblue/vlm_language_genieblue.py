@@ -87,7 +87,7 @@ class LanguagePair:
         Raises `ValueError` for models that do not belong together (other names, shapes or precision, or differences
         as large as the weights), for one with an adapter, and for an LM head with a bias.
         """
-        check_family(self._vlm.config)
+        check_family(self._vlm.config.model_type)
         for who, model in (("VLM", self._vlm), ("base", self.base)):
             if any(OF_PEFT.intersection(name.split(".")) for name, _ in model.named_parameters()):
                 raise ValueError(

@@ -51,7 +51,7 @@ def load_vlm_parts(model_class: type, request: LoadRequest, base_model: Any) -> 
     path = request.file(name_of_variant(WEIGHTS_NAME, kwargs.get("variant")))
     try:
         with safe_open(path, framework="pt") as file:
-            _fill(model, file, dtype)
+            _fill(model, file, dtype, request.path)
     except SafetensorError as error:
         raise OSError(f"The weights of {request.path} cannot be read ({error}): fetch them again.") from error
     if (given := kwargs.get("generation_config")) is not None:
@@ -70,7 +70,19 @@ def _chosen_dtype(wanted: Any, config: Any, base_model: Any) -> torch.dtype:
     return getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
 
 
-def _fill(model: Any, file: Any, dtype: torch.dtype) -> None:
+def _places(model: Any, file: Any, part: str, where: str) -> torch.Tensor:
+    """Where the VLM's own rows of `embedding` or `head` are, (count,); `OSError` if that cannot be."""
+    places = file.get_tensor(f"own_language.{part}.indices")
+    count = len(model.vlm.get_input_embeddings().weight)
+    if places.dtype != torch.long or places[0] < 0 or places[-1] >= count or (places.diff() <= 0).any():
+        raise OSError(
+            f"own_language.{part}.indices in the weights of {where} are {places.dtype} from {places.min()} to "
+            f"{places.max()}, expected increasing ones from 0 to {count - 1}: the file is damaged; fetch it again."
+        )
+    return places
+
+
+def _fill(model: Any, file: Any, dtype: torch.dtype, where: str) -> None:
     config = model.config
     rows = {"embedding": config.own_embedding_rows, "head": config.own_head_rows or 0}
     expected = {f"own_language.tensors.{name}": None for name in config.own_language_tensors or ()}
@@ -108,7 +120,7 @@ def _fill(model: Any, file: Any, dtype: torch.dtype) -> None:
         else:
             module._buffers[leaf] = tensor(name)
     own = {
-        name: OwnRows(tensor(f"own_language.{name}.indices"), tensor(f"own_language.{name}.weight"))
+        name: OwnRows(_places(model, file, name, where), tensor(f"own_language.{name}.weight"))
         for name, count in rows.items()
         if count
     }

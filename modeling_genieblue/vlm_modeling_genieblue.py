@@ -324,7 +324,7 @@ class VlmGenieBlueForConditionalGeneration(GenieBlueForConditionalGeneration):
             raise ValueError("the VLM was made from a configuration, so it has no processor")
         where = {**self.provenance.access, "revision": self.config.vlm_revision}
         where = {key: value for key, value in where.items() if value is not None}
-        return VlmGenieBlueProcessor(tokenizer, AutoProcessor.from_pretrained(name, **where))
+        return VlmGenieBlueProcessor(tokenizer, AutoProcessor.from_pretrained(name, trust_remote_code=False, **where))
 
     def _check_save(self, dtype: torch.dtype | None) -> torch.dtype:
         return dtype or self.language_model.dtype

@@ -188,7 +188,7 @@ class VlmGenieBlueProcessor(BatchDecoding, ProcessorMixin):
         if not (of_vlm := Path(name, VLM_FOLDER)).is_dir():
             raise FileNotFoundError(f"{name} has no {VLM_FOLDER}/ with the VLM's processor: fetch or save it again.")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **rest)
-        return cls(tokenizer, AutoProcessor.from_pretrained(of_vlm, **rest))
+        return cls(tokenizer, AutoProcessor.from_pretrained(of_vlm, trust_remote_code=False, **rest))
 
 
 def _with_images(chat: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:

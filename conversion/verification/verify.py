@@ -28,7 +28,14 @@ from conversion.verification.verify_quantized import (
     find_invalid_values,
     may_run_code_of_base,
 )
-from hub_cards.model_folder import adapter_weights, not_finite, own_weight_files, read_model_config, read_tensor_sizes
+from hub_cards.model_folder import (
+    adapter_weights,
+    lora_in_words,
+    not_finite,
+    own_weight_files,
+    read_model_config,
+    read_tensor_sizes,
+)
 from modeling_genieblue.base_identity_genieblue import compare_with_samples, different_settings
 from modeling_genieblue.language_adapter_genieblue import adapter_parameters, load_adapter, make_lora_config
 from modeling_genieblue.language_views_genieblue import build_multimodal_view
@@ -189,7 +196,8 @@ def check_base_files(subject: SavedModel) -> str:
 def check_language_adapter(subject: SavedModel) -> str:
     """The loader accepts every tensor of the adapter, all numbers are valid, and its settings are config.json's."""
     lora_config = make_lora_config(subject.plain, subject.config)
-    path = subject.folder / adapter_weights(read_model_config(subject.folder))
+    config = read_model_config(subject.folder)
+    path = subject.folder / adapter_weights(config)
     read_tensor_sizes(path)  # raises for a truncated file
     view = build_multimodal_view(subject.plain, lora_config)
     problems = []
@@ -205,7 +213,7 @@ def check_language_adapter(subject: SavedModel) -> str:
     count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
     layers = ", ".join(map(str, subject.config.replicated_layers)) or "none"
     return (
-        f"{count:,} parameters: LoRA of rank {subject.config.lora_rank} and copies of the blocks {layers}, as in "
+        f"{count:,} parameters: {lora_in_words(config)} and copies of the blocks {layers}, as in "
         "config.json; every number is valid"
     )
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from genieblue.cli.language_exports import print_result
 from genieblue.cli.options import BaseCode, Json, Revision, UnquantizedModel
 from genieblue.cli.terminal import (
     ended_by_sigterm,
@@ -57,11 +58,19 @@ def diff(
         found.tensors, key=lambda each: -(each.difference if each.difference is not None else float("inf"))
     )
     for each in ranked[:SHOWN]:
-        typer.echo(f"{each.name}: {each.how}" + ("" if each.difference is None else f" by {each.difference:.2g}"))
+        typer.echo(f"{each.name}: {each.how}{_by(each)}")
     if len(ranked) > SHOWN:
         note(f"and {len(ranked) - SHOWN} more: --json lists all.")
     if found.is_equal:
         typer.echo("They are equal.")
+
+
+def _by(tensor: Any) -> str:
+    if tensor.difference is None:
+        return ""
+    if tensor.how == "changed":
+        return f" by {tensor.difference:.2g}"
+    return f", values changed by {tensor.difference:.2g}" if tensor.difference else ", the same values"
 
 
 def _short(value: Any) -> str:
@@ -76,12 +85,13 @@ def stack(
     base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the new base.")] = None,
     revision: Revision = None,
     trust_remote_code: BaseCode = False,
+    json_output: Json = False,
 ) -> None:
     """Put a GenieBlue on a newer revision of its base.
 
     Only blocks that the GenieBlue has copies of may differ; everything else its multimodal view shares with the base.
     """
-    with looking_for(model), ended_by_sigterm():
+    with stdout_for_json(json_output), looking_for(model), ended_by_sigterm():
         quiet_transformers()
         from conversion.stack import stack_on
 
@@ -94,6 +104,8 @@ def stack(
             trust_remote_code=trust_remote_code,
             **options,
         )
+    if json_output:
+        return print_result(stacked)
     at = f" at {stacked.revision}" if stacked.revision else ""
     typer.echo(f"{stacked.output}, on {stacked.base}{at}: {len(stacked.changed)} of the base's tensors are new.")
     note(f"Next: genieblue verify {stacked.output}")

@@ -11,7 +11,7 @@ from hub_cards.short_numbers import short_bytes
 
 def print_info(model: str, base: str | None, revision: str | None) -> None:
     """Prints a summary of a GenieBlue and a table of its parts, with their precision if it is quantized."""
-    from hub_cards.model_folder import PartSize
+    from hub_cards.model_folder import PartSize, lora_in_words, lora_ranks
     from hub_cards.model_parts import LANGUAGE_MODEL, model_info
     from modeling_genieblue.model_files_genieblue import is_inner_folder
 
@@ -22,10 +22,11 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
     where = f" at {commit}" if commit else " (relative to this folder)" if str(source).startswith(".") else ""
     typer.echo(f"{model}: GenieBlue on {source}{where}")
     layers = config.get("replicated_layers") or []
+    lora = lora_in_words(config) + (f", alpha {config.get('lora_alpha')}" if lora_ranks(config) else "")
     typer.echo(
         f"{len(layers)} of {(config.get('text_config') or {}).get('num_hidden_layers')} blocks replicated: "
         f"{', '.join(map(str, layers)) or 'none'} ({config.get('placement') or 'custom'}); "
-        f"LoRA rank {_ranks(config)}, alpha {config.get('lora_alpha')}; {_images(config)}\n"
+        f"{lora}; {_images(config)}\n"
     )
     own = [size for name, size in found.parts.items() if size is not None and name != LANGUAGE_MODEL]
     total = sum(own, PartSize())
@@ -41,11 +42,6 @@ def print_info(model: str, base: str | None, revision: str | None) -> None:
         note("language_model is the base, stored in a folder of this GenieBlue.")
     else:
         note("language_model is the base; its weights are stored in its own repository, not here.")
-
-
-def _ranks(config: dict[str, Any]) -> str:
-    ranks = {config.get("lora_rank"), *(config.get("rank_pattern") or {}).values()}
-    return str(config.get("lora_rank")) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _images(config: dict[str, Any]) -> str:

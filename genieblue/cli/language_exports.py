@@ -210,7 +210,8 @@ def _print_matrices(form: Any) -> None:
         )
         for each in form.matrices
     ]
-    print_table(("matrix", "shape", "rank", "size", "error", "lost of its change"), rows)
+    if rows:  # none without copied blocks
+        print_table(("matrix", "shape", "rank", "size", "error", "lost of its change"), rows)
     for name, difference in form.left_behind.items():
         note(f"{name}: no LoRA carries it; the base's is used, from which it differs by {difference:.1%}")
 

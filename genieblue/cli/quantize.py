@@ -41,7 +41,7 @@ from genieblue.cli.verdict import (
     open_held_out,
     show_verdict,
 )
-from hub_cards.short_numbers import short_bytes
+from hub_cards.short_numbers import bits_each, short_bytes
 
 
 def quantize(
@@ -218,7 +218,13 @@ def _print_json_report(report: Any, sizes: dict[str, Any], precisions: dict[str,
 
 def _print_report(report: Any, sizes: dict[str, Any], precisions: dict[str, str], activations: str) -> None:
     rows = [
-        (name, precisions[name], f"{size.parameters:,}", short_bytes(size.bytes), f"{_bits(size):.2f}")
+        (
+            name,
+            precisions[name],
+            f"{size.parameters:,}",
+            short_bytes(size.bytes),
+            bits_each(size.parameters, size.bytes),
+        )
         for name, size in sizes.items()
     ]
     print_table(("part", "precision", "parameters", "on disk", "bits per parameter"), rows)
@@ -254,8 +260,3 @@ def _print_mixed(linears: list[Any]) -> None:
         for title, own in {**by_kind, "all": linears}.items()
     ]
     print_table(("linears", *FORMATS, "bits per weight", "damage at the smallest", "damage left"), rows)
-
-
-def _bits(size: Any) -> float:
-    """Bits per parameter on disk, including scales and weights kept at 16 bits."""
-    return 8 * size.bytes / size.parameters

@@ -185,6 +185,23 @@ def looking_for(name: str) -> Iterator[None]:
         raise OSError(f"{name} is not a local folder, so it was looked up on the Hub: {message}") from error
 
 
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Treats SIGTERM like Ctrl-C, so that hidden folders are removed on exit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signal handlers need the main thread
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def check_name(name: str, what: str = "The model") -> None:
     """`ValueError` for an empty name (from an unset shell variable); `OSError` for a file."""
     if not name.strip():
@@ -200,23 +217,6 @@ def check_name(name: str, what: str = "The model") -> None:
 def stdout_for_json(active: bool) -> contextlib.AbstractContextManager[None]:
     """If `active`, reserves stdout for one JSON document."""
     return stdout_to_stderr() if active else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Treats SIGTERM like Ctrl-C, so that hidden files and folders are removed on exit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signal handlers need the main thread
-        return
-
-    def end(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:

@@ -74,7 +74,22 @@ def test_other_shapes_dtypes_and_names_are_told_apart(pair, other):
     save_file(tensors, path, {"format": "pt"})
     found = {each.name: each.how for each in compare_models(str(pair / "genieblue"), str(other)).tensors}
     assert found[first] == "only in the first" and found["new.lora_A.weight"] == "only in the second"
-    assert found[second] == found[third] == "other shape" and len(found) == 4
+    assert (found[second], found[third], len(found)) == ("other shape", "other dtype", 4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "printed"), [(1.25, ": other dtype, values changed by 0.25"), (1, ": other dtype, the same values")]
+)
+def test_values_of_another_floating_point_dtype_are_compared(pair, other, scale, printed):
+    path = other / "model.safetensors"
+    tensors = load_file(path)
+    name = "multi_modal_projector.linear_1.weight"
+    tensors[name] = tensors[name].double() * scale
+    save_file(tensors, path, {"format": "pt"})
+    (found,) = compare_models(str(pair / "genieblue"), str(other)).tensors
+    assert (found.name, found.how) == (name, "other dtype")
+    assert found.difference == pytest.approx(scale - 1)
+    assert name + printed in run("diff", pair / "genieblue", other).stdout
 
 
 def test_settings_that_differ_are_told_with_both_values(pair, tmp_path):

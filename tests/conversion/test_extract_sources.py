@@ -291,6 +291,39 @@ def test_a_language_model_in_the_place_of_the_vlm_is_refused(pair, tmp_path):
         extract_genieblue(pair[1], pair[1], tmp_path / "mine")
 
 
+CODE = "from pathlib import Path\nPath({place!r}).touch()\nclass Theirs:\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "message"),
+    [
+        (
+            "config.json",
+            "AutoConfig",
+            r"'internvl_chat': expected one of .*transformers itself loads \(often named -hf\)",
+        ),
+        ("processor_config.json", "AutoProcessor", "never runs: .*transformers itself loads"),
+    ],
+)
+def test_code_of_a_vlms_repository_is_neither_run_nor_asked_about(file, kind, message, pair, tmp_path, monkeypatch):
+    vlm, ran = shutil.copytree(pair[0], tmp_path / "vlm"), tmp_path / "ran"
+    settings = json.loads((vlm / file).read_text())
+    if file == "config.json":
+        settings["model_type"] = "internvl_chat"
+    else:
+        settings["processor_class"] = "Theirs"
+    (vlm / file).write_text(json.dumps({**settings, "auto_map": {kind: "code.Theirs"}}))
+    (vlm / "code.py").write_text(CODE.format(place=str(ran)))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("signal.alarm", lambda _seconds: 0)
+    try:
+        with pytest.raises(ValueError, match=message):
+            extract_genieblue(vlm, pair[1], tmp_path / "mine")
+    finally:
+        assert not ran.exists()
+    assert not (tmp_path / "mine").exists()
+
+
 def test_a_vlm_of_another_base_is_refused_and_leaves_nothing(pair, tmp_path):
     other = save_tiny_vlm_pair(tmp_path, change=2.0)[0]
     with pytest.raises(ValueError, match="of their size"):

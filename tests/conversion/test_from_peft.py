@@ -236,6 +236,33 @@ def test_the_base_is_taken_at_the_revision_that_the_adapter_names(hub, sources, 
     assert read_settings(tmp_path / "mine/config.json")["base_model_revision"] == commit
 
 
+@pytest.mark.parametrize(
+    ("named", "is_other"),
+    [("you/base", True), ("../base", False), ("../another", True), (None, False)],
+)
+def test_another_base_than_the_adapter_names_is_warned_of_by_both_names(sources, tmp_path, caplog, named, is_other):
+    base, siglip = sources
+    adapter = save_adapter(base, tmp_path / "adapter")
+    settings = read_settings(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": named})
+    create_from_peft(adapter, siglip, tmp_path / "mine", base=base)
+    assert (f"names {named} as its base and is put on {base}" in caplog.text) == is_other
+
+
+def test_another_revision_than_the_adapter_names_is_warned_of(hub, sources, tmp_path, caplog):
+    base, siglip = sources
+    first = hub.commit_folder("you/base", base)
+    second = hub.commit_folder("you/base", save_tiny_base("qwen2", tmp_path / "newer", seed=1))
+    adapter = save_adapter(base, tmp_path / "adapter")
+    settings = read_settings(adapter / "adapter_config.json")
+    recorded = {"base_model_name_or_path": "you/base", "revision": first}
+    write_json(adapter / "adapter_config.json", settings | recorded)
+    create_from_peft(adapter, siglip, tmp_path / "one", base="you/base", base_revision=first)
+    assert "as its base" not in caplog.text
+    create_from_peft(adapter, siglip, tmp_path / "two", base="you/base", base_revision=second)
+    assert f"names you/base at {first} as its base and is put on you/base at {second}" in caplog.text
+
+
 def test_a_folder_that_is_no_adapter_is_refused(sources, tmp_path):
     base, siglip = sources
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):

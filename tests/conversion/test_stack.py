@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import error_of, run
+from command_line import error_of, run, run_json
 from safetensors.torch import load_file, save_file
 from tiny_genieblue import IMAGE, prompt, row, save_tiny_pair, tiles
 from tiny_models import tiny_tokenizer
@@ -162,6 +162,12 @@ def test_a_quantized_one_and_an_output_that_exists_are_refused(pair):
     quantized = quantized_pair() / "genieblue"
     assert "already quantized" in error_of("stack", quantized, "--base", pair / "newer", "--out", pair / "stacked")
     assert "is not a folder" in error_of("stack", pair / "genieblue", "--base", "./gone", "--out", pair / "stacked")
+
+
+def test_stack_as_json_has_the_base_and_its_changed_tensors(pair):
+    found = run_json("stack", pair / "genieblue", "--base", pair / "newer", "--out", pair / "stacked", "--json")
+    assert set(found) == {"output", "base", "revision", "changed"}
+    assert found["output"] == str(pair / "stacked")
 
 
 @torch.no_grad()

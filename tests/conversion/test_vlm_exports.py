@@ -1,5 +1,7 @@
 """The language side of a GenieBlue of a VLM as a language model or an adapter: exact on images, or refused by name."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -68,6 +70,20 @@ def test_the_merged_model_gives_the_vlms_logits_with_images(family, tied, tmp_pa
     assert merged.generation_config.eos_token_id == model.vlm.generation_config.eos_token_id
 
 
+MERGED_BLOCKS = {(): "LoRA merged into all blocks.", (0, 1, 2, 3): "all blocks whole.",
+                 (1, 3): "blocks 1, 3 whole and LoRA merged into all others."}  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", MERGED_BLOCKS)
+def test_the_card_of_the_merged_model_tells_which_blocks_are_whole(copied, tmp_path):
+    model, processor = tiny_genieblue_of("idefics3", tmp_path / "base", replicated_layers=list(copied))
+    model.save_pretrained(tmp_path / "mine", processor=processor)
+    export_merged(tmp_path / "mine", tmp_path / "merged")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert MERGED_BLOCKS[copied] in card
+    assert ("LoRA was merged in float32" in card) == (len(copied) < 4)
+
+
 def test_the_merged_model_of_an_extraction_has_the_vlms_template(tmp_path):
     export_merged(extract_tiny(tmp_path), tmp_path / "merged")
     model, processor = load(tmp_path / "mine")
@@ -87,6 +103,38 @@ def test_an_adapter_on_the_plain_base_gives_the_vlms_logits_with_images(tmp_path
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert error(model, encoded_chat(processor), PeftModel.from_pretrained(base, tmp_path / "lora")) < 1e-4
     assert "a VLM's own blocks" in (tmp_path / "lora/README.md").read_text()
+
+
+@pytest.mark.parametrize("choice", [{}, {"max_bytes": 500_000}, {"error": 0.01}], ids=lambda each: " ".join(each))
+def test_an_adapter_of_a_view_without_copied_blocks_is_its_lora(choice, tmp_path):
+    pair = pair_that_differs_in_matrices_alone("idefics3")
+    model, processor = tiny_genieblue_of("idefics3", tmp_path / "base", pair, replicated_layers=[])
+    model.save_pretrained(tmp_path / "mine", processor=processor)
+    form = export_lora(tmp_path / "mine", tmp_path / "lora", **choice)
+    assert form.matrices == []
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert error(model, encoded_chat(processor), PeftModel.from_pretrained(base, tmp_path / "lora")) < 1e-5
+    assert not (tmp_path / "lora/spectrum.png").exists()
+    card = (tmp_path / "lora/README.md").read_text()
+    assert "LoRA adapts all blocks" in card
+    assert not [word for word in ("take the place", "higher rank", "copied blocks", "| matrix |") if word in card]
+
+
+@pytest.mark.parametrize("family", ["idefics3", "internvl"])
+def test_an_adapter_of_a_view_with_all_blocks_copied_gives_the_vlms_logits_with_images(family, tmp_path):
+    pair = pair_that_differs_in_matrices_alone(family)
+    if family == "internvl":  # the biases of q, k and v are none of a matrix
+        assert pair[1].config.model_type == "qwen2"
+    model, processor = tiny_genieblue_of(family, tmp_path / "base", pair, replicated_layers=[0, 1, 2, 3])
+    model.save_pretrained(tmp_path / "mine", processor=processor)
+    form = export_lora(tmp_path / "mine", tmp_path / "lora")
+    assert form.left_behind == {} and len(form.matrices) == 4 * 7
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert error(model, encoded_chat(processor), PeftModel.from_pretrained(base, tmp_path / "lora")) < 1e-4
+    card = (tmp_path / "lora/README.md").read_text()
+    assert "take the place of all blocks; here" in card and "all other blocks" not in card
+    names = json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"]
+    assert names == sorted({matrix.name.rpartition(".")[2] for matrix in form.matrices})
 
 
 def test_an_adapter_is_refused_if_more_than_matrices_differ(tmp_path):

@@ -125,6 +125,54 @@ def test_what_a_vlm_gave_is_under_its_licence(vlm_license):
     assert "\nlicense: mit" not in card
 
 
+BLOCKS_OF_A_VLM = {  # copied blocks of 4: what the card says, and what it does not
+    (): (
+        ["with LoRA on all blocks.", "LoRA on the linear layers of all blocks: rank 8 to 13, by layer"],
+        ["copied blocks", "other blocks", "in place of", "Replicated blocks"],
+    ),
+    (1, 3): (
+        ["in place of some blocks and LoRA on all others.", "layers of all other blocks: rank", "The copied blocks, "],
+        [],
+    ),
+    (0, 1, 2, 3): (
+        ["with the VLM's own blocks in place of all.", "Replicated blocks: 0, 1, 2, 3 of 4", "The copied blocks, "],
+        ["LoRA", "\n- lora\n"],
+    ),
+}
+
+
+@pytest.mark.parametrize("copied", BLOCKS_OF_A_VLM)
+def test_the_card_of_a_vlm_tells_which_blocks_are_copied_and_which_have_lora(copied, tmp_path):
+    ranks = {} if len(copied) == 4 else {"model.layers.0.mlp.up_proj": 13}
+    settings = {"num_hidden_layers": 4}
+    folder = write_handmade_folder(
+        tmp_path / "reader", replicated_layers=list(copied), rank_pattern=ranks, text_config=settings,
+        vision_config=None, vlm_config={"model_type": "llava"},
+    )  # fmt: skip
+    info = card_info_from_folder(folder)
+    card = " ".join(render_model_card(info).split(" "))
+    said, unsaid = BLOCKS_OF_A_VLM[copied]
+    assert [each for each in said if each not in card] == []
+    assert [each for each in unsaid if each in card] == []
+
+
+@pytest.mark.parametrize(("kind", "is_siglip"), [("siglip_vision_model", True), ("clip_vision_model", False)])
+def test_a_vlm_is_filed_under_siglip_only_if_that_is_its_vision_model(kind, is_siglip, tmp_path):
+    vlm = {"model_type": "llava", "vision_config": {"model_type": kind}}
+    folder = write_handmade_folder(tmp_path / "reader", vision_config=None, vlm_config=vlm)
+    tags = ModelCard(render_model_card(card_info_from_folder(folder))).data.to_dict()["tags"]
+    assert ("siglip" in tags) == is_siglip
+
+
+@pytest.mark.parametrize("name", ["maker/vlm", "/home/me/vlm", None])
+def test_the_hub_is_told_of_the_vlm_too_if_it_has_that(name, tmp_path):
+    vlm = {"model_type": "llava", "_name_or_path": name}
+    folder = write_handmade_folder(tmp_path / "reader", vision_config=None, vlm_config=vlm)
+    data = ModelCard(render_model_card(card_info_from_folder(folder))).data.to_dict()
+    assert data["base_model"] == ([BASE, name] if name == "maker/vlm" else BASE)
+    assert data["base_model_relation"] == "adapter"
+
+
 def test_a_cell_cannot_break_out_of_its_table():
     info = ModelCardInfo(
         "you/reader",

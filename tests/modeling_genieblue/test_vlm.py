@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_vlms import (
     BASE_ROWS,
     FAMILIES,
@@ -193,6 +194,21 @@ def test_a_vlm_of_another_base_is_refused_with_the_difference():
     _, base = tiny_vlm_pair("llava")
     with pytest.raises(ValueError, match=r"differ by \d\.\d+ of their size"):
         GenieBlueForConditionalGeneration.from_vlm(vlm, base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda ids: ids + 1000, lambda ids: ids - 1000, lambda ids: ids.flip(0), lambda ids: ids.float()],
+    ids=["too large", "negative", "in another order", "no integers"],
+)
+@pytest.mark.parametrize("part", ["embedding", "head"])
+def test_damaged_places_of_own_rows_are_named(part, change, tmp_path):
+    tiny_vlm_genieblue().save_pretrained(tmp_path / "mine")
+    path, name = tmp_path / "mine/model.safetensors", f"own_language.{part}.indices"
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name])}, path, {"format": "pt"})
+    with pytest.raises(OSError, match=rf"{name} in .*mine .* expected increasing ones from 0 to {ROWS - 1}.*damaged"):
+        GenieBlueForConditionalGeneration.from_pretrained(tmp_path / "mine", base_model=tiny_vlm_pair("internvl")[1])
 
 
 def test_a_vlm_of_another_shape_is_refused_with_both_shapes():

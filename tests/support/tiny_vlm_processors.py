@@ -111,7 +111,7 @@ def tiny_vlm_processor(family: str) -> Any:
 def tiny_genieblue_of(
     family: str, base_folder: Path | None = None, pair: Any = None, **options: Any
 ) -> tuple[GenieBlueForConditionalGeneration, VlmGenieBlueProcessor]:
-    """A GenieBlue of a tiny VLM, two of four blocks copied, and its processor; always the same weights.
+    """A GenieBlue of a tiny VLM, by default two of four blocks copied, and its processor; always the same weights.
 
     With a folder, the base is saved there and recorded as such. `pair` replaces the VLM and the base; `options` are
     those of `from_vlm`.
@@ -122,7 +122,8 @@ def tiny_genieblue_of(
         tiny_tokenizer().save_pretrained(base_folder)
         base = AutoModelForCausalLM.from_pretrained(base_folder)
     own = tiny_vlm_processor(family)
-    model = GenieBlueForConditionalGeneration.from_vlm(vlm, base, replicated_layers=[1, 3], lora_rank=4, **options)
+    options = {"replicated_layers": [1, 3], "lora_rank": 4, **options}
+    model = GenieBlueForConditionalGeneration.from_vlm(vlm, base, **options)
     for each in (base, vlm, model):
         each.generation_config.eos_token_id = own.tokenizer.eos_token_id
     return model, VlmGenieBlueProcessor(tiny_tokenizer(), own)

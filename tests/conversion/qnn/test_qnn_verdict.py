@@ -103,7 +103,8 @@ def test_the_verdict_is_repeated_against_the_model_that_the_bundle_was_made_from
         return judge(loaded, folder, requests(6)[4:], None, False)
 
     ok, detail = repeated(bundle, judge_again)
-    assert ok and detail.startswith(f"against {model.name_or_path}; text view, logits of") and "verdict: not measured" in detail
+    assert ok and detail.startswith(f"against {model.name_or_path}; text view, logits of")
+    assert "verdict: not measured" in detail
     monkeypatch.setattr(verdict_module, "SMALLEST_COSINE", 1.1)
     ok, detail = repeated(bundle, judge_again)
     assert not ok and "verdict: failed" in detail

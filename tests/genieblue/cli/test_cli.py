@@ -164,7 +164,7 @@ def test_info_as_json(work):
 
 def test_info_as_a_table(work):
     output = run("info", "genieblue").stdout
-    assert "GenieBlue on ../base" in output and "LoRA rank 4" in output
+    assert "GenieBlue on ../base" in output and "LoRA of rank 4" in output
     assert all(part in output for part in TABLE_PARTS)
 
 
@@ -298,7 +298,7 @@ def test_push_refuses_a_local_base(hub, work):
 
 def test_init_makes_a_model_that_chats(work):
     result = run("init", "--base", "base", "--vision", "vision", "--out", "reader", "--rank", 2, "--placement", "post")
-    assert "LoRA rank 2" in result.stdout and "(post)" in result.stdout
+    assert "LoRA of rank 2" in result.stdout and "(post)" in result.stdout
     assert "genieblue train --stage 1 --model reader" in result.stderr
     assert "Generation stops at '</s>'" in result.stderr
     run("chat", "reader", "-p", "What is it?", "-i", "scan.png", "--max-new-tokens", 2)

@@ -104,8 +104,8 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(model, data, 
     assert arguments[command][-1] in message and Path(place).name in message and not (tmp_path / "new").exists()
 
 
-def test_a_report_is_printed_before_its_picture(model, tmp_path, monkeypatch):
-    report = QuantizationReport(model, "base", {}, {}, nothing_measured(), ["a linear"])
+def test_a_report_is_printed_before_its_picture(model, quantized, tmp_path, monkeypatch):
+    report = QuantizationReport(quantized, "base", {}, {}, nothing_measured(), ["a linear"])
     monkeypatch.setattr(quantize_module, "quantize_genieblue", lambda *_arguments, **_options: report)
     monkeypatch.setattr("genieblue.cli.quantize._print_mixed", lambda _linears: None)
     (tmp_path / "text.txt").write_text("The answer is in the question. " * 9)

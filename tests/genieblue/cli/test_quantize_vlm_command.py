@@ -5,7 +5,11 @@ import json
 import pytest
 from command_line import error_of, run, run_json
 from PIL import Image
+from tiny_vlms import save_tiny_vlm_pair
 from vlm_training_setup import extract_tiny
+
+from conversion.extract import extract_genieblue
+from conversion.extraction_plan import Choice
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_process_are_restored")
 
@@ -51,6 +55,15 @@ def test_it_is_calibrated_measured_and_asked(model, data, tmp_path):
         "chat", tmp_path / "new", "--image", data / "chats-1.png", "--prompt", "1?", "--max-new-tokens", "3", "--json"
     )
     assert answer["view"] == "multimodal"
+
+
+@pytest.mark.parametrize(("copies", "part"), [(0, "replicated_blocks"), (4, "lora")])
+def test_a_part_without_parameters_has_no_bits(copies, part, tmp_path):
+    vlm, base = save_tiny_vlm_pair(tmp_path)
+    mine = extract_genieblue(vlm, base, tmp_path / "mine", Choice(copies=copies, rank=4)).output
+    result = run("quantize", mine, "--out", tmp_path / "new")
+    row = next(line.split() for line in result.stdout.splitlines() if line.startswith(part))
+    assert (row[2], row[-1]) == ("0", "–")
 
 
 @pytest.mark.parametrize("option", ["--vision", "--projector"])
