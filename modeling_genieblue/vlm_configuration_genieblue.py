@@ -46,7 +46,7 @@ class VlmGenieBlueConfig(GenieBlueConfig):
             self.vlm_config = AutoConfig.for_model(**self.vlm_config)
 
     def _check_vision_side(self) -> None:
-        if self.vlm_config is not None:
+        if isinstance(self.vlm_config, PreTrainedConfig):  # `_read_vision_side` made it one
             check_family(self.vlm_config.model_type)
 
     @classmethod
