@@ -46,8 +46,9 @@ class VlmGenieBlueConfig(GenieBlueConfig):
             self.vlm_config = AutoConfig.for_model(**self.vlm_config)
 
     def _check_vision_side(self) -> None:
-        if self.vlm_config is not None:
-            check_family(self.vlm_config.model_type)
+        of_vlm: Any = self.vlm_config
+        if of_vlm is not None:
+            check_family(of_vlm.model_type)
 
     @classmethod
     def describes(cls, settings: dict[str, Any]) -> bool:
