@@ -55,8 +55,9 @@ def subject_of(folder: Path) -> SavedModel:
 
 
 @pytest.mark.parametrize(
-    ("copies", "told"), [(0, "LoRA of rank 2 to 4 and no copied block,"), (4, "no LoRA and copies of the blocks 0, 1, 2, 3,")]
-)  # fmt: skip
+    ("copies", "told"),
+    [(0, "LoRA of rank 2 to 4 and no copied block,"), (4, "no LoRA and copies of the blocks 0, 1, 2, 3,")],
+)
 def test_ranks_and_copies_are_told_as_they_are(copies, told, run, tmp_path):
     vlm, base = tiny_vlm_pair("llava")
     ranks = {} if copies else {"model.layers.0.mlp.up_proj": 2}
