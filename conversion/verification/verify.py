@@ -211,11 +211,9 @@ def check_language_adapter(subject: SavedModel) -> str:
     problems += [*find_invalid_values(path), *subject.different_settings(lora_config)]
     fail_on(problems)
     count = sum(parameter.numel() for _, _, parameter in adapter_parameters(view))
-    layers = ", ".join(map(str, subject.config.replicated_layers)) or "none"
-    return (
-        f"{count:,} parameters: {lora_in_words(config)} and copies of the blocks {layers}, as in "
-        "config.json; every number is valid"
-    )
+    layers = ", ".join(map(str, subject.config.replicated_layers))
+    copies = f"copies of the blocks {layers}" if layers else "no copied block"
+    return f"{count:,} parameters: {lora_in_words(config)} and {copies}, as in config.json; every number is valid"
 
 
 def check_tokenizer(subject: SavedModel) -> str:

@@ -17,6 +17,7 @@ from conversion.lora_form import export_lora
 from conversion.merge import export_merged
 from conversion.quantization.error import logits_error
 from genieblue.data.vlm_collation import VlmChatCollator
+from hub_cards.exports import read_export, render_export_card
 from modeling_genieblue import GenieBlueForConditionalGeneration
 from modeling_genieblue.vlm_configuration_genieblue import FAMILIES
 
@@ -82,6 +83,10 @@ def test_the_card_of_the_merged_model_tells_which_blocks_are_whole(copied, tmp_p
     card = (tmp_path / "merged/README.md").read_text()
     assert MERGED_BLOCKS[copied] in card
     assert ("LoRA was merged in float32" in card) == (len(copied) < 4)
+    facts: dict = read_export(tmp_path / "merged") or {}
+    facts["base"]["name"], facts["vlm"]["name"] = "maker/base", "maker/vlm"
+    card = render_export_card(tmp_path / "merged", "you/merged", facts)
+    assert "base_model:\n- maker/base\n- maker/vlm\n" in card
 
 
 def test_the_merged_model_of_an_extraction_has_the_vlms_template(tmp_path):

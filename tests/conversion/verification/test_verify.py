@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_genieblue import change_adapter, save_tiny_pair, train_a_little
-from tiny_models import save_tiny_base, tiny_vision_tower
-from transformers import AutoTokenizer
+from tiny_models import save_tiny_base, tiny_tokenizer, tiny_vision_tower
+from tiny_vlms import tiny_vlm_pair
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.create import create_genieblue
 from conversion.verification import verify
@@ -51,6 +52,24 @@ RUNS = "text_view stock_peft"
 
 def subject_of(folder: Path) -> SavedModel:
     return SavedModel(str(folder), None, None, {}, False, "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("copies", "told"),
+    [(0, "LoRA of rank 2 to 4 and no copied block,"), (4, "no LoRA and copies of the blocks 0, 1, 2, 3,")],
+)
+def test_ranks_and_copies_are_told_as_they_are(copies, told, run, tmp_path):
+    vlm, base = tiny_vlm_pair("llava")
+    ranks = {} if copies else {"model.layers.0.mlp.up_proj": 2}
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = GenieBlueForConditionalGeneration.from_vlm(
+        vlm, base, replicated_layers=list(range(copies)), lora_rank=4, rank_pattern=ranks or None
+    )
+    model.save_pretrained(tmp_path / "mine")
+    failed, details = run(str(tmp_path / "mine"), "language_adapter")
+    assert failed == [] and told in details
 
 
 def change_json(path: Path, **changes) -> None:
