@@ -1,5 +1,6 @@
 """Which chats ask the same, however they are written: to find data that is not new to a model, or is there twice."""
 
+import base64
 import hashlib
 import os
 from collections import Counter
@@ -11,6 +12,7 @@ import numpy as np
 from genieblue.data.chat_samples import ChatSample, written_alike
 from genieblue.data.chats import ChatDataset, short_hash
 
+DATA_URI = "data:"
 Prompt = tuple[int, tuple[bytes, ...]]
 
 
@@ -63,9 +65,14 @@ def _digests(images: Iterable[Any]) -> tuple[bytes, ...]:
 
 
 def _is_path(image: Any) -> bool:
-    return isinstance(image, (str, os.PathLike))
+    return isinstance(image, (str, os.PathLike)) and os.fspath(image)[: len(DATA_URI)].lower() != DATA_URI
 
 
 def _bytes(image: Any) -> bytes:
-    """Those of an image file in memory, or of the pixels of an image or array."""
+    """Those of an image file in memory or in a data URI, or of the pixels of an image or array."""
+    if isinstance(image, str):
+        try:
+            return base64.b64decode(image.partition(",")[2], validate=True)
+        except ValueError:  # whoever opens it says so
+            return image.encode()
     return image if isinstance(image, bytes) else np.asarray(image).tobytes()

@@ -1,5 +1,7 @@
 """Chats that ask the same: recognized in every form of text and image, and told from others."""
 
+import base64
+
 import pytest
 from chat_lines import picture
 
@@ -34,6 +36,16 @@ def test_what_is_the_same_prompt(one, other, same):
 def test_a_file_and_its_bytes_are_one_image(tmp_path):
     (tmp_path / "a.png").write_bytes(b"some bytes")
     assert prompt_of(chat(SHOWN, images=[tmp_path / "a.png"])) == prompt_of(chat(SHOWN, images=[b"some bytes"]))
+
+
+def test_a_file_and_its_data_uri_are_one_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"some bytes")
+    written = "data:image/png;base64," + base64.b64encode(b"some bytes").decode()
+    asked, others = ([{"messages": chat(SHOWN).messages, "images": [image]}] for image in ("a.png", written))
+    assert prompt_of(chat(SHOWN, images=[tmp_path / "a.png"])) == prompt_of(chat(SHOWN, images=[written]))
+    assert prompt_of(chat(SHOWN, images=["data:image/png;base64,?"])) != prompt_of(chat(SHOWN, images=[written]))
+    held_out = ChatDataset(asked, image_folder=tmp_path)
+    assert shared_prompts([held_out], [ChatDataset(others)]) == shared_prompts([ChatDataset(others)], [held_out]) == 1
 
 
 def test_each_held_out_sample_counts_once():
